@@ -1,0 +1,11 @@
+.PHONY: setup demo test lint
+PYTHON := .venv/bin/python
+
+setup:  ## make or refresh .venv (idempotent; a no-op when nothing changed)
+	@bash scripts/setup.sh
+
+demo: setup  ## the main job end to end on a real model
+	@$(PYTHON) -m crepe_llm.evaluation.demo
+
+test: setup  ## lint, types and every test this machine can run
+	@bash scripts/test.sh

@@ -1,0 +1,29 @@
+"""Sparsity for llm-compressor and vLLM.
+
+Importing this package is cheap (no torch, no llm-compressor) and makes two toolkits aware of it, each at
+the moment it is imported itself, or at once where it already was:
+
+- llm-compressor learns the modifiers of :mod:`crepe_llm.modifiers`, so that recipes can name them;
+- transformers learns to load ``sparse-24-bitmask`` checkpoints (:mod:`crepe_llm.checkpoints`).
+
+Both also happen without any import of this package, through the ``torch.backends`` entry point
+``crepe_llm:_autoload`` that ``import torch`` calls (switch off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``).
+"""
+
+from crepe_llm._autoload import after_import
+
+__version__ = "0.1.0"
+
+
+def _register_modifiers() -> None:
+    from crepe_llm.modifiers import register
+
+    register()
+
+
+def _autoload() -> None:
+    """The ``torch.backends`` entry point: importing this package has already done the work."""
+
+
+# Each trigger is a module whose import completes only after everything that the callback itself imports.
+after_import("llmcompressor.entrypoints.oneshot", _register_modifiers)
