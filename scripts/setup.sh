@@ -17,8 +17,7 @@ done
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then device=cuda; else device=cpu; fi
 
 stamp=.venv/.crepe-setup
-inputs=$({ echo "$device"; "$python" -V; find scripts pyproject.toml setup.py src/crepe_llm/kernels \
-    -type f \( -name '*.sh' -o -name '*.txt' -o -name '*.toml' -o -name 'setup.py' -o -name '*.cpp' -o -name '*.h' \) 2>/dev/null | sort | xargs cat; } | sha256sum)
+inputs=$({ echo "$device"; "$python" -V; cat pyproject.toml setup.py scripts/setup.sh scripts/*.txt src/crepe_llm/kernels/*/*.{cpp,h}; } 2>/dev/null | sha256sum || true)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$inputs" ]; then exit 0; fi
 
 started=$SECONDS
