@@ -1,0 +1,223 @@
+"""Packing of one tensor in the `sparse-24-bitmask` format: byte for byte as in docs/format.md.
+
+A 2:4 weight [d_out, d_in] becomes `compressed` [d_out, d_in / 2], the two kept values of every group of four
+consecutive columns, and `bitmask` uint8 [d_out, ceil(d_in / 8)], whose bit j (least significant first) of byte b is
+set where column 8b + j is kept.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["DTYPES", "FormatError", "is_2of4", "pack", "read_shape", "unpack", "validate_bitmask"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn)
+"""The weight dtypes that the format stores."""
+
+_INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_FP8_NEGATIVE_ZERO = -128  # the byte 0x80 read as int8
+# Rows are handled in blocks of at most this many weights, so that the temporaries stay small beside the weight.
+_BLOCK_ELEMENTS = 1 << 24
+
+
+class FormatError(ValueError):
+    """A tensor or a checkpoint is not in the `sparse-24-bitmask` format, or cannot be brought into it."""
+
+
+def is_2of4(weight: torch.Tensor) -> bool:
+    """Say whether `weight` can be packed: two-dimensional, of a supported dtype, its columns a multiple of four and
+    at most two non-zeros in every group of four consecutive columns.
+
+    `weight` is [d_out, d_in]; the result is a plain bool. Raises nothing.
+    """
+    if weight.ndim != 2 or weight.dtype not in DTYPES or weight.shape[1] % 4 or weight.numel() == 0:
+        return False
+    return all(_first_crowded_group(_nonzero(block.contiguous())) is None for _, block in _row_blocks(weight))
+
+
+def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack a 2:4 weight into its kept values and their bitmask.
+
+    `weight` is [d_out, d_in], bf16, fp16, fp32, int8 or float8_e4m3fn, on any device, with d_in a multiple of 4. The
+    result is `(compressed, bitmask)` on the same device: [d_out, d_in / 2] of the same dtype and uint8
+    [d_out, ceil(d_in / 8)]. Every kept value keeps its bytes. Exactly two positions are kept in each group of four
+    also where fewer than two values are non-zero: the ones that compressed-tensors 0.14.0.1 would keep, so that the
+    two writers agree bit for bit. A negative zero counts as a zero and is dropped like one.
+
+    Raises FormatError if the shape or dtype is not supported, or at the first group with more than two non-zeros,
+    which it names. Format: compressed-tensors `sparse-24-bitmask`; cost O(d_out * d_in).
+    """
+    _check_packable(weight)
+    rows, columns = weight.shape
+    compressed = torch.empty((rows, columns // 2), dtype=weight.dtype, device=weight.device)
+    bitmask = torch.empty((rows, math.ceil(columns / 8)), dtype=torch.uint8, device=weight.device)
+    for start, block in _row_blocks(weight):
+        block = block.contiguous()
+        nonzero = _nonzero(block)
+        crowded = _first_crowded_group(nonzero)
+        if crowded is not None:
+            row, group = crowded
+            values = block[row, 4 * group : 4 * group + 4].float().tolist()
+            raise FormatError(
+                f"the weight is not 2:4: row {start + row}, columns {4 * group} to {4 * group + 3} hold {values}, "
+                "more than two non-zeros; prune it to 2:4 or leave it dense"
+            )
+        kept = _fill_to_two(block, nonzero)
+        stop = start + block.shape[0]
+        integers = block.view(_INTEGER_VIEW[weight.element_size()])
+        compressed[start:stop] = integers[kept].view(weight.dtype).view(block.shape[0], columns // 2)
+        bitmask[start:stop] = _pack_bits(kept)
+    return compressed, bitmask
+
+
+def unpack(compressed: torch.Tensor, bitmask: torch.Tensor, shape: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """Rebuild the dense weight from its kept values and their bitmask, the inverse of :func:`pack`.
+
+    `compressed` is [d_out, d_in / 2] of any dtype that :func:`pack` takes, `bitmask` uint8 [d_out, ceil(d_in / 8)],
+    `shape` the dense (d_out, d_in) as two integers or as the stored int64 tensor [2, 1]. The result is
+    [d_out, d_in] of the dtype and on the device of `compressed`; kept values keep their bytes, all others are +0.
+
+    Raises FormatError if dtypes and shapes disagree or the bitmask does not hold exactly two bits a group, before
+    anything of the dense size is allocated.
+    """
+    rows, columns = read_shape(shape)
+    if compressed.dtype not in DTYPES:
+        raise FormatError(f"compressed values of dtype {compressed.dtype} are not supported; the format has {DTYPES}")
+    if tuple(compressed.shape) != (rows, columns // 2):
+        raise FormatError(
+            f"compressed has shape {tuple(compressed.shape)}, but a weight of shape {(rows, columns)} "
+            f"needs {(rows, columns // 2)}"
+        )
+    if bitmask.shape[:1] != (rows,):
+        raise FormatError(f"bitmask has shape {tuple(bitmask.shape)}, but the weight has {rows} rows")
+    validate_bitmask(bitmask, columns)
+    view = _INTEGER_VIEW[compressed.element_size()]
+    weight = torch.zeros((rows, columns), dtype=view, device=compressed.device)
+    for start, block in _row_blocks(weight):
+        stop = start + block.shape[0]
+        kept = _unpack_bits(bitmask[start:stop], columns).to(compressed.device)
+        block.masked_scatter_(kept, compressed[start:stop].contiguous().view(view))
+    return weight.view(compressed.dtype)
+
+
+def validate_bitmask(bitmask: torch.Tensor, columns: int) -> None:
+    """Check that a bitmask keeps exactly two of every four columns.
+
+    `bitmask` is uint8 [d_out, ceil(columns / 8)]; `columns` is d_in, a multiple of 4. Raises FormatError, naming the
+    first offending row and its columns, for another dtype or shape, for a group of other than two bits, and for a
+    bit set beyond the last column.
+    """
+    if bitmask.dtype != torch.uint8:
+        raise FormatError(f"bitmask has dtype {bitmask.dtype}, not torch.uint8")
+    width = math.ceil(columns / 8)
+    if bitmask.ndim != 2 or bitmask.shape[1] != width:
+        raise FormatError(f"bitmask has shape {tuple(bitmask.shape)}, but {columns} columns need {width} bytes a row")
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    low, high = bits[:, :4].sum(1), bits[:, 4:].sum(1)
+    good = ((low == 2) & (high == 2)).to(bitmask.device)
+    good_tail = ((low == 2) & (high == 0)).to(bitmask.device) if columns % 8 else good
+    for start, block in _row_blocks(bitmask):
+        wrong = torch.empty(block.shape, dtype=torch.bool, device=bitmask.device)
+        wrong[:, :-1] = ~good[block[:, :-1].int()]
+        wrong[:, -1:] = ~good_tail[block[:, -1:].int()]
+        if wrong.any():
+            row, byte = (int(index) for index in wrong.nonzero()[0])
+            raise FormatError(
+                f"bitmask row {start + row}, byte {byte} (columns {8 * byte} to {min(8 * byte + 7, columns - 1)}) is "
+                f"{int(block[row, byte]):#010b}: it must keep exactly two of every four columns and none beyond the "
+                "last"
+            )
+
+
+def read_shape(shape: Sequence[int] | torch.Tensor) -> tuple[int, int]:
+    """Read a stored dense shape, two positive integers of which the second is a multiple of 4.
+
+    `shape` is a sequence of two integers or an integer tensor of two elements ([2, 1] on disk). Returns
+    (d_out, d_in); raises FormatError otherwise.
+    """
+    if isinstance(shape, torch.Tensor):
+        if shape.is_floating_point() or shape.is_complex() or shape.dtype == torch.bool:
+            raise FormatError(f"the stored shape has dtype {shape.dtype}, not torch.int64")
+        if shape.numel() != 2:
+            raise FormatError(f"the stored shape has {shape.numel()} elements, not 2")
+        shape = shape.flatten().tolist()
+    if len(shape) != 2:
+        raise FormatError(f"the dense shape {tuple(shape)} does not have two dimensions")
+    rows, columns = int(shape[0]), int(shape[1])
+    if rows < 1 or columns < 1:
+        raise FormatError(f"the dense shape {(rows, columns)} is not positive")
+    if columns % 4:
+        raise FormatError(f"the dense shape {(rows, columns)} has columns that are not a multiple of 4")
+    return rows, columns
+
+
+def _check_packable(weight: torch.Tensor) -> None:
+    if weight.ndim != 2:
+        raise FormatError(f"a weight of shape {tuple(weight.shape)} cannot be packed: it must be two-dimensional")
+    if weight.dtype not in DTYPES:
+        raise FormatError(f"a weight of dtype {weight.dtype} cannot be packed; the format has {DTYPES}")
+    if weight.shape[0] < 1 or weight.shape[1] < 1 or weight.shape[1] % 4:
+        raise FormatError(
+            f"a weight of shape {tuple(weight.shape)} cannot be packed: its columns must be a multiple of 4"
+        )
+
+
+def _row_blocks(matrix: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    return [(start, matrix[start : start + step]) for start in range(0, matrix.shape[0], step)]
+
+
+def _nonzero(weight: torch.Tensor) -> torch.Tensor:
+    """Bool [rows, columns]; float8 has no comparison on every device, so its sign bit is masked off its bytes."""
+    if weight.dtype == torch.float8_e4m3fn:
+        return (weight.view(torch.uint8) & 0x7F) != 0
+    return weight != 0
+
+
+def _group_counts(flags: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, columns / 4]: how many of each group of four flags are set."""
+    four = flags.view(torch.uint8).view(flags.shape[0], -1, 4)
+    return four[..., 0] + four[..., 1] + four[..., 2] + four[..., 3]
+
+
+def _first_crowded_group(nonzero: torch.Tensor) -> tuple[int, int] | None:
+    crowded = _group_counts(nonzero) > 2
+    if not crowded.any():
+        return None
+    row, group = crowded.nonzero()[0].tolist()
+    return row, group
+
+
+def _fill_to_two(weight: torch.Tensor, nonzero: torch.Tensor) -> torch.Tensor:
+    """The kept positions: all non-zeros, and in groups with fewer than two of them as many zeros as are missing."""
+    few = _group_counts(nonzero) < 2
+    if not few.any():
+        return nonzero
+    kept = nonzero.clone()
+    # compressed-tensors ranks the magnitudes of a group with topk on the CPU and takes float8 by its bytes, where
+    # abs(-128) is -128, which ranks a negative zero below a zero. The same call on the same ranking ties alike.
+    rank = nonzero.view(nonzero.shape[0], -1, 4)[few].to(torch.int8)
+    if weight.dtype == torch.float8_e4m3fn:
+        rank -= (weight.view(torch.int8).view(nonzero.shape[0], -1, 4)[few] == _FP8_NEGATIVE_ZERO).to(torch.int8)
+    positions = rank.cpu().topk(2, dim=1).indices.to(weight.device)
+    kept.view(nonzero.shape[0], -1, 4)[few] = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, positions, True)
+    return kept
+
+
+def _pack_bits(flags: torch.Tensor) -> torch.Tensor:
+    rows, columns = flags.shape
+    if columns % 8:
+        flags = torch.nn.functional.pad(flags, (0, 8 - columns % 8))
+    eight = flags.view(torch.uint8).view(rows, -1, 8)
+    packed = eight[..., 0].clone()
+    for position in range(1, 8):
+        packed |= eight[..., position] << position
+    return packed
+
+
+def _unpack_bits(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    flags = torch.empty((*bitmask.shape, 8), dtype=torch.uint8, device=bitmask.device)
+    for position in range(8):
+        flags[..., position] = (bitmask >> position) & 1
+    return flags.view(bitmask.shape[0], -1)[:, :columns].bool()
