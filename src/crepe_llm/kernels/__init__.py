@@ -1,1 +1,15 @@
-"""2:4 matrix products: C++ on CPUs, cuSPARSELt and CUTLASS on GPUs, and a reference that decompresses."""
+"""2:4 matrix products: C++ on CPUs, cuSPARSELt and CUTLASS on GPUs, and a reference that decompresses.
+
+``pack`` (or ``pack_compressed``, straight from a checkpoint's tensors) gives a packed weight; ``linear`` multiplies:
+
+>>> import torch
+>>> from crepe_llm import kernels
+>>> packed = kernels.pack(torch.tensor([[0.0, 2.0, 0.0, 3.0], [1.0, 0.0, 0.0, 0.0]]))
+>>> kernels.linear(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]), packed)
+tensor([[3020.,    1.]])
+"""
+
+from crepe_llm.kernels.dispatch import linear
+from crepe_llm.kernels.packed import DenseWeight, PackedWeight, pack, pack_compressed, pack_dense, unpack
+
+__all__ = ["DenseWeight", "PackedWeight", "linear", "pack", "pack_compressed", "pack_dense", "unpack"]
