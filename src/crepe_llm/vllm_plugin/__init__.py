@@ -1,5 +1,34 @@
-"""vLLM plugin that serves 2:4 checkpoints with sparse kernels."""
+"""Serves ``sparse-24-bitmask`` checkpoints in an unmodified vLLM, from compressed weights with sparse kernels.
+
+vLLM calls :func:`register` in every process it starts, through the entry point group ``vllm.general_plugins``.
+Checkpoints in any other format are served as if this package were not installed.
+"""
+
+import logging
+
+QUANTIZATION = "crepe-sparse24"
+"""The name under which vLLM knows :class:`~crepe_llm.vllm_plugin.config.Sparse24Config`."""
+
+_logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """The `vllm.general_plugins` entry point. Idempotent; runs in every vLLM process."""
+    """Tells vLLM about the sparse checkpoint format; calling it again changes nothing.
+
+    A vLLM whose surface this package does not know is left as it is, with a warning: it must go on serving every
+    other model.
+    """
+    try:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+
+        if QUANTIZATION in QUANTIZATION_METHODS:
+            return
+        from crepe_llm.vllm_plugin.config import Sparse24Config
+    except ImportError as error:
+        _logger.warning(
+            "crepe-llm cannot serve sparse-24-bitmask checkpoints with this vLLM (%s); it is made for "
+            "vllm>=0.32,<0.33: pip install 'crepe-llm[serve]'. Other models are not affected.",
+            error,
+        )
+        return
+    register_quantization_config(QUANTIZATION)(Sparse24Config)

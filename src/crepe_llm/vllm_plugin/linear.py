@@ -1,0 +1,274 @@
+"""Linear layers with 2:4 compressed weights, and the embeddings and output heads that stay dense beside them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
+
+from crepe_llm import kernels
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+_FP8_MIN_SCALE = 1 / (_FP8_MAX * 512)  # vLLM's: keeps a token of zeros from dividing by zero
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a sparse layer's weights and inputs are quantized.
+
+    Attributes:
+        dtype: the stored dtype of the kept weights: int8, float8_e4m3fn, or None for the model's own.
+        per_channel: whether weight scales are one a row, or one a matrix.
+        input: "token" (a scale for each token, found at run time), "static" (one scale, in the checkpoint) or
+            None (inputs are not quantized).
+    """
+
+    dtype: torch.dtype | None = None
+    per_channel: bool = True
+    input: str | None = None
+
+    @classmethod
+    def of(cls, layer: str, quantization: dict[str, Any] | None) -> "Scheme":
+        """Reads compressed-tensors' description of a layer.
+
+        Args:
+            layer: the layer's name, for messages.
+            quantization: what ``CompressedTensorsConfig.get_scheme_dict`` says of it; None: it is not quantized.
+
+        Raises:
+            ValueError: the layer is quantized otherwise than as symmetric INT8 or FP8, 8-bit inputs included.
+        """
+        weights: QuantizationArgs | None = (quantization or {}).get("weights")
+        if quantization is None or weights is None:
+            return cls()
+        inputs: QuantizationArgs | None = quantization.get("input_activations")
+        known = (
+            weights.num_bits == 8
+            and weights.symmetric
+            and not weights.dynamic
+            and weights.strategy in (QuantizationStrategy.CHANNEL, QuantizationStrategy.TENSOR)
+        )
+        if inputs is not None:
+            strategy = QuantizationStrategy.TOKEN if inputs.dynamic else QuantizationStrategy.TENSOR
+            known = known and inputs.num_bits == 8 and inputs.symmetric and inputs.strategy == strategy
+            known = known and inputs.type == weights.type
+        if not known:
+            raise ValueError(
+                f"{layer} is 2:4 sparse and quantized as weights={weights}, inputs={inputs}; sparse layers are served "
+                "with symmetric INT8 or FP8 weights (a scale per channel or tensor) and inputs that are quantized per "
+                "token, statically per tensor, or not at all. Quantize the model with W8A8, or leave it sparse only"
+            )
+        return cls(
+            dtype=torch.int8 if weights.type == QuantizationType.INT else torch.float8_e4m3fn,
+            per_channel=weights.strategy == QuantizationStrategy.CHANNEL,
+            input=None if inputs is None else "token" if inputs.dynamic else "static",
+        )
+
+
+@register_weight_loader_v2_supported_method
+class Sparse24LinearMethod(LinearMethodBase):
+    """Multiplies by a 2:4 weight that stays compressed.
+
+    The checkpoint's tensors are read into parameters of the same layout, so that vLLM fuses and splits them as it
+    does dense weights; after loading they are packed for the kernels, one layer at a time, and freed.
+
+    Args:
+        scheme: how weights and inputs are quantized.
+        layer_name: vLLM's name of the layer, for messages.
+        parts: the names of the layer's unfused parts, for messages.
+    """
+
+    def __init__(self, scheme: Scheme, layer_name: str, parts: Sequence[str]) -> None:
+        self.scheme = scheme
+        self.name = layer_name
+        self.parts = list(parts)
+        self.rows_loaded = dict.fromkeys(("compressed", "bitmask", "shape"), 0)
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        if columns != input_size and columns % 8:
+            raise ValueError(
+                f"{self.name}: {input_size} input columns over {input_size // columns} tensor-parallel ranks leave "
+                f"{columns} each, which is no multiple of 8 (a byte of the bitmask); use fewer ranks"
+            )
+        loader = extra_weight_attrs["weight_loader"]
+        layer.logical_widths = output_partition_sizes
+
+        def weight(kind: str, width: int, dtype: torch.dtype) -> ModelWeightParameter:
+            data = torch.empty(rows, width, dtype=dtype)
+            return ModelWeightParameter(
+                data=data, input_dim=1, output_dim=0, weight_loader=self._checked(layer, kind, loader)
+            )
+
+        layer.register_parameter("compressed", weight("compressed", columns // 2, self.scheme.dtype or params_dtype))
+        layer.register_parameter("bitmask", weight("bitmask", (columns + 7) // 8, torch.uint8))
+        shape = BasevLLMParameter(
+            data=torch.empty(2, 1, dtype=torch.int64), weight_loader=self._checked(layer, "shape", None)
+        )
+        layer.register_parameter("shape", shape)
+        if self.scheme.dtype is None:
+            return
+        # NaN marks a scale that the checkpoint does not hold.
+        if self.scheme.per_channel:
+            scale: BasevLLMParameter = ChannelQuantScaleParameter(
+                data=torch.full((rows, 1), torch.nan), output_dim=0, weight_loader=loader
+            )
+        else:
+            scale = PerTensorScaleParameter(
+                data=torch.full((len(output_partition_sizes),), torch.nan), weight_loader=loader
+            )
+        layer.register_parameter("weight_scale", scale)
+        if self.scheme.input == "static":
+            input_scale = PerTensorScaleParameter(
+                data=torch.full((len(output_partition_sizes),), torch.nan), weight_loader=loader
+            )
+            layer.register_parameter("input_scale", input_scale)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        expected = sum(self._full_rows(layer))
+        for kind, rows in self.rows_loaded.items():
+            if rows != expected:
+                raise ValueError(
+                    f"damaged checkpoint: {self.name} needs {expected} rows of .{kind} from {', '.join(self.parts)}, "
+                    f"but {rows} were found"
+                )
+        compressed, scale = layer.compressed.data, None
+        if self.scheme.dtype is not None:
+            scale = layer.weight_scale.data
+            self._check_scales("weight_scale", scale)
+            if not self.scheme.per_channel:
+                scale = scale.repeat_interleave(torch.tensor(layer.logical_widths, device=scale.device))
+        if self.scheme.input == "static":
+            # A fused layer's parts see the same input; their scales differ only where they were calibrated apart, and
+            # vLLM's dense W8A8 takes the largest, too.
+            layer.input_scale_value = float(layer.input_scale.data.max())
+            self._check_scales("input_scale", layer.input_scale.data)
+            scale = scale * layer.input_scale_value
+        if self.scheme.dtype == torch.int8 and self.scheme.input != "token":
+            # The int8 kernel finds its own input scales. bfloat16 holds every int8 value exactly, at twice the bytes.
+            compressed = compressed.to(torch.bfloat16)
+        shape = (compressed.shape[0], 2 * compressed.shape[1])
+        try:
+            packed = kernels.pack_compressed(compressed, layer.bitmask.data, shape, scale)
+        except ValueError as error:
+            raise ValueError(f"damaged checkpoint: {self.name} ({', '.join(self.parts)}): {error}") from error
+        for name in ("compressed", "bitmask", "shape", "weight_scale", "input_scale"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        layer.packed = packed
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.scheme.input is None or (self.scheme.dtype == torch.int8 and self.scheme.input == "token"):
+            return kernels.linear(x, layer.packed, bias)
+        if self.scheme.input == "static":
+            return kernels.linear(
+                _rounded(x.float() / layer.input_scale_value, self.scheme.dtype, x.dtype), layer.packed, bias
+            )
+        # FP8, a scale a token: rounded inputs and weights are exact in x's dtype, so that the product is the FP8 one.
+        scale = (x.abs().amax(dim=-1, keepdim=True).float() / _FP8_MAX).clamp_min(_FP8_MIN_SCALE)
+        y = kernels.linear(_rounded(x.float() / scale, self.scheme.dtype, x.dtype), layer.packed) * scale
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def _full_rows(self, layer: torch.nn.Module) -> list[int]:
+        """The rows of each part in the checkpoint, all tensor-parallel ranks together."""
+        if isinstance(layer, QKVParallelLinear):
+            return [
+                layer.total_num_heads * layer.head_size,
+                layer.total_num_kv_heads * layer.head_size,
+                layer.total_num_kv_heads * layer.v_head_size,
+            ]
+        if isinstance(layer, MergedColumnParallelLinear):
+            return list(layer.output_sizes)
+        return [layer.output_size]
+
+    def _checked(
+        self, layer: torch.nn.Module, kind: str, loader: Callable[..., None] | None
+    ) -> Callable[[torch.nn.Parameter, torch.Tensor], None]:
+        """Wraps vLLM's loader of one tensor: what does not fit the layer stops loading with the tensor's name."""
+
+        def load(param: torch.nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
+            sizes = self._full_rows(layer)
+            if shard is None:
+                chosen = list(range(len(sizes)))
+            elif isinstance(shard, tuple):
+                chosen = list(shard)
+            else:
+                chosen = ["qkv".index(shard) if isinstance(shard, str) else int(shard)]
+            rows, columns = sum(sizes[index] for index in chosen), layer.input_size
+            part = self.parts[chosen[0]] if len(chosen) == 1 and chosen[0] < len(self.parts) else self.name
+            found = loaded.flatten().tolist() if kind == "shape" else list(loaded.shape)
+            wanted = [rows, {"compressed": columns // 2, "bitmask": (columns + 7) // 8, "shape": columns}[kind]]
+            dtypes = {
+                "compressed": _FLOATS if self.scheme.dtype is None else (self.scheme.dtype,),
+                "bitmask": (torch.uint8,),
+                "shape": (torch.int64,),
+            }[kind]
+            if found != wanted or loaded.dtype not in dtypes:
+                raise ValueError(
+                    f"damaged checkpoint: {part}.{kind} holds {found} as {loaded.dtype} where the model needs {wanted} "
+                    f"as {' or '.join(str(dtype) for dtype in dtypes)}; export it again, with the config.json that "
+                    "belongs to it"
+                )
+            self.rows_loaded[kind] += rows
+            if loader is not None:
+                loader(param, loaded) if shard is None else loader(param, loaded, shard)
+
+        return load
+
+    def _check_scales(self, kind: str, scale: torch.Tensor) -> None:
+        if not torch.isfinite(scale).all():
+            raise ValueError(
+                f"damaged checkpoint: {self.name}: .{kind} is missing or not finite in one of {', '.join(self.parts)}"
+            )
+
+
+class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """A dense embedding or output head on a CPU, without the second copy that vLLM keeps for its matrix product.
+
+    The head is multiplied by the kernels' own dense product, from the rows that the embedding looks up.
+    """
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if layer.weight.device.type != "cpu":
+            super().process_weights_after_loading(layer)
+        elif isinstance(layer, ParallelLMHead):
+            layer.packed = kernels.pack_dense(layer.weight.data)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        packed = getattr(layer, "packed", None)
+        if packed is not None:
+            return kernels.linear(x, packed, bias)
+        if layer.weight.device.type == "cpu":
+            return torch.nn.functional.linear(x, layer.weight, bias)
+        return super().apply(layer, x, bias)
+
+
+def _rounded(x: torch.Tensor, quantized: torch.dtype | None, dtype: torch.dtype) -> torch.Tensor:
+    """``x``, fp32 and already divided by its scale, rounded to the values of int8 or float8_e4m3fn; in ``dtype``."""
+    if quantized == torch.int8:
+        return x.round().clamp(-128, 127).to(dtype)
+    return x.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(dtype)
