@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from crepe_llm.checkpoints.bitmask import unpack
+from crepe_llm.checkpoints import FormatError, unpack
+from crepe_llm.checkpoints.reading import PARTS, read_folder
 from crepe_llm.vllm_plugin import QUANTIZATION
-from crepe_llm.vllm_plugin.index import SUFFIXES, read_index, sparse_modules
 from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, Scheme, Sparse24LinearMethod
 
 _logger = logging.getLogger(__name__)
@@ -57,9 +59,14 @@ class Sparse24Config(CompressedTensorsConfig):
         """Finds the sparse modules in the checkpoint's headers.
 
         Raises:
-            ValueError: a file or tensor of the checkpoint is missing or damaged (named), or none is sparse.
+            ValueError: none is sparse, or a file or tensor of the checkpoint is missing or damaged (named; a checkpoint
+                that is still on the hub is checked while it is loaded).
         """
-        names = sparse_modules(read_index(model_name, revision))
+        if Path(model_name).is_dir():
+            names = set(read_folder(model_name).layers)
+        else:
+            tensors = get_safetensors_params_metadata(model_name, revision=revision)
+            names = {name.removesuffix(".compressed") for name in tensors if name.endswith(".compressed")}
         if not names:
             raise ValueError(
                 f"{model_name}: config.json says sparse-24-bitmask, but no tensor is named *.compressed; "
@@ -75,7 +82,7 @@ class Sparse24Config(CompressedTensorsConfig):
             if (mapped := hf_to_vllm_mapper.map_name(seen)) is not None
         }
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """The loader's view of the checkpoint: modules that are served dense arrive as a plain ``.weight``."""
         return _ExpandingMapper(super().get_checkpoint_weight_mapper(), self._expanded)
 
@@ -135,17 +142,17 @@ class _ExpandingMapper(WeightsMapper):
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in weights:
             module, _, kind = name.rpartition(".")
-            if module not in self._modules or "." + kind not in SUFFIXES:
+            if module not in self._modules or kind not in PARTS:
                 yield name, tensor
                 continue
             tensors = waiting.setdefault(module, {})
             tensors[kind] = tensor
-            if len(tensors) == len(SUFFIXES):
+            if len(tensors) == len(PARTS):
                 del waiting[module]
                 try:
                     dense = unpack(tensors["compressed"], tensors["bitmask"], tensors["shape"])
-                except ValueError as error:
-                    raise ValueError(f"damaged checkpoint: {module}: {error}") from error
+                except FormatError as error:
+                    raise FormatError(f"damaged checkpoint: {module}: {error}") from error
                 yield f"{module}.weight", dense
 
 

@@ -101,7 +101,7 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -148,7 +148,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
             layer.register_parameter("input_scale", input_scale)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         expected = sum(self._full_rows(layer))
         for kind, rows in self.rows_loaded.items():
             if rows != expected:
@@ -181,7 +181,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                 delattr(layer, name)
         layer.packed = packed
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.scheme.input is None or (self.scheme.dtype == torch.int8 and self.scheme.input == "token"):
             return kernels.linear(x, layer.packed, bias)
         if self.scheme.input == "static":
@@ -193,7 +193,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         y = kernels.linear(_rounded(x.float() / scale, self.scheme.dtype, x.dtype), layer.packed) * scale
         return (y if bias is None else y + bias).to(x.dtype)
 
-    def _full_rows(self, layer: torch.nn.Module) -> list[int]:
+    def _full_rows(self, layer: Any) -> list[int]:
         """The rows of each part in the checkpoint, all tensor-parallel ranks together."""
         if isinstance(layer, QKVParallelLinear):
             return [
@@ -206,7 +206,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         return [layer.output_size]
 
     def _checked(
-        self, layer: torch.nn.Module, kind: str, loader: Callable[..., None] | None
+        self, layer: Any, kind: str, loader: Callable[..., None] | None
     ) -> Callable[[torch.nn.Parameter, torch.Tensor], None]:
         """Wraps vLLM's loader of one tensor: what does not fit the layer stops loading with the tensor's name."""
 
@@ -252,13 +252,14 @@ class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
     The head is multiplied by the kernels' own dense product, from the rows that the embedding looks up.
     """
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
+        is_head = isinstance(layer, ParallelLMHead)
         if layer.weight.device.type != "cpu":
             super().process_weights_after_loading(layer)
-        elif isinstance(layer, ParallelLMHead):
+        elif is_head:
             layer.packed = kernels.pack_dense(layer.weight.data)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         packed = getattr(layer, "packed", None)
         if packed is not None:
             return kernels.linear(x, packed, bias)
