@@ -21,9 +21,16 @@ def _register_modifiers() -> None:
     register()
 
 
+def _register_loader() -> None:
+    from crepe_llm.checkpoints.loading import register
+
+    register()
+
+
 def _autoload() -> None:
     """The ``torch.backends`` entry point: importing this package has already done the work."""
 
 
 # Each trigger is a module whose import completes only after everything that the callback itself imports.
 after_import("llmcompressor.entrypoints.oneshot", _register_modifiers)
+after_import("transformers.quantizers.auto", _register_loader)

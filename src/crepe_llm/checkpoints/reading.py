@@ -1,0 +1,203 @@
+"""Checked access to a folder of safetensors files that may hold `sparse-24-bitmask` layers.
+
+A checkpoint is input from elsewhere: everything is checked against the real size of the files before memory of the
+size that it claims is allocated, every error names the file and the tensor, and nothing but safetensors is read.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from crepe_llm.checkpoints.bitmask import FormatError, read_shape, unpack, validate_bitmask
+
+__all__ = ["Checkpoint", "SparseLayer", "StoredTensor", "read_config", "read_files", "read_folder"]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PARTS = ("compressed", "bitmask", "shape")
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
+DTYPES["F8_E4M3"] = torch.float8_e4m3fn
+# The largest index of a published model is about 10 MB; JSON of any size is not parsed.
+_MAX_JSON_BYTES = 256 << 20
+_PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what its file's header says of it: `dtype` in safetensors' spelling, and `shape`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One packed layer: its prefix `name`, and the dtype and (d_out, d_in) of the dense weight."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of a checkpoint, all their tensors by name, and the packed layers among them by prefix."""
+
+    files: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    layers: dict[str, SparseLayer]
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read the tensor `name` as it is stored. Raises FormatError if the file cannot give it."""
+        stored = self.tensors[name]
+        try:
+            with safe_open(stored.file, framework="pt") as file:
+                return file.get_tensor(name)
+        except Exception as error:
+            raise FormatError(f"{stored.file}: tensor {name} cannot be read: {error}") from error
+
+    def load_weight(self, layer: str) -> torch.Tensor:
+        """Read and unpack the packed layer with prefix `layer`: the dense weight [d_out, d_in].
+
+        Raises FormatError, naming file and tensor, if the bitmask is malformed.
+        """
+        compressed, bitmask = self.load(f"{layer}.compressed"), self.load(f"{layer}.bitmask")
+        try:
+            return unpack(compressed, bitmask, self.layers[layer].shape)
+        except FormatError as error:
+            raise FormatError(f"{self.tensors[f'{layer}.bitmask'].file}: layer {layer}: {error}") from None
+
+    def check_bitmasks(self) -> None:
+        """Read every bitmask and check that it keeps two of every four columns; FormatError names the first bad one."""
+        for name, layer in self.layers.items():
+            try:
+                validate_bitmask(self.load(f"{name}.bitmask"), layer.shape[1])
+            except FormatError as error:
+                raise FormatError(f"{self.tensors[f'{name}.bitmask'].file}: tensor {name}.bitmask: {error}") from None
+
+
+def read_folder(folder: str | Path) -> Checkpoint:
+    """Read the headers of the checkpoint in `folder`: of `model.safetensors`, or of the files that
+    `model.safetensors.index.json` names.
+
+    No tensor is read but the stored shapes (16 bytes each). Raises FormatError if a file is missing, truncated or
+    malformed, if the index names a file outside the folder or a tensor that its file lacks, and if a packed layer is
+    incomplete or its parts disagree.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if not index.is_file():
+        single = folder / SINGLE
+        if not single.is_file():
+            raise FormatError(f"{folder}: neither {SINGLE} nor {INDEX} is there; only safetensors are read")
+        return read_files([single])
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: weight_map is not a mapping of tensor names to files")
+    names: dict[str, None] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise FormatError(
+                f"{index}: tensor {tensor} is said to be in {name!r}, which is not the plain name of a safetensors "
+                "file in this folder"
+            )
+        if name not in names and not (folder / name).is_file():
+            raise FormatError(f"{index}: tensor {tensor} is said to be in {name!r}, which does not exist")
+        names[name] = None
+    checkpoint = read_files([folder / name for name in sorted(names)])
+    for tensor, name in weight_map.items():
+        stored = checkpoint.tensors.get(tensor)
+        if stored is None or stored.file.name != name:
+            raise FormatError(f"{index}: tensor {tensor} is said to be in {name!r}, which does not have it")
+    return checkpoint
+
+
+def read_files(files: Iterable[str | Path]) -> Checkpoint:
+    """Read the headers of these safetensors files as one checkpoint; as :func:`read_folder` without an index."""
+    paths = tuple(Path(file) for file in files)
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if name in tensors:
+                        raise FormatError(f"{path}: tensor {name} is also in {tensors[name].file}")
+                    view = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, view.get_dtype(), tuple(view.get_shape()))
+        except FormatError:
+            raise
+        except Exception as error:
+            raise FormatError(f"{path}: not a readable safetensors file: {error}") from error
+    checkpoint = Checkpoint(paths, tensors, {})
+    for name in tensors:
+        layer, _, part = name.rpartition(".")
+        is_part = part in PARTS[:2] or (part == "shape" and f"{layer}.weight" not in tensors)
+        if is_part and layer not in checkpoint.layers:
+            checkpoint.layers[layer] = _read_layer(checkpoint, layer)
+    return checkpoint
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read `config.json` of a checkpoint folder. Raises FormatError if it is missing or no JSON object."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist; is {folder} the folder of a Hugging Face model?")
+    return _read_json(path)
+
+
+def _read_layer(checkpoint: Checkpoint, layer: str) -> SparseLayer:
+    """Check the three parts of one packed layer against each other by what the headers say."""
+    tensors = checkpoint.tensors
+    missing = [part for part in PARTS if f"{layer}.{part}" not in tensors]
+    if missing:
+        present = next(part for part in PARTS if part not in missing)
+        raise FormatError(
+            f"{tensors[f'{layer}.{present}'].file}: layer {layer} has {present} but not {' and '.join(missing)}"
+        )
+    if f"{layer}.weight" in tensors:
+        raise FormatError(f"{tensors[f'{layer}.weight'].file}: layer {layer} is stored both packed and as a weight")
+    compressed, bitmask, shape = (tensors[f"{layer}.{part}"] for part in PARTS)
+    if shape.dtype != "I64" or math.prod(shape.shape) != 2:
+        raise FormatError(
+            f"{shape.file}: tensor {layer}.shape is {shape.dtype} {list(shape.shape)}, not two integers of type I64"
+        )
+    if compressed.dtype not in DTYPES:
+        raise FormatError(
+            f"{compressed.file}: tensor {layer}.compressed has dtype {compressed.dtype}, not one of {list(DTYPES)}"
+        )
+    try:
+        rows, columns = read_shape(checkpoint.load(f"{layer}.shape"))
+    except FormatError as error:
+        raise FormatError(f"{shape.file}: tensor {layer}.shape: {error}") from None
+    for part, stored, dtype, expected in (
+        ("compressed", compressed, compressed.dtype, (rows, columns // 2)),
+        ("bitmask", bitmask, "U8", (rows, (columns + 7) // 8)),
+    ):
+        if stored.dtype != dtype or stored.shape != expected:
+            raise FormatError(
+                f"{stored.file}: tensor {layer}.{part} is {stored.dtype} {list(stored.shape)}, but the stored shape "
+                f"{[rows, columns]} needs {dtype} {list(expected)}"
+            )
+    return SparseLayer(layer, DTYPES[compressed.dtype], (rows, columns))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise FormatError(f"{path} has {size} bytes, more than the {_MAX_JSON_BYTES} that are parsed")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    return content
