@@ -1,7 +1,16 @@
 """llm-compressor modifiers: one file each, lifecycle and fields only (the mathematics is above this package)."""
 
-__all__ = ["register"]
+try:
+    from llmcompressor.modifiers import ModifierFactory
+except ImportError as error:
+    raise ImportError('crepe_llm.modifiers needs llm-compressor: pip install "crepe-llm[compress]"') from error
+
+from crepe_llm.modifiers.crepe import CRePEModifier
+
+__all__ = ["CRePEModifier", "register"]
 
 
 def register() -> None:
     """Make the modifiers known to llm-compressor's recipes by their class names. Idempotent."""
+    for modifier in (CRePEModifier,):
+        ModifierFactory.register(modifier.__name__, modifier)

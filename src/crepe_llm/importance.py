@@ -1,0 +1,204 @@
+"""Importance scores of the weights of a linear layer y = W x.
+
+Every score is a pure function of the weight [d_out, d_in] and, where it looks at activations, of the L2 norm
+of each input channel over the calibration tokens [d_in]; it returns fp32 scores [d_out, d_in] on the weight's
+device, larger meaning more important. :mod:`crepe_llm.masks` turns scores into masks.
+"""
+
+import math
+
+import torch
+
+__all__ = ["crepe_scores", "magnitude_scores", "ria_scores", "wanda_scores", "window_mean"]
+
+# Sums of |W| below this count as zero: an all-zero row, column or window then scores 0 instead of NaN.
+_TINY = torch.finfo(torch.float32).tiny
+_BLOCK_ELEMENTS = 1 << 18
+
+
+def magnitude_scores(weight: torch.Tensor, input_norm: torch.Tensor | None = None) -> torch.Tensor:
+    """Score each weight by its absolute value.
+
+    Args:
+        weight: [d_out, d_in], any floating dtype.
+        input_norm: ignored; accepted so that all scores can be called alike.
+
+    Returns:
+        fp32 scores [d_out, d_in].
+    """
+    _check(weight, None)
+    return weight.detach().to(torch.float32, copy=True).abs_()
+
+
+def wanda_scores(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
+    """Score each weight by its absolute value times the norm of its input channel: \\|W_ij\\| ‖X_j‖.
+
+    Args:
+        weight: [d_out, d_in], any floating dtype.
+        input_norm: [d_in], non-negative L2 norm of each input channel over the calibration tokens.
+
+    Returns:
+        fp32 scores [d_out, d_in].
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Source: Wanda, arXiv 2306.11695, equation 1.
+    """
+    _check(weight, input_norm)
+    return magnitude_scores(weight).mul_(input_norm.to(weight.device, torch.float32))
+
+
+def ria_scores(weight: torch.Tensor, input_norm: torch.Tensor, *, activation_exponent: float = 0.5) -> torch.Tensor:
+    """Score each weight relative to its row and column: (\\|W_ij\\| / R_i + \\|W_ij\\| / C_j) ‖X_j‖^a.
+
+    R_i and C_j are the sums of absolute values of row i and column j. This is :func:`crepe_scores` without
+    the neighbourhood term.
+
+    Args:
+        weight: [d_out, d_in], any floating dtype.
+        input_norm: [d_in], non-negative L2 norm of each input channel over the calibration tokens.
+        activation_exponent: a, at least 0.
+
+    Returns:
+        fp32 scores [d_out, d_in]; 0 where a whole row or column of the weight is zero.
+
+    Raises:
+        ValueError: if the shapes do not fit or the exponent is negative.
+
+    Source: RIA, ICLR 2024 (OpenReview Tr0lPx9woF), equation 3; the guard for all-zero rows is ours.
+    """
+    return crepe_scores(
+        weight, input_norm, row=1.0, column=1.0, neighbourhood=0.0, activation_exponent=activation_exponent
+    )
+
+
+def crepe_scores(
+    weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    *,
+    row: float = 1.0,
+    column: float = 1.0,
+    neighbourhood: float = 1.0,
+    kernel_size: int = 3,
+    activation_exponent: float = 0.5,
+) -> torch.Tensor:
+    """Score each weight relative to its row, its column and its K x K neighbourhood, times the input norm.
+
+    With A = |W|, row sums R, column sums C and M the mean of A over the K x K window centred at (i, j)
+    (centre included; at borders the mean is over the entries that exist)::
+
+        s_ij = (row A_ij / R_i + column A_ij / C_j + neighbourhood A_ij / (sqrt(d_out d_in) M_ij)) ‖X_j‖^a
+
+    ``(row, column, neighbourhood, a) = (1, 1, 0, 0.5)`` is RIA; ``(1, 0, 0, 1)`` compared within rows or N:M
+    groups is Wanda; ``row`` alone with a = 0 is magnitude within rows. ``kernel_size=1`` makes the
+    neighbourhood term constant. Runs in O(numel) for every kernel size.
+
+    Args:
+        weight: [d_out, d_in], any floating dtype; arithmetic is in fp32.
+        input_norm: [d_in], non-negative L2 norm of each input channel over the calibration tokens.
+        row: coefficient of the row term, at least 0.
+        column: coefficient of the column term, at least 0.
+        neighbourhood: coefficient of the neighbourhood term, at least 0. One coefficient must be positive.
+        kernel_size: K, odd and positive; may exceed the layer.
+        activation_exponent: a, at least 0.
+
+    Returns:
+        fp32 scores [d_out, d_in], non-negative; an all-zero row, column or window contributes 0, never NaN.
+
+    Raises:
+        ValueError: if the shapes do not fit or a coefficient is out of its range.
+
+    Source: our reading of CRePE, arXiv 2606.01544, whose full text is not public to us: the paper's abstract
+    gives the three terms and the adaptive coefficients; the mean over the window, its treatment at borders and
+    the factor sqrt(d_out d_in), which keeps the third term on the scale of the others, are ours.
+    """
+    _check(weight, input_norm)
+    check_coefficients(row, column, neighbourhood, kernel_size, activation_exponent)
+    magnitude = magnitude_scores(weight)
+    if neighbourhood > 0:
+        scores = window_mean(magnitude, kernel_size).clamp_min_(_TINY)
+        torch.div(magnitude, scores, out=scores)
+        scores.mul_(neighbourhood / math.sqrt(weight.numel()))
+    else:
+        scores = torch.zeros_like(magnitude)
+    if row > 0:
+        scores.addcdiv_(magnitude, magnitude.sum(dim=1, keepdim=True).clamp_min_(_TINY), value=row)
+    if column > 0:
+        scores.addcdiv_(magnitude, magnitude.sum(dim=0).clamp_min_(_TINY), value=column)
+    return scores.mul_(input_norm.to(weight.device, torch.float32).pow(activation_exponent))
+
+
+def check_coefficients(
+    row: float, column: float, neighbourhood: float, kernel_size: int, activation_exponent: float
+) -> None:
+    """Raise ValueError, naming the field, its value and the fix, where CRePE's coefficients make no score."""
+    coefficients = {"row": row, "column": column, "neighbourhood": neighbourhood}
+    for name, value in (*coefficients.items(), ("activation_exponent", activation_exponent)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value} must be a finite number of at least 0")
+    if not any(coefficients.values()):
+        raise ValueError(
+            "row, column and neighbourhood are all 0, so every score would be 0: make one of them positive"
+        )
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size={kernel_size} must be odd and positive, so that the window has a centre: "
+            f"use {max(1, kernel_size - 1)} or {max(1, kernel_size + 1)}"
+        )
+
+
+def window_mean(values: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    """Mean over the K x K window centred at each entry, over the entries that exist at borders.
+
+    Each axis is one fp64 running sum, block by block, of which window sums are differences: O(numel) for
+    every K, one fp32 copy and a small block of memory.
+
+    Args:
+        values: fp32 [n, m].
+        kernel_size: K, odd and positive.
+
+    Returns:
+        fp32 means [n, m].
+    """
+    rows, columns = values.shape
+    means = torch.empty_like(values)
+    if values.numel() == 0:
+        return means
+    half = kernel_size // 2
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        means[start : start + step] = _window_mean_last(values[start : start + step], half)
+    step = max(1, _BLOCK_ELEMENTS // rows)
+    for start in range(0, columns, step):
+        block = means[:, start : start + step]
+        # A transposed copy lets both axes share one routine whose sums run along contiguous memory.
+        block.copy_(_window_mean_last(block.T.contiguous(), half).T)
+    return means
+
+
+def _window_mean_last(values: torch.Tensor, half: int) -> torch.Tensor:
+    """Mean of values[:, j - half : j + half + 1] for every j, in fp64."""
+    length = values.shape[1]
+    half = min(half, length)
+    # sums[:, half + 1 + j] = values[:, 0] + ... + values[:, j], extended flat on both sides, so that every
+    # window, cut at the borders or not, is the difference of two entries 2 half + 1 apart.
+    sums = values.new_empty((values.shape[0], length + 2 * half + 1), dtype=torch.float64)
+    sums[:, : half + 1] = 0
+    torch.cumsum(values, dim=1, dtype=torch.float64, out=sums[:, half + 1 : half + 1 + length])
+    sums[:, half + 1 + length :] = sums[:, half + length, None]
+    centre = torch.arange(length, device=values.device)
+    counts = (centre + half + 1).clamp_max_(length) - (centre - half).clamp_min_(0)
+    return (sums[:, 2 * half + 1 :] - sums[:, :length]).div_(counts)
+
+
+def _check(weight: torch.Tensor, input_norm: torch.Tensor | None) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be a floating-point matrix [d_out, d_in], got {weight.dtype} {list(weight.shape)}"
+        )
+    if input_norm is not None and input_norm.shape != weight.shape[1:]:
+        raise ValueError(
+            f"input_norm must have one entry per input channel, shape [{weight.shape[1]}] for a weight "
+            f"{list(weight.shape)}, got {list(input_norm.shape)}"
+        )

@@ -1,0 +1,181 @@
+"""What modifiers that look at layers' inputs share: which layers, hooks, statistics, padding."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from compressed_tensors.utils import align_module_device, get_execution_device, match_named_modules
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from pydantic import Field, PrivateAttr
+
+from crepe_llm.statistics import InputStatistics
+
+__all__ = ["CalibratedModifier", "input_channels", "is_transposed", "weight_matrix"]
+
+
+def is_transposed(module: torch.nn.Module) -> bool:
+    """Whether the module stores its weight as [d_in, d_out], as GPT-2's Conv1D does."""
+    return type(module).__name__ == "Conv1D"
+
+
+def input_channels(module: torch.nn.Module) -> int:
+    """The module's d_in."""
+    return cast(torch.Tensor, module.weight).shape[0 if is_transposed(module) else 1]
+
+
+def weight_matrix(module: torch.nn.Module) -> torch.Tensor:
+    """The module's weight as [d_out, d_in], a view. Call it where offloaded weights are on the device."""
+    weight = cast(torch.Tensor, module.weight)
+    return weight.T if is_transposed(module) else weight
+
+
+class CalibratedModifier(Modifier):
+    """Base of modifiers that gather the input statistics of linear layers and then change those layers.
+
+    Subclasses implement :meth:`compress`, called once per layer when the layer's calibration is over: at the end
+    of its block in the sequential pipeline, so that the next block sees what it became.
+
+    :param targets: layers to work on, by class name, exact name or `re:` pattern
+    :param ignore: layers to leave alone, likewise
+    :param uncalibrated: what to do with a layer that no calibration token reached, such as an expert that was
+        never routed to: `error` (the default), or leave it `dense`
+    """
+
+    requires_calibration_data: bool = True
+
+    targets: list[str] = Field(default_factory=lambda: ["Linear", "Conv1D"])
+    ignore: list[str] = Field(default_factory=lambda: ["re:.*lm_head"])
+    uncalibrated: Literal["error", "dense"] = "error"
+
+    _layers: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
+    _statistics: dict[torch.nn.Module, InputStatistics] = PrivateAttr(default_factory=dict)
+    _dataloader: Any = PrivateAttr(default=None)
+
+    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
+        """Change one layer, given the statistics of its inputs."""
+        raise NotImplementedError
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Find the layers, and refuse what cannot work before any time is spent."""
+        # Not state.data.calib: that is a deep copy of the loader that the pipelines iterate.
+        self._dataloader = kwargs.get("calib_data")
+        if self._dataloader is None:
+            raise ValueError(
+                f"{type(self).__name__} needs calibration data, and oneshot was given none: pass `dataset=` "
+                "(a name, or a tokenized datasets.Dataset)"
+            )
+        self._layers = {module: name for name, module in match_named_modules(state.model, self.targets, self.ignore)}
+        if not self._layers:
+            classes = sorted({type(m).__name__ for m in state.model.modules() if hasattr(m, "weight")})
+            raise ValueError(
+                f"targets={self.targets} with ignore={self.ignore} match no layer of {type(state.model).__name__}; "
+                f"its modules with weights are of the classes {', '.join(classes)}"
+            )
+        tables = {id(m.weight): n for n, m in state.model.named_modules() if isinstance(m, torch.nn.Embedding)}
+        for module, name in self._layers.items():
+            if (
+                not isinstance(getattr(module, "weight", None), torch.Tensor)
+                or cast(torch.Tensor, module.weight).dim() != 2
+            ):
+                raise ValueError(
+                    f"targets={self.targets} match {name}, a {type(module).__name__}, which is no linear layer"
+                )
+            if id(module.weight) in tables:
+                raise ValueError(
+                    f"{name} shares its weight with the embedding {tables[id(module.weight)]}, which would be changed "
+                    f"too: add {name} to `ignore`, or load the model with tie_word_embeddings=False"
+                )
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Watch the inputs of every layer."""
+        _start_recording(self._dataloader)
+        for module in self._layers:
+            self.register_hook(module, self._update, "forward_pre")  # type: ignore[arg-type]
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Compress the layers whose calibration has just ended."""
+        for module in modules:
+            name = self._layers.get(module)
+            if name is None:
+                continue
+            statistics = self._statistics.pop(module, None)
+            del self._layers[module]
+            if statistics is None or statistics.tokens == 0:
+                if self.uncalibrated == "dense":
+                    continue
+                raise ValueError(
+                    f"{name} never saw a calibration token, so its inputs are unknown: calibrate with more or other "
+                    "text, add it to `ignore`, or set `uncalibrated: dense` to leave such layers unpruned"
+                )
+            if not bool(torch.isfinite(statistics.square_sum).all()):
+                channels = (~torch.isfinite(statistics.square_sum)).nonzero().flatten().tolist()
+                raise ValueError(
+                    f"the inputs of {name} are NaN or infinite in {len(channels)} channels, first {channels[:5]}: "
+                    "the model overflows on this data; load it with dtype=float32 or bfloat16"
+                )
+            with torch.no_grad(), align_module_device(module):
+                if not bool(torch.isfinite(weight_matrix(module)).all()):
+                    raise ValueError(f"the weight of {name} contains NaN or infinity: the checkpoint is damaged")
+                self.compress(name, module, statistics)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Stop watching."""
+        self._stop_watching()
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Refuse to leave a layer out silently."""
+        self._stop_watching()
+        if self._layers:
+            names = list(self._layers.values())
+            raise ValueError(
+                f"{len(names)} targeted layers were not part of the calibrated model, the first being {names[0]}: "
+                "add them to `ignore`"
+            )
+        return True
+
+    def _stop_watching(self) -> None:
+        if self._hooks:
+            self.remove_hooks()
+            _stop_recording(self._dataloader)
+
+    def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        inputs = args[0]
+        if module not in self._statistics:
+            self._statistics[module] = InputStatistics(input_channels(module), device=get_execution_device(module))
+        mask = self._dataloader.masks[active_session().state.current_batch_idx]
+        if mask is not None and mask.numel() != inputs.shape[:-1].numel():
+            mask = None  # routed to an expert: the toolkit does not say which tokens these are
+        self._statistics[module].update(inputs, mask)
+
+
+def _start_recording(dataloader: Any) -> None:
+    """Have a dataloader remember every batch's attention mask in `.masks`, so that hooks can leave padding out.
+
+    Pipelines hand hooks a layer's inputs and the index of the batch, but no mask; giving the loader a subclass of its
+    own class is the one way to watch its iteration that works for any loader, also with worker processes.
+    """
+    if not hasattr(dataloader, "recorders"):
+        original = type(dataloader)
+
+        def iterate(self: Any) -> Iterator[Any]:
+            self.masks = []
+            for batch in original.__iter__(self):
+                mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+                has_padding = mask is not None and mask.dim() == 2 and not bool(mask.all())
+                self.masks.append(mask if has_padding else None)
+                yield batch
+
+        dataloader.__class__ = type(f"MaskRecording{original.__name__}", (original,), {"__iter__": iterate})
+        dataloader.recorders = 0
+    dataloader.recorders += 1
+
+
+def _stop_recording(dataloader: Any) -> None:
+    dataloader.recorders -= 1
+    if dataloader.recorders == 0:
+        dataloader.__class__ = type(dataloader).__bases__[0]
+        del dataloader.recorders, dataloader.masks

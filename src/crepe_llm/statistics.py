@@ -1,0 +1,107 @@
+"""Streaming statistics of a linear layer's inputs over calibration tokens."""
+
+import torch
+
+__all__ = ["InputStatistics"]
+
+
+class InputStatistics:
+    """Per-channel sums of a layer's inputs, gathered batch by batch and mergeable across devices or processes.
+
+    Sums within a batch are fp32 or better, sums across batches fp64, whatever the model's dtype.
+
+    Args:
+        channels: d_in, the number of input channels.
+        gram: also accumulate the Gram matrix X^T X (fp32 [d_in, d_in]).
+        device: where the sums live; inputs are expected there.
+
+    Attributes:
+        tokens: number of tokens seen.
+        sum: fp64 [d_in], sum over tokens of x.
+        square_sum: fp64 [d_in], sum over tokens of x^2.
+        gram: fp32 [d_in, d_in], sum over tokens of x x^T, or None.
+    """
+
+    def __init__(self, channels: int, *, gram: bool = False, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(channels, channels, device=device) if gram else None
+
+    @property
+    def channels(self) -> int:
+        """d_in."""
+        return self.sum.numel()
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """fp32 [d_in]: L2 norm of each channel over all tokens, ‖X_j‖."""
+        return self.square_sum.sqrt().float()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """fp64 [d_in]: mean of each channel over tokens.
+
+        Raises:
+            ValueError: if no token was seen.
+        """
+        self._require_tokens()
+        return self.sum / self.tokens
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """fp64 [d_in]: biased variance of each channel over tokens.
+
+        Raises:
+            ValueError: if no token was seen.
+        """
+        self._require_tokens()
+        return (self.square_sum / self.tokens - self.mean.square()).clamp_min_(0)
+
+    def update(self, inputs: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: [..., d_in], any floating dtype.
+            token_mask: [...] (the leading shape of `inputs`) or the same number of entries flat; zero entries are
+                padding and left out. None counts every token.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        if inputs.shape[-1] != self.channels:
+            raise ValueError(f"inputs have {inputs.shape[-1]} channels, the statistics {self.channels}")
+        tokens = inputs.detach().reshape(-1, self.channels)
+        if token_mask is not None:
+            if token_mask.numel() != len(tokens):
+                raise ValueError(f"token_mask has {token_mask.numel()} entries for {len(tokens)} tokens")
+            tokens = tokens[token_mask.reshape(-1).to(tokens.device, torch.bool)]
+        if not len(tokens):
+            return
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        self.tokens += len(tokens)
+        self.sum += tokens.sum(dim=0, dtype=dtype).to(self.sum)
+        self.square_sum += torch.linalg.vector_norm(tokens, dim=0, dtype=dtype).to(self.square_sum).square_()
+        if self.gram is not None:
+            tokens = tokens.to(dtype)
+            self.gram += (tokens.T @ tokens).to(self.gram)
+
+    def merge(self, other: "InputStatistics") -> None:
+        """Add the statistics of other tokens of the same layer, as if they had been seen here.
+
+        Raises:
+            ValueError: if the channels differ or only one side has a Gram matrix.
+        """
+        if other.channels != self.channels:
+            raise ValueError(f"cannot merge statistics of {other.channels} channels into {self.channels}")
+        if (other.gram is None) != (self.gram is None):
+            raise ValueError("cannot merge statistics with a Gram matrix and statistics without")
+        self.tokens += other.tokens
+        self.sum += other.sum.to(self.sum)
+        self.square_sum += other.square_sum.to(self.square_sum)
+        if self.gram is not None and other.gram is not None:
+            self.gram += other.gram.to(self.gram)
+
+    def _require_tokens(self) -> None:
+        if not self.tokens:
+            raise ValueError("no calibration token was seen, so there is no mean or variance")
