@@ -113,12 +113,13 @@ def validate_bitmask(bitmask: torch.Tensor, columns: int) -> None:
     width = math.ceil(columns / 8)
     if bitmask.ndim != 2 or bitmask.shape[1] != width:
         raise FormatError(f"bitmask has shape {tuple(bitmask.shape)}, but {columns} columns need {width} bytes a row")
-    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    device = bitmask.device
+    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
     low, high = bits[:, :4].sum(1), bits[:, 4:].sum(1)
-    good = ((low == 2) & (high == 2)).to(bitmask.device)
-    good_tail = ((low == 2) & (high == 0)).to(bitmask.device) if columns % 8 else good
+    good = (low == 2) & (high == 2)
+    good_tail = (low == 2) & (high == 0) if columns % 8 else good
     for start, block in _row_blocks(bitmask):
-        wrong = torch.empty(block.shape, dtype=torch.bool, device=bitmask.device)
+        wrong = torch.empty(block.shape, dtype=torch.bool, device=device)
         wrong[:, :-1] = ~good[block[:, :-1].int()]
         wrong[:, -1:] = ~good_tail[block[:, -1:].int()]
         if wrong.any():
