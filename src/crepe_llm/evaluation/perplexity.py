@@ -75,9 +75,7 @@ def token_windows(tokenizer: Any, texts: Sequence[str], window: int, *, tokens: 
         ValueError: no text, less than one window of it, or a window below 2.
     """
     if window < 2:
-        raise ValueError(
-            f"window is {window}; a window needs at least 2 tokens, one to predict from and one to predict"
-        )
+        raise ValueError(f"window is {window}; a window needs at least 2 tokens, to predict one from the other")
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens is {tokens}; give a positive number, or None for all of the text")
     text = "\n\n".join(texts)
@@ -138,9 +136,7 @@ def perplexity(model: Any, windows: torch.Tensor, *, corpus: str, progress: bool
         for i in bar:
             nll = negative_log_likelihood(windows[i : i + 1].to(device))
             if math.isnan(nll):
-                raise ValueError(
-                    f"window {i} has NaN among its logits; does the model hold NaN, or overflow its dtype?"
-                )
+                raise ValueError(f"window {i} has NaN among its logits: the model holds NaN or overflows its dtype")
             total += nll
             bar.set_postfix_str(f"{math.exp(min(total / ((i + 1) * (windows.shape[1] - 1)), 700.0)):.3f}")
     finally:

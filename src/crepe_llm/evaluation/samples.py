@@ -355,7 +355,7 @@ def _convert_weights(source: _Gguf, config: Any) -> Any:
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     with torch.no_grad():
         for name, parameter in tqdm(list(model.named_parameters()), desc="dequantising", unit=" tensors"):
-            value = source.tensor(names.get_name(name, try_suffixes=(".weight",)))
+            value = source.tensor(names.get_name(name, try_suffixes=(".weight",)) or name)
             if source.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
                 # GGUF interleaves the two halves of each head's rotary pairs; transformers keeps them apart.
                 heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
