@@ -9,6 +9,7 @@ from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr
 
+from crepe_llm.checkpoints import attach
 from crepe_llm.statistics import InputStatistics
 
 __all__ = ["CalibratedModifier", "input_channels", "is_transposed", "weight_matrix"]
@@ -127,7 +128,7 @@ class CalibratedModifier(Modifier):
         self._stop_watching()
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Refuse to leave a layer out silently."""
+        """Refuse to leave a layer out silently; make the model save what is 2:4 as such."""
         self._stop_watching()
         if self._layers:
             names = list(self._layers.values())
@@ -135,6 +136,7 @@ class CalibratedModifier(Modifier):
                 f"{len(names)} targeted layers were not part of the calibrated model, the first being {names[0]}: "
                 "add them to `ignore`"
             )
+        attach(state.model)
         return True
 
     def _stop_watching(self) -> None:
