@@ -6,11 +6,12 @@ except ImportError as error:
     raise ImportError('crepe_llm.modifiers needs llm-compressor: pip install "crepe-llm[compress]"') from error
 
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.gptq import MaskedGPTQModifier
 
-__all__ = ["CRePEModifier", "register"]
+__all__ = ["CRePEModifier", "MaskedGPTQModifier", "register"]
 
 
 def register() -> None:
     """Make the modifiers known to llm-compressor's recipes by their class names. Idempotent."""
-    for modifier in (CRePEModifier,):
+    for modifier in (CRePEModifier, MaskedGPTQModifier):
         ModifierFactory.register(modifier.__name__, modifier)
