@@ -5,9 +5,8 @@ graph break.
 """
 
 import torch
-import torch.nn.functional as F
 
-from crepe_llm.kernels import reference
+from crepe_llm.kernels import cpu, reference
 from crepe_llm.kernels.packed import DenseWeight, PackedWeight, packed_bytes
 
 _ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,8 +22,8 @@ def linear(x: torch.Tensor, packed: PackedWeight | DenseWeight, bias: torch.Tens
 
     ``x`` is [..., K] in bf16, fp16 or fp32, of any strides and any number of tokens (0 too); ``bias`` has N elements;
     ``y`` is [..., N] in x's dtype. Sums are fp32, one chain of additions an output in ascending column order, so that a
-    token's result does not depend on which other tokens share the batch. Int8 weights take activations quantized here, symmetrically,
-    one scale a token (:func:`crepe_llm.kernels.reference.quantize_per_token`), and sum in int32.
+    token's result does not depend on which other tokens share the batch. Int8 weights take activations quantized here,
+    symmetrically, one scale a token (:func:`crepe_llm.kernels.reference.quantize_per_token`), and sum in int32.
 
     A pruned position touches no activation: an infinite or NaN activation spoils only outputs that keep its column
     (dense arithmetic would spoil all). With int8 weights it makes its token's outputs NaN.
@@ -40,7 +39,7 @@ def linear(x: torch.Tensor, packed: PackedWeight | DenseWeight, bias: torch.Tens
         raise ValueError(f"bias has {bias.numel()} elements; the weight has {n} rows")
     flat = x.reshape(-1, k)
     if isinstance(packed, DenseWeight):
-        y = F.linear(flat, packed.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = torch.nn.functional.linear(flat, packed.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     else:
         y = torch.ops.crepe_llm.sparse24_linear(flat, packed.data, packed.scale, bias, n, k, packed.dtype)
     return y.view(*x.shape[:-1], n)
@@ -57,7 +56,10 @@ def _sparse24_linear(
 ) -> torch.Tensor:
     if data.dtype != torch.uint8 or data.numel() != packed_bytes(n, k, dtype):
         raise ValueError(f"packed data has {data.numel()} bytes; {n} x {k} {dtype} needs {packed_bytes(n, k, dtype)}")
-    return reference.sparse_linear(x, PackedWeight(data, (n, k), dtype, scale), bias)
+    packed = PackedWeight(data, (n, k), dtype, scale)
+    if cpu.library() is None:
+        return reference.sparse_linear(x, packed, bias)
+    return cpu.multiply(x, packed, bias)
 
 
 def _sparse24_linear_fake(

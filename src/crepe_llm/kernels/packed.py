@@ -15,8 +15,8 @@ bytes    content                                     order
 ======== =========================================== ================================================================
 
 In the metadata word the column (0 to 3, within its group) of kept value ``v`` of group ``g`` is at bits
-``4 g + 2 v``; for int8, of kept value ``v`` (0 to 3) of pair ``p``, at bits ``8 v + 2 p``, so that one shift and one mask
-spread the four over the four bytes of a lane. Two bits can only name a column of their own group: whatever the
+``4 g + 2 v``; for int8, of kept value ``v`` (0 to 3) of pair ``p``, at bits ``8 v + 2 p``, so that one shift and one
+mask spread the four over the four bytes of a lane. Two bits can only name a column of their own group: whatever the
 metadata says, a kernel reads no activation outside the group. The layout is ours.
 """
 
@@ -128,8 +128,9 @@ def pack_compressed(
 ) -> PackedWeight:
     """Packs a ``sparse-24-bitmask`` weight without making it dense.
 
-    ``compressed`` is [N, K / 2] (dtypes as in :func:`pack`), ``bitmask`` uint8 [N, ceil(K / 8)] with bit j of byte b set
-    iff column 8 b + j is kept, ``shape`` the dense (N, K) (also as a tensor of two values); ``scale`` as in :func:`pack`.
+    ``compressed`` is [N, K / 2] (dtypes as in :func:`pack`), ``bitmask`` uint8 [N, ceil(K / 8)] with bit j of byte b
+    set iff column 8 b + j is kept, ``shape`` the dense (N, K) (also as a tensor of two values); ``scale`` as in
+    :func:`pack`.
 
     Raises ValueError when the shapes disagree, when a group of the bitmask does not have exactly two bits set, or when
     bits beyond column K are set; TypeError for another dtype.
@@ -170,7 +171,9 @@ def pack_dense(weight: torch.Tensor) -> DenseWeight:
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"weight has dtype {weight.dtype}; bfloat16, float16 or float32 is needed")
     if weight.ndim != 2 or not weight.is_contiguous():
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, strides {weight.stride()}; a contiguous matrix is needed")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, strides {weight.stride()}; a contiguous matrix is needed"
+        )
     return DenseWeight(weight)
 
 

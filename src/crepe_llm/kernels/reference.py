@@ -1,7 +1,6 @@
 """The reference path: decompress, then torch's dense product. Always right, never fast."""
 
 import torch
-import torch.nn.functional as F
 
 from crepe_llm.kernels.packed import PackedWeight, unpack
 
@@ -27,9 +26,9 @@ def sparse_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | No
     if packed.dtype == torch.int8:
         values, token_scale = quantize_per_token(x)
         # Sums stay below 2^53, so that fp64 gives the int32 result exactly.
-        y = F.linear(values.double(), weight.double()).float() * token_scale[:, None]
+        y = torch.nn.functional.linear(values.double(), weight.double()).float() * token_scale[:, None]
     else:
-        y = F.linear(x.float(), weight.float())
+        y = torch.nn.functional.linear(x.float(), weight.float())
     if packed.scale is not None:
         y = y * packed.scale
     if bias is not None:

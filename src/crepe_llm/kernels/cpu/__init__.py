@@ -1,0 +1,140 @@
+"""The C++ kernels: loading the library that was built with the package, and calling it through ctypes.
+
+Threads are those of the OpenMP runtime that torch has loaded: the library links no runtime of its own and is handed
+``GOMP_parallel`` (which LLVM's and Intel's runtimes export too), found the way that torch's own calls find it. So there
+is one pool, and ``torch.set_num_threads`` and CPU affinity set for torch hold here.
+"""
+
+import ctypes
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from crepe_llm.kernels.packed import DenseWeight, PackedWeight
+
+ISA_VARIABLE = "CREPE_CPU_ISA"
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}  # kernels.h
+_SPARSE24, _DENSE = 0, 1
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "x", "scale", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "x_row_stride", "x_column_stride")),
+        *((name, ctypes.c_int32) for name in ("layout", "weight_dtype", "x_dtype", "bias_dtype")),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernel library, or None (with one warning) where the package was installed without it."""
+    found = next(
+        (path for path in sorted(Path(__file__).parent.glob("_kernels*")) if path.suffix in (".so", ".dylib")), None
+    )
+    reason = "it was not built when crepe-llm was installed"
+    if found is not None:
+        try:
+            loaded = ctypes.CDLL(str(found))
+        except OSError as error:
+            reason = str(error)
+        else:
+            loaded.crepe_instruction_set.restype = ctypes.c_char_p
+            loaded.crepe_multiply.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
+            return loaded
+    warnings.warn(
+        f"crepe-llm's CPU kernel library is missing ({reason}); 2:4 weights are decompressed at every product, which "
+        "is slow. Install a C++17 compiler (g++ or clang++) and install crepe-llm again.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+@functools.cache
+def instruction_sets() -> dict[str, int]:
+    """Names of the instruction sets that this processor can run, best first, with their index in the library."""
+    lib = library()
+    if lib is None:
+        return {}
+    names: dict[str, int] = {}
+    index = 0
+    while (name := lib.crepe_instruction_set(index)) is not None:
+        if lib.crepe_supported(index):
+            names[name.decode()] = index
+        index += 1
+    return names
+
+
+@functools.cache
+def default_instruction_set() -> str | None:
+    """The instruction set in use: the one named by ``CREPE_CPU_ISA``, else the best; None without a library.
+
+    Raises ValueError when the variable names one that this machine cannot run.
+    """
+    names = instruction_sets()
+    if not names:
+        return None
+    asked = os.environ.get(ISA_VARIABLE)
+    if asked and asked not in names:
+        raise ValueError(f"{ISA_VARIABLE}={asked}: this machine runs {', '.join(names)}")
+    return asked or next(iter(names))
+
+
+@functools.cache
+def _parallel() -> int:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch calls, or 0 where there is none."""
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for name in (None, str(torch_library)):
+        try:
+            function = ctypes.CDLL(name).GOMP_parallel
+        except (AttributeError, OSError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+def multiply(
+    x: torch.Tensor,
+    weight: PackedWeight | DenseWeight,
+    bias: torch.Tensor | None,
+    instruction_set: str | None = None,
+) -> torch.Tensor:
+    """``x`` [M, K] (any strides) times ``weight``, plus ``bias``: [M, N] in x's dtype.
+
+    The caller has checked shapes and dtypes, and that :func:`library` is there. ``instruction_set`` is one of
+    :func:`instruction_sets` (default: :func:`default_instruction_set`).
+    """
+    n, k = weight.shape
+    data = weight.data if isinstance(weight, PackedWeight) else weight.weight
+    scale = weight.scale if isinstance(weight, PackedWeight) else None
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    if bias is not None and not (bias.is_contiguous() and bias.dtype in _DTYPES and bias.dtype.is_floating_point):
+        bias = bias.to(torch.float32).contiguous()
+    problem = _Problem(
+        data.data_ptr(),
+        x.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.shape[0],
+        n,
+        k,
+        x.stride(0),
+        x.stride(1),
+        _SPARSE24 if isinstance(weight, PackedWeight) else _DENSE,
+        _DTYPES[weight.dtype],
+        _DTYPES[x.dtype],
+        0 if bias is None else _DTYPES[bias.dtype],
+    )
+    index = instruction_sets()[instruction_set or default_instruction_set() or ""]
+    lib = library()
+    assert lib is not None
+    if lib.crepe_multiply(ctypes.addressof(problem), index, _parallel(), torch.get_num_threads()):
+        raise MemoryError(f"no memory for the converted activations of {x.shape[0]} tokens x {k} columns")
+    return y

@@ -1,0 +1,104 @@
+// Entry points: which instruction sets there are, and a product spread over the OpenMP team that Python's process
+// already has.
+#include <atomic>
+#include <cstdlib>
+
+#include "kernels.h"
+
+namespace {
+
+const InstructionSet* const kSets[] = {
+#ifdef CREPE_HAVE_AVX512_BF16
+    &kAvx512Bf16,
+#endif
+#ifdef CREPE_HAVE_AVX512_VNNI
+    &kAvx512Vnni,
+#endif
+#ifdef CREPE_HAVE_AVX512
+    &kAvx512,
+#endif
+#ifdef CREPE_HAVE_AVX2
+    &kAvx2,
+#endif
+#ifdef CREPE_HAVE_NEON
+    &kNeon,
+#endif
+    &kPortable,
+};
+constexpr int32_t kSetCount = sizeof kSets / sizeof *kSets;
+
+// libgomp's entry point, which LLVM's and Intel's runtimes have too: runs f(data) once on each thread of a team.
+using Parallel = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
+
+struct Work {
+    const Job* job;
+    const InstructionSet* set;
+    std::atomic<int64_t> next;
+    int64_t row_tasks, tile_tasks;
+};
+
+void convert_tiles(void* data) {
+    Work& work = *static_cast<Work*>(data);
+    for (int64_t tile; (tile = work.next.fetch_add(1, std::memory_order_relaxed)) < work.job->tiles;)
+        work.set->convert(*work.job, tile, tile + 1);
+}
+
+void multiply_tasks(void* data) {
+    Work& work = *static_cast<Work*>(data);
+    const Job& job = *work.job;
+    for (int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.row_tasks * work.tile_tasks;) {
+        const int64_t row = task / work.tile_tasks, tile = task % work.tile_tasks;
+        work.set->multiply(job, job.blocks * row / work.row_tasks, job.blocks * (row + 1) / work.row_tasks,
+                           job.tiles * tile / work.tile_tasks, job.tiles * (tile + 1) / work.tile_tasks);
+    }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Name of instruction set `index`, best first; null past the last.
+EXPORT const char* crepe_instruction_set(int32_t index) { return index >= 0 && index < kSetCount ? kSets[index]->name : nullptr; }
+
+// Whether this processor (and its operating system) can run instruction set `index`.
+EXPORT int32_t crepe_supported(int32_t index) { return index >= 0 && index < kSetCount && kSets[index]->supported(); }
+
+// Computes `problem` with instruction set `index` on `threads` threads of the team behind `parallel` (null: on the
+// calling thread). Returns 0, or 1 when there is no memory for the converted activations. The caller has checked sizes.
+EXPORT int32_t crepe_multiply(const Problem* problem, int32_t index, Parallel parallel, int32_t threads) {
+    if (problem->m == 0 || problem->n == 0) return 0;
+    const InstructionSet& set = *kSets[index];
+    Job job{};
+    job.p = *problem;
+    job.blocks = ceil_div(problem->n, kRowBlock);
+    job.chunks = ceil_div(problem->k, kColumnChunk);
+    job.tiles = ceil_div(problem->m, set.tile_tokens(*problem));
+    job.token_bytes = job.chunks * kColumnChunk * set.activation_bytes(*problem);
+    const int64_t scales = problem->weight_dtype == kInt8 ? ceil_div(problem->m * 4, 64) * 64 : 0;
+    uint8_t* memory = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(ceil_div(problem->m * job.token_bytes + 64, 64) * 64 + scales)));
+    if (!memory) return 1;
+    job.token_scale = scales ? reinterpret_cast<float*>(memory) : nullptr;
+    job.activations = memory + scales;
+
+    auto run = [&](void (*f)(void*), Work& work, bool worth) {
+        if (parallel && threads > 1 && worth)
+            parallel(f, &work, unsigned(threads), 0);
+        else
+            f(&work);
+    };
+    // Below about 10 us of work on one thread, waking the team costs more than it saves.
+    Work converting{&job, &set, {0}, 0, 0};
+    run(convert_tiles, converting, problem->m * problem->k > 65536);
+    Work multiplying{&job, &set, {0}, 0, 0};
+    // Tasks of 16 row blocks (their weights fit the second-level cache) and at most 512 tokens; smaller where that would
+    // leave threads idle.
+    multiplying.tile_tasks = ceil_div(problem->m, 512);
+    const int64_t wanted = ceil_div(4 * threads, multiplying.tile_tasks);
+    const int64_t by_cache = ceil_div(job.blocks, 16);
+    multiplying.row_tasks = by_cache > wanted ? by_cache : wanted < job.blocks ? wanted : job.blocks;
+    run(multiply_tasks, multiplying, problem->n * job.chunks * (1 + problem->m / 4) > 4096);
+    std::free(memory);
+    return 0;
+}

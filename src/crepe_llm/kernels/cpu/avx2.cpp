@@ -1,0 +1,134 @@
+// AVX2 with FMA and F16C: 8 rows a register, one 128-bit broadcast of a group's activations serves them through vpermilps.
+#include <immintrin.h>
+
+#include "formats.h"
+
+namespace {
+
+struct Isa {
+    static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
+    static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseRows = 4, kDenseTile = 3;
+    static constexpr int64_t tile(Format format) { return format == kI8 ? 6 : 12; }
+
+    // Kept value V of 8 rows from row 8 H of a group's values.
+    template <int32_t Dtype, int V, int H>
+    static __m256 kept(const uint8_t* group) {
+        if constexpr (Dtype == kBfloat16) {
+            __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * H));
+            return _mm256_castsi256_ps(V ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(pairs, 16));
+        } else if constexpr (Dtype == kFloat16) {
+            return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 32 * V + 16 * H)));
+        } else {
+            return _mm256_loadu_ps(reinterpret_cast<const float*>(group + 64 * V + 32 * H));
+        }
+    }
+
+    template <class K, int V, int H, int T>
+    static void value(const uint8_t* group, __m256i columns, const float* x, __m256 (&acc)[T]) {
+        __m256 w = kept<K::dtype, V, H>(group);
+#pragma GCC unroll 12
+        for (int t = 0; t < T; t++) {
+            __m256 activations = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + 4 * t));
+            acc[t] = _mm256_fmadd_ps(w, _mm256_permutevar_ps(activations, columns), acc[t]);
+        }
+    }
+
+    template <class K, int H, int T>
+    static void float_half(const uint8_t* w, const float* x, int64_t chunks, float* sums, bool first) {
+        __m256 acc[T];
+        for (int t = 0; t < T; t++) acc[t] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * kRowBlock + 8 * H);
+        for (int64_t c = 0; c < chunks; c++, w += K::weight_bytes) {
+            __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * H));
+            const uint8_t* group = w + kMetadataBytes;
+            for (int g = 0; g < 8; g++, x += 4 * T, group += K::weight_bytes / 8 - kMetadataBytes / 8) {
+                value<K, 0, H>(group, metadata, x, acc);
+                value<K, 1, H>(group, _mm256_srli_epi32(metadata, 2), x, acc);
+                metadata = _mm256_srli_epi32(metadata, 4);
+            }
+        }
+        for (int t = 0; t < T; t++) _mm256_storeu_ps(sums + t * kRowBlock + 8 * H, acc[t]);
+    }
+
+    // |w| * (x with w's sign): vpmaddubsw takes one unsigned factor, and |w| <= 128, |x| <= 127 cannot saturate its sums.
+    template <int H, int T>
+    static void int8_half(const uint8_t* w, const uint8_t* x, int64_t chunks, int32_t* sums, bool first) {
+        const __m256i low = _mm256_set1_epi32(0x03030303), second = _mm256_set1_epi32(0x04040000), ones = _mm256_set1_epi16(1);
+        __m256i acc[T];
+        for (int t = 0; t < T; t++)
+            acc[t] = first ? _mm256_setzero_si256() : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + t * kRowBlock + 8 * H));
+        for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(kInt8)) {
+            __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * H));
+            for (int pair = 0; pair < 4; pair++, x += 8 * T, metadata = _mm256_srli_epi32(metadata, 2)) {
+                __m256i columns = _mm256_or_si256(_mm256_and_si256(metadata, low), second);
+                __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + kMetadataBytes + 64 * pair + 32 * H));
+                __m256i magnitude = _mm256_abs_epi8(value);
+#pragma GCC unroll 6
+                for (int t = 0; t < T; t++) {
+                    int64_t eight;
+                    std::memcpy(&eight, x + 8 * t, 8);
+                    __m256i chosen = _mm256_sign_epi8(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), columns), value);
+                    acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, chosen), ones));
+                }
+            }
+        }
+        for (int t = 0; t < T; t++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + t * kRowBlock + 8 * H), acc[t]);
+    }
+
+    template <class K, int R, int T>
+    static void sparse(const uint8_t* w, int64_t, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
+        static_assert(R == 1);
+        if constexpr (K::format == kI8) {
+            int8_half<0, T>(w, x, chunks, sums, first);
+            int8_half<1, T>(w, x, chunks, sums, first);
+        } else {
+            float_half<K, 0, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
+            float_half<K, 1, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
+        }
+    }
+
+    static __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+    static __m256 load(const Bf16* p) {
+        __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+    static __m256 load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+    template <class W, int R, int T>
+    static void dense_eight(const W* w, int64_t row_stride, const float* x, __m256 (&acc)[R][T]) {
+        __m256 activations[T];
+        for (int t = 0; t < T; t++) activations[t] = _mm256_loadu_ps(x + 32 * t);
+        for (int r = 0; r < R; r++) {
+            __m256 value = load(w + r * row_stride);
+            for (int t = 0; t < T; t++) acc[r][t] = _mm256_fmadd_ps(value, activations[t], acc[r][t]);
+        }
+    }
+
+    template <class W, class X, int R, int T>
+    static void dense(const W* w, int64_t k, const X* x, float* sums) {
+        __m256 acc[R][T];
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) acc[r][t] = _mm256_setzero_ps();
+        int64_t c = 0;
+        for (; c + 8 <= k; c += 8) dense_eight<W, R, T>(w + c, k, x + c / 32 * 32 * T + c % 32, acc);
+        if (c < k) {
+            W tail[R][8] = {};
+            for (int r = 0; r < R; r++) std::memcpy(tail[r], w + r * k + c, size_t(k - c) * sizeof(W));
+            dense_eight<W, R, T>(tail[0], 8, x + c / 32 * 32 * T + c % 32, acc);
+        }
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) {
+                __m128 four = _mm_add_ps(_mm256_castps256_ps128(acc[r][t]), _mm256_extractf128_ps(acc[r][t], 1));
+                four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+                sums[t * R + r] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+            }
+    }
+};
+
+}  // namespace
+
+#include "driver.h"
+
+const InstructionSet kAvx2 = {
+    "avx2",
+    [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")); },
+    tile_tokens, activation_bytes, convert, multiply};

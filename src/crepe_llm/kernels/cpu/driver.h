@@ -1,0 +1,242 @@
+// The loops around the inner kernels, the same for every instruction set. A translation unit defines its `Isa` and
+// includes this file; nothing here leaves the translation unit (see kernels.h).
+//
+// `Isa` is a struct with
+//   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
+//   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
+//   kBlocks, tile(Format)   row blocks that an inner kernel does together, and its most tokens
+//   kChunkBlock             chunks of columns that stay in cache when there are several tiles
+//   kDenseRows, kDenseTile  the same for the dense kernel
+//   sparse<Kind, R, T>(weight, bytes from row block to row block, activations, chunks, sums, first)
+//                           adds to (or, if first, sets) sums [T][16 R]
+//   dense<W, X, R, T>(weight, k, activations, sums)
+//                           sets sums [T][R]
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "formats.h"
+
+namespace {
+
+Format format_of(const Problem& p) {
+    if (p.weight_dtype == kInt8) return kI8;
+    return Isa::kBf16Activations && p.weight_dtype == kBfloat16 && p.x_dtype == kBfloat16 ? kPairsBf16 : kF32;
+}
+int64_t activation_bytes(const Problem& p) {
+    Format format = format_of(p);
+    return format == kF32 ? 4 : format == kPairsBf16 ? 2 : 1;
+}
+int64_t tile_tokens(const Problem& p) {
+    return p.layout == kDense ? Isa::kDenseTile : Isa::tile(format_of(p));
+}
+
+// ---- activations ----
+
+// Writes token `t` of a tile of `tokens`: units of `unit` columns, the tile's tokens side by side in a unit.
+template <class X, class Out>
+void scatter_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64_t unit, int64_t tokens, int64_t t, Out* out) {
+    for (int64_t c = 0; c < padded; c += unit) {
+        Out* to = out + c * tokens + t * unit;
+        int64_t valid = k - c < unit ? (k > c ? k - c : 0) : unit;
+        for (int64_t j = 0; j < valid; j++) {
+            if constexpr (std::is_same_v<Out, X>)
+                to[j] = x[(c + j) * stride];
+            else
+                from_float(to_float(x[(c + j) * stride]), to[j]);
+        }
+        for (int64_t j = valid; j < unit; j++) to[j] = Out{};
+    }
+}
+
+// Symmetric int8, one scale a token: round-to-nearest-even of x * (127 / max|x|), as reference.quantize_per_token.
+template <class X>
+void quantize_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64_t tokens, int64_t t, uint8_t* out, float* scale) {
+    constexpr uint8_t offset = Isa::kOffsetInt8 ? 0x80 : 0;
+    float largest = 0;
+    bool finite = true;
+    for (int64_t c = 0; c < k; c++) {
+        float v = std::fabs(to_float(x[c * stride]));
+        finite &= v <= std::numeric_limits<float>::max();
+        largest = v > largest ? v : largest;
+    }
+    *scale = finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    float inverse = finite && largest > 0 ? 127.0f / largest : 0.0f;
+    for (int64_t c = 0; c < padded; c += 8) {
+        uint8_t* to = out + c * tokens + t * 8;
+        for (int64_t j = 0; j < 8; j++) {
+            float v = c + j < k && finite ? std::nearbyint(to_float(x[(c + j) * stride]) * inverse) : 0.0f;
+            v = v < -127.0f ? -127.0f : v > 127.0f ? 127.0f : v;
+            to[j] = uint8_t(int8_t(v)) ^ offset;
+        }
+    }
+}
+
+template <class X>
+void convert_tile(const Job& job, int64_t tile) {
+    const Problem& p = job.p;
+    Format format = format_of(p);
+    int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, padded = job.chunks * kColumnChunk;
+    uint8_t* out = job.activations + begin * job.token_bytes;
+    int64_t unit = p.layout == kDense ? kColumnChunk : 4;
+    for (int64_t t = 0; t < tokens; t++) {
+        const X* x = static_cast<const X*>(p.x) + (begin + t) * p.x_row_stride;
+        if (format == kI8)
+            quantize_token(x, p.x_column_stride, p.k, padded, tokens, t, out, job.token_scale + begin + t);
+        else if (format == kF32)
+            scatter_token(x, p.x_column_stride, p.k, padded, unit, tokens, t, reinterpret_cast<float*>(out));
+        else
+            scatter_token(x, p.x_column_stride, p.k, padded, unit, tokens, t, reinterpret_cast<Bf16*>(out));
+    }
+}
+
+void convert(const Job& job, int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; tile++) switch (job.p.x_dtype) {
+            case kBfloat16: convert_tile<Bf16>(job, tile); break;
+            case kFloat16: convert_tile<Fp16>(job, tile); break;
+            default: convert_tile<float>(job, tile);
+        }
+}
+
+// ---- outputs ----
+
+// Stores sums [tokens][rows] of rows row.. as y = sum * scale + bias.
+template <class Y, class Sum>
+void store_as(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tokens, const Sum* sums) {
+    const Problem& p = job.p;
+    int64_t valid = p.n - row < rows ? p.n - row : rows;
+    for (int64_t t = 0; t < tokens; t++) {
+        float value[64] = {};
+        for (int64_t r = 0; r < rows; r++) value[r] = float(sums[t * rows + r]);
+        if (job.token_scale)
+            for (int64_t r = 0; r < rows; r++) value[r] *= job.token_scale[token + t];
+        if (p.scale)
+            for (int64_t r = 0; r < valid; r++) value[r] *= p.scale[row + r];
+        if (p.bias) {
+            if (p.bias_dtype == kFloat32)
+                for (int64_t r = 0; r < valid; r++) value[r] += static_cast<const float*>(p.bias)[row + r];
+            else if (p.bias_dtype == kBfloat16)
+                for (int64_t r = 0; r < valid; r++) value[r] += to_float(static_cast<const Bf16*>(p.bias)[row + r]);
+            else
+                for (int64_t r = 0; r < valid; r++) value[r] += to_float(static_cast<const Fp16*>(p.bias)[row + r]);
+        }
+        Y* y = static_cast<Y*>(p.y) + (token + t) * p.n + row;
+        for (int64_t r = 0; r < valid; r++) from_float(value[r], y[r]);
+    }
+}
+
+template <class Sum>
+void store(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tokens, const Sum* sums) {
+    switch (job.p.x_dtype) {
+        case kBfloat16: store_as<Bf16>(job, row, rows, token, tokens, sums); break;
+        case kFloat16: store_as<Fp16>(job, row, rows, token, tokens, sums); break;
+        default: store_as<float>(job, row, rows, token, tokens, sums);
+    }
+}
+
+// ---- 2:4 weights ----
+
+// Calls sparse<R, tokens> with `tokens` as a template argument.
+template <class K, int R, int T>
+inline void sparse_tokens(int64_t tokens, const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
+    if constexpr (T > 0) {
+        if (tokens == T) return Isa::template sparse<K, R, T>(w, block_stride, x, chunks, sums, first);
+        sparse_tokens<K, R, T - 1>(tokens, w, block_stride, x, chunks, sums, first);
+    }
+}
+
+template <class K>
+void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
+    using Sum = typename K::Sum;
+    const int64_t stride = job.chunks * K::weight_bytes;
+    const uint8_t* weight = static_cast<const uint8_t*>(job.p.weight);
+    // With one tile a weight is used once: stream it. With several, columns are cut so that a tile's activations stay
+    // in the first-level cache while they meet every row of the task, and the task's weights in the second-level one.
+    int64_t step = tile_end - tile_begin > 1 && job.chunks > Isa::kChunkBlock ? Isa::kChunkBlock : job.chunks;
+    const int64_t tokens_begin = job.tile_begin(tile_begin), tokens = job.tile_begin(tile_end) - tokens_begin;
+    const int64_t rows = (block_end - block_begin) * kRowBlock;
+    alignas(64) Sum one[kMaxTile * kRowBlock * Isa::kBlocks];
+    Sum* partial = nullptr;
+    if (step < job.chunks) {
+        partial = static_cast<Sum*>(std::aligned_alloc(64, size_t(rows * tokens) * sizeof(Sum)));
+        if (!partial) step = job.chunks;  // slower, and as right
+    }
+    for (int64_t chunk = 0; chunk < job.chunks; chunk += step) {
+        const int64_t chunks = job.chunks - chunk < step ? job.chunks - chunk : step;
+        for (int64_t tile = tile_begin; tile < tile_end; tile++) {
+            const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin;
+            const uint8_t* x = job.activations + begin * job.token_bytes + chunk * kColumnChunk * count * K::activation_bytes;
+            for (int64_t block = block_begin; block < block_end;) {
+                const uint8_t* w = weight + block * stride + chunk * K::weight_bytes;
+                const int64_t together = block + Isa::kBlocks <= block_end ? Isa::kBlocks : 1;
+                Sum* sums = partial ? partial + (begin - tokens_begin) * rows + (block - block_begin) * kRowBlock * count : one;
+                if (together == Isa::kBlocks)
+                    sparse_tokens<K, Isa::kBlocks, Isa::tile(K::format)>(count, w, stride, x, chunks, sums, chunk == 0);
+                else
+                    sparse_tokens<K, 1, Isa::tile(K::format)>(count, w, stride, x, chunks, sums, chunk == 0);
+                if (chunk + chunks == job.chunks)
+                    store(job, block * kRowBlock, together * kRowBlock, begin, count, sums);
+                block += together;
+            }
+        }
+    }
+    std::free(partial);
+}
+
+// ---- dense weights ----
+
+template <class W, class X, int R, int T>
+inline void dense_tokens(int64_t tokens, const W* w, int64_t k, const X* x, float* sums) {
+    if constexpr (T > 0) {
+        if (tokens == T) return Isa::template dense<W, X, R, T>(w, k, x, sums);
+        dense_tokens<W, X, R, T - 1>(tokens, w, k, x, sums);
+    }
+}
+
+template <class W, class X>
+void multiply_dense(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
+    const Problem& p = job.p;
+    const int64_t row_end = block_end * kRowBlock < p.n ? block_end * kRowBlock : p.n;
+    for (int64_t row = block_begin * kRowBlock; row < row_end;) {
+        const W* w = static_cast<const W*>(p.weight) + row * p.k;
+        const int64_t together = row + Isa::kDenseRows <= row_end ? Isa::kDenseRows : 1;
+        for (int64_t tile = tile_begin; tile < tile_end; tile++) {
+            const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin;
+            const X* x = reinterpret_cast<const X*>(job.activations + begin * job.token_bytes);
+            float sums[kMaxTile * Isa::kDenseRows];  // [tokens][rows]
+            if (together > 1)
+                dense_tokens<W, X, Isa::kDenseRows, Isa::kDenseTile>(count, w, p.k, x, sums);
+            else
+                dense_tokens<W, X, 1, Isa::kDenseTile>(count, w, p.k, x, sums);
+            store(job, row, together, begin, count, sums);
+        }
+        row += together;
+    }
+}
+
+void multiply(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
+    const bool pairs = format_of(job.p) == kPairsBf16;
+    auto run = [&](auto function) { function(job, block_begin, block_end, tile_begin, tile_end); };
+    if (job.p.layout == kDense) {
+        if (job.p.weight_dtype == kBfloat16) {
+            if constexpr (Isa::kBf16Activations)
+                if (pairs) return run(multiply_dense<Bf16, Bf16>);
+            return run(multiply_dense<Bf16, float>);
+        }
+        if (job.p.weight_dtype == kFloat16) return run(multiply_dense<Fp16, float>);
+        return run(multiply_dense<float, float>);
+    }
+    switch (job.p.weight_dtype) {
+        case kBfloat16:
+            if constexpr (Isa::kBf16Activations)
+                if (pairs) return run(multiply_sparse<Kind<kBfloat16, kPairsBf16>>);
+            return run(multiply_sparse<Kind<kBfloat16, kF32>>);
+        case kFloat16: return run(multiply_sparse<Kind<kFloat16, kF32>>);
+        case kFloat32: return run(multiply_sparse<Kind<kFloat32, kF32>>);
+        default: return run(multiply_sparse<Kind<kInt8, kI8>>);
+    }
+}
+
+}  // namespace

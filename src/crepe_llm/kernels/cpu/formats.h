@@ -1,0 +1,84 @@
+// Number formats and their conversions; all of it internal to each translation unit (see kernels.h).
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace {
+
+struct Bf16 {
+    uint16_t bits;
+};
+struct Fp16 {
+    uint16_t bits;
+};
+
+inline float to_float(float v) { return v; }
+inline float to_float(Bf16 v) {
+    uint32_t bits = uint32_t(v.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline float to_float(Fp16 v) {
+    uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff, bits;
+    if (rest >= 0x7c00) {
+        bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+    } else if (rest >= 0x400) {
+        bits = sign | ((rest << 13) + 0x38000000);
+    } else {
+        float f = float(rest) * 0x1p-24f;  // subnormal: exact in fp32
+        std::memcpy(&bits, &f, 4);
+        bits |= sign;
+    }
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void from_float(float f, float& out) { out = f; }
+inline void from_float(float f, Bf16& out) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    out.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+inline void from_float(float f, Fp16& out) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) {
+        out.bits = uint16_t(sign | 0x7e00);
+    } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
+        out.bits = uint16_t(sign | 0x7c00);
+    } else if (magnitude >= 0x38800000) {
+        uint32_t rebased = magnitude - 0x38000000;
+        out.bits = uint16_t(sign | (rebased + 0xfff + ((rebased >> 13) & 1)) >> 13);
+    } else {  // subnormal result: adding 0.5 leaves the value's multiple of 2^-24, rounded, in the low bits
+        float value;
+        std::memcpy(&value, &magnitude, 4);
+        value += 0.5f;
+        std::memcpy(&magnitude, &value, 4);
+        out.bits = uint16_t(sign | (magnitude - 0x3f000000));
+    }
+}
+
+enum Format { kF32, kPairsBf16, kI8 };
+
+constexpr int64_t value_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2; }
+constexpr int64_t chunk_bytes(int32_t dtype) { return kMetadataBytes + kRowBlock * kColumnChunk / 2 * value_bytes(dtype); }
+
+// What a weight dtype and an activation format mean to the inner kernels.
+template <int32_t Dtype, Format F>
+struct Kind {
+    static constexpr int32_t dtype = Dtype;
+    static constexpr Format format = F;
+    static constexpr int64_t weight_bytes = chunk_bytes(Dtype);
+    static constexpr int64_t activation_bytes = F == kF32 ? 4 : F == kPairsBf16 ? 2 : 1;
+    using Sum = std::conditional_t<F == kI8, int32_t, float>;
+};
+
+}  // namespace

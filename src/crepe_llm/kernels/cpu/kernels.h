@@ -1,0 +1,70 @@
+// The C interface between Python (ctypes), the entry points (api.cpp) and one translation unit per instruction set.
+//
+// Everything that a translation unit instantiates must have internal linkage: code compiled with -mavx512f that the
+// linker could merge with the portable copy of the same inline function would crash older processors.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+enum : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3 };
+enum : int32_t { kSparse24 = 0, kDense = 1 };
+
+// One product y = x W^T * scale + bias. Mirrored by ctypes in __init__.py.
+struct Problem {
+    const void* weight;   // packed bytes (sparse) or [n, k] row-major (dense)
+    const void* x;        // [m, k], strides in elements
+    const float* scale;   // [n] or null
+    const void* bias;     // [n] or null
+    void* y;              // [m, n], contiguous, dtype of x
+    int64_t m, n, k;
+    int64_t x_row_stride, x_column_stride;
+    int32_t layout;       // kSparse24 or kDense
+    int32_t weight_dtype, x_dtype, bias_dtype;
+};
+
+// A problem cut into tiles of tokens, with the activations converted and reordered for the inner loops.
+struct Job {
+    Problem p;
+    int64_t blocks, chunks;  // row blocks, column chunks
+    int64_t tiles;           // token tiles; tile i has tokens [tile_begin(i), tile_begin(i + 1))
+    uint8_t* activations;    // tiles, back to back: [unit of columns][token of the tile][columns of the unit]
+    float* token_scale;      // [m], int8 only
+    int64_t token_bytes;     // bytes of one token's converted activations
+    int64_t tile_begin(int64_t tile) const { return p.m * tile / tiles; }
+};
+
+constexpr int64_t kRowBlock = 16;     // rows of a block: packed.py, ROW_BLOCK
+constexpr int64_t kColumnChunk = 32;  // columns of a chunk: packed.py, COLUMN_CHUNK
+constexpr int64_t kMetadataBytes = 4 * kRowBlock;
+constexpr int64_t kMaxTile = 12;
+
+// What one instruction set brings.
+struct InstructionSet {
+    const char* name;
+    bool (*supported)();
+    // Most tokens of a tile, and bytes of one converted activation.
+    int64_t (*tile_tokens)(const Problem&);
+    int64_t (*activation_bytes)(const Problem&);
+    // Converts the activations of tiles [begin, end).
+    void (*convert)(const Job&, int64_t begin, int64_t end);
+    // Computes the outputs of row blocks [block_begin, block_end) for tiles [tile_begin, tile_end).
+    void (*multiply)(const Job&, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end);
+};
+
+extern const InstructionSet kPortable;
+#ifdef CREPE_HAVE_AVX2
+extern const InstructionSet kAvx2;
+#endif
+#ifdef CREPE_HAVE_AVX512
+extern const InstructionSet kAvx512;
+#endif
+#ifdef CREPE_HAVE_AVX512_VNNI
+extern const InstructionSet kAvx512Vnni;
+#endif
+#ifdef CREPE_HAVE_AVX512_BF16
+extern const InstructionSet kAvx512Bf16;
+#endif
+#ifdef CREPE_HAVE_NEON
+extern const InstructionSet kNeon;
+#endif

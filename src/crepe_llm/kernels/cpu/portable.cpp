@@ -1,0 +1,76 @@
+// Plain C++: right on every processor; the other translation units are checked against it.
+#include "formats.h"
+
+namespace {
+
+struct Isa {
+    static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
+    static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseRows = 2, kDenseTile = 4;
+    static constexpr int64_t tile(Format) { return 4; }
+
+    template <class K, int R, int T>
+    static void sparse(const uint8_t* w, int64_t, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
+        static_assert(R == 1);
+        typename K::Sum acc[T][kRowBlock];
+        for (int t = 0; t < T; t++)
+            for (int r = 0; r < kRowBlock; r++) acc[t][r] = first ? 0 : sums[t * kRowBlock + r];
+        for (int64_t c = 0; c < chunks; c++, w += K::weight_bytes, x += T * kColumnChunk * K::activation_bytes) {
+            uint32_t metadata[kRowBlock];
+            std::memcpy(metadata, w, sizeof metadata);
+            const uint8_t* values = w + kMetadataBytes;
+            if constexpr (K::format == kI8) {
+                for (int pair = 0; pair < 4; pair++)
+                    for (int r = 0; r < kRowBlock; r++)
+                        for (int v = 0; v < 4; v++) {
+                            int column = (metadata[r] >> (8 * v + 2 * pair) & 3) + (v & 2) * 2;
+                            int value = int8_t(values[(pair * kRowBlock + r) * 4 + v]);
+                            for (int t = 0; t < T; t++) acc[t][r] += value * int8_t(x[(pair * T + t) * 8 + column]);
+                        }
+            } else {
+                const float* xf = reinterpret_cast<const float*>(x);
+                for (int g = 0; g < 8; g++)
+                    for (int v = 0; v < 2; v++)
+                        for (int r = 0; r < kRowBlock; r++) {
+                            int column = metadata[r] >> (4 * g + 2 * v) & 3;
+                            float value = kept<K::dtype>(values, g, v, r);
+                            for (int t = 0; t < T; t++) acc[t][r] += value * xf[(g * T + t) * 4 + column];
+                        }
+            }
+        }
+        std::memcpy(sums, acc, sizeof acc);
+    }
+
+    template <int32_t Dtype>
+    static float kept(const uint8_t* values, int g, int v, int r) {
+        if constexpr (Dtype == kBfloat16) {
+            Bf16 b;
+            std::memcpy(&b, values + 2 * ((g * kRowBlock + r) * 2 + v), 2);
+            return to_float(b);
+        } else if constexpr (Dtype == kFloat16) {
+            Fp16 h;
+            std::memcpy(&h, values + 2 * ((g * 2 + v) * kRowBlock + r), 2);
+            return to_float(h);
+        } else {
+            float f;
+            std::memcpy(&f, values + 4 * ((g * 2 + v) * kRowBlock + r), 4);
+            return f;
+        }
+    }
+
+    template <class W, class X, int R, int T>
+    static void dense(const W* w, int64_t k, const X* x, float* sums) {
+        float acc[T][R] = {};
+        for (int64_t c = 0; c < k; c++)
+            for (int r = 0; r < R; r++) {
+                float value = to_float(w[r * k + c]);
+                for (int t = 0; t < T; t++) acc[t][r] += value * to_float(x[(c / 32 * T + t) * 32 + c % 32]);
+            }
+        std::memcpy(sums, acc, sizeof acc);
+    }
+};
+
+}  // namespace
+
+#include "driver.h"
+
+const InstructionSet kPortable = {"portable", [] { return true; }, tile_tokens, activation_bytes, convert, multiply};
