@@ -155,6 +155,41 @@ def wikitext2() -> list[str]:
         ) from error
 
 
+def dataset_texts(name: str, *, config: str | None, split: str, characters: int, seed: int) -> list[str]:
+    """Return texts of a Hugging Face data set (or a folder of text, JSON or Parquet files), streamed and shuffled.
+
+    Args:
+        name: the data set's id, or a folder.
+        config: the configuration, where the data set has several.
+        split: such as ``train``.
+        characters: stop once this much text was read.
+        seed: of the shuffle, through a buffer of 10,000 rows.
+
+    Raises:
+        SampleError: the data set cannot be loaded, or has no column ``text`` of strings.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SampleError('a data set needs the datasets package: pip install "crepe-llm[compress]"') from error
+    texts: list[str] = []
+    read = 0
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise SampleError(f"the data set {name} has no column `text` of strings; its columns: {', '.join(row)}")
+            texts.append(row["text"])
+            read += len(row["text"])
+            if read >= characters:
+                break
+    except SampleError:
+        raise
+    except Exception as error:
+        raise SampleError(f"the data set {name} could not be loaded ({type(error).__name__}: {error})") from error
+    return texts
+
+
 def calibration_windows(tokenizer: Any, texts: Sequence[str], *, windows: int, length: int, seed: int) -> "Dataset":
     """Sample token windows for calibration, as a tokenised data set that `oneshot` takes.
 

@@ -1,0 +1,298 @@
+"""The `crepe` command.
+
+A subcommand is a function that adds its parser and sets `run`, listed in `_SUBCOMMANDS`. What it needs beyond the
+standard library is imported inside `run`, so that `crepe --help` is instant and asks for no extra.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from crepe_llm import __version__
+from crepe_llm.recipe_files import recipe_path, shipped_recipes
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SAMPLE_MODELS = ("smollm2", "gemma3")
+_MODEL_HELP = "a Hugging Face id or folder, or smollm2 or gemma3, real models that pip can fetch"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 after an error that the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="crepe",
+        description="Prune language models with CRePE recipes, and measure what is left of them.",
+        epilog=(
+            "examples, in the order of use (none of them needs a model hub):\n"
+            "  crepe recipes\n"
+            "  crepe evaluate smollm2 --sample --tokens 16384\n"
+            "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output smollm2-2of4\n"
+            "  crepe evaluate smollm2-2of4 --sample --tokens 16384\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"crepe-llm {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in _SUBCOMMANDS:
+        add(subparsers)
+    options = parser.parse_args(arguments)
+    options.command_line = shlex.join(["crepe", *(sys.argv[1:] if arguments is None else arguments)])
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError, _sample_error()) as error:
+        print(f"crepe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("crepe: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _sample_error() -> type[Exception]:
+    """SampleError, if anything that can raise it was imported; else an error that never occurs."""
+    samples = sys.modules.get("crepe_llm.evaluation.samples")
+    return samples.SampleError if samples is not None else StopAsyncIteration
+
+
+# crepe evaluate
+
+
+def _add_evaluate(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure a model's perplexity",
+        description=(
+            "Measure perplexity: texts joined by blank lines, tokenised once, cut into non-overlapping windows; in "
+            "each window every token but the first is predicted."
+        ),
+        epilog=(
+            "examples:\n"
+            "  crepe evaluate MODEL --wikitext2 --json ppl.json    the usual benchmark (needs the hub)\n"
+            "  crepe evaluate MODEL --text FILE --window 1024\n"
+            "  crepe evaluate smollm2 --sample --tokens 16384      Wikipedia articles, no hub needed\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="FILE", type=Path, help="a UTF-8 text file")
+    text.add_argument("--wikitext2", action="store_true", help="the raw WikiText-2 test split")
+    text.add_argument("--sample", action="store_true", help="the test part of the sample Wikipedia articles")
+    parser.add_argument("--window", type=int, help="tokens per window (2048, or the model's context if smaller)")
+    parser.add_argument("--tokens", type=int, help="about this many tokens only, spread over the text (all)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (as they are stored)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from crepe_llm.evaluation import samples
+    from crepe_llm.evaluation.perplexity import perplexity, token_windows
+
+    if options.wikitext2:
+        corpus, texts = "WikiText-2 raw test", samples.wikitext2()
+    elif options.sample:
+        sample = samples.wikipedia()
+        corpus, texts = f"{sample.name}, test", sample.test
+    else:
+        corpus, texts = options.text.name, [options.text.read_text(encoding="utf-8")]
+    model, tokenizer = _load(options.model, options.dtype, on_device=True)
+    windows = token_windows(tokenizer, texts, _length(options.window, model), tokens=options.tokens)
+    result = perplexity(model, windows, corpus=corpus)
+    print(result)
+    if options.json is not None:
+        options.json.write_text(result.to_json() + "\n")
+
+
+# crepe prune
+
+
+def _add_prune(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "prune",
+        help="prune a model by a recipe",
+        description=(
+            "Prune a model with llm-compressor's oneshot and write it with its tokenizer, the recipe and a model card. "
+            "The output folder is complete or absent."
+        ),
+        epilog=(
+            "examples:\n"
+            "  crepe prune MODEL --recipe crepe_2of4 --dataset allenai/c4:en --output DIR    (needs the hub)\n"
+            "  crepe prune MODEL --recipe my_recipe.yaml --text FILE --output DIR\n"
+            "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output DIR\n"
+            "`crepe recipes` lists the recipes that have names.\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--recipe", metavar="NAME|FILE", required=True, help="a shipped recipe or a YAML file")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="FILE", type=Path, help="calibrate on a UTF-8 text file")
+    text.add_argument(
+        "--dataset",
+        metavar="NAME[:CONFIG]",
+        help="calibrate on the column `text` of a data set or a folder's files",
+    )
+    text.add_argument("--sample", action="store_true", help="calibrate on the sample Wikipedia articles")
+    parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
+    parser.add_argument("--length", type=int, help="tokens per window (2048, or the model's context if smaller)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows (%(default)s)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (as they are stored)")
+    parser.set_defaults(run=_prune)
+
+
+def _prune(options: argparse.Namespace) -> None:
+    recipe = recipe_path(options.recipe)
+    with new_folder(options.output) as folder:
+        try:
+            from llmcompressor import oneshot
+        except ImportError as error:
+            raise ImportError('crepe prune needs llm-compressor: pip install "crepe-llm[compress]"') from error
+        from crepe_llm.evaluation import model_card, samples
+
+        model, tokenizer = _load(options.model, options.dtype, on_device=False)
+        length = _length(options.length, model)
+        corpus, texts = _calibration_texts(options, length)
+        dataset = samples.calibration_windows(
+            tokenizer, texts, windows=options.samples, length=length, seed=options.seed
+        )
+        dense = model_card.linear_zeros(model)
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=str(recipe),
+            dataset=dataset,
+            num_calibration_samples=options.samples,
+            max_seq_length=length,
+            shuffle_calibration_samples=False,
+        )
+        pruned = model_card.linear_zeros(model)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        card = model_card.model_card(
+            base_model=options.model,
+            recipe=recipe,
+            dense=dense,
+            pruned=pruned,
+            calibration=f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}",
+            dtype=str(model.dtype).removeprefix("torch."),
+            command=options.command_line,
+        )
+        (folder / "README.md").write_text(card)
+    print(
+        f"{options.output}: {model_card.total_zeros(pruned):.2%} of the weights of {len(pruned)} linear layers "
+        f"are zero ({model_card.total_zeros(dense):.2%} before)"
+    )
+
+
+def _calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, list[str]]:
+    from crepe_llm.evaluation import samples
+
+    if options.text is not None:
+        return options.text.name, [options.text.read_text(encoding="utf-8")]
+    if options.sample:
+        sample = samples.wikipedia()
+        return f"{sample.name}, train", sample.train
+    name, _, config = options.dataset.partition(":")
+    # Twice the text that the windows take at 5 characters a token, an upper bound for prose in most vocabularies.
+    texts = samples.dataset_texts(
+        name,
+        config=config or None,
+        split=options.split,
+        characters=10 * options.samples * length,
+        seed=options.seed,
+    )
+    return f"{options.dataset}, {options.split}", texts
+
+
+# crepe recipes
+
+
+def _add_recipes(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "recipes",
+        help="list the shipped recipes",
+        description="List the recipes that `crepe prune --recipe` takes by name; with a name, print that recipe.",
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe")
+    parser.set_defaults(run=_recipes)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    if options.name is not None:
+        print(recipe_path(options.name).read_text(), end="")
+        return
+    shipped = shipped_recipes()
+    width = max(map(len, shipped))
+    for name, path in shipped.items():
+        first = path.read_text().partition("\n")[0]
+        print(f"{name:<{width}}  {first.removeprefix('#').strip()}")
+
+
+# What subcommands share
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `destination` that takes its name if the block succeeds, and vanishes if not.
+
+    Raises:
+        FileExistsError: `destination` is a file or a folder with something in it.
+        FileNotFoundError: the folder that is to hold it does not exist.
+    """
+    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists already; give another --output, or remove it first")
+    parent = destination.absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{parent} does not exist; create it, or give another --output")
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=parent))
+    try:
+        # mkdtemp makes folders for the owner alone; a model folder has the permissions of any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o777 & ~umask)
+        yield scratch
+        os.rename(scratch, destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _load(name: str, dtype: str, *, on_device: bool) -> tuple[Any, Any]:
+    """Load a model and its tokenizer; `on_device` puts the model on the accelerators there are."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(f'{error.name} is needed: pip install "crepe-llm[compress]"') from error
+    if name in _SAMPLE_MODELS and not Path(name).exists():
+        from crepe_llm.evaluation import samples
+
+        name = str(getattr(samples, name)())
+    placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement), tokenizer
+
+
+def _length(asked: int | None, model: Any) -> int:
+    """The window length: what was asked for if the model's context holds it, else 2048 or the whole context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    if asked is None:
+        return min(2048, context)
+    if asked > context:
+        raise ValueError(f"a window of {asked} tokens exceeds the model's context of {context}")
+    return asked
+
+
+_SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_add_prune, _add_evaluate, _add_recipes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

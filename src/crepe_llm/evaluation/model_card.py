@@ -1,0 +1,110 @@
+"""The README.md that goes with a pruned model: what was done to it, by what, with which data."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerZeros:
+    """A linear layer, its weight's [d_out, d_in], and the fraction of the weight that is exactly zero."""
+
+    name: str
+    shape: tuple[int, int]
+    zeros: float
+
+
+def linear_zeros(model: Any) -> list[LayerZeros]:
+    """Count the zeros in every linear layer of a model, its output head left out.
+
+    Includes GPT-2's Conv1D, whose weight is stored transposed.
+    """
+    layers = []
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        transposed = type(module).__name__ == "Conv1D"
+        if module is head or not (transposed or isinstance(module, torch.nn.Linear)):
+            continue
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        rows, columns = weight.T.shape if transposed else weight.shape
+        layers.append(LayerZeros(name, (rows, columns), 1 - weight.count_nonzero().item() / weight.numel()))
+    return layers
+
+
+def total_zeros(layers: Sequence[LayerZeros]) -> float:
+    """The fraction of zeros among the weights of all layers together."""
+    numel = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return sum(layer.zeros * layer.shape[0] * layer.shape[1] for layer in layers) / max(numel, 1)
+
+
+def model_card(
+    *,
+    base_model: str,
+    recipe: Path,
+    dense: Sequence[LayerZeros],
+    pruned: Sequence[LayerZeros],
+    calibration: str,
+    dtype: str,
+    command: str,
+) -> str:
+    """Write the model card of a pruned model, in Markdown with the hub's front matter.
+
+    Args:
+        base_model: the id or name of the dense model.
+        recipe: the recipe's file, quoted in full.
+        dense: the layers before pruning (a dense weight may hold zeros of its own).
+        pruned: the same layers after pruning.
+        calibration: the calibration data in words: corpus, windows, length, seed.
+        dtype: the dtype of the weights.
+        command: the command that made the model.
+    """
+    changed = [pair for pair in zip(dense, pruned, strict=True) if pair[1].zeros != pair[0].zeros]
+    lines = [
+        "---",
+        f"base_model: {base_model}",
+        "library_name: transformers",
+        "tags: [pruning, sparsity, crepe, llm-compressor]",
+        "---",
+        "",
+        f"# {base_model}, pruned",
+        "",
+        f"{len(changed)} of {len(pruned)} linear layers were pruned; of the weights of all linear layers "
+        f"{total_zeros(pruned):.2%} are zero ({total_zeros(dense):.2%} in the dense model). Made by",
+        "",
+        f"    {command}",
+        "",
+        f"Calibration data: {calibration}. Weights: {dtype}.",
+        "",
+        f"## Recipe (`{recipe.name}`)",
+        "",
+        "```yaml",
+        recipe.read_text().rstrip(),
+        "```",
+        "",
+        "## Versions",
+        "",
+        "| package | version |",
+        "|---|---|",
+        *(f"| {name} | {version} |" for name, version in _versions().items()),
+        "",
+        "## Realised sparsity",
+        "",
+        "| layer | d_out x d_in | zero | zero in the dense model |",
+        "|---|---|---|---|",
+        *(
+            f"| {after.name} | {after.shape[0]} x {after.shape[1]} | {after.zeros:.2%} | {before.zeros:.2%} |"
+            for before, after in zip(dense, pruned, strict=True)
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, Any]:
+    packages = ("crepe-llm", "llmcompressor", "compressed-tensors", "transformers", "torch")
+    return {name: importlib.metadata.version(name) for name in packages}
