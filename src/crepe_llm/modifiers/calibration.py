@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device, get_execution_device, match_named_modules
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
@@ -57,6 +58,9 @@ class CalibratedModifier(Modifier):
         """Change one layer, given the statistics of its inputs."""
         raise NotImplementedError
 
+    def check_layer(self, name: str, module: torch.nn.Module) -> None:
+        """Raise ValueError if the layer cannot be compressed as the fields ask; called before any calibration."""
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the layers, and refuse what cannot work before any time is spent."""
         # Not state.data.calib: that is a deep copy of the loader that the pipelines iterate.
@@ -73,20 +77,19 @@ class CalibratedModifier(Modifier):
                 f"targets={self.targets} with ignore={self.ignore} match no layer of {type(state.model).__name__}; "
                 f"its modules with weights are of the classes {', '.join(classes)}"
             )
-        tables = {id(m.weight): n for n, m in state.model.named_modules() if isinstance(m, torch.nn.Embedding)}
-        for module, name in self._layers.items():
-            if (
-                not isinstance(getattr(module, "weight", None), torch.Tensor)
-                or cast(torch.Tensor, module.weight).dim() != 2
-            ):
-                raise ValueError(
-                    f"targets={self.targets} match {name}, a {type(module).__name__}, which is no linear layer"
-                )
-            if id(module.weight) in tables:
-                raise ValueError(
-                    f"{name} shares its weight with the embedding {tables[id(module.weight)]}, which would be changed "
-                    f"too: add {name} to `ignore`, or load the model with tie_word_embeddings=False"
-                )
+        with disable_onloading():
+            tables = {id(m.weight): n for n, m in state.model.named_modules() if isinstance(m, torch.nn.Embedding)}
+            for module, name in self._layers.items():
+                weight = getattr(module, "weight", None)
+                if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+                    kind = type(module).__name__
+                    raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is no linear layer")
+                if id(weight) in tables:
+                    raise ValueError(
+                        f"{name} shares its weight with the embedding {tables[id(weight)]}, which would be changed too: "
+                        f"add {name} to `ignore`, or load the model with tie_word_embeddings=False"
+                    )
+                self.check_layer(name, module)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -108,18 +108,15 @@ class CRePEModifier(CalibratedModifier):
                 )
         return self
 
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        super().on_initialize(state, **kwargs)
+    def check_layer(self, name: str, module: torch.nn.Module) -> None:
+        self._sparsity_of(name)
         structure = parse_mask_structure(self.mask_structure)
-        for module, name in self._layers.items():
-            self._sparsity_of(name)
-            d_in = input_channels(module)
-            if structure is not None and d_in % structure[1]:
-                raise ValueError(
-                    f'{name} has {d_in} input channels, which mask_structure="{self.mask_structure}" cannot cut into '
-                    f"groups of {structure[1]}: add the layer to `ignore`"
-                )
-        return True
+        channels = input_channels(module)
+        if structure is not None and channels % structure[1]:
+            raise ValueError(
+                f'{name} has {channels} input channels, which mask_structure="{self.mask_structure}" cannot cut into '
+                f"groups of {structure[1]}: add the layer to `ignore`"
+            )
 
     def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
         weight = weight_matrix(module)
