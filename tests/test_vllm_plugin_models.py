@@ -1,6 +1,7 @@
 """vLLM with the plugin against vLLM with the same masked weights stored dense: greedy tokens must be the same."""
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 128,
-    "intermediate_size": 208,
+    "intermediate_size": 212,  # half a byte of bitmask at the end of each row
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -56,7 +57,11 @@ def gemma3() -> PretrainedConfig:
 
 def mixtral() -> PretrainedConfig:
     return MixtralConfig(
-        **SIZES, architectures=["MixtralForCausalLM"], tie_word_embeddings=False, num_local_experts=4, sliding_window=None
+        **SIZES,
+        architectures=["MixtralForCausalLM"],
+        tie_word_embeddings=False,
+        num_local_experts=4,
+        sliding_window=None,
     )
 
 
@@ -85,7 +90,7 @@ def mixtral_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def generate(folder: Path, dtype: str = "float32", inspect: Callable[[Any], Any] | None = None, **options: Any) -> Any:
-    """Greedy tokens of every prompt, with the log-probabilities of the two best; and what ``inspect`` says of the model."""
+    """Greedy tokens of every prompt with the log-probabilities of the two best; and what ``inspect`` says of it."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -181,3 +186,38 @@ def test_experts_are_served_dense(tmp_path: Path) -> None:
     ours, layers = generate(sparse, inspect=linear_parameters)
     assert {name.rsplit(".", 1)[1] for name, left in layers.items() if "PackedWeight" in left} == {"qkv_proj", "o_proj"}
     assert_same(ours, generate(dense))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantized_same_tokens_as_vllms_own_w8a8(quantization: str, tmp_path: Path) -> None:
+    sparse, dense = twins(tmp_path, qwen2(), quantization=quantization)
+    ours, layers = generate(sparse, inspect=linear_parameters)
+    assert all("PackedWeight" in left for left in layers.values())
+    assert_same(ours, generate(dense))
+
+
+def test_half_precision_is_close_to_dense_fp32(tmp_path: Path) -> None:
+    sparse, dense = twins(tmp_path, llama())
+    exact = generate(dense)
+    for dtype, tolerance in (("bfloat16", 0.2), ("float16", 0.02)):
+        for (_, ours), (_, theirs) in zip(generate(sparse, dtype=dtype), exact, strict=True):
+            shared = ours[0].keys() & theirs[0].keys()
+            assert shared
+            for token in shared:
+                assert abs(ours[0][token] - theirs[0][token]) < tolerance, dtype
+
+
+def test_compiled_same_tokens_as_eager(tmp_path: Path) -> None:
+    sparse = write_random_model(llama(num_hidden_layers=1), tmp_path, sparse=True, dtype=torch.float32)
+    assert_same(generate(sparse, enforce_eager=False), generate(sparse))
+
+
+def test_two_tensor_parallel_ranks_same_tokens_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One key-value head, which both ranks hold, and 104 of 208 columns of down_proj for each.
+    config = llama(num_key_value_heads=1, intermediate_size=208)
+    sparse = write_random_model(config, tmp_path, sparse=True, dtype=torch.float32)
+    one = generate(sparse)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() != 1 else "0|0")
+    two, layers = generate(sparse, inspect=linear_parameters, tensor_parallel_size=2)
+    assert all(left == ["PackedWeight"] for left in layers.values())
+    assert_same(two, one)
