@@ -96,13 +96,13 @@ def pack(weight: torch.Tensor, scale: torch.Tensor | None = None) -> PackedWeigh
     two non-zero values in every group of 4 along K. ``scale`` has N elements or one ([N], [N, 1] or scalar) and
     multiplies the outputs; int8 and fp8 weights carry their quantization scale here.
 
-    Raises ValueError when a group holds more than two non-zero values, when K is no multiple of 4, or when ``scale``
-    does not fit; TypeError for another dtype.
+    Raises ValueError when a group holds more than two non-zero values, when K is no positive multiple of 4,
+    or when ``scale`` does not fit; TypeError for another dtype.
     """
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a matrix [N, K] is needed")
     n, k = weight.shape
-    _check_columns(k)
+    _check_shape(n, k)
     if weight.dtype == torch.float8_e4m3fn:
         weight = weight.to(torch.bfloat16)
     _check_dtype(weight.dtype)
@@ -136,7 +136,7 @@ def pack_compressed(
     bits beyond column K are set; TypeError for another dtype.
     """
     n, k = (int(s) for s in (shape.flatten().tolist() if isinstance(shape, torch.Tensor) else shape))
-    _check_columns(k)
+    _check_shape(n, k)
     if compressed.dtype == torch.float8_e4m3fn:
         compressed = compressed.to(torch.bfloat16)
     _check_dtype(compressed.dtype)
@@ -251,9 +251,9 @@ def _per_row(scale: torch.Tensor | None, n: int, dtype: torch.dtype, device: tor
     return scale.detach().to(device, torch.float32).reshape(-1).expand(n).contiguous()
 
 
-def _check_columns(k: int) -> None:
-    if k % 4:
-        raise ValueError(f"weight has K = {k} columns; 2:4 needs a multiple of 4")
+def _check_shape(n: int, k: int) -> None:
+    if n < 1 or k < 4 or k % 4:
+        raise ValueError(f"weight is {n} x {k} (N x K); at least one row and K a positive multiple of 4 are needed")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

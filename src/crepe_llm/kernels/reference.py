@@ -15,7 +15,8 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     largest = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[0])
     finite = torch.isfinite(largest)
-    inverse = torch.where((largest > 0) & finite, 127.0 / largest, 0.0)
+    # One correctly rounded division: `127.0 / largest` would be a reciprocal times 127.
+    inverse = torch.where((largest > 0) & finite, torch.full_like(largest, 127.0) / largest, 0.0)
     values = torch.nan_to_num(x * inverse[:, None], 0.0, 0.0, 0.0).round().clamp_(-127, 127).to(torch.int8)
     return values, torch.where(finite, largest / 127.0, torch.nan)
 
