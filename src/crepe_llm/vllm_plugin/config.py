@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -17,7 +17,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from crepe_llm.checkpoints import FormatError, unpack
 from crepe_llm.checkpoints.reading import PARTS, read_folder
 from crepe_llm.vllm_plugin import QUANTIZATION
-from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, Scheme, Sparse24LinearMethod
+from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, DenseLinearMethod, Scheme, Sparse24LinearMethod
 
 _logger = logging.getLogger(__name__)
 
@@ -99,13 +99,15 @@ class Sparse24Config(CompressedTensorsConfig):
                 scheme = Scheme.of(prefix, self.get_scheme_dict(layer, prefix))
                 return Sparse24LinearMethod(scheme, prefix, parts)
             self._expand(prefix, sparse, "only some of its parts are sparse")
-        elif isinstance(layer, RoutedExperts):
+            method = super().get_quant_method(layer, prefix)
+            return DenseLinearMethod(prefix, parts) if type(method) is UnquantizedLinearMethod else method
+        if isinstance(layer, RoutedExperts):
             experts = [name for name in self._checkpoint_name if name.startswith(prefix + ".")]
             self._expand(prefix, experts, "vLLM's expert kernels are dense")
         elif isinstance(layer, VocabParallelEmbedding):
             self._expand(prefix, [prefix] if prefix in self._checkpoint_name else [], "its rows are looked up")
             if self.get_scheme_dict(layer, prefix) is None:
-                return DenseEmbeddingMethod()
+                return DenseEmbeddingMethod(prefix or type(layer).__name__)
         return super().get_quant_method(layer, prefix)
 
     def _parts(self, prefix: str) -> list[str]:

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
@@ -246,13 +247,47 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
 
 
+@register_weight_loader_v2_supported_method
+class DenseLinearMethod(UnquantizedLinearMethod):
+    """vLLM's own dense linear layer, which also notices a weight that the checkpoint does not hold.
+
+    Args:
+        layer_name: vLLM's name of the layer, for messages.
+        parts: the names of the layer's unfused parts, for messages.
+    """
+
+    def __init__(self, layer_name: str, parts: Sequence[str]) -> None:
+        super().__init__()
+        self.name = layer_name
+        self.parts = list(parts)
+
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *sizes, **attributes)
+        _mark_unloaded(layer.weight)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        _check_loaded(layer.weight, self.name, self.parts)
+        super().process_weights_after_loading(layer)
+
+
 class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
     """A dense embedding or output head on a CPU, without the second copy that vLLM keeps for its matrix product.
 
     The head is multiplied by the kernels' own dense product, from the rows that the embedding looks up.
+
+    Args:
+        layer_name: vLLM's name of the layer, for messages.
     """
 
+    def __init__(self, layer_name: str) -> None:
+        self.name = layer_name
+
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *sizes, **attributes)
+        _mark_unloaded(layer.weight)
+
     def process_weights_after_loading(self, layer: Any) -> None:
+        _check_loaded(layer.weight, self.name, [self.name])
         is_head = isinstance(layer, ParallelLMHead)
         if layer.weight.device.type != "cpu":
             super().process_weights_after_loading(layer)
@@ -266,6 +301,18 @@ class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
         if layer.weight.device.type == "cpu":
             return torch.nn.functional.linear(x, layer.weight, bias)
         return super().apply(layer, x, bias)
+
+
+def _mark_unloaded(weight: torch.Tensor) -> None:
+    """vLLM does not check that every weight of a quantized checkpoint is there: NaN marks the rows not yet read."""
+    if weight.device.type != "meta":
+        weight.data[:, 0] = torch.nan
+
+
+def _check_loaded(weight: torch.Tensor, layer: str, parts: Sequence[str]) -> None:
+    if weight.device.type != "meta" and bool(torch.isnan(weight.data[:, 0]).any()):
+        names = ", ".join(f"{part}.weight" for part in parts)
+        raise ValueError(f"damaged checkpoint: {layer}: rows of {names} are missing or not numbers")
 
 
 def _rounded(x: torch.Tensor, quantized: torch.dtype | None, dtype: torch.dtype) -> torch.Tensor:
