@@ -27,9 +27,12 @@ AVX512 = (
 # macro -> source, flags: one translation unit an instruction set. Which one runs is decided at run time.
 VARIANTS = {
     "CREPE_HAVE_AVX2": ("avx2.cpp", ("-mavx2", "-mfma", "-mf16c"), X86),
+    "CREPE_HAVE_AVX512": ("avx512.cpp", AVX512, X86),
+    "CREPE_HAVE_AVX512_VNNI": ("avx512.cpp", (*AVX512, "-mavx512vnni"), X86),
+    "CREPE_HAVE_AVX512_BF16": ("avx512.cpp", (*AVX512, "-mavx512vnni", "-mavx512bf16"), X86),
     "CREPE_HAVE_NEON": ("neon.cpp", (), ARM),
 }
-COMMON = ("-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
+COMMON = ("-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized")
 
 
 class BuildKernels(build_ext):

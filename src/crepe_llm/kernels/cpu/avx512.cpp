@@ -1,0 +1,249 @@
+// AVX-512, compiled three times: F+BW+VL+DQ, with VNNI (int8), and with VNNI and BF16. 16 rows a register; one broadcast
+// of a group's activations serves them through an in-lane shuffle.
+#include <immintrin.h>
+
+#include "formats.h"
+
+#if defined(CREPE_HAVE_AVX512_BF16)
+#define CREPE_BF16 1
+#define CREPE_VNNI 1
+#elif defined(CREPE_HAVE_AVX512_VNNI)
+#define CREPE_BF16 0
+#define CREPE_VNNI 1
+#else
+#define CREPE_BF16 0
+#define CREPE_VNNI 0
+#endif
+
+namespace {
+
+__m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+
+struct Isa {
+    static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
+    static constexpr int64_t kBlocks = 2, kChunkBlock = 32, kDenseRows = 4, kDenseTile = 6;
+    static constexpr int64_t tile(Format format) { return format == kI8 ? (CREPE_VNNI ? 10 : 6) : 12; }
+
+    // Kept value V of 16 rows of a group.
+    template <int32_t Dtype, int V>
+    static __m512 kept(const uint8_t* group) {
+        if constexpr (Dtype == kBfloat16) {
+            __m512i pairs = load512(group);
+            return _mm512_castsi512_ps(V ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(pairs, 16));
+        } else if constexpr (Dtype == kFloat16) {
+            return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * V)));
+        } else {
+            return _mm512_loadu_ps(group + 64 * V);
+        }
+    }
+
+    template <class K, int V, int R, int T>
+    static void value(const uint8_t* const (&group)[R], const __m512i (&columns)[R], const float* x, __m512 (&acc)[R][T]) {
+        __m512 w[R];
+        for (int r = 0; r < R; r++) w[r] = kept<K::dtype, V>(group[r]);
+#pragma GCC unroll 12
+        for (int t = 0; t < T; t++) {
+            __m512 activations = _mm512_broadcast_f32x4(_mm_loadu_ps(x + 4 * t));
+            for (int r = 0; r < R; r++) acc[r][t] = _mm512_fmadd_ps(w[r], _mm512_permutevar_ps(activations, columns[r]), acc[r][t]);
+        }
+    }
+
+    template <class K, int R, int T>
+    static void sparse_f32(const uint8_t* w, int64_t block_stride, const float* x, int64_t chunks, float* sums, bool first) {
+        __m512 acc[R][T];
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        for (int64_t c = 0; c < chunks; c++, w += K::weight_bytes) {
+            __m512i metadata[R];
+            const uint8_t* group[R];
+            for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), group[r] = w + r * block_stride + kMetadataBytes;
+            for (int g = 0; g < 8; g++, x += 4 * T) {
+                value<K, 0>(group, metadata, x, acc);
+                for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2);
+                value<K, 1>(group, metadata, x, acc);
+                for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2), group[r] += (K::weight_bytes - kMetadataBytes) / 8;
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) _mm512_storeu_ps(sums + (t * R + r) * kRowBlock, acc[r][t]);
+    }
+
+#if CREPE_BF16
+    // The two kept values of a group are a pair of bf16 in a row's lane; vpshufb picks the activations' pair and one
+    // vdpbf16ps multiplies and adds both. The shuffle's control bytes come from a table of the 16 column pairs.
+    template <int R, int T>
+    static void sparse_bf16(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        alignas(64) static constexpr struct Controls {
+            uint32_t of[16];
+            constexpr Controls() : of() {
+                for (uint32_t i = 0; i < 16; i++) {
+                    uint32_t a = 2 * (i & 3), b = 2 * (i >> 2);
+                    of[i] = a | (a + 1) << 8 | b << 16 | (b + 1) << 24;
+                }
+            }
+        } controls;
+        const __m512i table = load512(controls.of);
+        __m512 acc[R][T];
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        constexpr int64_t bytes = chunk_bytes(kBfloat16);
+        for (int64_t c = 0; c < chunks; c++, w += bytes) {
+            __m512i metadata[R];
+            for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride);
+#pragma GCC unroll 8
+            for (int g = 0; g < 8; g++, x += 8 * T) {
+                __m512i control[R], value[R];
+                for (int r = 0; r < R; r++) {
+                    control[r] = _mm512_permutexvar_epi32(metadata[r], table);
+                    metadata[r] = _mm512_srli_epi32(metadata[r], 4);
+                    value[r] = load512(w + r * block_stride + kMetadataBytes + 64 * g);
+                }
+#pragma GCC unroll 12
+                for (int t = 0; t < T; t++) {
+                    int64_t four;
+                    std::memcpy(&four, x + 8 * t, 8);
+                    __m512i activations = _mm512_set1_epi64(four);
+                    for (int r = 0; r < R; r++)
+                        acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value[r], (__m512bh)_mm512_shuffle_epi8(activations, control[r]));
+                }
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) _mm512_storeu_ps(sums + (t * R + r) * kRowBlock, acc[r][t]);
+    }
+#endif
+
+    template <int R, int T>
+    static void sparse_int8(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, int32_t* sums, bool first) {
+        const __m512i low = _mm512_set1_epi32(0x03030303), second = _mm512_set1_epi32(0x04040000);
+#if CREPE_VNNI
+        // vpdpbusd wants one unsigned factor: activations come as x + 128, and 128 * sum(w) is taken off at the end.
+        const __m512i offset = _mm512_set1_epi8(char(0x80));
+        __m512i excess[R];
+        for (int r = 0; r < R; r++) excess[r] = _mm512_setzero_si512();
+#else
+        const __m512i ones = _mm512_set1_epi16(1);
+#endif
+        __m512i acc[R][T];
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_si512() : load512(sums + (t * R + r) * kRowBlock);
+        for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(kInt8)) {
+            __m512i metadata[R];
+            for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride);
+            for (int pair = 0; pair < 4; pair++, x += 8 * T) {
+                __m512i columns[R], value[R];
+                for (int r = 0; r < R; r++) {
+                    columns[r] = _mm512_ternarylogic_epi32(metadata[r], low, second, 0xea);  // (metadata & low) | second
+                    metadata[r] = _mm512_srli_epi32(metadata[r], 2);
+                    value[r] = load512(w + r * block_stride + kMetadataBytes + 64 * pair);
+                }
+#if CREPE_VNNI
+                for (int r = 0; r < R; r++) excess[r] = _mm512_dpbusd_epi32(excess[r], offset, value[r]);
+#else
+                // |w| * (x with w's sign): vpmaddubsw takes one unsigned factor, and |w| <= 128, |x| <= 127 cannot
+                // saturate its sums.
+                __mmask64 negative[R];
+                for (int r = 0; r < R; r++) negative[r] = _mm512_movepi8_mask(value[r]), value[r] = _mm512_abs_epi8(value[r]);
+#endif
+#pragma GCC unroll 12
+                for (int t = 0; t < T; t++) {
+                    int64_t eight;
+                    std::memcpy(&eight, x + 8 * t, 8);
+                    __m512i activations = _mm512_set1_epi64(eight);
+                    for (int r = 0; r < R; r++) {
+                        __m512i chosen = _mm512_shuffle_epi8(activations, columns[r]);
+#if CREPE_VNNI
+                        acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], chosen, value[r]);
+#else
+                        chosen = _mm512_mask_sub_epi8(chosen, negative[r], _mm512_setzero_si512(), chosen);
+                        acc[r][t] = _mm512_add_epi32(acc[r][t], _mm512_madd_epi16(_mm512_maddubs_epi16(value[r], chosen), ones));
+#endif
+                    }
+                }
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) {
+#if CREPE_VNNI
+                acc[r][t] = _mm512_sub_epi32(acc[r][t], excess[r]);
+#endif
+                _mm512_storeu_si512(sums + (t * R + r) * kRowBlock, acc[r][t]);
+            }
+    }
+
+    template <class K, int R, int T>
+    static void sparse(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
+        if constexpr (K::format == kI8)
+            sparse_int8<R, T>(w, block_stride, x, chunks, sums, first);
+        else if constexpr (K::format == kF32)
+            sparse_f32<K, R, T>(w, block_stride, reinterpret_cast<const float*>(x), chunks, sums, first);
+#if CREPE_BF16
+        else
+            sparse_bf16<R, T>(w, block_stride, x, chunks, sums, first);
+#endif
+    }
+
+    static __m512 load(const float* p, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, p); }
+    static __m512 load(const Bf16* p, __mmask16 valid) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p)), 16));
+    }
+    static __m512 load(const Fp16* p, __mmask16 valid) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, p)); }
+
+    // R rows times T tokens on `Step` columns.
+    template <int R, int T, class W>
+    static void dense_step(const W* w, int64_t k, int64_t valid, const float* x, __m512 (&acc)[R][T]) {
+        const __mmask16 mask = valid >= 16 ? 0xffff : __mmask16((1u << valid) - 1);
+        __m512 activations[T];
+        for (int t = 0; t < T; t++) activations[t] = _mm512_loadu_ps(x + 32 * t);
+        for (int r = 0; r < R; r++) {
+            __m512 value = load(w + r * k, mask);
+            for (int t = 0; t < T; t++) acc[r][t] = _mm512_fmadd_ps(value, activations[t], acc[r][t]);
+        }
+    }
+#if CREPE_BF16
+    template <int R, int T>
+    static void dense_step(const Bf16* w, int64_t k, int64_t valid, const Bf16* x, __m512 (&acc)[R][T]) {
+        const __mmask32 mask = valid >= 32 ? 0xffffffff : __mmask32((1u << valid) - 1);
+        __m512i activations[T];
+        for (int t = 0; t < T; t++) activations[t] = load512(x + 32 * t);
+        for (int r = 0; r < R; r++) {
+            __m512i value = _mm512_maskz_loadu_epi16(mask, w + r * k);
+            for (int t = 0; t < T; t++) acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value, (__m512bh)activations[t]);
+        }
+    }
+#endif
+
+    template <class W, class X, int R, int T>
+    static void dense(const W* w, int64_t k, const X* x, float* sums) {
+        constexpr int64_t step = sizeof(X) == 2 ? 32 : 16;
+        __m512 acc[R][T];
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_ps();
+        for (int64_t c = 0; c < k; c += step) dense_step<R, T>(w + c, k, k - c, x + c / 32 * 32 * T + c % 32, acc);
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) sums[t * R + r] = _mm512_reduce_add_ps(acc[r][t]);
+    }
+};
+
+bool has_avx512() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+}
+
+}  // namespace
+
+#include "driver.h"
+
+#if CREPE_BF16
+const InstructionSet kAvx512Bf16 = {
+    "avx512_bf16",
+    [] { return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); },
+    tile_tokens, activation_bytes, convert, multiply};
+#elif CREPE_VNNI
+const InstructionSet kAvx512Vnni = {
+    "avx512_vnni", [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); },
+    tile_tokens, activation_bytes, convert, multiply};
+#else
+const InstructionSet kAvx512 = {"avx512", has_avx512, tile_tokens, activation_bytes, convert, multiply};
+#endif
