@@ -78,9 +78,11 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        conversions = super().update_weight_conversions(weight_conversions)
         if self._packed is None:
-            return conversions
+            return super().update_weight_conversions(weight_conversions)
+        # The parent looks for the quantization scheme of merged experts, which a sparse-only checkpoint has none of.
+        quantized = self.compressor.quantization_config is not None
+        conversions = super().update_weight_conversions(weight_conversions) if quantized else weight_conversions
         sources = [rf"\.{part}$" for part in PARTS]
         return [*conversions, WeightConverter(sources, [".weight"], operations=[UnpackSparse24()])]
 
