@@ -154,10 +154,17 @@ def _prune(options: argparse.Namespace) -> None:
     with new_folder(options.output) as folder:
         try:
             from llmcompressor import oneshot
+            from llmcompressor.recipe import Recipe
         except ImportError as error:
             raise ImportError('crepe prune needs llm-compressor: pip install "crepe-llm[compress]"') from error
         from crepe_llm.evaluation import model_card, samples
 
+        if not Recipe.create_instance(str(recipe)).modifiers:
+            # llm-compressor would do nothing, and say nothing.
+            raise ValueError(
+                f"{recipe} names no modifiers; they go under `NAME_stage:` and `NAME_modifiers:`, as in the recipe "
+                "that `crepe recipes crepe_2of4` prints"
+            )
         model, tokenizer = _load(options.model, options.dtype, on_device=False)
         length = _length(options.length, model)
         corpus, texts = _calibration_texts(options, length)
