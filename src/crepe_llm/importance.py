@@ -6,6 +6,7 @@ device, larger meaning more important. :mod:`crepe_llm.masks` turns scores into 
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -27,7 +28,7 @@ def magnitude_scores(weight: torch.Tensor, input_norm: torch.Tensor | None = Non
         fp32 scores [d_out, d_in].
     """
     _check(weight, None)
-    return weight.detach().to(torch.float32, copy=True).abs_()
+    return _magnitude(weight)
 
 
 def wanda_scores(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
@@ -115,18 +116,27 @@ def crepe_scores(
     """
     _check(weight, input_norm)
     check_coefficients(row, column, neighbourhood, kernel_size, activation_exponent)
-    magnitude = magnitude_scores(weight)
-    if neighbourhood > 0:
-        scores = window_mean(magnitude, kernel_size).clamp_min_(_TINY)
-        torch.div(magnitude, scores, out=scores)
-        scores.mul_(neighbourhood / math.sqrt(weight.numel()))
-    else:
-        scores = torch.zeros_like(magnitude)
-    if row > 0:
-        scores.addcdiv_(magnitude, magnitude.sum(dim=1, keepdim=True).clamp_min_(_TINY), value=row)
-    if column > 0:
-        scores.addcdiv_(magnitude, magnitude.sum(dim=0).clamp_min_(_TINY), value=column)
-    return scores.mul_(input_norm.to(weight.device, torch.float32).pow(activation_exponent))
+    norm_power = input_norm.to(weight.device, torch.float32).pow(activation_exponent)
+    column_sum = torch.zeros_like(norm_power)
+    for block in _row_blocks(weight):
+        column_sum += _magnitude(weight[block]).sum(dim=0)
+    column_sum.clamp_min_(_TINY)
+    means = _window_means(weight, kernel_size) if neighbourhood > 0 else None
+    scores = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    # Block by block, so that every temporary stays in the processor's cache and the scores are the one full copy.
+    for block in _row_blocks(weight):
+        magnitude = _magnitude(weight[block])
+        out = scores[block]
+        if means is not None:
+            torch.div(magnitude, next(means).clamp_min_(_TINY), out=out).mul_(neighbourhood / math.sqrt(weight.numel()))
+        else:
+            out.zero_()
+        if row > 0:
+            out.addcdiv_(magnitude, magnitude.sum(dim=1, keepdim=True).clamp_min_(_TINY), value=row)
+        if column > 0:
+            out.addcdiv_(magnitude, column_sum, value=column)
+        out.mul_(norm_power)
+    return scores
 
 
 def check_coefficients(
@@ -149,47 +159,71 @@ def check_coefficients(
 
 
 def window_mean(values: torch.Tensor, kernel_size: int) -> torch.Tensor:
-    """Mean over the K x K window centred at each entry, over the entries that exist at borders.
+    """Mean of |values| over the K x K window centred at each entry, over the entries that exist at borders.
 
-    Each axis is one fp64 running sum, block by block, of which window sums are differences: O(numel) for
-    every K, one fp32 copy and a small block of memory.
+    Costs O(numel) for every K, and no more memory than the result and a small block.
 
     Args:
-        values: fp32 [n, m].
-        kernel_size: K, odd and positive.
+        values: [n, m], any floating dtype.
+        kernel_size: K, odd and positive; may exceed the matrix.
 
     Returns:
         fp32 means [n, m].
     """
-    rows, columns = values.shape
-    means = torch.empty_like(values)
-    if values.numel() == 0:
-        return means
-    half = kernel_size // 2
-    step = max(1, _BLOCK_ELEMENTS // columns)
-    for start in range(0, rows, step):
-        means[start : start + step] = _window_mean_last(values[start : start + step], half)
-    step = max(1, _BLOCK_ELEMENTS // rows)
-    for start in range(0, columns, step):
-        block = means[:, start : start + step]
-        # A transposed copy lets both axes share one routine whose sums run along contiguous memory.
-        block.copy_(_window_mean_last(block.T.contiguous(), half).T)
+    means = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+    for block, block_means in zip(_row_blocks(values), _window_means(values, kernel_size), strict=True):
+        means[block] = block_means
     return means
 
 
-def _window_mean_last(values: torch.Tensor, half: int) -> torch.Tensor:
-    """Mean of values[:, j - half : j + half + 1] for every j, in fp64."""
-    length = values.shape[1]
-    half = min(half, length)
-    # sums[:, half + 1 + j] = values[:, 0] + ... + values[:, j], extended flat on both sides, so that every
-    # window, cut at the borders or not, is the difference of two entries 2 half + 1 apart.
-    sums = values.new_empty((values.shape[0], length + 2 * half + 1), dtype=torch.float64)
-    sums[:, : half + 1] = 0
-    torch.cumsum(values, dim=1, dtype=torch.float64, out=sums[:, half + 1 : half + 1 + length])
-    sums[:, half + 1 + length :] = sums[:, half + length, None]
-    centre = torch.arange(length, device=values.device)
-    counts = (centre + half + 1).clamp_max_(length) - (centre - half).clamp_min_(0)
-    return (sums[:, 2 * half + 1 :] - sums[:, :length]).div_(counts)
+def _magnitude(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().to(torch.float32, copy=True).abs_()
+
+
+def _row_blocks(matrix: torch.Tensor) -> Iterator[slice]:
+    rows, columns = matrix.shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def _window_means(values: torch.Tensor, kernel_size: int) -> Iterator[torch.Tensor]:
+    """fp32 window means of |values|, one block of :func:`_row_blocks` after the other.
+
+    Down the columns a running fp64 sum gains the row that enters the window and loses the one that leaves it; along
+    the rows a window is the difference of two fp64 prefix sums.
+    """
+    rows, columns = values.shape
+    half_height, half_width = min(kernel_size // 2, rows), min(kernel_size // 2, columns)
+    running = torch.zeros(columns, dtype=torch.float64, device=values.device)
+
+    def magnitude(start: int, stop: int) -> Iterator[torch.Tensor]:
+        return iter(values[max(0, start) : max(0, stop)].detach().to(torch.float64, copy=True).abs_())
+
+    for row in magnitude(0, half_height):
+        running += row
+    column = torch.arange(columns, device=values.device)
+    widths = (column + half_width + 1).clamp_max_(columns) - (column - half_width).clamp_min_(0)
+    per_width = widths.double().reciprocal_()
+    for block in _row_blocks(values):
+        entering = magnitude(block.start + half_height, block.stop + half_height)
+        leaving = magnitude(block.start - half_height - 1, block.stop - half_height - 1)
+        heights = torch.empty(block.stop - block.start, columns, dtype=torch.float64, device=values.device)
+        for index in range(block.start, block.stop):
+            if index + half_height < rows:
+                running += next(entering)
+            if index > half_height:
+                running -= next(leaving)
+            height = min(rows, index + half_height + 1) - max(0, index - half_height)
+            torch.mul(running, 1 / height, out=heights[index - block.start])
+        # prefix[:, half + 1 + j] = heights[:, 0] + ... + heights[:, j], extended flat on both sides, so that every
+        # window, cut at a border or not, is the difference of two entries 2 half + 1 apart.
+        prefix = heights.new_empty((len(heights), columns + 2 * half_width + 1))
+        prefix[:, : half_width + 1] = 0
+        torch.cumsum(heights, dim=1, out=prefix[:, half_width + 1 : half_width + 1 + columns])
+        prefix[:, half_width + 1 + columns :] = prefix[:, half_width + columns, None]
+        torch.sub(prefix[:, 2 * half_width + 1 :], prefix[:, :columns], out=heights)
+        yield heights.mul_(per_width).float()
 
 
 def _check(weight: torch.Tensor, input_norm: torch.Tensor | None) -> None:

@@ -16,6 +16,7 @@ ComparisonGroup = Literal["row", "matrix", "column_block"]
 
 # Beyond this group size, sorting each group is cheaper than comparing all pairs.
 _LARGEST_PAIRWISE_GROUP = 16
+_BLOCK_ELEMENTS = 1 << 18
 
 
 def parse_mask_structure(mask_structure: str) -> tuple[int, int] | None:
@@ -98,15 +99,21 @@ def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
         order = groups.argsort(dim=-1, stable=True)
         keep = torch.ones_like(groups, dtype=torch.bool)
         return keep.scatter_(-1, order[..., :n], False).view(rows, columns)
-    # A weight's rank in its group is the number of members pruned before it: those with a lower score, and
-    # those to its left with the same.
-    ranks = torch.zeros_like(groups, dtype=torch.uint8)
-    for left in range(m):
-        for right in range(left + 1, m):
-            left_goes_first = groups[..., left] <= groups[..., right]
-            ranks[..., right] += left_goes_first
-            ranks[..., left] += left_goes_first.logical_not_()
-    return (ranks >= n).view(rows, columns)
+    keep = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        # Member by member, so that comparisons run along contiguous memory in the processor's cache.
+        members = groups[start : start + step].permute(2, 0, 1).contiguous()
+        # A weight's rank in its group is the number of members pruned before it: those with a lower score, and
+        # those to its left with the same.
+        ranks = torch.zeros_like(members, dtype=torch.uint8)
+        for left in range(m):
+            for right in range(left + 1, m):
+                left_goes_first = members[left] <= members[right]
+                ranks[right] += left_goes_first
+                ranks[left] += left_goes_first.logical_not_()
+        keep[start : start + step] = (ranks >= n).permute(1, 2, 0)
+    return keep.view(rows, columns)
 
 
 def keep_unstructured(
