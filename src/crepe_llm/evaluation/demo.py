@@ -6,6 +6,7 @@ each costs in perplexity. The CRePE-pruned model is left in a folder.
 
 import argparse
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ def main() -> None:
     except samples.SampleError as error:
         sys.exit(f"demo: error: {error}")
 
+    from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -48,14 +50,23 @@ def main() -> None:
     )
     test = token_windows(tokenizer, corpus.test, _LENGTH, tokens=options.tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    logger.remove()  # the toolkit's logs; warnings and errors stay
-    logger.add(lambda message: tqdm.write(message, end="", file=sys.stderr), level="WARNING")
+    # The toolkit sets up its log when it is imported, at a level that would bury the table; its bars say enough.
+    logger.remove()
+    logger.add(lambda message: tqdm.write(message, end="", file=sys.stderr), level="ERROR")
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
     def prune_with(recipe: str) -> Callable[[Any], None]:
-        return lambda model: _oneshot(model, tokenizer, recipe, calibration)
+        return lambda model: oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=str(recipe_path(recipe)),
+            dataset=calibration,
+            num_calibration_samples=_WINDOWS,
+            max_seq_length=_LENGTH,
+            shuffle_calibration_samples=False,
+        )
 
     methods: dict[str, Callable[[Any], None]] = {
         "dense": lambda model: None,
@@ -97,24 +108,8 @@ def _prune_by_magnitude(model: Any) -> None:
         layer.weight.data *= keep_mask(magnitude_scores(layer.weight), 0.5, "2:4")
 
 
-def _oneshot(model: Any, tokenizer: Any, recipe: str, calibration: Any) -> None:
-    from llmcompressor import oneshot
-
-    oneshot(
-        model=model,
-        tokenizer=tokenizer,
-        recipe=str(recipe_path(recipe)),
-        dataset=calibration,
-        num_calibration_samples=_WINDOWS,
-        max_seq_length=_LENGTH,
-        shuffle_calibration_samples=False,
-    )
-
-
 def _replace(output: Path, model: Any, tokenizer: Any, dense: Any, zeros: Any, corpus: str, seed: int) -> None:
     """Save the model, in place of what an earlier run of the demo left."""
-    import shutil
-
     if (output / "recipe.yaml").is_file():
         shutil.rmtree(output)
     with new_folder(output) as folder:
