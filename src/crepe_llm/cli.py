@@ -27,13 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after an error that the user can mend."""
     parser = argparse.ArgumentParser(
         prog="crepe",
-        description="Prune language models with CRePE recipes, and measure what is left of them.",
+        description="Prune language models with CRePE recipes, measure what is left of them, and serve it.",
         epilog=(
             "examples, in the order of use (none of them needs a model hub):\n"
             "  crepe recipes\n"
             "  crepe evaluate smollm2 --sample --tokens 16384\n"
             "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output smollm2-2of4\n"
             "  crepe evaluate smollm2-2of4 --sample --tokens 16384\n"
+            "  crepe serve smollm2-2of4\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -244,6 +245,36 @@ def _recipes(options: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {first.removeprefix('#').strip()}")
 
 
+# crepe serve
+
+
+def _add_serve(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model with vLLM, 2:4 weights compressed",
+        description=(
+            "Start vLLM's OpenAI-compatible server on a checkpoint folder or Hugging Face id. 2:4 checkpoints are "
+            "served from compressed weights with sparse kernels, all others as vLLM does alone. On a CPU, a quarter of "
+            "the available memory is given to the key-value cache unless you say otherwise."
+        ),
+        epilog=(
+            "examples:\n"
+            "  crepe serve smollm2-2of4\n"
+            "  crepe serve DIR --port 8001 --dtype bfloat16 --max-model-len 2048     any option of `vllm serve`\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a Hugging Face id")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="options for vLLM")
+    parser.set_defaults(run=_serve)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from crepe_llm.vllm_plugin.serve import serve
+
+    serve(options.model, options.arguments)
+
+
 # What subcommands share
 
 
@@ -298,7 +329,7 @@ def _length(asked: int | None, model: Any) -> int:
     return asked
 
 
-_SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_add_prune, _add_evaluate, _add_recipes)
+_SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_add_prune, _add_evaluate, _add_serve, _add_recipes)
 
 
 if __name__ == "__main__":

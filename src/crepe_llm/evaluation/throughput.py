@@ -1,0 +1,200 @@
+"""How fast vLLM serves a checkpoint on this machine, and in how much memory.
+
+:func:`measure` runs one engine in this process; :func:`compare` gives every engine a process of its own, takes them in
+turns, and reports medians over the turns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    # The engine in the measuring process: its steps can be timed one by one, and no second process holds memory.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+"""The environment in which engines are measured."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load: so many requests at once, each with a prompt of so many tokens."""
+
+    prompt: int
+    streams: int
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is compared: a checkpoint, the dtype it is served in, and environment variables on top."""
+
+    name: str
+    model: str
+    dtype: str
+    environment: Mapping[str, str]
+
+
+def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3) -> dict[str, Any]:
+    """Serves random prompts with vLLM, eagerly and greedily, and times every step of the engine.
+
+    Must run in a process with :data:`ENVIRONMENT`, as its only engine.
+
+    Args:
+        model: the folder of a checkpoint; no tokenizer is needed.
+        dtype: the model's dtype in vLLM: "bfloat16", "float16" or "float32".
+        cases: the loads.
+        tokens: how many tokens each request generates.
+        repeats: how often each load is run.
+
+    Returns:
+        ``load_s``, seconds from the folder to a ready engine; ``anonymous_bytes``, how much the process's anonymous
+        memory grew by then (weights, and what vLLM allocates beside them; the key-value cache is not touched yet);
+        ``cases``, for each load the median ``first_token_s`` (request to first token, mean of the streams) and
+        ``tokens_per_s`` (streams over the median time of a step in which every stream decodes).
+    """
+    import torch
+    from vllm import LLM, SamplingParams
+
+    before = _anonymous_bytes()
+    started = time.perf_counter()
+    engine = LLM(
+        model,
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=max(case.prompt for case in cases) + tokens,
+        max_num_seqs=max(case.streams for case in cases),
+        kv_cache_memory_bytes=1 << 30,
+        seed=0,
+    )
+    load = time.perf_counter() - started
+    anonymous = _anonymous_bytes() - before
+    wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    vocabulary = engine.llm_engine.model_config.get_vocab_size()
+    generator = torch.Generator().manual_seed(0)
+
+    def run(case: Case) -> tuple[list[float], list[float]]:
+        """Seconds to each stream's first token, and of every step in which all streams decode."""
+        first: dict[str, float] = {}
+        steps: list[float] = []
+        begun = time.perf_counter()
+        for stream in range(case.streams):
+            prompt = torch.randint(0, vocabulary, (case.prompt,), generator=generator).tolist()
+            engine.llm_engine.add_request(str(stream), {"prompt_token_ids": prompt}, wanted)
+        while engine.llm_engine.has_unfinished_requests():
+            decoding = len(first) == case.streams
+            step = time.perf_counter()
+            outputs = engine.llm_engine.step()
+            now = time.perf_counter()
+            if decoding:
+                steps.append(now - step)
+            for output in outputs:
+                first.setdefault(output.request_id, now - begun)
+        return list(first.values()), steps
+
+    run(Case(min(case.prompt for case in cases), 1))  # first touches and lazy imports
+    measured = []
+    for case in cases:
+        runs = [run(case) for _ in range(repeats)]
+        measured.append(
+            {
+                **asdict(case),
+                "first_token_s": statistics.median(statistics.mean(first) for first, _ in runs),
+                "tokens_per_s": case.streams / statistics.median(step for _, steps in runs for step in steps),
+            }
+        )
+    return {"load_s": load, "anonymous_bytes": anonymous, "cases": measured}
+
+
+def compare(
+    engines: Sequence[Engine], cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3, turns: int = 3
+) -> dict[str, dict[str, Any]]:
+    """Measures engines in processes of their own, in turns, and takes the median of each figure over the turns.
+
+    Args:
+        engines: what to compare.
+        cases: the loads; ``tokens`` and ``repeats`` as in :func:`measure`.
+        turns: how often every engine is started.
+
+    Returns:
+        For each engine's name what :func:`measure` returns, and ``weight_bytes``, the size of the checkpoint's files.
+
+    Raises:
+        RuntimeError: an engine failed; the message ends with what it printed last.
+    """
+    results: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
+    for _ in range(turns):
+        for engine in engines:
+            results[engine.name].append(_in_process(engine, cases, tokens, repeats))
+    return {
+        engine.name: {**_median(results[engine.name]), "weight_bytes": _weight_bytes(engine.model)}
+        for engine in engines
+    }
+
+
+def _in_process(engine: Engine, cases: Sequence[Case], tokens: int, repeats: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", __spec__.name, engine.model, engine.dtype]
+    command += [str(tokens), str(repeats), *(f"{case.prompt}x{case.streams}" for case in cases)]
+    done = subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT, **engine.environment}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{engine.name} ({' '.join(command)}) failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = runs[0]
+    return {
+        "load_s": statistics.median(run["load_s"] for run in runs),
+        "anonymous_bytes": statistics.median(run["anonymous_bytes"] for run in runs),
+        "cases": [
+            {
+                **case,
+                **{
+                    figure: statistics.median(run["cases"][index][figure] for run in runs)
+                    for figure in ("first_token_s", "tokens_per_s")
+                },
+            }
+            for index, case in enumerate(first["cases"])
+        ],
+    }
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon; memory can be measured on Linux only")
+
+
+def _weight_bytes(model: str) -> int:
+    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m crepe_llm.evaluation.throughput", description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("dtype")
+    parser.add_argument("tokens", type=int)
+    parser.add_argument("repeats", type=int)
+    parser.add_argument("cases", nargs="+", metavar="PROMPTxSTREAMS")
+    options = parser.parse_args()
+    cases = [Case(*map(int, case.split("x"))) for case in options.cases]
+    print(json.dumps(measure(options.model, options.dtype, cases, tokens=options.tokens, repeats=options.repeats)))
+
+
+if __name__ == "__main__":
+    _main()
