@@ -221,6 +221,66 @@ def _calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, l
     return f"{options.dataset}, {options.split}", texts
 
 
+# crepe compress, crepe decompress
+
+
+def _add_compress(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compress",
+        help="pack the 2:4 layers of a checkpoint",
+        description=(
+            "Convert a folder of safetensors whose linear layers hold 2:4 zeros into the sparse-24-bitmask format, one "
+            "file at a time. Layers that are not 2:4 stay as they are. The output folder is complete or absent."
+        ),
+        epilog="example:\n  crepe compress PRUNED PACKED\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_folders(parser)
+    parser.set_defaults(run=_compress)
+
+
+def _add_decompress(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "decompress",
+        help="unpack a 2:4 checkpoint into plain weights",
+        description=(
+            "Convert a sparse-24-bitmask checkpoint into plain weights with zeros, which every reader loads, one file "
+            "at a time. The output folder is complete or absent."
+        ),
+        epilog="example:\n  crepe decompress PACKED PLAIN\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_folders(parser)
+    parser.set_defaults(run=_decompress)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument("destination", metavar="OUT", type=Path, help="a folder that does not hold a model yet")
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from crepe_llm.checkpoints import compress_folder
+
+    layers = compress_folder(options.source, options.destination, progress=True)
+    _report_conversion(options, f"{len(layers)} layers packed")
+
+
+def _decompress(options: argparse.Namespace) -> None:
+    from crepe_llm.checkpoints import decompress_folder
+
+    layers = decompress_folder(options.source, options.destination, progress=True)
+    _report_conversion(options, f"{len(layers)} layers unpacked")
+
+
+def _report_conversion(options: argparse.Namespace, what: str) -> None:
+    before, after = (
+        sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+        for folder in (options.source, options.destination)
+    )
+    print(f"{options.destination}: {what}, {before:.1f} MB of safetensors became {after:.1f} MB")
+
+
 # crepe recipes
 
 
@@ -329,7 +389,14 @@ def _length(asked: int | None, model: Any) -> int:
     return asked
 
 
-_SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_add_prune, _add_evaluate, _add_serve, _add_recipes)
+_SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (
+    _add_prune,
+    _add_evaluate,
+    _add_serve,
+    _add_compress,
+    _add_decompress,
+    _add_recipes,
+)
 
 
 if __name__ == "__main__":
