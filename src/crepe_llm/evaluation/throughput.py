@@ -1,7 +1,7 @@
 """How fast vLLM serves a checkpoint on this machine, and in how much memory.
 
-:func:`measure` runs one engine in this process; :func:`compare` gives every engine a process of its own, takes them in
-turns, and reports medians over the turns.
+:func:`measure` times an engine in this process, :func:`run` gives it a process of its own. To compare engines, run
+them in turns and take the :func:`median` of each.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Engine:
-    """What is compared: a checkpoint, the dtype it is served in, and environment variables on top."""
+    """What is measured: a checkpoint's folder and the dtype it is served in, under a name."""
 
     name: str
     model: str
     dtype: str
-    environment: Mapping[str, str]
 
 
 def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(0)
 
-    def run(case: Case) -> tuple[list[float], list[float]]:
+    def load_with(case: Case) -> tuple[list[float], list[float]]:
         """Seconds to each stream's first token, and of every step in which all streams decode."""
         first: dict[str, float] = {}
         steps: list[float] = []
@@ -103,10 +102,10 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
                 first.setdefault(output.request_id, now - begun)
         return list(first.values()), steps
 
-    run(Case(min(case.prompt for case in cases), 1))  # first touches and lazy imports
+    load_with(Case(min(case.prompt for case in cases), 1))  # first touches and lazy imports
     measured = []
     for case in cases:
-        runs = [run(case) for _ in range(repeats)]
+        runs = [load_with(case) for _ in range(repeats)]
         measured.append(
             {
                 **asdict(case),
@@ -117,49 +116,29 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
     return {"load_s": load, "anonymous_bytes": anonymous, "cases": measured}
 
 
-def compare(
-    engines: Sequence[Engine], cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3, turns: int = 3
-) -> dict[str, dict[str, Any]]:
-    """Measures engines in processes of their own, in turns, and takes the median of each figure over the turns.
-
-    Args:
-        engines: what to compare.
-        cases: the loads; ``tokens`` and ``repeats`` as in :func:`measure`.
-        turns: how often every engine is started.
-
-    Returns:
-        For each engine's name what :func:`measure` returns, and ``weight_bytes``, the size of the checkpoint's files.
+def run(engine: Engine, cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3) -> dict[str, Any]:
+    """Starts an engine in a process of its own and returns what :func:`measure` says of it, with ``weight_bytes``,
+    the size of the checkpoint's weight files.
 
     Raises:
-        RuntimeError: an engine failed; the message ends with what it printed last.
+        RuntimeError: the engine failed; the message ends with what it printed last.
     """
-    results: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
-    for _ in range(turns):
-        for engine in engines:
-            results[engine.name].append(_in_process(engine, cases, tokens, repeats))
-    return {
-        engine.name: {**_median(results[engine.name]), "weight_bytes": _weight_bytes(engine.model)}
-        for engine in engines
-    }
-
-
-def _in_process(engine: Engine, cases: Sequence[Case], tokens: int, repeats: int) -> dict[str, Any]:
     command = [sys.executable, "-m", __spec__.name, engine.model, engine.dtype]
     command += [str(tokens), str(repeats), *(f"{case.prompt}x{case.streams}" for case in cases)]
-    done = subprocess.run(
-        command, env={**os.environ, **ENVIRONMENT, **engine.environment}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{engine.name} ({' '.join(command)}) failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    weights = sum(file.stat().st_size for file in Path(engine.model).glob("*.safetensors"))
+    return {**result, "weight_bytes": weights}
 
 
-def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure over several runs of one engine with the same loads."""
     first = runs[0]
+    figures = ("load_s", "anonymous_bytes", "weight_bytes")
     return {
-        "load_s": statistics.median(run["load_s"] for run in runs),
-        "anonymous_bytes": statistics.median(run["anonymous_bytes"] for run in runs),
+        **{figure: statistics.median(run[figure] for run in runs) for figure in figures},
         "cases": [
             {
                 **case,
@@ -178,10 +157,6 @@ def _anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no RssAnon; memory can be measured on Linux only")
-
-
-def _weight_bytes(model: str) -> int:
-    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
 
 
 def _main() -> None:

@@ -1,5 +1,6 @@
 """Linear layers with 2:4 compressed weights, and the embeddings and output heads that stay dense beside them."""
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +182,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 delattr(layer, name)
         layer.packed = packed
+        _return_freed_memory()
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.scheme.input is None or (self.scheme.dtype == torch.int8 and self.scheme.input == "token"):
@@ -301,6 +303,13 @@ class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
         if layer.weight.device.type == "cpu":
             return torch.nn.functional.linear(x, layer.weight, bias)
         return super().apply(layer, x, bias)
+
+
+def _return_freed_memory() -> None:
+    """Freed weights of a few MB stay in glibc's heap, between the packed ones, unless it is told to return them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _mark_unloaded(weight: torch.Tensor) -> None:
