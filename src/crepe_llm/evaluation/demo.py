@@ -57,7 +57,7 @@ def main() -> None:
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
-    def prune_with(recipe: str) -> Callable[[Any], None]:
+    def prune_with(recipe: str) -> Callable[[Any], Any]:
         return lambda model: oneshot(
             model=model,
             tokenizer=tokenizer,
@@ -68,7 +68,7 @@ def main() -> None:
             shuffle_calibration_samples=False,
         )
 
-    methods: dict[str, Callable[[Any], None]] = {
+    methods: dict[str, Callable[[Any], Any]] = {
         "dense": lambda model: None,
         "magnitude": _prune_by_magnitude,
         "Wanda": prune_with("wanda_2of4"),
