@@ -19,6 +19,7 @@ from crepe_llm.inequality import gini_index
 from crepe_llm.masks import ComparisonGroup, keep_mask
 
 __all__ = [
+    "DEFAULT_PROXY",
     "PROXIES",
     "RIA",
     "Coefficients",
@@ -33,6 +34,8 @@ __all__ = [
 
 # As in crepe_scores: sums of |W| below this count as zero.
 _TINY = torch.finfo(torch.float32).tiny
+# Fourth powers: a row that loses nearly all of its output weighs more than many that lose a little.
+_ROW_POWER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,7 @@ class LayerSample:
         name: the layer's name.
         rows: int64 [n], the rows drawn, ascending.
         weight: fp32 [n, d_in].
+        input_norm: fp32 [d_in].
         gram: as given.
         output_energy: fp32 [n], the sum over tokens of each row's squared output, or None without a Gram matrix.
 
@@ -171,7 +175,7 @@ class LayerSample:
             kernel_size: sampled.div(window_mean(magnitude, kernel_size)[chosen].clamp_min_(_TINY)).mul_(scale)
             for kernel_size in kernel_sizes
         }
-        self._input_norm = input_norm.to(weight.device, torch.float32)
+        self.input_norm = input_norm.to(weight.device, torch.float32)
         self.output_energy = None if gram is None else _energy(self.weight, gram)
 
     def scores(self, coefficients: Coefficients) -> torch.Tensor:
@@ -191,7 +195,7 @@ class LayerSample:
                     f"{sorted(self._window_terms)}"
                 )
             scores.add_(self._window_terms[c.kernel_size], alpha=c.neighbourhood)
-        return scores.mul_(self._input_norm.pow(c.activation_exponent))
+        return scores.mul_(self.input_norm.pow(c.activation_exponent))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,8 +273,7 @@ def _reconstruction(pruned: PrunedSample) -> float:
 
 def _row_reconstruction(pruned: PrunedSample) -> float:
     error, energy = pruned.relative_errors()
-    # Fourth powers: a row that loses nearly all of its output weighs more than many that lose a little.
-    return (error / energy.clamp_min(_TINY)).pow(4).mean().pow(0.25).item()
+    return (error / energy.clamp_min(_TINY)).pow(_ROW_POWER).mean().pow(1 / _ROW_POWER).item()
 
 
 PROXIES: Mapping[str, Proxy] = {
@@ -283,6 +286,17 @@ PROXIES: Mapping[str, Proxy] = {
         Proxy("row_reconstruction", False, True, _row_reconstruction),
     )
 }
+"""By name:
+
+- ``gini``: Gini index of the pruned weights' scores; our guess at the paper's proxy;
+- ``gini_all``, ``gini_kept``: of all scores, of the kept weights' scores;
+- ``reconstruction``: ||(W - W~) X||^2 / ||W X||^2 of the layer;
+- ``row_reconstruction``: the same of each row by itself, and the fourth-power mean over rows: it sees rows that starve.
+
+All but the choice of the Gini index are ours; docs/pho.md has the evidence.
+"""
+
+DEFAULT_PROXY = "row_reconstruction"
 
 
 def evaluate(samples: Sequence[LayerSample], coefficients: Coefficients, mask: Mask, proxy: Proxy) -> float:

@@ -7,11 +7,12 @@ except ImportError as error:
 
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.gptq import MaskedGPTQModifier
+from crepe_llm.modifiers.pho import PHOSearchModifier
 
-__all__ = ["CRePEModifier", "MaskedGPTQModifier", "register"]
+__all__ = ["CRePEModifier", "MaskedGPTQModifier", "PHOSearchModifier", "register"]
 
 
 def register() -> None:
     """Make the modifiers known to llm-compressor's recipes by their class names. Idempotent."""
-    for modifier in (CRePEModifier, MaskedGPTQModifier):
+    for modifier in (CRePEModifier, MaskedGPTQModifier, PHOSearchModifier):
         ModifierFactory.register(modifier.__name__, modifier)

@@ -58,6 +58,10 @@ class CalibratedModifier(Modifier):
         """Change one layer, given the statistics of its inputs."""
         raise NotImplementedError
 
+    def needs_gram(self, name: str) -> bool:
+        """Whether the statistics of one layer's inputs include their Gram matrix."""
+        return False
+
     def check_layer(self, name: str, module: torch.nn.Module) -> None:
         """Raise ValueError if the layer cannot be compressed as the fields ask; called before any calibration."""
 
@@ -150,7 +154,9 @@ class CalibratedModifier(Modifier):
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         inputs = args[0]
         if module not in self._statistics:
-            self._statistics[module] = InputStatistics(input_channels(module), device=get_execution_device(module))
+            self._statistics[module] = InputStatistics(
+                input_channels(module), gram=self.needs_gram(self._layers[module]), device=get_execution_device(module)
+            )
         mask = self._dataloader.masks[active_session().state.current_batch_idx]
         if mask is not None and mask.numel() != inputs.shape[:-1].numel():
             mask = None  # routed to an expert: the toolkit does not say which tokens these are

@@ -1,0 +1,413 @@
+"""The search for CRePE's coefficients as a modifier."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.utils import align_module_device, patch_attr, update_offload_parameter
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from loguru import logger
+from pydantic import PrivateAttr, field_validator, model_validator
+
+from crepe_llm.importance import crepe_scores
+from crepe_llm.masks import ComparisonGroup, keep_mask, parse_mask_structure
+from crepe_llm.modifiers.calibration import CalibratedModifier, is_transposed, weight_matrix
+from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.proxies import DEFAULT_PROXY, PROXIES, RIA, Coefficients, LayerSample, Mask, evaluate, sample_layers
+from crepe_llm.search import SearchSpace, Study, search
+from crepe_llm.statistics import InputStatistics
+
+__all__ = ["PHOSearchModifier"]
+
+_CANDIDATES = 200
+_VERIFICATION_SEQUENCES = 8
+
+
+class PHOSearchModifier(CalibratedModifier):
+    """
+    Modifier that searches for the coefficients of the CRePEModifier behind it, by a proxy for perplexity on a sample of
+    layers and rows, in the manner of the PHO of https://arxiv.org/abs/2606.01544, whose internals are not public to us.
+    It changes no weight. See `crepe_llm.proxies` and `crepe_llm.search`.
+
+    What was found is written into `found` and into the CRePEModifier, so a recipe that was saved with a model prunes
+    the same again without searching.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        PHOSearchModifier:
+          candidates: 200
+        CRePEModifier:
+          mask_structure: "2:4"
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find the CRePEModifier, draw the sample of its layers
+        - with `found` or `study`: hand the coefficients over, and be done
+    - on_calibration_start
+        - register_hook(layer, gather input statistics and Gram matrices, "forward_pre")
+    - on_sequential_epoch_end
+        - reduce each sampled layer of the block to its sample
+    - on_calibration_end
+        - remove_hooks()
+        - search, compare with RIA, hand the coefficients over
+    - on_finalize
+        - nothing is left to do
+
+    :param proxy: what stands for perplexity, a name from `crepe_llm.proxies.PROXIES`
+    :param optimiser: `cma` (CMA-ES) or `random`
+    :param candidates: stop after so many candidates; 200 where neither this nor `minutes` is given
+    :param minutes: stop when evaluations have taken so long
+    :param space: bounds that differ from `crepe_llm.search.SearchSpace`'s, such as `{activation_exponent: [0.2, 1.0]}`
+    :param seed: of the sample and of the optimiser
+    :param layers_per_kind: how many layers of each kind (q_proj, down_proj and so on) are in the sample
+    :param rows: how many rows of each sampled layer are
+    :param record: file in which the search is recorded and from which it is resumed; one in the folder `pho_studies`,
+        named after model, structure and settings, where left out
+    :param study: file of an earlier study, on this or another model, to use instead of searching
+    :param verify: after searching, measure the perplexity of the model pruned with RIA's coefficients and with those
+        found, on eight sequences of the calibration data, and use what was found only if it is lower. Holds a second
+        copy of the pruned layers' weights meanwhile
+    :param found: the coefficients, in a saved recipe; nothing is searched
+    :param mask_structure: as the CRePEModifier's, from which it is taken where there is one
+    :param sparsity: likewise
+    :param comparison_group: likewise
+    :param targets: likewise
+    :param ignore: likewise
+    :param uncalibrated: `dense`, the default, leaves a layer that no calibration token reached out of the sample
+    """
+
+    proxy: str = DEFAULT_PROXY
+    optimiser: Literal["cma", "random"] = "cma"
+    candidates: int | None = None
+    minutes: float | None = None
+    space: dict[str, Any] | None = None
+    seed: int = 0
+    layers_per_kind: int = 4
+    rows: int = 96
+    record: str | None = None
+    study: str | None = None
+    verify: bool = False
+    found: dict[str, float] | None = None
+    mask_structure: str | None = None
+    sparsity: float | None = None
+    comparison_group: ComparisonGroup | None = None
+    uncalibrated: Literal["error", "dense"] = "dense"
+
+    _crepe: CRePEModifier | None = PrivateAttr(default=None)
+    _mask: Mask = PrivateAttr()
+    _model_name: str = PrivateAttr(default="")
+    _sampled: set[str] = PrivateAttr(default_factory=set)
+    _samples: list[LayerSample] = PrivateAttr(default_factory=list)
+    _tokens: int = PrivateAttr(default=0)
+    _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _result: Study | None = PrivateAttr(default=None)
+
+    @property
+    def result(self) -> Study | None:
+        """The study that was made or read, once there is one."""
+        return self._result
+
+    @field_validator("proxy")
+    @classmethod
+    def _check_proxy(cls, value: str) -> str:
+        if value not in PROXIES:
+            raise ValueError(f"proxy={value} must be one of {', '.join(PROXIES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_search(self) -> "PHOSearchModifier":
+        self._space()
+        for name in ("candidates", "minutes", "layers_per_kind", "rows"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
+        if self.study is not None and self.record is not None:
+            raise ValueError(
+                f"study={self.study} is to be used instead of searching, and record={self.record} is where a search is "
+                "recorded: give one of the two"
+            )
+        if self.found is not None:
+            _coefficients(self.found)
+        # A search that has been done needs no calibration epoch of its own.
+        self.requires_calibration_data = self.found is None and self.study is None
+        return self
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self._crepe = self._following()
+        if self.found is not None:
+            self._hand_over(_coefficients(self.found))
+            logger.info(f"PHO: coefficients of the recipe, no search: {_coefficients(self.found)}")
+            return True
+        self._mask = self._wanted_mask()
+        if self.study is not None:
+            self._result = Study.load(self.study)
+            self._result.require_mask(self._mask)
+            self._conclude(self._result)
+            return True
+        if self._crepe is not None:
+            self.targets, self.ignore = self._crepe.targets, self._crepe.ignore
+        super().on_initialize(state, **kwargs)
+        self._model_name = Path(state.model.config._name_or_path or type(state.model).__name__).name
+        self._sampled = set(sample_layers(self._layers.values(), self.layers_per_kind, self.seed))
+        if not self.verify:
+            self._layers = {module: name for module, name in self._layers.items() if name in self._sampled}
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        if not self.requires_calibration_data:
+            return
+        if self._crepe is not None and self._crepe in active_session().lifecycle.recipe.modifiers:
+            raise ValueError(
+                "PHOSearchModifier must have searched before CRePEModifier prunes, so each needs a calibration epoch "
+                'of its own: leave out pipeline=, or give oneshot pipeline="independent"'
+            )
+        super().on_calibration_start(state, event, **kwargs)
+
+    def needs_gram(self, name: str) -> bool:
+        return name in self._sampled and PROXIES[self.proxy].needs_gram
+
+    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
+        """Reduce the layer to what the search needs of it; the layer itself stays as it is."""
+        if self.verify:
+            self._norms[module] = statistics.norm
+        if name in self._sampled:
+            self._tokens = max(self._tokens, statistics.tokens)
+            self._samples.append(
+                LayerSample(
+                    name,
+                    weight_matrix(module),
+                    statistics.norm,
+                    statistics.gram,
+                    rows=self.rows,
+                    kernel_sizes=self._space().kernel_sizes,
+                    seed=self.seed,
+                )
+            )
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        if not self.requires_calibration_data:
+            return
+        super().on_calibration_end(state, event, **kwargs)
+        self._search()
+        assert self._result is not None
+        chosen = self._conclude(self._result)
+        if self.verify and chosen != RIA:
+            self._verify(state.model, chosen)
+        self._samples.clear()
+        self._norms.clear()
+
+    def _search(self) -> None:
+        if not self._samples:
+            raise ValueError("no sampled layer saw a calibration token: calibrate with more or other text")
+        proxy = PROXIES[self.proxy]
+        study = Study(
+            model=self._model_name,
+            mask=self._mask,
+            proxy=proxy.name,
+            higher_is_better=proxy.higher_is_better,
+            optimiser=self.optimiser,
+            space=self._space(),
+            seed=self.seed,
+            sample={
+                "layers": [sample.name for sample in self._samples],
+                "rows": self.rows,
+                "tokens": self._tokens,
+                "fingerprint": _fingerprint(self._samples),
+            },
+        )
+        path = Path(self.record) if self.record is not None else _default_record(study)
+        self._result = study
+        logger.info(f"PHO: searching on {len(self._samples)} layers; recorded in {path}")
+        try:
+            self._result = search(
+                lambda coefficients: evaluate(self._samples, coefficients, self._mask, proxy),
+                study,
+                candidates=_CANDIDATES if self.candidates is None and self.minutes is None else self.candidates,
+                minutes=self.minutes,
+                path=path,
+                progress=lambda done: logger.info(
+                    f"PHO: {len(done.candidates) - 1} candidates, {done.seconds:.0f} s, "
+                    f"{done.proxy} {done.best.value:.6g} (RIA {done.reference.value:.6g}): {done.best.coefficients}"
+                ),
+            )
+        except KeyboardInterrupt:
+            logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
+            raise
+
+    def _conclude(self, study: Study) -> Coefficients:
+        """Take what the study found, or RIA's coefficients where it found nothing better, and hand it over."""
+        chosen = study.best.coefficients if study.beats_reference else RIA
+        logger.info(f"PHO: {study}")
+        if chosen == RIA:
+            logger.warning(
+                f"PHO: no candidate has a better {study.proxy} than RIA's coefficients "
+                f"({study.reference.value:.6g}), so RIA's are used"
+            )
+        self._hand_over(chosen)
+        return chosen
+
+    def _verify(self, model: torch.nn.Module, chosen: Coefficients) -> None:
+        ria, found = (self._perplexity(model, coefficients) for coefficients in (RIA, chosen))
+        verdict = f"perplexity {found:.3f} with what was found, {ria:.3f} with RIA's coefficients"
+        if found < ria:
+            logger.info(f"PHO: {verdict}")
+            return
+        logger.warning(f"PHO: {verdict}: what was found is not better, so RIA's are used")
+        self._hand_over(RIA)
+
+    def _perplexity(self, model: torch.nn.Module, coefficients: Coefficients) -> float:
+        """Perplexity of the model pruned with these coefficients, on sequences of the calibration data."""
+        from crepe_llm.evaluation.perplexity import perplexity
+
+        total, count = 0.0, 0
+        with self._pruned(coefficients), _working_head(model), HooksMixin.disable_hooks():
+            for sequence in self._sequences():
+                measured = perplexity(model, sequence[None], corpus="calibration", progress=False)
+                total += measured.nll * measured.tokens
+                count += measured.tokens
+        if not count:
+            raise ValueError("verify: true needs a calibration sequence of at least two tokens, and there is none")
+        return math.exp(total / count)
+
+    @contextmanager
+    def _pruned(self, coefficients: Coefficients) -> Iterator[None]:
+        """Prune every layer meanwhile, by the dense model's input statistics, and restore it."""
+        originals = {}
+        try:
+            for module, norm in self._norms.items():
+                with torch.no_grad(), align_module_device(module):
+                    weight = weight_matrix(module)
+                    scores = crepe_scores(weight, norm, **dataclasses.asdict(coefficients))
+                    keep = keep_mask(
+                        scores, self._mask.sparsity, self._mask.mask_structure, self._mask.comparison_group
+                    )
+                    originals[module] = weight.detach().clone()
+                    _set_weight(module, weight.masked_fill(~keep, 0))
+            yield
+        finally:
+            for module, weight in originals.items():
+                with torch.no_grad(), align_module_device(module):
+                    _set_weight(module, weight)
+
+    def _sequences(self) -> Iterator[torch.Tensor]:
+        """The first sequences of the calibration data without their padding, int64 [length] each."""
+        left = _VERIFICATION_SEQUENCES
+        for batch in self._dataloader:
+            masks = batch.get("attention_mask")
+            masks = torch.ones_like(batch["input_ids"]) if masks is None else masks
+            for ids, mask in zip(batch["input_ids"], masks, strict=True):
+                real = ids[mask.bool()]
+                if len(real) > 1 and left > 0:
+                    left -= 1
+                    yield real
+            if left == 0:
+                return
+
+    def _hand_over(self, coefficients: Coefficients) -> None:
+        self.found = dataclasses.asdict(coefficients)
+        if self._crepe is not None:
+            for name, value in self.found.items():
+                setattr(self._crepe, name, value)
+
+    def _following(self) -> CRePEModifier | None:
+        """The CRePEModifier behind this modifier in the recipe."""
+        modifiers = active_session().lifecycle.recipe.modifiers
+        mine = next(place for place, modifier in enumerate(modifiers) if modifier is self)
+        behind = [modifier for modifier in modifiers[mine + 1 :] if isinstance(modifier, CRePEModifier)]
+        if not behind and any(isinstance(modifier, CRePEModifier) for modifier in modifiers):
+            raise ValueError("PHOSearchModifier stands behind the CRePEModifier it searches for: put it in front")
+        if len(behind) > 1:
+            raise ValueError(
+                f"PHOSearchModifier has {len(behind)} CRePEModifiers behind it and cannot tell which it searches for: "
+                "keep one"
+            )
+        return behind[0] if behind else None
+
+    def _wanted_mask(self) -> Mask:
+        """The masks to search for: the CRePEModifier's, or those of this modifier's own fields."""
+        crepe = self._crepe
+        if crepe is None and self.mask_structure is None:
+            raise ValueError(
+                "PHOSearchModifier does not know what to search for: put a CRePEModifier behind it, or give it "
+                "mask_structure"
+            )
+        fields = {}
+        for name in ("mask_structure", "sparsity", "comparison_group"):
+            own = getattr(self, name)
+            theirs = None if crepe is None else getattr(crepe, name)
+            if isinstance(theirs, dict):
+                if own is None:
+                    raise ValueError(
+                        "the CRePEModifier's sparsity differs between layers, and the search is for one: give "
+                        "PHOSearchModifier a sparsity, such as their mean"
+                    )
+            elif own is not None and theirs is not None and own != theirs:
+                raise ValueError(f"{name}={own} contradicts the CRePEModifier's {name}={theirs}: leave it out")
+            elif own is None:
+                own = theirs
+            fields[name] = own
+        structure = parse_mask_structure(fields["mask_structure"])
+        if structure is not None:
+            return Mask(fields["mask_structure"], structure[0] / structure[1])
+        if fields["sparsity"] is None:
+            raise ValueError('mask_structure="0:0" is unstructured and needs `sparsity`, such as 0.5')
+        return Mask("0:0", fields["sparsity"], fields["comparison_group"] or "row")
+
+    def _space(self) -> SearchSpace:
+        bounds = self.space or {}
+        known = {field.name for field in dataclasses.fields(SearchSpace)}
+        for name in bounds:
+            if name not in known:
+                raise ValueError(f"space has no bounds called {name}; it has {', '.join(sorted(known))}")
+        return SearchSpace(**bounds)
+
+
+def _coefficients(found: dict[str, float]) -> Coefficients:
+    try:
+        return Coefficients(**{**found, "kernel_size": int(found["kernel_size"])})  # type: ignore[arg-type]
+    except (KeyError, TypeError) as error:
+        names = ", ".join(field.name for field in dataclasses.fields(Coefficients))
+        raise ValueError(f"found={found} must hold exactly {names}") from error
+
+
+def _set_weight(module: torch.nn.Module, weight: torch.Tensor) -> None:
+    update_offload_parameter(module, "weight", weight.T if is_transposed(module) else weight)
+
+
+@contextmanager
+def _working_head(model: Any) -> Iterator[None]:
+    """Undo, meanwhile, that the toolkit replaces the head's forward during calibration."""
+    head = model.get_output_embeddings()
+    with patch_attr(head, "forward", functools.partial(type(head).forward, head)):
+        yield
+
+
+def _fingerprint(samples: list[LayerSample]) -> str:
+    """Tells samples of other weights, rows or calibration data apart."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.name.encode())
+        for tensor in (sample.rows, sample.weight, sample.input_norm):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _default_record(study: Study) -> Path:
+    settings = [study.proxy, study.optimiser, dataclasses.asdict(study.space), study.seed, study.sample]
+    key = zlib.crc32(json.dumps(settings).encode())
+    mask = str(study.mask).replace(":", "of").replace("% ", "-").replace(" ", "-")
+    return Path("pho_studies") / f"{study.model}-{mask}-{key:08x}.json"
