@@ -112,9 +112,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                     more_is_better=more,
                 )
             )
-    lines.append(row("weights on disk, memory MB", lambda r: r["weight_bytes"] / 1e6, ".0f", more_is_better=False))
     lines.append(
-        row("process memory after loading, MB", lambda r: r["anonymous_bytes"] / 1e6, ".0f", more_is_better=False)
+        row("weights in the served dtype, memory in MB", lambda r: r["weight_bytes"] / 1e6, ".0f", more_is_better=False)
+    )
+    lines.append(
+        row(
+            "growth of the process while loading, memory in MB",
+            lambda r: r["anonymous_bytes"] / 1e6,
+            ".0f",
+            more_is_better=False,
+        )
     )
     return "\n".join(lines)
 

