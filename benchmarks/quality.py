@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["test", "valid"], default="test", help="articles to measure on")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens of every window (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the model")
     parser.add_argument("--tokens", type=int, default=16384, help="measured on (%(default)s)")
     parser.add_argument("--results", type=Path, default=Path("quality.jsonl"), help="one JSON object a run")
     options = parser.parse_args()
@@ -78,7 +79,7 @@ def main() -> None:
     records = (
         [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     )
-    conditions = {name: getattr(options, name) for name in ("split", "windows", "length", "tokens")}
+    conditions = {name: getattr(options, name) for name in ("split", "windows", "length", "tokens", "dtype")}
     for model_name in options.models:
         folder = MODELS[model_name]()
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -94,7 +95,7 @@ def main() -> None:
                 key["fields"] = recipe_fields(STRUCTURES[structure][1])
             if any(key.items() <= record.items() for record in records):
                 continue
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
             started = time.perf_counter()
             if method == "magnitude":
                 prune_by_magnitude(model, structure)
@@ -147,7 +148,7 @@ def table(records: list[dict], options: argparse.Namespace) -> str:
     seeds = ", ".join(map(str, options.seeds))
     lines.append(
         f"\nPerplexity on Wikipedia {options.split} articles: {predicted} tokens predicted in windows of "
-        f"{options.length}, fp32. Calibrated on {options.windows} windows of {options.length} tokens of other "
+        f"{options.length}, {options.dtype}. Calibrated on {options.windows} windows of {options.length} tokens of other "
         f"articles, seeds {seeds}: mean ± half the range. Both dense models are dequantised from 4-bit."
     )
     return "\n".join(lines)
