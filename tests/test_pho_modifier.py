@@ -403,3 +403,36 @@ def test_the_environment_stays_as_it_was(tiny_model_folder, calibration_data, pa
     prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert not os.path.exists("outcmaes")
     assert {entry.name for entry in tmp_path.iterdir()} <= {"study.json", "sparse_logs"}
+
+
+def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, calibration_data, tmp_path, capsys):
+    from crepe_llm.cli import main
+
+    folder = tiny_model_folder("llama")
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(3, 95, (400,), generator=generator).tolist()
+    (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
+    study, plot = tmp_path / "study.json", tmp_path / "study.png"
+    arguments = ["search", str(folder), "--text", str(tmp_path / "text.txt"), "--samples", "8", "--length", "16"]
+    arguments += ["--sparsity", "0.6", "--candidates", "16", "--study", str(study), "--plot", str(plot)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    recorded = Study.load(study)
+    assert recorded.mask == Mask("0:0", 0.6, "matrix")
+    assert recorded.finished
+    assert plot.stat().st_size > 1000
+    lines = yaml.safe_load(printed[printed.index("CRePEModifier:") :])["CRePEModifier"]
+    chosen = recorded.best.coefficients
+    assert lines == pytest.approx(vars(chosen), rel=1e-3)
+
+    recipe = [
+        PHOSearchModifier(study=str(study)),
+        CRePEModifier(mask_structure="0:0", sparsity=0.6, comparison_group="matrix"),
+    ]
+    prune(load(folder), recipe, calibration_data)
+    assert recipe[0].found == vars(chosen)
+
+    assert main([*arguments[:-4], "--study", str(study), "--seed", "1"]) == 2
+    assert "was made with sample=" in capsys.readouterr().err
+    assert main([*arguments[:-4], "--study", str(study), "--proxy", "luck"]) == 2
+    assert "proxy=luck must be one of" in capsys.readouterr().err

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "examples, in the order of use (none of them needs a model hub):\n"
             "  crepe recipes\n"
             "  crepe evaluate smollm2 --sample --tokens 16384\n"
+            "  crepe search smollm2 --sample --samples 16 --length 512 --study smollm2-2of4.json\n"
             "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output smollm2-2of4\n"
             "  crepe evaluate smollm2-2of4 --sample --tokens 16384\n"
             "  crepe serve smollm2-2of4\n"
@@ -134,19 +135,7 @@ def _add_prune(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--recipe", metavar="NAME|FILE", required=True, help="a shipped recipe or a YAML file")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", metavar="FILE", type=Path, help="calibrate on a UTF-8 text file")
-    text.add_argument(
-        "--dataset",
-        metavar="NAME[:CONFIG]",
-        help="calibrate on the column `text` of a data set or a folder's files",
-    )
-    text.add_argument("--sample", action="store_true", help="calibrate on the sample Wikipedia articles")
-    parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
-    parser.add_argument("--length", type=int, help="tokens per window (2048, or the model's context if smaller)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows (%(default)s)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (as they are stored)")
+    _add_calibration(parser)
     parser.set_defaults(run=_prune)
 
 
@@ -199,6 +188,23 @@ def _prune(options: argparse.Namespace) -> None:
         f"{options.output}: {model_card.total_zeros(pruned):.2%} of the weights of {len(pruned)} linear layers "
         f"are zero ({model_card.total_zeros(dense):.2%} before)"
     )
+
+
+def _add_calibration(parser: Any) -> None:
+    """The options of `_calibration_texts`, and of how many windows are taken from the texts."""
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="FILE", type=Path, help="calibrate on a UTF-8 text file")
+    text.add_argument(
+        "--dataset",
+        metavar="NAME[:CONFIG]",
+        help="calibrate on the column `text` of a data set or a folder's files",
+    )
+    text.add_argument("--sample", action="store_true", help="calibrate on the sample Wikipedia articles")
+    parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
+    parser.add_argument("--length", type=int, help="tokens per window (2048, or the model's context if smaller)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows (%(default)s)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (as they are stored)")
 
 
 def _calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, list[str]]:
@@ -279,6 +285,86 @@ def _report_conversion(options: argparse.Namespace, what: str) -> None:
         for folder in (options.source, options.destination)
     )
     print(f"{options.destination}: {what}, {before:.1f} MB of safetensors became {after:.1f} MB")
+
+
+# crepe search
+
+
+def _add_search(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "search",
+        help="search for a model's CRePE coefficients",
+        description=(
+            "Search for the coefficients with which CRePE prunes this model best, by a proxy for perplexity, without "
+            "pruning it. The study is saved after each generation; the same command resumes it."
+        ),
+        epilog=(
+            "examples:\n"
+            "  crepe search MODEL --mask-structure 2:4 --text FILE --study study.json\n"
+            "  crepe search smollm2 --sparsity 0.6 --comparison-group matrix --sample --samples 16 --length 512 \\\n"
+            "      --study smollm2-60.json --plot smollm2-60.png\n"
+            "A recipe uses it with `study: FILE` under PHOSearchModifier, or with the printed lines.\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--study", metavar="FILE", type=Path, required=True, help="where the study is saved (JSON)")
+    masks = parser.add_mutually_exclusive_group()
+    masks.add_argument("--mask-structure", metavar="N:M", default="2:4", help="N pruned of every M (%(default)s)")
+    masks.add_argument("--sparsity", type=float, help="search for unstructured masks of this sparsity instead")
+    parser.add_argument(
+        "--comparison-group",
+        choices=("row", "matrix", "column_block"),
+        default="matrix",
+        help="which weights compete in an unstructured mask (%(default)s)",
+    )
+    parser.add_argument("--candidates", type=int, help="stop after so many candidates (200)")
+    parser.add_argument("--minutes", type=float, help="stop when evaluations have taken so long")
+    parser.add_argument("--proxy", help="what stands for perplexity (row_reconstruction)")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
+    _add_calibration(parser)
+    parser.set_defaults(run=_search)
+
+
+def _search(options: argparse.Namespace) -> None:
+    try:
+        from llmcompressor import oneshot
+    except ImportError as error:
+        raise ImportError('crepe search needs llm-compressor: pip install "crepe-llm[compress]"') from error
+    from crepe_llm.evaluation import samples
+    from crepe_llm.modifiers import PHOSearchModifier
+
+    fields: dict[str, Any] = {"record": str(options.study), "mask_structure": options.mask_structure}
+    if options.sparsity is not None:
+        fields |= {"mask_structure": "0:0", "sparsity": options.sparsity, "comparison_group": options.comparison_group}
+    for name in ("candidates", "minutes", "proxy"):
+        if getattr(options, name) is not None:
+            fields[name] = getattr(options, name)
+    search = PHOSearchModifier(**fields)
+    model, tokenizer = _load(options.model, options.dtype, on_device=False)
+    length = _length(options.length, model)
+    _, texts = _calibration_texts(options, length)
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=search,
+        dataset=samples.calibration_windows(
+            tokenizer, texts, windows=options.samples, length=length, seed=options.seed
+        ),
+        num_calibration_samples=options.samples,
+        max_seq_length=length,
+        shuffle_calibration_samples=False,
+    )
+    study = search.result
+    assert study is not None and search.found is not None  # oneshot has run it
+    print(study)
+    if not study.beats_reference:
+        print("No candidate is better than RIA's coefficients, so these are RIA's:")
+    print("CRePEModifier:")
+    for name, value in search.found.items():
+        print(f"  {name}: {value:.4g}")
+    if options.plot is not None:
+        study.plot(options.plot)
 
 
 # crepe recipes
@@ -391,6 +477,7 @@ def _length(asked: int | None, model: Any) -> int:
 
 _SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (
     _add_prune,
+    _add_search,
     _add_evaluate,
     _add_serve,
     _add_compress,

@@ -438,7 +438,7 @@ class Study:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError('plots need matplotlib: pip install "crepe-llm[dev]"') from error
+            raise ImportError("plots need matplotlib: pip install matplotlib") from error
         reference = self.reference.value
         values = [candidate.value for candidate in self.candidates[1:]] or [reference]
         best = (np.maximum if self.higher_is_better else np.minimum).accumulate(np.array(values))
