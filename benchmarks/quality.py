@@ -148,8 +148,8 @@ def table(records: list[dict], options: argparse.Namespace) -> str:
     seeds = ", ".join(map(str, options.seeds))
     lines.append(
         f"\nPerplexity on Wikipedia {options.split} articles: {predicted} tokens predicted in windows of "
-        f"{options.length}, {options.dtype}. Calibrated on {options.windows} windows of {options.length} tokens of other "
-        f"articles, seeds {seeds}: mean ± half the range. Both dense models are dequantised from 4-bit."
+        f"{options.length}, {options.dtype}. Calibrated on {options.windows} windows of {options.length} tokens of "
+        f"other articles, seeds {seeds}: mean ± half the range. Both dense models are dequantised from 4-bit."
     )
     return "\n".join(lines)
 
