@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm.checkpoints import FormatError, attach, compress_folder, decompress_folder, read_folder, unpack
+from crepe_llm.cli import main
 from sparse_models import bytes_of, linears, prune_2of4
 
 IDS = torch.arange(3, 35)[None]
@@ -320,3 +321,19 @@ def test_a_kill_at_any_point_leaves_nothing_that_looks_finished(dense_folder, tm
         assert all(path.name == "out" or path.name.startswith(".out.partial-") for path in run.iterdir())
     # The last run was not killed; a kill after the rename also leaves a whole folder.
     assert 1 <= complete <= kills
+
+
+def test_the_command_line_converts_both_ways(dense_folder, tmp_path, capsys):
+    model, _ = pruned(dense_folder)
+    model.save_pretrained(tmp_path / "dense")
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "packed")]) == 0
+    assert "14 layers packed" in capsys.readouterr().out
+    assert main(["decompress", str(tmp_path / "packed"), str(tmp_path / "plain")]) == 0
+    assert "14 layers unpacked" in capsys.readouterr().out
+    original, back = stored_tensors(tmp_path / "dense"), stored_tensors(tmp_path / "plain")
+    assert all(torch.equal(original[name], back[name]) for name in original | back)
+    # Errors are one line and status 2.
+    assert main(["compress", str(dense_folder), str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "crepe: error:" in error and "no 2:4 layer" in error
+    assert not (tmp_path / "none").exists()
