@@ -1,0 +1,58 @@
+"""Ways to quantize a 2:4 layer to INT4, their output error relative to rounding to nearest (docs/quantization.md).
+
+python benchmarks/masked_gptq.py
+"""
+
+import torch
+
+from crepe_llm.masked_gptq import masked_gptq
+
+ROWS, COLUMNS, TOKENS, BITS, DAMPENING = 256, 512, 4000, 4, 0.01
+
+
+def feedback_dropped(weight, gram, keep, quantize):
+    """GPTQ whose feedback to pruned positions is thrown away as it arrives."""
+    hessian = gram + DAMPENING * gram.diagonal().mean() * torch.eye(COLUMNS)
+    order = gram.diagonal().argsort(descending=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    work, kept = weight[:, order].clone(), keep[:, order]
+    for position in range(COLUMNS):
+        column = work[:, position].clone()
+        rounded = quantize(column, int(order[position])) * kept[:, position]
+        work[:, position:] -= ((column - rounded) / factor[position, position])[:, None] * factor[position, position:]
+        work *= kept
+        work[:, position] = rounded
+    return work[:, order.argsort()]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(TOKENS, COLUMNS) @ torch.randn(COLUMNS, COLUMNS) / COLUMNS**0.5
+    inputs += 0.3 * torch.randn(TOKENS, 1)
+    gram = inputs.T @ inputs / TOKENS
+    weight = torch.randn(ROWS, COLUMNS)
+    groups = (weight.abs() * gram.diagonal().sqrt()).view(ROWS, -1, 4)
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(2, -1).indices, True).view_as(weight)
+    weight *= keep
+    scale = weight.abs().amax(1) / (2 ** (BITS - 1) - 0.5)
+
+    def quantize(column: torch.Tensor, index: int) -> torch.Tensor:
+        return (column / scale).round().clamp(-(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1) * scale
+
+    def error(quantized: torch.Tensor) -> float:
+        return (((quantized - weight) @ gram) * (quantized - weight)).sum().item()
+
+    nearest = error(torch.stack([quantize(weight[:, index], index) for index in range(COLUMNS)], dim=1))
+    results = {
+        "feedback to pruned positions dropped": feedback_dropped(weight, gram, keep, quantize),
+        "feedback handed on (masked GPTQ)": masked_gptq(weight, gram, keep, quantize)[0],
+        "no mask, its zeros lost": masked_gptq(weight, gram, torch.ones_like(keep), quantize)[0],
+    }
+    print(f"2:4 layer {ROWS} x {COLUMNS}, INT{BITS}, {TOKENS} correlated inputs; output error relative to nearest")
+    for name, quantized in results.items():
+        print(f"{name:<38} {error(quantized) / nearest:.2f}")
+
+
+if __name__ == "__main__":
+    main()
