@@ -8,11 +8,12 @@ except ImportError as error:
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.gptq import MaskedGPTQModifier
 from crepe_llm.modifiers.pho import PHOSearchModifier
+from crepe_llm.modifiers.weight_correction import WeightCorrectionModifier
 
-__all__ = ["CRePEModifier", "MaskedGPTQModifier", "PHOSearchModifier", "register"]
+__all__ = ["CRePEModifier", "MaskedGPTQModifier", "PHOSearchModifier", "WeightCorrectionModifier", "register"]
 
 
 def register() -> None:
     """Make the modifiers known to llm-compressor's recipes by their class names. Idempotent."""
-    for modifier in (CRePEModifier, MaskedGPTQModifier, PHOSearchModifier):
+    for modifier in (CRePEModifier, MaskedGPTQModifier, PHOSearchModifier, WeightCorrectionModifier):
         ModifierFactory.register(modifier.__name__, modifier)

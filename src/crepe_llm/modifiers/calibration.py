@@ -5,7 +5,12 @@ from typing import Any, Literal, cast
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.utils import align_module_device, get_execution_device, match_named_modules
+from compressed_tensors.utils import (
+    align_module_device,
+    get_execution_device,
+    match_named_modules,
+    update_offload_parameter,
+)
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr
@@ -13,7 +18,7 @@ from pydantic import Field, PrivateAttr
 from crepe_llm.checkpoints import attach
 from crepe_llm.statistics import InputStatistics
 
-__all__ = ["CalibratedModifier", "input_channels", "is_transposed", "weight_matrix"]
+__all__ = ["CalibratedModifier", "input_channels", "is_transposed", "set_weight_matrix", "weight_matrix"]
 
 
 def is_transposed(module: torch.nn.Module) -> bool:
@@ -30,6 +35,11 @@ def weight_matrix(module: torch.nn.Module) -> torch.Tensor:
     """The module's weight as [d_out, d_in], a view. Call it where offloaded weights are on the device."""
     weight = cast(torch.Tensor, module.weight)
     return weight.T if is_transposed(module) else weight
+
+
+def set_weight_matrix(module: torch.nn.Module, weight: torch.Tensor) -> None:
+    """Overwrite the module's weight, wherever it is kept, with one given as [d_out, d_in]."""
+    update_offload_parameter(module, "weight", weight.T if is_transposed(module) else weight)
 
 
 class CalibratedModifier(Modifier):

@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from compressed_tensors.utils import match_name, update_offload_parameter
+from compressed_tensors.utils import match_name
 from llmcompressor.core import State
 from loguru import logger
 from pydantic import PrivateAttr, field_validator, model_validator
 
 from crepe_llm.importance import check_coefficients, crepe_scores
 from crepe_llm.masks import ComparisonGroup, keep_mask, parse_mask_structure
-from crepe_llm.modifiers.calibration import CalibratedModifier, input_channels, is_transposed, weight_matrix
+from crepe_llm.modifiers.calibration import CalibratedModifier, input_channels, set_weight_matrix, weight_matrix
 from crepe_llm.statistics import InputStatistics
 
 __all__ = ["CRePEModifier"]
@@ -132,8 +132,7 @@ class CRePEModifier(CalibratedModifier):
         keep = keep_mask(scores, self._sparsity_of(name), self.mask_structure, self.comparison_group)
         del scores
         self._realised[name] = (weight.shape, 1 - keep.count_nonzero().item() / keep.numel())
-        pruned = weight.masked_fill(~keep, 0)
-        update_offload_parameter(module, "weight", pruned.T if is_transposed(module) else pruned)
+        set_weight_matrix(module, weight.masked_fill(~keep, 0))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         super().on_finalize(state, **kwargs)

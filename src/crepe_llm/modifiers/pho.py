@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.utils import align_module_device, patch_attr, update_offload_parameter
+from compressed_tensors.utils import align_module_device, patch_attr
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
@@ -20,7 +20,7 @@ from pydantic import PrivateAttr, field_validator, model_validator
 
 from crepe_llm.importance import crepe_scores
 from crepe_llm.masks import ComparisonGroup, keep_mask, parse_mask_structure
-from crepe_llm.modifiers.calibration import CalibratedModifier, is_transposed, weight_matrix
+from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.proxies import DEFAULT_PROXY, PROXIES, RIA, Coefficients, LayerSample, Mask, evaluate, sample_layers
 from crepe_llm.search import SearchSpace, Study, search
@@ -296,12 +296,12 @@ class PHOSearchModifier(CalibratedModifier):
                         scores, self._mask.sparsity, self._mask.mask_structure, self._mask.comparison_group
                     )
                     originals[module] = weight.detach().clone()
-                    _set_weight(module, weight.masked_fill(~keep, 0))
+                    set_weight_matrix(module, weight.masked_fill(~keep, 0))
             yield
         finally:
             for module, weight in originals.items():
                 with torch.no_grad(), align_module_device(module):
-                    _set_weight(module, weight)
+                    set_weight_matrix(module, weight)
 
     def _sequences(self) -> Iterator[torch.Tensor]:
         """The first sequences of the calibration data without their padding, int64 [length] each."""
@@ -382,10 +382,6 @@ def _coefficients(found: dict[str, float]) -> Coefficients:
     except (KeyError, TypeError) as error:
         names = ", ".join(field.name for field in dataclasses.fields(Coefficients))
         raise ValueError(f"found={found} must hold exactly {names}") from error
-
-
-def _set_weight(module: torch.nn.Module, weight: torch.Tensor) -> None:
-    update_offload_parameter(module, "weight", weight.T if is_transposed(module) else weight)
 
 
 @contextmanager

@@ -1,0 +1,204 @@
+"""Updates of the kept weights of a pruned linear layer y = W x, its mask staying as it is.
+
+Every update is a pure function of the dense weight [d_out, d_in] and a boolean mask of what is kept, returns fp32
+weights that are zero outside the mask, and computes in fp32 whatever the weight's dtype. Those that look at
+activations take the Gram matrix X^T X [d_in, d_in] of the layer's inputs, up to a positive factor, and lower the
+squared error of the layer's outputs, which :func:`output_error` measures.
+"""
+
+import torch
+
+__all__ = ["conjugate_gradients", "energy_compensation", "output_error", "sparsegpt_update"]
+
+
+def output_error(dense: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Squared error of each output over the calibration tokens: ‖X (w_i - w'_i)‖² for each row i.
+
+    Args:
+        dense: [d_out, d_in], the weight before the change.
+        changed: [d_out, d_in], the weight after it.
+        gram: [d_in, d_in], X^T X.
+
+    Returns:
+        fp32 [d_out], at least 0, in the units of `gram` times squared weights.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    _check(dense, changed, gram)
+    difference = dense.float() - changed.float()
+    # A sum of rounded products can come out below zero where the error is nearly none.
+    return (difference @ gram.float()).mul_(difference).sum(dim=1).clamp_min_(0)
+
+
+def energy_compensation(
+    dense: torch.Tensor,
+    keep: torch.Tensor,
+    *,
+    columns: bool = True,
+    rows: bool = True,
+    clamp: tuple[float, float] = (0.5, 2.0),
+    epsilon: float = 1e-8,
+) -> torch.Tensor:
+    """Scale each column, and then each row, so that it regains the energy about its dense mean that pruning took.
+
+    With mu_j the mean of column j of the dense weight, its energies before and after pruning (zeros included) are
+    E_j = sum_i (W_ij - mu_j)² and the same of the pruned weight. The pruned weight becomes (W' - mu_j) s_j + mu_j with
+    s_j the root of the energies' ratio, clamped, and the mask is applied again; rows follow in the same way. As the
+    mask and the row step follow, the energies of columns are matched only nearly.
+
+    Args:
+        dense: [d_out, d_in], any floating dtype.
+        keep: bool [d_out, d_in], False where the result must be zero.
+        columns: whether columns are scaled.
+        rows: whether rows are scaled.
+        clamp: smallest and largest scale.
+        epsilon: added to the pruned energy, as a fraction of the dense one.
+
+    Returns:
+        fp32 [d_out, d_in]. What lost nothing is not scaled.
+
+    Raises:
+        ValueError: if the shapes do not fit or the clamp is no interval of positive numbers.
+
+    Source: arXiv 2602.07375, which gives neither the clamp nor epsilon: those are ours.
+    """
+    _check(dense, keep, None)
+    if not 0 < clamp[0] <= clamp[1]:
+        raise ValueError(f"clamp={clamp} must be two positive numbers, the smaller first, such as (0.5, 2.0)")
+    original = dense.float()
+    changed = original.masked_fill(~keep, 0)
+    for wanted, dim in ((columns, 0), (rows, 1)):
+        if not wanted:
+            continue
+        mean = original.mean(dim=dim, keepdim=True)
+        energy = (original - mean).square_().sum(dim=dim, keepdim=True)
+        centred = changed - mean
+        remaining = centred.square().sum(dim=dim, keepdim=True)
+        # A constant row or column has no energy to regain, and 0 / 0 is not a scale.
+        scale = torch.where(energy > 0, (energy / (remaining + epsilon * energy)).sqrt_().clamp_(*clamp), 1)
+        changed = centred.mul_(scale).add_(mean).masked_fill_(~keep, 0)
+    return changed
+
+
+def sparsegpt_update(
+    dense: torch.Tensor,
+    keep: torch.Tensor,
+    gram: torch.Tensor,
+    *,
+    dampening: float = 0.01,
+    block_size: int = 128,
+) -> torch.Tensor:
+    """Prune column by column, what each column loses being made up for by the columns to its right.
+
+    Args:
+        dense: [d_out, d_in], any floating dtype.
+        keep: bool [d_out, d_in], False where the result must be zero.
+        gram: [d_in, d_in], X^T X up to a positive factor, symmetric; not changed.
+        dampening: added to the diagonal of `gram`, as a fraction of its mean.
+        block_size: columns whose updates to the rest are gathered into one product.
+
+    Returns:
+        fp32 [d_out, d_in].
+
+    Raises:
+        ValueError: if the shapes do not fit.
+        torch.linalg.LinAlgError: if the dampened `gram` is not positive definite.
+
+    Source: SparseGPT, arXiv 2301.00774, algorithm 1, with the mask given instead of chosen.
+    """
+    _check(dense, keep, gram)
+    hessian = _dampened(gram, dampening)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    work = dense.float().clone()
+    width = work.shape[1]
+    for start in range(0, width, block_size):
+        stop = min(start + block_size, width)
+        errors = torch.empty((len(work), stop - start), dtype=torch.float32, device=work.device)
+        for column in range(start, stop):
+            lost = work[:, column].masked_fill(keep[:, column], 0)
+            error = lost / factor[column, column]
+            work[:, column] -= lost
+            work[:, column + 1 : stop] -= error[:, None] * factor[column, column + 1 : stop]
+            errors[:, column - start] = error
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    return work.masked_fill_(~keep, 0)
+
+
+def conjugate_gradients(
+    dense: torch.Tensor,
+    keep: torch.Tensor,
+    gram: torch.Tensor,
+    *,
+    dampening: float = 0.01,
+    iterations: int = 32,
+    tolerance: float = 1e-3,
+) -> torch.Tensor:
+    """Least-squares weights on the mask: the kept weights whose outputs come closest to the dense layer's.
+
+    Each row is a problem of its own, and all rows are solved together by conjugate gradients preconditioned with the
+    diagonal, from the dense values of what is kept. Every iteration lowers every row's dampened error.
+
+    Args:
+        dense: [d_out, d_in], any floating dtype.
+        keep: bool [d_out, d_in], False where the result must be zero.
+        gram: [d_in, d_in], X^T X up to a positive factor, symmetric; not changed.
+        dampening: added to the diagonal of `gram`, as a fraction of its mean.
+        iterations: at most so many; each costs a product of `dense` and `gram`.
+        tolerance: a row is done when its preconditioned residual has shrunk to this fraction.
+
+    Returns:
+        fp32 [d_out, d_in].
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Source: the refinement on a fixed support of ALPS, arXiv 2406.07831; step lengths for each row are ours.
+    """
+    _check(dense, keep, gram)
+    hessian = _dampened(gram, dampening)
+    diagonal = hessian.diagonal()
+    original = dense.float()
+    solution = original.masked_fill(~keep, 0)
+    residual = ((original - solution) @ hessian).masked_fill_(~keep, 0)
+    direction = residual / diagonal
+    size = (residual * direction).sum(dim=1, keepdim=True)
+    target = size * tolerance**2
+    for _ in range(iterations):
+        # A row that is done keeps still: further steps would only divide rounding errors by each other.
+        active = size > target
+        if not bool(active.any()):
+            break
+        image = (direction @ hessian).masked_fill_(~keep, 0)
+        curvature = (direction * image).sum(dim=1, keepdim=True)
+        step = torch.where(active & (curvature > 0), size / curvature, 0)
+        solution += step * direction
+        residual -= step * image
+        preconditioned = residual / diagonal
+        following = (residual * preconditioned).sum(dim=1, keepdim=True)
+        direction = preconditioned + torch.where(active, following / size, 0) * direction
+        size = torch.where(active, following, size)
+    return solution
+
+
+def _dampened(gram: torch.Tensor, dampening: float) -> torch.Tensor:
+    hessian = gram.float().clone()
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    # A channel that is never active; nothing depends on its weights.
+    diagonal[diagonal == 0] = 1
+    diagonal += dampening * mean
+    return hessian
+
+
+def _check(dense: torch.Tensor, other: torch.Tensor, gram: torch.Tensor | None) -> None:
+    columns = dense.shape[-1]
+    if dense.dim() != 2 or other.shape != dense.shape:
+        raise ValueError(
+            f"the dense weight {list(dense.shape)} and what goes with it {list(other.shape)} must both be [d_out, d_in]"
+        )
+    if gram is not None and gram.shape != (columns, columns):
+        raise ValueError(
+            f"gram must be [d_in, d_in], [{columns}, {columns}] for a weight {list(dense.shape)}, "
+            f"got {list(gram.shape)}"
+        )

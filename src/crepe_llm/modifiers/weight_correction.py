@@ -1,0 +1,183 @@
+"""Weight correction under a fixed mask as a modifier."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.utils import align_module_device
+from llmcompressor.core import State, active_session
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from loguru import logger
+from pydantic import Field, PrivateAttr, model_validator
+
+from crepe_llm.compensation import conjugate_gradients, energy_compensation, output_error, sparsegpt_update
+from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
+from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.statistics import InputStatistics
+
+__all__ = ["WeightCorrectionModifier"]
+
+
+class WeightCorrectionModifier(CalibratedModifier):
+    """
+    Modifier that changes the weights which an earlier modifier of the recipe has kept, so that each layer's outputs
+    come closer to those of the dense layer. Masks stay exactly as they are. `crepe_llm.compensation` has the methods:
+
+    - `energy`: rescales columns and rows to regain their energy (https://arxiv.org/abs/2602.07375)
+    - `sparsegpt`: SparseGPT's update, column by column (https://arxiv.org/abs/2301.00774)
+    - `pcg`: least squares on the mask by conjugate gradients, as ALPS does (https://arxiv.org/abs/2406.07831)
+
+    A layer whose output error on the calibration data does not become smaller is left as it was.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        CRePEModifier:
+          mask_structure: "2:4"
+        WeightCorrectionModifier:
+          method: sparsegpt
+    ```
+
+    The dense weights have to be remembered until they are used. With oneshot's default pipeline, in which every
+    modifier has a calibration epoch of its own, those are the weights of all targeted layers; with
+    `pipeline="sequential"`, in which each block is pruned and corrected before the next, only those of one block.
+
+    Lifecycle:
+
+    - on_initialize
+        - find the layers; refuse a recipe that prunes nothing earlier, or quantizes earlier
+        - register_hook(layer, remember the dense weight when it is first used, "forward_pre")
+    - on_calibration_start
+        - register_hook(layer, gather Gram matrices of inputs, "forward_pre")
+    - on_sequential_epoch_end
+        - correct the layers of the block
+    - on_calibration_end
+        - remove_hooks()
+    - on_finalize
+        - log every layer's output error before and after
+
+    :param method: `energy`, `sparsegpt` or `pcg`
+    :param dampening: for `sparsegpt` and `pcg`, what is added to the diagonal of the Gram matrix, as a fraction of its
+        mean
+    :param block_size: for `sparsegpt`, columns whose updates are gathered into one product; changes only the speed
+    :param iterations: for `pcg`, the most iterations
+    :param clamp: for `energy`, the smallest and the largest scale
+    :param targets: layers to correct, by class name, exact name or `re:` pattern; defaults to all linear layers
+    :param ignore: layers to leave alone, likewise; defaults to lm_head
+    :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
+        as it is (`dense`)
+    """
+
+    method: Literal["energy", "sparsegpt", "pcg"] = "sparsegpt"
+    dampening: float = 0.01
+    block_size: int = 128
+    iterations: int = 32
+    clamp: list[float] = Field(default_factory=lambda: [0.5, 2.0])
+
+    _dense: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
+    _kept: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "WeightCorrectionModifier":
+        if not (math.isfinite(self.dampening) and self.dampening > 0):
+            raise ValueError(f"dampening={self.dampening} must be a finite positive number, such as 0.01")
+        for name in ("block_size", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if len(self.clamp) != 2 or not 0 < self.clamp[0] <= self.clamp[1]:
+            raise ValueError(f"clamp={self.clamp} must be two positive numbers, the smaller first")
+        return self
+
+    @property
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """For each pruned layer its squared output error, relative to the squared outputs, before and after."""
+        return dict(self._errors)
+
+    def needs_gram(self, name: str) -> bool:
+        return True
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self._check_order()
+        super().on_initialize(state, **kwargs)
+        for module in self._layers:
+            self.register_hook(module, self._remember, "forward_pre")  # type: ignore[arg-type]
+        return True
+
+    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
+        weight, gram = weight_matrix(module), statistics.gram
+        assert gram is not None  # needs_gram
+        dense = self._dense.pop(module).to(weight.device)
+        keep = weight != 0
+        if bool((keep | (dense == 0)).all()):
+            return
+        total = output_error(dense, torch.zeros_like(dense), gram).sum().item()
+        before = output_error(dense, weight, gram).sum().item()
+        try:
+            corrected = self._corrected(dense, keep, gram).to(weight.dtype)
+        except torch.linalg.LinAlgError:
+            logger.warning(
+                f"{name} is left as it was: the Gram matrix of its inputs is not positive definite with "
+                f"dampening={self.dampening}; raise it, or calibrate with more text"
+            )
+            corrected = weight
+        after = output_error(dense, corrected, gram).sum().item()
+        # Not `after >= before`, which NaN would pass.
+        if after < before:
+            set_weight_matrix(module, corrected)
+        else:
+            self._kept.append(name)
+            after = before
+        self._errors[name] = (before / total, after / total) if total else (0.0, 0.0)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        super().on_finalize(state, **kwargs)
+        if not self._errors:
+            raise ValueError(
+                "WeightCorrectionModifier found no pruned layer among its targets: its targets and ignore must match "
+                "those of the modifier that prunes, and the model must be dense when the recipe starts"
+            )
+        logger.info(self._table())
+        return True
+
+    def _check_order(self) -> None:
+        modifiers = active_session().lifecycle.recipe.modifiers
+        place = next(place for place, modifier in enumerate(modifiers) if modifier is self)
+        for modifier in modifiers[:place]:
+            if isinstance(modifier, QuantizationMixin):
+                raise ValueError(
+                    f"WeightCorrectionModifier would undo the {type(modifier).__name__} in front of it: "
+                    "put it between the modifier that prunes and the one that quantizes"
+                )
+        if not any(isinstance(modifier, CRePEModifier | SparsityModifierBase) for modifier in modifiers[:place]):
+            raise ValueError(
+                "WeightCorrectionModifier has no modifier in front of it that prunes, so there is no mask to keep and "
+                "no dense layer to come closer to: put it behind CRePEModifier (or SparseGPTModifier or "
+                "WandaPruningModifier) in the same recipe"
+            )
+
+    def _remember(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if module in self._layers and module not in self._dense:
+            with torch.no_grad(), align_module_device(module):
+                self._dense[module] = weight_matrix(module).detach().to("cpu", copy=True)
+
+    def _corrected(self, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+        if self.method == "energy":
+            return energy_compensation(dense, keep, clamp=(self.clamp[0], self.clamp[1]))
+        if self.method == "sparsegpt":
+            return sparsegpt_update(dense, keep, gram, dampening=self.dampening, block_size=self.block_size)
+        return conjugate_gradients(dense, keep, gram, dampening=self.dampening, iterations=self.iterations)
+
+    def _table(self) -> str:
+        width = max(map(len, self._errors))
+        lines = [f"{'layer':<{width}}  before   after"]
+        for name, (before, after) in self._errors.items():
+            mark = "  left as it was" * (name in self._kept)
+            lines.append(f"{name:<{width}}  {before:6.2%}  {after:6.2%}{mark}")
+        return (
+            f"Squared output error of {len(self._errors)} layers, relative to their outputs, before and after "
+            f"`{self.method}`:\n" + "\n".join(lines)
+        )

@@ -1,0 +1,222 @@
+"""Weight updates under a fixed mask, against naive loops, exact solutions and what they promise."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crepe_llm.compensation import conjugate_gradients, energy_compensation, output_error, sparsegpt_update
+from crepe_llm.importance import wanda_scores
+from crepe_llm.masks import keep_n_of_m, keep_unstructured
+
+
+def layer(seed=0, rows=6, columns=16, tokens=64, dead=()):
+    """Correlated inputs, so that there is something for kept weights to make up for."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, columns, generator=generator)
+    inputs = inputs @ torch.randn(columns, columns, generator=generator) + inputs.abs()
+    inputs[:, list(dead)] = 0
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight, inputs.T @ inputs, inputs
+
+
+CORRECTIONS = {
+    "energy": lambda weight, keep, gram, **fields: energy_compensation(weight, keep, **fields),
+    "sparsegpt": sparsegpt_update,
+    "pcg": conjugate_gradients,
+}
+every_correction = pytest.mark.parametrize("correct", CORRECTIONS.values(), ids=CORRECTIONS)
+
+
+def test_output_error_is_the_squared_distance_of_the_outputs():
+    weight, gram, inputs = layer()
+    changed = weight * keep_n_of_m(weight.abs(), 2, 4)
+    expected = ((inputs @ weight.T - inputs @ changed.T) ** 2).sum(0)
+    torch.testing.assert_close(output_error(weight, changed, gram), expected, rtol=1e-4, atol=1e-3)
+    assert bool((output_error(weight, weight, gram) == 0).all())
+
+
+@every_correction
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 7),
+    columns=st.integers(1, 24),
+    tokens=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_masks_are_kept_and_nothing_becomes_nan(correct, seed, rows, columns, tokens, dtype):
+    weight, gram, _ = layer(seed, rows, columns, tokens)
+    weight = weight.to(dtype)
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) > 0.5
+    before = weight.clone(), keep.clone(), gram.clone()
+    corrected = correct(weight, keep, gram)
+    assert corrected.dtype == torch.float32 and corrected.shape == weight.shape
+    assert bool(corrected.isfinite().all())
+    assert bool((corrected[~keep] == 0).all())
+    assert torch.equal(corrected, correct(weight, keep, gram))
+    assert all(torch.equal(one, other) for one, other in zip(before, (weight, keep, gram), strict=True))
+
+
+@every_correction
+def test_without_pruning_nothing_changes(correct):
+    weight, gram, _ = layer()
+    corrected = correct(weight, torch.ones_like(weight, dtype=torch.bool), gram)
+    torch.testing.assert_close(corrected, weight, rtol=1e-5, atol=1e-6)
+
+
+@every_correction
+def test_all_pruned_rows_columns_and_dead_channels(correct):
+    weight, gram, _ = layer(dead=[3, 4])
+    weight[2] = 0
+    weight[:, 7] = 0
+    keep = keep_n_of_m(weight.abs(), 2, 4)
+    keep[1] = False
+    keep[:, 9] = False
+    corrected = correct(weight, keep, gram)
+    assert bool(corrected.isfinite().all())
+    assert bool((corrected[~keep] == 0).all())
+
+
+@every_correction
+def test_inputs_that_are_all_zero_leave_the_kept_weights_finite(correct):
+    weight, gram, _ = layer()
+    keep = keep_n_of_m(weight.abs(), 2, 4)
+    corrected = correct(weight, keep, torch.zeros_like(gram))
+    assert bool(corrected.isfinite().all())
+    if correct is not CORRECTIONS["energy"]:
+        assert torch.equal(corrected, weight * keep)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_second_order_updates_lower_the_output_error(seed):
+    """On inputs of few factors and some noise, as those of language models are, and masks that look at them."""
+    weight, _, noise = layer(seed, rows=8, columns=64, tokens=400)
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randn(400, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+    inputs = factors + 0.5 * noise / noise.std()
+    gram = inputs.T @ inputs
+    scores = wanda_scores(weight, gram.diagonal().sqrt())
+    for keep in (keep_n_of_m(scores, 2, 4), keep_unstructured(scores, 0.7)):
+        masked, column_by_column, least_squares = (
+            output_error(weight, changed, gram).sum()
+            for changed in (
+                weight * keep,
+                sparsegpt_update(weight, keep, gram),
+                conjugate_gradients(weight, keep, gram),
+            )
+        )
+        assert column_by_column < 0.9 * masked
+        assert least_squares < 0.5 * column_by_column
+
+
+def exact(weight, keep, gram, dampening):
+    """Row by row, the normal equations on the support in fp64."""
+    hessian = gram.double() + dampening * gram.diagonal().double().mean() * torch.eye(len(gram), dtype=torch.float64)
+    solution = torch.zeros_like(weight, dtype=torch.float64)
+    for row, kept in enumerate(keep):
+        right = hessian[kept] @ weight[row].double()
+        solution[row, kept] = torch.linalg.solve(hessian[kept][:, kept], right)
+    return solution
+
+
+def test_conjugate_gradients_reach_the_least_squares_solution():
+    weight, gram, _ = layer(columns=24, tokens=300)
+    keep = keep_unstructured(weight.abs(), 0.6)
+    found = conjugate_gradients(weight, keep, gram, dampening=0.05, iterations=100, tolerance=1e-7)
+    torch.testing.assert_close(found.double(), exact(weight, keep, gram, 0.05), rtol=1e-3, atol=1e-3)
+
+
+def test_every_iteration_of_conjugate_gradients_lowers_every_row():
+    weight, gram, _ = layer(columns=24, tokens=300)
+    keep = keep_n_of_m(weight.abs(), 2, 4)
+    dampened = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+    error = output_error(weight, weight * keep, dampened)
+    for iterations in range(1, 12):
+        solution = conjugate_gradients(weight, keep, gram, iterations=iterations, tolerance=1e-4)
+        following = output_error(weight, solution, dampened)
+        assert bool((following <= error * (1 + 1e-4)).all())
+        error = following
+
+
+def test_sparsegpt_is_optimal_column_by_column():
+    """What the update does, by its definition: after each column is pruned, the later ones are refitted exactly."""
+    weight, gram, _ = layer(columns=12, tokens=200)
+    keep = keep_n_of_m(weight.abs(), 2, 4)
+    hessian = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(12, dtype=torch.float64)
+    work = weight.double()
+    for column in range(12):
+        lost = torch.where(keep[:, column], 0, work[:, column])
+        work[:, column] -= lost
+        later = slice(column + 1, 12)
+        # The change d of the later columns with the least (-lost, d) H (-lost, d)^T.
+        work[:, later] += lost[:, None] * torch.linalg.solve(hessian[later, later], hessian[later, column])
+    for block_size in (1, 5, 128):
+        found = sparsegpt_update(weight, keep, gram, block_size=block_size)
+        torch.testing.assert_close(found.double(), work, rtol=1e-3, atol=1e-3)
+
+
+def naive_energy(weight, keep, low, high, epsilon=1e-8):
+    original, changed = weight.double(), weight.double() * keep
+    for axis in (1, 0):
+        lines = original.T if axis else original
+        current = (changed.T if axis else changed).clone()
+        for index, line in enumerate(lines):
+            mean = line.mean()
+            energy = sum((value - mean) ** 2 for value in line)
+            left = sum((value - mean) ** 2 for value in current[index])
+            scale = min(high, max(low, (energy / (left + epsilon * energy)) ** 0.5)) if energy else 1.0
+            current[index] = (current[index] - mean) * scale + mean
+        changed = (current.T if axis else current) * keep
+    return changed
+
+
+@pytest.mark.parametrize("clamp", [(0.5, 2.0), (0.9, 1.05)])
+def test_energy_compensation_by_loops(clamp):
+    weight, _, _ = layer(rows=9, columns=12)
+    weight[:, 4] = 1.5
+    keep = keep_unstructured(weight.abs(), 0.6)
+    found = energy_compensation(weight, keep, clamp=clamp)
+    torch.testing.assert_close(found.double(), naive_energy(weight, keep, *clamp), rtol=1e-4, atol=1e-5)
+
+
+def test_energy_of_columns_is_matched_where_means_are_zero():
+    """With a zero mean the mask takes nothing back, so the column step alone restores the energies."""
+    weight, _, _ = layer(rows=40, columns=8)
+    weight -= weight.mean(0)
+    keep = keep_unstructured(weight.abs(), 0.25, "matrix")
+    found = energy_compensation(weight, keep, rows=False)
+    torch.testing.assert_close(found.square().sum(0), weight.square().sum(0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(energy_compensation(weight, keep, rows=False, columns=False), weight * keep)
+
+
+def test_an_all_pruned_column_stays_pruned_and_scales_are_clamped():
+    weight, _, _ = layer(rows=40, columns=8)
+    weight -= weight.mean(0)
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    keep[1:, 2] = False
+    keep[:, 5] = False
+    found = energy_compensation(weight, keep, rows=False)
+    torch.testing.assert_close(found[0, 2], 2 * weight[0, 2])
+    assert bool((found[:, 5] == 0).all())
+
+
+def test_an_indefinite_gram_matrix_is_an_error():
+    weight, gram, _ = layer()
+    with pytest.raises(torch.linalg.LinAlgError):
+        sparsegpt_update(weight, weight > 0, -gram)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w, k, g: sparsegpt_update(w, k, g[:4, :4]), r"gram must be \[d_in, d_in\], \[16, 16\]"),
+        (lambda w, k, g: conjugate_gradients(w, k[:2], g), r"\[6, 16\].*\[2, 16\] must both be"),
+        (lambda w, k, g: output_error(w[0], w[0], g), r"must both be \[d_out, d_in\]"),
+        (lambda w, k, g: energy_compensation(w, k, clamp=(2.0, 0.5)), "clamp=.*the smaller first"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    weight, gram, _ = layer()
+    with pytest.raises(ValueError, match=message):
+        call(weight, weight > 0, gram)
