@@ -158,3 +158,16 @@ def test_bf16_takes_nine_sixteenths():
     weight = random_2of4(64, 64, torch.bfloat16)
     stored = sum(part.numel() * part.element_size() for part in pack(weight))
     assert stored == weight.numel() * 2 * 9 / 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: packing is checked on the CPU alone")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gpu_packs_the_same_bytes(dtype):
+    weight = random_2of4(33, 60, dtype)
+    compressed, bitmask = pack(weight.cuda())
+    expected_compressed, expected_bitmask = pack(weight)
+    assert compressed.is_cuda and torch.equal(bytes_of(compressed.cpu()), bytes_of(expected_compressed))
+    assert torch.equal(bitmask.cpu(), expected_bitmask)
+    dense = unpack(compressed, bitmask, weight.shape)
+    assert dense.is_cuda and torch.equal(bytes_of(dense.cpu()), bytes_of(unpack(*pack(weight), weight.shape)))
