@@ -7,10 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepe_llm.importance import crepe_scores, magnitude_scores, ria_scores, wanda_scores, window_mean
+from crepe_llm.importance import crepe_scores, cvr_scores, magnitude_scores, ria_scores, wanda_scores, window_mean
 from crepe_llm.masks import keep_n_of_m, keep_unstructured
 
-SCORES = {"magnitude": magnitude_scores, "wanda": wanda_scores, "ria": ria_scores, "crepe": crepe_scores}
+SCORES = {
+    "magnitude": magnitude_scores,
+    "wanda": wanda_scores,
+    "ria": ria_scores,
+    "crepe": crepe_scores,
+    "cvr": cvr_scores,
+}
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 12))
 coefficients = st.fixed_dictionaries(
@@ -204,3 +210,33 @@ print((resident("VmHWM") - before) / (weight.numel() * 4))
 """
     copies = float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
     assert 1.0 < copies <= 3.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.floats(0, 2), st.integers(0, 10**6))
+def test_cvr_equals_the_formula_up_to_a_factor(shape, alpha, seed):
+    weight, variance = layer((shape[0] + 1, shape[1]), seed)
+    columns = [sum((v - sum(c) / len(c)) ** 2 for v in c) / len(c) for c in weight.double().T.tolist()]
+    mean = sum(columns) / len(columns)
+    expected = torch.tensor(
+        [
+            [abs(w) * (v + 1e-8 * mean) ** (-alpha / 2) * u**0.25 for w, v, u in zip(row, columns, us, strict=True)]
+            for us in [variance.double().tolist()]
+            for row in weight.double().tolist()
+        ]
+    )
+    found = cvr_scores(weight, variance, alpha=alpha) * mean ** (-alpha / 2)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_cvr_of_constant_columns_is_finite():
+    for weight in (torch.ones(3, 4), torch.zeros(3, 4), torch.tensor([[1.0, 2.0]])):
+        assert bool(cvr_scores(weight, torch.ones(weight.shape[1])).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"alpha": -1.0}, r"alpha=-1\.0"), ({"epsilon": 0.0}, r"epsilon=0\.0 must be a finite pos")]
+)
+def test_bad_cvr_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        cvr_scores(torch.ones(2, 2), torch.ones(2), **fields)

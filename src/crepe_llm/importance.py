@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["crepe_scores", "magnitude_scores", "ria_scores", "wanda_scores", "window_mean"]
+__all__ = ["crepe_scores", "cvr_scores", "magnitude_scores", "ria_scores", "wanda_scores", "window_mean"]
 
 # Sums of |W| below this count as zero: an all-zero row, column or window then scores 0 instead of NaN.
 _TINY = torch.finfo(torch.float32).tiny
@@ -137,6 +137,39 @@ def crepe_scores(
             out.addcdiv_(magnitude, column_sum, value=column)
         out.mul_(norm_power)
     return scores
+
+
+def cvr_scores(
+    weight: torch.Tensor, input_variance: torch.Tensor, *, alpha: float = 1.0, epsilon: float = 1e-8
+) -> torch.Tensor:
+    """Score each weight by its absolute value relative to the spread of its column, times that of its input channel.
+
+    With v_j the variance of column j of the weight and u_j that of input channel j: |W_ij| (v_j + eps)^(-alpha/2)
+    u_j^(1/4). Column variances are taken relative to their mean, which scales all scores alike.
+
+    Args:
+        weight: [d_out, d_in], any floating dtype; arithmetic is in fp32.
+        input_variance: [d_in], non-negative variance of each input channel over the calibration tokens.
+        alpha: at least 0; 0 leaves the columns of the weight as they are.
+        epsilon: eps, as a fraction of the mean variance of the columns; positive.
+
+    Returns:
+        fp32 scores [d_out, d_in], non-negative and finite.
+
+    Raises:
+        ValueError: if the shapes do not fit, alpha is negative or epsilon is not positive.
+
+    Source: column-variance reweighting, arXiv 2602.07375, which gives neither alpha nor eps: the defaults are ours.
+    """
+    _check(weight, input_variance)
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha={alpha} must be a finite number of at least 0")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"epsilon={epsilon} must be a finite positive number, such as 1e-8")
+    variance = weight.detach().float().var(dim=0, correction=0)
+    relative = variance / variance.mean().clamp_min(_TINY)
+    factor = relative.add_(epsilon).pow_(-alpha / 2).mul_(input_variance.to(weight.device, torch.float32).pow(0.25))
+    return _magnitude(weight).mul_(factor)
 
 
 def check_coefficients(
