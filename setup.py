@@ -3,8 +3,10 @@
 Without a C++ compiler the installation goes on, with a message: the package then multiplies through its slow reference.
 """
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -42,15 +44,21 @@ class BuildKernels(build_ext):
         output = self.get_ext_fullpath(ext.name)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         try:
+            wanted = {macro: spec[:2] for macro, spec in VARIANTS.items() if spec[2]}
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = {
+                    macro: pool.submit(self._compile, source, [*COMMON, *flags, f"-D{macro}"])
+                    for macro, (source, flags) in wanted.items()
+                }
             objects, macros = [], []
-            for macro, (source, flags, wanted) in VARIANTS.items():
-                if not wanted:
-                    continue
+            for macro, job in jobs.items():
                 try:
-                    objects += self._compile(source, [*COMMON, *flags, f"-D{macro}"])
+                    objects += job.result()
                     macros.append(macro)
                 except CCompilerError:
-                    self.announce(f"crepe-llm: this compiler cannot build {source} for {macro}; left out", level=3)
+                    self.announce(
+                        f"crepe-llm: this compiler cannot build {wanted[macro][0]} for {macro}; left out", level=3
+                    )
             for source in ("portable.cpp", "api.cpp"):
                 objects += self._compile(source, [*COMMON, *(f"-D{macro}" for macro in macros)])
             self.compiler.link_shared_object(objects, output, target_lang="c++")

@@ -8,7 +8,7 @@ namespace {
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseRows = 4, kDenseTile = 3;
-    static constexpr int64_t tile(Format format) { return format == kI8 ? 6 : 12; }
+    static constexpr int64_t tile(Format format) { return format == kI8 ? 4 : 8; }
 
     // Kept value V of 8 rows from row 8 H of a group's values.
     template <int32_t Dtype, int V, int H>
@@ -26,8 +26,7 @@ struct Isa {
     template <class K, int V, int H, int T>
     static void value(const uint8_t* group, __m256i columns, const float* x, __m256 (&acc)[T]) {
         __m256 w = kept<K::dtype, V, H>(group);
-#pragma GCC unroll 12
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int t = 0; t < T; t++) {
             __m256 activations = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + 4 * t));
             acc[t] = _mm256_fmadd_ps(w, _mm256_permutevar_ps(activations, columns), acc[t]);
         }
@@ -36,7 +35,7 @@ struct Isa {
     template <class K, int H, int T>
     static void float_half(const uint8_t* w, const float* x, int64_t chunks, float* sums, bool first) {
         __m256 acc[T];
-        for (int t = 0; t < T; t++) acc[t] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * kRowBlock + 8 * H);
+        UNROLL for (int t = 0; t < T; t++) acc[t] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * kRowBlock + 8 * H);
         for (int64_t c = 0; c < chunks; c++, w += K::weight_bytes) {
             __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * H));
             const uint8_t* group = w + kMetadataBytes;
@@ -46,7 +45,7 @@ struct Isa {
                 metadata = _mm256_srli_epi32(metadata, 4);
             }
         }
-        for (int t = 0; t < T; t++) _mm256_storeu_ps(sums + t * kRowBlock + 8 * H, acc[t]);
+        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_ps(sums + t * kRowBlock + 8 * H, acc[t]);
     }
 
     // |w| * (x with w's sign): vpmaddubsw takes one unsigned factor, and |w| <= 128, |x| <= 127 cannot saturate its sums.
@@ -54,7 +53,7 @@ struct Isa {
     static void int8_half(const uint8_t* w, const uint8_t* x, int64_t chunks, int32_t* sums, bool first) {
         const __m256i low = _mm256_set1_epi32(0x03030303), second = _mm256_set1_epi32(0x04040000), ones = _mm256_set1_epi16(1);
         __m256i acc[T];
-        for (int t = 0; t < T; t++)
+        UNROLL for (int t = 0; t < T; t++)
             acc[t] = first ? _mm256_setzero_si256() : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + t * kRowBlock + 8 * H));
         for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(kInt8)) {
             __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * H));
@@ -62,8 +61,7 @@ struct Isa {
                 __m256i columns = _mm256_or_si256(_mm256_and_si256(metadata, low), second);
                 __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + kMetadataBytes + 64 * pair + 32 * H));
                 __m256i magnitude = _mm256_abs_epi8(value);
-#pragma GCC unroll 6
-                for (int t = 0; t < T; t++) {
+                UNROLL for (int t = 0; t < T; t++) {
                     int64_t eight;
                     std::memcpy(&eight, x + 8 * t, 8);
                     __m256i chosen = _mm256_sign_epi8(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), columns), value);
@@ -71,7 +69,7 @@ struct Isa {
                 }
             }
         }
-        for (int t = 0; t < T; t++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + t * kRowBlock + 8 * H), acc[t]);
+        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + t * kRowBlock + 8 * H), acc[t]);
     }
 
     template <class K, int R, int T>
@@ -96,27 +94,27 @@ struct Isa {
     template <class W, int R, int T>
     static void dense_eight(const W* w, int64_t row_stride, const float* x, __m256 (&acc)[R][T]) {
         __m256 activations[T];
-        for (int t = 0; t < T; t++) activations[t] = _mm256_loadu_ps(x + 32 * t);
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int t = 0; t < T; t++) activations[t] = _mm256_loadu_ps(x + 32 * t);
+        UNROLL for (int r = 0; r < R; r++) {
             __m256 value = load(w + r * row_stride);
-            for (int t = 0; t < T; t++) acc[r][t] = _mm256_fmadd_ps(value, activations[t], acc[r][t]);
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm256_fmadd_ps(value, activations[t], acc[r][t]);
         }
     }
 
     template <class W, class X, int R, int T>
     static void dense(const W* w, int64_t k, const X* x, float* sums) {
         __m256 acc[R][T];
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) acc[r][t] = _mm256_setzero_ps();
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm256_setzero_ps();
         int64_t c = 0;
         for (; c + 8 <= k; c += 8) dense_eight<W, R, T>(w + c, k, x + c / 32 * 32 * T + c % 32, acc);
         if (c < k) {
             W tail[R][8] = {};
-            for (int r = 0; r < R; r++) std::memcpy(tail[r], w + r * k + c, size_t(k - c) * sizeof(W));
+            UNROLL for (int r = 0; r < R; r++) std::memcpy(tail[r], w + r * k + c, size_t(k - c) * sizeof(W));
             dense_eight<W, R, T>(tail[0], 8, x + c / 32 * 32 * T + c % 32, acc);
         }
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) {
                 __m128 four = _mm_add_ps(_mm256_castps256_ps128(acc[r][t]), _mm256_extractf128_ps(acc[r][t], 1));
                 four = _mm_add_ps(four, _mm_movehl_ps(four, four));
                 sums[t * R + r] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));

@@ -22,7 +22,7 @@ __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 struct Isa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
     static constexpr int64_t kBlocks = 2, kChunkBlock = 32, kDenseRows = 4, kDenseTile = 6;
-    static constexpr int64_t tile(Format format) { return format == kI8 ? (CREPE_VNNI ? 10 : 6) : 12; }
+    static constexpr int64_t tile(Format format) { return format == kPairsBf16 ? 12 : format == kF32 ? 11 : CREPE_VNNI ? 10 : 6; }
 
     // Kept value V of 16 rows of a group.
     template <int32_t Dtype, int V>
@@ -40,32 +40,31 @@ struct Isa {
     template <class K, int V, int R, int T>
     static void value(const uint8_t* const (&group)[R], const __m512i (&columns)[R], const float* x, __m512 (&acc)[R][T]) {
         __m512 w[R];
-        for (int r = 0; r < R; r++) w[r] = kept<K::dtype, V>(group[r]);
-#pragma GCC unroll 12
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int r = 0; r < R; r++) w[r] = kept<K::dtype, V>(group[r]);
+        UNROLL for (int t = 0; t < T; t++) {
             __m512 activations = _mm512_broadcast_f32x4(_mm_loadu_ps(x + 4 * t));
-            for (int r = 0; r < R; r++) acc[r][t] = _mm512_fmadd_ps(w[r], _mm512_permutevar_ps(activations, columns[r]), acc[r][t]);
+            UNROLL for (int r = 0; r < R; r++) acc[r][t] = _mm512_fmadd_ps(w[r], _mm512_permutevar_ps(activations, columns[r]), acc[r][t]);
         }
     }
 
     template <class K, int R, int T>
     static void sparse_f32(const uint8_t* w, int64_t block_stride, const float* x, int64_t chunks, float* sums, bool first) {
         __m512 acc[R][T];
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
         for (int64_t c = 0; c < chunks; c++, w += K::weight_bytes) {
             __m512i metadata[R];
             const uint8_t* group[R];
-            for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), group[r] = w + r * block_stride + kMetadataBytes;
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), group[r] = w + r * block_stride + kMetadataBytes;
             for (int g = 0; g < 8; g++, x += 4 * T) {
                 value<K, 0>(group, metadata, x, acc);
-                for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2);
+                UNROLL for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2);
                 value<K, 1>(group, metadata, x, acc);
-                for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2), group[r] += (K::weight_bytes - kMetadataBytes) / 8;
+                UNROLL for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2), group[r] += (K::weight_bytes - kMetadataBytes) / 8;
             }
         }
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) _mm512_storeu_ps(sums + (t * R + r) * kRowBlock, acc[r][t]);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(sums + (t * R + r) * kRowBlock, acc[r][t]);
     }
 
 #if CREPE_BF16
@@ -84,32 +83,30 @@ struct Isa {
         } controls;
         const __m512i table = load512(controls.of);
         __m512 acc[R][T];
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
         constexpr int64_t bytes = chunk_bytes(kBfloat16);
         for (int64_t c = 0; c < chunks; c++, w += bytes) {
             __m512i metadata[R];
-            for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride);
-#pragma GCC unroll 8
-            for (int g = 0; g < 8; g++, x += 8 * T) {
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride);
+            UNROLL for (int g = 0; g < 8; g++, x += 8 * T) {
                 __m512i control[R], value[R];
-                for (int r = 0; r < R; r++) {
+                UNROLL for (int r = 0; r < R; r++) {
                     control[r] = _mm512_permutexvar_epi32(metadata[r], table);
                     metadata[r] = _mm512_srli_epi32(metadata[r], 4);
                     value[r] = load512(w + r * block_stride + kMetadataBytes + 64 * g);
                 }
-#pragma GCC unroll 12
-                for (int t = 0; t < T; t++) {
+                UNROLL for (int t = 0; t < T; t++) {
                     int64_t four;
                     std::memcpy(&four, x + 8 * t, 8);
                     __m512i activations = _mm512_set1_epi64(four);
-                    for (int r = 0; r < R; r++)
+                    UNROLL for (int r = 0; r < R; r++)
                         acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value[r], (__m512bh)_mm512_shuffle_epi8(activations, control[r]));
                 }
             }
         }
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) _mm512_storeu_ps(sums + (t * R + r) * kRowBlock, acc[r][t]);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(sums + (t * R + r) * kRowBlock, acc[r][t]);
     }
 #endif
 
@@ -120,37 +117,36 @@ struct Isa {
         // vpdpbusd wants one unsigned factor: activations come as x + 128, and 128 * sum(w) is taken off at the end.
         const __m512i offset = _mm512_set1_epi8(char(0x80));
         __m512i excess[R];
-        for (int r = 0; r < R; r++) excess[r] = _mm512_setzero_si512();
+        UNROLL for (int r = 0; r < R; r++) excess[r] = _mm512_setzero_si512();
 #else
         const __m512i ones = _mm512_set1_epi16(1);
 #endif
         __m512i acc[R][T];
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_si512() : load512(sums + (t * R + r) * kRowBlock);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_si512() : load512(sums + (t * R + r) * kRowBlock);
         for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(kInt8)) {
             __m512i metadata[R];
-            for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride);
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride);
             for (int pair = 0; pair < 4; pair++, x += 8 * T) {
                 __m512i columns[R], value[R];
-                for (int r = 0; r < R; r++) {
+                UNROLL for (int r = 0; r < R; r++) {
                     columns[r] = _mm512_ternarylogic_epi32(metadata[r], low, second, 0xea);  // (metadata & low) | second
                     metadata[r] = _mm512_srli_epi32(metadata[r], 2);
                     value[r] = load512(w + r * block_stride + kMetadataBytes + 64 * pair);
                 }
 #if CREPE_VNNI
-                for (int r = 0; r < R; r++) excess[r] = _mm512_dpbusd_epi32(excess[r], offset, value[r]);
+                UNROLL for (int r = 0; r < R; r++) excess[r] = _mm512_dpbusd_epi32(excess[r], offset, value[r]);
 #else
                 // |w| * (x with w's sign): vpmaddubsw takes one unsigned factor, and |w| <= 128, |x| <= 127 cannot
                 // saturate its sums.
                 __mmask64 negative[R];
-                for (int r = 0; r < R; r++) negative[r] = _mm512_movepi8_mask(value[r]), value[r] = _mm512_abs_epi8(value[r]);
+                UNROLL for (int r = 0; r < R; r++) negative[r] = _mm512_movepi8_mask(value[r]), value[r] = _mm512_abs_epi8(value[r]);
 #endif
-#pragma GCC unroll 12
-                for (int t = 0; t < T; t++) {
+                UNROLL for (int t = 0; t < T; t++) {
                     int64_t eight;
                     std::memcpy(&eight, x + 8 * t, 8);
                     __m512i activations = _mm512_set1_epi64(eight);
-                    for (int r = 0; r < R; r++) {
+                    UNROLL for (int r = 0; r < R; r++) {
                         __m512i chosen = _mm512_shuffle_epi8(activations, columns[r]);
 #if CREPE_VNNI
                         acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], chosen, value[r]);
@@ -162,8 +158,8 @@ struct Isa {
                 }
             }
         }
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) {
 #if CREPE_VNNI
                 acc[r][t] = _mm512_sub_epi32(acc[r][t], excess[r]);
 #endif
@@ -194,10 +190,10 @@ struct Isa {
     static void dense_step(const W* w, int64_t k, int64_t valid, const float* x, __m512 (&acc)[R][T]) {
         const __mmask16 mask = valid >= 16 ? 0xffff : __mmask16((1u << valid) - 1);
         __m512 activations[T];
-        for (int t = 0; t < T; t++) activations[t] = _mm512_loadu_ps(x + 32 * t);
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int t = 0; t < T; t++) activations[t] = _mm512_loadu_ps(x + 32 * t);
+        UNROLL for (int r = 0; r < R; r++) {
             __m512 value = load(w + r * k, mask);
-            for (int t = 0; t < T; t++) acc[r][t] = _mm512_fmadd_ps(value, activations[t], acc[r][t]);
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm512_fmadd_ps(value, activations[t], acc[r][t]);
         }
     }
 #if CREPE_BF16
@@ -205,10 +201,10 @@ struct Isa {
     static void dense_step(const Bf16* w, int64_t k, int64_t valid, const Bf16* x, __m512 (&acc)[R][T]) {
         const __mmask32 mask = valid >= 32 ? 0xffffffff : __mmask32((1u << valid) - 1);
         __m512i activations[T];
-        for (int t = 0; t < T; t++) activations[t] = load512(x + 32 * t);
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int t = 0; t < T; t++) activations[t] = load512(x + 32 * t);
+        UNROLL for (int r = 0; r < R; r++) {
             __m512i value = _mm512_maskz_loadu_epi16(mask, w + r * k);
-            for (int t = 0; t < T; t++) acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value, (__m512bh)activations[t]);
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value, (__m512bh)activations[t]);
         }
     }
 #endif
@@ -217,11 +213,11 @@ struct Isa {
     static void dense(const W* w, int64_t k, const X* x, float* sums) {
         constexpr int64_t step = sizeof(X) == 2 ? 32 : 16;
         __m512 acc[R][T];
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_ps();
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_ps();
         for (int64_t c = 0; c < k; c += step) dense_step<R, T>(w + c, k, k - c, x + c / 32 * 32 * T + c % 32, acc);
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) sums[t * R + r] = _mm512_reduce_add_ps(acc[r][t]);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) sums[t * R + r] = _mm512_reduce_add_ps(acc[r][t]);
     }
 };
 

@@ -6,6 +6,13 @@
 
 #include "kernels.h"
 
+// Accumulators are arrays indexed by loops; they live in registers only when every such loop is unrolled.
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace {
 
 struct Bf16 {

@@ -1,0 +1,109 @@
+// Runs every instruction set in this build on random shapes, with random metadata (also such as no packer writes), in
+// buffers of exactly the promised size, and compares with the portable one. Built by test_kernels_native.py, under
+// AddressSanitizer and for other processors.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+
+extern "C" {
+const char* crepe_instruction_set(int32_t index);
+int32_t crepe_supported(int32_t index);
+int32_t crepe_multiply(const Problem* problem, int32_t index, void* parallel, int32_t threads);
+}
+
+static std::mt19937 rng(1);
+static int64_t pick(int64_t low, int64_t high) { return low + int64_t(rng() % uint32_t(high - low + 1)); }
+
+// A small multiple of 1/8 in any of the float formats: exact products, so that sums differ only in rounding.
+static void put(uint8_t* to, int32_t dtype) {
+    float value = float(pick(-16, 16)) / 8;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (dtype == kFloat32) std::memcpy(to, &bits, 4);
+    uint16_t half = uint16_t(bits >> 16);
+    if (dtype == kFloat16) half = value == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13);
+    if (dtype == kFloat16 || dtype == kBfloat16) std::memcpy(to, &half, 2);
+    if (dtype == kInt8) *to = uint8_t(rng());
+}
+
+static int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2; }
+
+int main() {
+    int portable = 0, checked = 0;
+    while (std::strcmp(crepe_instruction_set(portable), "portable")) portable++;
+    for (int round = 0; round < 400; round++) {
+        Problem p{};
+        p.layout = rng() % 3 ? kSparse24 : kDense;
+        p.weight_dtype = int32_t(rng() % (p.layout == kSparse24 ? 4 : 3));
+        p.x_dtype = int32_t(rng() % 3);
+        p.m = round % 10 ? pick(1, 30) : pick(60, 90);
+        p.n = pick(1, 70);
+        p.k = round % 10 ? pick(1, 40) * 4 : pick(260, 300) * 4;
+        if (p.layout == kDense) p.k += pick(0, 3);
+        p.x_row_stride = p.k + pick(0, 3);
+        p.x_column_stride = 1;
+        const int64_t chunks = (p.k + 31) / 32, values = kRowBlock * kColumnChunk / 2 * bytes_of(p.weight_dtype);
+        std::vector<uint8_t> weight;
+        if (p.layout == kSparse24) {
+            weight.resize(size_t((p.n + 15) / 16 * chunks * (kMetadataBytes + values)));
+            for (size_t at = 0; at < weight.size();) {
+                for (int i = 0; i < kMetadataBytes; i++) weight[at++] = uint8_t(rng());
+                for (int64_t i = 0; i < values; i += bytes_of(p.weight_dtype), at += size_t(bytes_of(p.weight_dtype)))
+                    put(&weight[at], p.weight_dtype);
+            }
+        } else {
+            weight.resize(size_t(p.n * p.k * bytes_of(p.weight_dtype)));
+            for (size_t at = 0; at < weight.size(); at += size_t(bytes_of(p.weight_dtype))) put(&weight[at], p.weight_dtype);
+        }
+        const int64_t xb = bytes_of(p.x_dtype);
+        std::vector<uint8_t> x(size_t(((p.m - 1) * p.x_row_stride + p.k) * xb));
+        for (size_t at = 0; at < x.size(); at += size_t(xb)) put(&x[at], p.x_dtype);
+        std::vector<float> scale, bias;
+        for (int64_t i = 0; i < p.n; i++) scale.push_back(float(pick(1, 8)) / 4), bias.push_back(float(pick(-8, 8)));
+        p.weight = weight.data();
+        p.x = x.data();
+        p.scale = rng() % 2 ? scale.data() : nullptr;
+        p.bias = rng() % 2 ? bias.data() : nullptr;
+        p.bias_dtype = kFloat32;
+        std::vector<uint8_t> expected(size_t(p.m * p.n * xb)), y(expected.size());
+        p.y = expected.data();
+        if (crepe_multiply(&p, portable, nullptr, 1)) return 2;
+        p.y = y.data();
+        for (int index = 0; crepe_instruction_set(index); index++) {
+            if (!crepe_supported(index)) continue;
+            std::fill(y.begin(), y.end(), 0xee);
+            if (crepe_multiply(&p, index, nullptr, 1)) return 2;
+            // Exact sums: every result is a multiple of 2^-8 below 2^15, so that all must agree to the bit; int8 goes
+            // through one division and three products, which may be fused differently.
+            bool same = y == expected;
+            if (p.weight_dtype == kInt8 && !same) {
+                same = true;
+                for (int64_t i = 0; i < p.m * p.n && same; i++) {
+                    uint32_t a = 0, b = 0;
+                    std::memcpy(&a, &y[size_t(i * xb)], size_t(xb)), std::memcpy(&b, &expected[size_t(i * xb)], size_t(xb));
+                    if (p.x_dtype == kFloat32) {
+                        float fa, fb;
+                        std::memcpy(&fa, &a, 4), std::memcpy(&fb, &b, 4);
+                        same = std::fabs(fa - fb) <= 1e-5f * (std::fabs(fb) + 10);
+                    } else {
+                        same = std::abs(int64_t(a) - int64_t(b)) <= 1;
+                    }
+                }
+            }
+            if (!same) {
+                std::printf("%s differs: layout %d, dtypes %d x %d, %ld tokens, %ld x %ld\n", crepe_instruction_set(index), p.layout,
+                            p.weight_dtype, p.x_dtype, long(p.m), long(p.n), long(p.k));
+                return 1;
+            }
+            checked++;
+        }
+    }
+    for (int index = 0; crepe_instruction_set(index); index++)
+        if (crepe_supported(index)) std::printf("%s ", crepe_instruction_set(index));
+    std::printf("%d products\n", checked);
+}
