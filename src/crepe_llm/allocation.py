@@ -1,0 +1,216 @@
+"""How much of each decoder block to prune, so that the whole model is pruned to a target.
+
+Every method maps one number per block (or none, where a rule looks at the depth alone) to one sparsity per block, as
+published; :func:`water_fill` then meets the parameter-weighted target exactly within bounds, which none of the methods
+does by itself where blocks differ in size or a sparsity is cut off.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+__all__ = [
+    "alpha_pruning",
+    "atp",
+    "dlp",
+    "outlier_ratio",
+    "owl",
+    "tail_exponent",
+    "water_fill",
+]
+
+
+def outlier_ratio(scores: torch.Tensor, threshold: float = 5.0) -> float:
+    """Percentage of a block's scores above `threshold` times their mean: OWL's layerwise outlier distribution.
+
+    Args:
+        scores: Wanda's scores of all linear layers of the block, non-negative, any shape.
+        threshold: M of the paper.
+
+    Source: OWL, arXiv 2310.05175, equation 2.
+    """
+    return 100 * (scores > threshold * scores.double().mean()).double().mean().item()
+
+
+def owl(outlier_ratios: Sequence[float], sparsity: float, spread: float = 0.08) -> list[float]:
+    """Keep more of blocks with more outliers: densities linear in the ratios, over a range of twice `spread`.
+
+    Args:
+        outlier_ratios: of each block, see :func:`outlier_ratio`.
+        sparsity: the mean of the result.
+        spread: lambda of the paper.
+
+    Returns:
+        One sparsity per block, not yet bounded. Equal ratios give equal sparsities, where the paper's formula is 0 / 0.
+
+    Source: OWL, arXiv 2310.05175, and its released code.
+    """
+    return _linear([-ratio for ratio in outlier_ratios], sparsity, spread)
+
+
+def dlp(typical_scores: Sequence[float], sparsity: float, spread: float = 0.15) -> list[float]:
+    """Prune blocks with higher typical scores more.
+
+    Args:
+        typical_scores: of each block, the median (the paper's text) or the mean (its released code) of the Wanda scores
+            of all its linear layers.
+        sparsity: the mean of the result.
+        spread: alpha of the paper; the result covers a range of twice that.
+
+    Returns:
+        One sparsity per block, not yet bounded.
+
+    Source: DLP, arXiv 2505.23807, and its released code. The paper's relative importance, one minus a block's share of
+    the sum, is linear in the score, so that it drops out when it is mapped to the range.
+    """
+    return _linear(typical_scores, sparsity, spread)
+
+
+def alpha_pruning(
+    exponents: Sequence[float], parameters: Sequence[float], sparsity: float, spread: float = 0.3
+) -> list[float]:
+    """Prune blocks with lighter-tailed spectra, which training has shaped less, more.
+
+    Args:
+        exponents: of each block, the mean of the :func:`tail_exponent` of its linear layers.
+        parameters: how many weights each block has.
+        sparsity: the parameter-weighted mean of the result.
+        spread: epsilon of the paper; the result covers (1 - spread) to (1 + spread) up to a common factor.
+
+    Returns:
+        One sparsity per block, not yet bounded.
+
+    Source: AlphaPruning, arXiv 2410.10912, and its released code.
+    """
+    ratios = _linear(exponents, 0.0, spread)
+    middle = (max(ratios) + min(ratios)) / 2
+    ratios = [1 + ratio - middle for ratio in ratios]
+    weighted = sum(count * ratio for count, ratio in zip(parameters, ratios, strict=True))
+    return [ratio * sparsity * sum(parameters) / weighted for ratio in ratios]
+
+
+def atp(blocks: int, sparsity: float, slope: float | None = None) -> list[float]:
+    """Prune each block by the same amount more than the one before it.
+
+    Args:
+        blocks: how many there are.
+        sparsity: the mean of the result.
+        slope: beta of the paper, what each block is pruned more than its predecessor; half of the largest that keeps
+            all sparsities between 0 and 1 where left out, which is our choice: the paper searches for it.
+
+    Returns:
+        One sparsity per block.
+
+    Raises:
+        ValueError: if the slope is negative or too large.
+
+    Source: ATP, ICML 2025 (OpenReview otNB7BzsiR).
+    """
+    if blocks == 1:
+        return [sparsity]
+    largest = 2 * min(sparsity, 1 - sparsity) / (blocks - 1)
+    slope = largest / 2 if slope is None else slope
+    if not 0 <= slope <= largest * (1 + 1e-9):
+        raise ValueError(
+            f"a slope of {slope} takes {blocks} blocks of mean sparsity {sparsity} out of [0, 1]: "
+            f"use at most {largest:.4g}"
+        )
+    return [sparsity + slope * (block - (blocks - 1) / 2) for block in range(blocks)]
+
+
+def tail_exponent(weight: torch.Tensor, tail: Literal["peak", "middle"] = "peak") -> float:
+    """Exponent of the power law in the upper tail of the spectrum of W^T W, by Hill's estimator.
+
+    Args:
+        weight: [d_out, d_in], any floating dtype; singular values are taken in fp32.
+        tail: where the tail begins. `middle`: at the median eigenvalue. `peak`, the released code's default: near the
+            peak of the histogram of log-eigenvalues (100 bins, from 0.95 to 1.5 times the left edge of the highest), at
+            the eigenvalue from which the power law fits best by the Kolmogorov-Smirnov distance.
+
+    Returns:
+        alpha, above 1; infinity where the tail has no spread, as that of a zero matrix.
+
+    Source: AlphaPruning, arXiv 2410.10912. Its code compares the lower of the two bounds with an eigenvalue's
+    logarithm, which mostly disables it; here it is a bound.
+    """
+    eigenvalues = torch.linalg.svdvals(weight.float()).double().square().sort().values
+    eigenvalues = eigenvalues[eigenvalues > 0]
+    count = len(eigenvalues)
+    if count < 2:
+        return math.inf
+    logs = eigenvalues.log()
+    if tail == "middle":
+        starts = torch.tensor([count // 2])
+    else:
+        low, high = logs[0].item(), logs[-1].item()
+        histogram = torch.histc(logs, bins=100, min=low, max=high)
+        edge = math.exp(low + (high - low) * int(histogram.argmax()) / 100)
+        near = (eigenvalues >= 0.95 * edge) & (eigenvalues <= 1.5 * edge)
+        # The last eigenvalue alone is no tail.
+        starts = near[:-1].nonzero().flatten().cpu()
+    best = (math.inf, math.inf)
+    for start in starts.tolist():
+        size = count - start
+        excess = (logs[start:] - logs[start]).sum().item()
+        exponent = 1 + size / excess if excess > 0 else math.inf
+        if not math.isfinite(exponent):
+            continue
+        survival = (eigenvalues[start:] / eigenvalues[start]).pow(1 - exponent)
+        ranks = torch.arange(size, dtype=torch.float64, device=survival.device) / size
+        best = min(best, ((1 - survival - ranks).abs().max().item(), exponent))
+    return best[1]
+
+
+def water_fill(
+    sparsities: Sequence[float], parameters: Sequence[float], target: float, *, low: float = 0.0, high: float = 0.99
+) -> list[float]:
+    """Shift all sparsities by one amount, cut off at the bounds, so that their weighted mean is the target.
+
+    Args:
+        sparsities: of each block.
+        parameters: how many weights each block has, positive.
+        target: what is to be pruned of all weights.
+        low: smallest sparsity of a block.
+        high: largest sparsity of a block.
+
+    Returns:
+        One sparsity per block, from `low` to `high`; what a bound does not cut off keeps its distance to the others.
+
+    Raises:
+        ValueError: if a sparsity is not finite, or the target is not within the bounds.
+
+    Source: ours.
+    """
+    if not all(map(math.isfinite, sparsities)):
+        raise ValueError(f"sparsities must be finite, got {list(sparsities)}")
+    if not 0 <= low <= target <= high < 1:
+        raise ValueError(f"low={low}, target={target} and high={high} must ascend between 0 and 1")
+    total = sum(parameters)
+
+    def filled(shift: float) -> list[float]:
+        return [min(high, max(low, sparsity + shift)) for sparsity in sparsities]
+
+    def mean(values: list[float]) -> float:
+        return sum(value * count for value, count in zip(values, parameters, strict=True)) / total
+
+    # All at the lower bound, and all at the upper one.
+    below, above = low - max(sparsities), high - min(sparsities)
+    for _ in range(200):
+        middle = (below + above) / 2
+        if mean(filled(middle)) < target:
+            below = middle
+        else:
+            above = middle
+    return filled(above)
+
+
+def _linear(values: Sequence[float], mean: float, spread: float) -> list[float]:
+    """Map values to a range of twice `spread` about a mean, the smallest value to the smallest."""
+    low, high = min(values), max(values)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"a block has no finite measure: {list(values)}")
+    scaled = [2 * spread * (value - low) / (high - low) if high > low else 0.0 for value in values]
+    centre = sum(scaled) / len(scaled)
+    return [mean + value - centre for value in scaled]
