@@ -91,13 +91,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
     def row(label: str, figure: Callable[[dict[str, Any]], float], form: str, *, more_is_better: bool) -> str:
         values = {name: figure(results[name]) for name in names}
-        best = max if more_is_better else min
-        ratio = best(values[n] for n in sparse) / best(values[n] for n in dense)
-        if not more_is_better and "memory" not in label:
-            ratio = 1 / ratio
-        return f"| {label} | " + " | ".join(f"{values[n]:{form}}" for n in names) + f" | {ratio:.2f}x |"
+        is_time = "first token" in label
+        cells = [f"{values[name]:{form}}" for name in names]
+        if dense and sparse:
+            best = max if more_is_better else min
+            ratio = best(values[name] for name in sparse) / best(values[name] for name in dense)
+            cells.append(f"{1 / ratio if is_time else ratio:.2f}x")
+        return f"| {label} | {' | '.join(cells)} |"
 
-    lines = [f"| | {' | '.join(names)} | best sparse / best dense |", "|---" * (len(names) + 2) + "|"]
+    header = [*names, *(["best sparse against best dense"] if dense and sparse else [])]
+    lines = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
     for index, case in enumerate(results[names[0]]["cases"]):
         load = f"{case['prompt']}-token prompt, {case['streams']} stream{'s' * (case['streams'] > 1)}"
         for label, key, form, more in (
@@ -131,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are made and kept")
-    parser.add_argument("--turns", type=int, default=3, help="how often every engine is started (%(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="starts of every engine; 0: only the table (%(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="how often a started engine runs a load (%(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="that each stream generates (%(default)s)")
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
@@ -162,7 +165,8 @@ def main() -> None:
     same = [found for found in runs if all(found[key] == value for key, value in conditions.items())]
     print(json.dumps(conditions))
     for model in options.models:
-        of_engine = {name: [r for r in same if (r["model"], r["engine"]) == (model, name)] for name in options.engines}
+        of_engine = {name: [r for r in same if (r["model"], r["engine"]) == (model, name)] for name in ENGINES}
+        of_engine = {name: found for name, found in of_engine.items() if found}
         counts = sorted({len(found) for found in of_engine.values()})
         medians = {name: median(found) for name, found in of_engine.items()}
         print(f"\n{model}, medians of {' or '.join(map(str, counts))} runs\n\n{table(medians)}", flush=True)

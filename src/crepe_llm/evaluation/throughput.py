@@ -27,6 +27,7 @@ ENVIRONMENT = {
 }
 """The environment in which engines are measured."""
 
+_KV_CACHE_BYTES = 512 << 20
 _BYTES = {"I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}
 
 
@@ -61,7 +62,7 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
 
     Returns:
         ``load_s``, seconds from the folder to a ready engine; ``anonymous_bytes``, how much the process's anonymous
-        memory grew by then (weights, and what vLLM allocates beside them; the key-value cache is not touched yet);
+        memory grew by then, less the key-value cache: weights, and what vLLM keeps beside them;
         ``cases``, for each load the median ``first_token_s`` (request to first token, mean of the streams) and
         ``tokens_per_s`` (streams over the median time of a step in which every stream decodes).
     """
@@ -78,11 +79,11 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
         enable_prefix_caching=False,
         max_model_len=max(case.prompt for case in cases) + tokens,
         max_num_seqs=max(case.streams for case in cases),
-        kv_cache_memory_bytes=1 << 30,
+        kv_cache_memory_bytes=_KV_CACHE_BYTES,
         seed=0,
     )
     load = time.perf_counter() - started
-    anonymous = _anonymous_bytes() - before
+    anonymous = _anonymous_bytes() - before - _KV_CACHE_BYTES
     wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(0)
@@ -136,8 +137,10 @@ def complete(model: str, dtype: Any, prompt: str, *, tokens: int = 48) -> dict[s
     from vllm import LLM, SamplingParams
 
     before = _anonymous_bytes()
-    engine = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=1 << 28, seed=0)
-    anonymous = _anonymous_bytes() - before
+    engine = LLM(
+        model, dtype=dtype, enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=_KV_CACHE_BYTES, seed=0
+    )
+    anonymous = _anonymous_bytes() - before - _KV_CACHE_BYTES
     wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     engine.generate([prompt], wanted, use_tqdm=False)
     started = time.perf_counter()
