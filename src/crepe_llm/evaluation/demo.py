@@ -85,11 +85,11 @@ def main() -> None:
         prune(model)
         seconds = time.perf_counter() - begun
         zeros = linear_zeros(model)
-        if name == "CRePE":
-            _replace(options.output, model, tokenizer, dense, zeros, corpus.name, options.seed)
         # Pruning may leave the model split over devices; the measurement wants it whole.
         result = perplexity(model.to(device), test, corpus=corpus.name)
         rows.append((name, result.perplexity, total_zeros(zeros), seconds))
+        if name == "CRePE":
+            _replace(options.output, model, tokenizer, dense, zeros, corpus.name, options.seed)
         del model
     print(
         f"\nSmolLM2-135M-Instruct pruned to 2:4. Perplexity on {corpus.name}, test articles: {result.tokens} tokens "
