@@ -1,0 +1,109 @@
+"""``kernels.linear``: shapes, errors, torch.compile, the dense rule, and life without a library."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from crepe_llm import kernels
+from crepe_llm.kernels import cpu, dispatch, reference
+
+
+def sparse(n, k, dtype=torch.float32):
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+    weight[:, 1::4] = weight[:, 2::4] = 0
+    return (weight * (20 if dtype == torch.int8 else 1)).to(dtype)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 5), (0,), (2, 0, 3)])
+def test_leading_dimensions(leading):
+    weight = sparse(10, 8)
+    x = torch.randn(*leading, 8)
+    torch.testing.assert_close(kernels.linear(x, kernels.pack(weight)), torch.nn.functional.linear(x, weight))
+    torch.testing.assert_close(kernels.linear(x, kernels.pack_dense(weight)), torch.nn.functional.linear(x, weight))
+
+
+def test_errors_name_the_shapes():
+    packed = kernels.pack(sparse(10, 8))
+    with pytest.raises(ValueError, match=r"10 x 8, so its last dimension must be 8"):
+        kernels.linear(torch.ones(2, 9), packed)
+    with pytest.raises(ValueError, match="bias has 9 elements"):
+        kernels.linear(torch.ones(2, 8), packed, torch.ones(9))
+    with pytest.raises(TypeError, match="float64"):
+        kernels.linear(torch.ones(2, 8, dtype=torch.float64), packed)
+    with pytest.raises(ValueError, match="needs"):
+        torch.ops.crepe_llm.sparse24_linear(torch.ones(2, 8), packed.data[:-1], None, None, 10, 8, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_torch_compile_traces_without_a_break(backend, dtype):
+    packed, dense = kernels.pack(sparse(24, 32, dtype)), kernels.pack_dense(torch.randn(16, 24))
+    bias = torch.randn(24)
+
+    def model(x):
+        return kernels.linear(torch.relu(kernels.linear(x, packed, bias)), dense) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for tokens in (3, 7):
+        x = torch.randn(tokens, 32)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_operators_meet_torch_librarys_contract():
+    packed = kernels.pack(sparse(10, 8))
+    arguments = (torch.randn(3, 8), packed.data, packed.scale, None, 10, 8, torch.float32)
+    torch.library.opcheck(torch.ops.crepe_llm.sparse24_linear.default, arguments)
+    torch.library.opcheck(
+        torch.ops.crepe_llm.dense_linear.default, (torch.randn(3, 8), torch.randn(10, 8), torch.randn(10))
+    )
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_dense_rule_changes_speed_only(monkeypatch, weight_dtype, x_dtype):
+    weight, x, bias = torch.randn(40, 72).to(weight_dtype), torch.randn(5, 72).to(x_dtype), torch.randn(40)
+    packed, results = kernels.pack_dense(weight), []
+    for tokens in (-1, 1000):
+        monkeypatch.setattr(dispatch, "_dense_tokens", lambda dtype, tokens=tokens: tokens if cpu.library() else -1)
+        results.append(kernels.linear(x, packed, bias))
+        assert results[-1].dtype == x_dtype
+    torch.testing.assert_close(*results, rtol=2e-2, atol=6e-2)
+
+
+def test_the_rule_names_every_instruction_set():
+    assert set(cpu.instruction_sets()) <= set(dispatch._DENSE_TOKENS)
+
+
+def test_without_a_library_the_reference_serves_with_one_warning(monkeypatch):
+    weight, x = sparse(10, 8), torch.randn(3, 8)
+    cpu.library.cache_clear()
+    monkeypatch.setattr(cpu.Path, "glob", lambda self, pattern: iter(()))
+    try:
+        with pytest.warns(RuntimeWarning, match="not built when crepe-llm was installed") as caught:
+            for _ in range(3):
+                y = kernels.linear(x, kernels.pack(weight))
+                torch.testing.assert_close(kernels.linear(x, kernels.pack_dense(weight)), y)
+        assert len(caught) == 1
+        torch.testing.assert_close(y, reference.sparse_linear(x, kernels.pack(weight), None))
+        assert cpu.instruction_sets.__wrapped__() == {}
+    finally:
+        cpu.library.cache_clear()
+
+
+@pytest.mark.skipif(not cpu.instruction_sets(), reason="no CPU kernel library")
+def test_the_environment_chooses_the_instruction_set():
+    script = "from crepe_llm.kernels import cpu; print(cpu.default_instruction_set())"
+
+    def run(isa):
+        environment = {**os.environ, cpu.ISA_VARIABLE: isa}
+        return subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120
+        )
+
+    assert run("portable").stdout.strip() == "portable"
+    wrong = run("mmx")
+    assert wrong.returncode != 0 and "CREPE_CPU_ISA=mmx: this machine runs" in wrong.stderr
