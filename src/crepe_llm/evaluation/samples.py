@@ -512,7 +512,7 @@ def strip_wiki_markup(source: str) -> str:
     """Return the prose of a MediaWiki page: paragraphs and headings, a line each, separated by blank lines.
 
     Templates, tables, references, files, lists of links to other languages and HTML tags are dropped; of a link its
-    label stays.
+    label stays. Where brackets do not pair, or nest deeper than links in captions do, some markup remains.
     """
     text = re.sub(r"<!--.*?-->", "", source, flags=re.DOTALL)
     text = re.sub(r"<ref[^<>]*/>", "", text, flags=re.IGNORECASE)
