@@ -7,55 +7,84 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseRows = 4, kDenseTile = 3;
-    static constexpr int64_t tile(Format format) { return format == kI8 ? 4 : 8; }
+    static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseRows = 4, kDenseTile = 3;
+    static constexpr int64_t tile(Format format) { return format == kI8 ? 4 : 12; }
 
-    // Kept value V of 8 rows from row 8 H of a group's values.
-    template <int32_t Dtype, int V, int H>
-    static __m256 kept(const uint8_t* group) {
+    // Kept value V of 8 rows from row 8 h of a group's values.
+    template <int32_t Dtype, int V>
+    static INLINE __m256 kept(const uint8_t* group, int h) {
         if constexpr (Dtype == kBfloat16) {
-            __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * H));
+            __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * h));
             return _mm256_castsi256_ps(V ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(pairs, 16));
         } else if constexpr (Dtype == kFloat16) {
-            return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 32 * V + 16 * H)));
+            return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 32 * V + 16 * h)));
         } else {
-            return _mm256_loadu_ps(reinterpret_cast<const float*>(group + 64 * V + 32 * H));
+            return _mm256_loadu_ps(reinterpret_cast<const float*>(group + 64 * V + 32 * h));
         }
     }
 
-    template <class K, int V, int H, int T>
-    static void value(const uint8_t* group, __m256i columns, const float* x, __m256 (&acc)[T]) {
-        __m256 w = kept<K::dtype, V, H>(group);
-        UNROLL for (int t = 0; t < T; t++) {
-            __m256 activations = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + 4 * t));
-            acc[t] = _mm256_fmadd_ps(w, _mm256_permutevar_ps(activations, columns), acc[t]);
-        }
+    // As assembly, because compilers else keep the T broadcasts of a group for its second value, and spill the sums.
+    static INLINE __m256 broadcast(const float* group) {
+        __m256 out;
+        asm volatile("vbroadcastf128 %1, %0" : "=x"(out) : "m"(*reinterpret_cast<const float(*)[4]>(group)));
+        return out;
     }
 
-    template <class K, int H, int T>
-    static void float_half(const uint8_t* w, const float* x, int64_t chunks, float* sums, bool first) {
-        __m256 acc[T];
-        UNROLL for (int t = 0; t < T; t++) acc[t] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * kRowBlock + 8 * H);
-        for (int64_t c = 0; c < chunks; c++, w += K::weight_bytes) {
-            __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * H));
-            const uint8_t* group = w + kMetadataBytes;
-            for (int g = 0; g < 8; g++, x += 4 * T, group += K::weight_bytes / 8 - kMetadataBytes / 8) {
-                value<K, 0, H>(group, metadata, x, acc);
-                value<K, 1, H>(group, _mm256_srli_epi32(metadata, 2), x, acc);
-                metadata = _mm256_srli_epi32(metadata, 4);
+    // U units of 8 rows (from unit First; two a row block) times T tokens, then the units after them.
+    template <class K, int R, int U, int First, int T>
+    static void sparse_f32(const uint8_t* w, int64_t block_stride, const float* const tile, int64_t chunks, float* sums, bool first) {
+        const float* x = tile;
+        const uint8_t* block[U];
+        int half[U];
+        __m256 acc[U][T];
+        UNROLL for (int u = 0; u < U; u++) {
+            block[u] = w + (First + u) / 2 * block_stride, half[u] = (First + u) % 2;
+            UNROLL for (int t = 0; t < T; t++)
+                acc[u][t] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * R * kRowBlock + 8 * (First + u));
+        }
+        for (int64_t c = 0; c < chunks; c++) {
+            __m256i metadata[U];
+            const uint8_t* group[U];
+            UNROLL for (int u = 0; u < U; u++) {
+                if (half[u] == 0) prefetch<K::weight_bytes>(block[u]);
+                metadata[u] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block[u] + 32 * half[u]));
+                group[u] = block[u] + kMetadataBytes;
+                block[u] += K::weight_bytes;
+            }
+            for (int g = 0; g < 8; g++, x += 4 * T) {
+                value<K, 0>(group, half, metadata, x, acc);
+                UNROLL for (int u = 0; u < U; u++) metadata[u] = _mm256_srli_epi32(metadata[u], 2);
+                value<K, 1>(group, half, metadata, x, acc);
+                UNROLL for (int u = 0; u < U; u++) {
+                    metadata[u] = _mm256_srli_epi32(metadata[u], 2);
+                    group[u] += (K::weight_bytes - kMetadataBytes) / 8;
+                }
             }
         }
-        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_ps(sums + t * kRowBlock + 8 * H, acc[t]);
+        UNROLL for (int u = 0; u < U; u++)
+            UNROLL for (int t = 0; t < T; t++) _mm256_storeu_ps(sums + t * R * kRowBlock + 8 * (First + u), acc[u][t]);
+        if constexpr (First + U < 2 * R) sparse_f32<K, R, U, First + U, T>(w, block_stride, tile, chunks, sums, first);
+    }
+
+    template <class K, int V, int U, int T>
+    static INLINE void value(const uint8_t* const (&group)[U], const int (&half)[U], const __m256i (&columns)[U], const float* x, __m256 (&acc)[U][T]) {
+        __m256 w[U];
+        UNROLL for (int u = 0; u < U; u++) w[u] = kept<K::dtype, V>(group[u], half[u]);
+        UNROLL for (int t = 0; t < T; t++) {
+            __m256 activations = broadcast(x + 4 * t);
+            UNROLL for (int u = 0; u < U; u++) acc[u][t] = _mm256_fmadd_ps(w[u], _mm256_permutevar_ps(activations, columns[u]), acc[u][t]);
+        }
     }
 
     // |w| * (x with w's sign): vpmaddubsw takes one unsigned factor, and |w| <= 128, |x| <= 127 cannot saturate its sums.
-    template <int H, int T>
+    template <int R, int H, int T>
     static void int8_half(const uint8_t* w, const uint8_t* x, int64_t chunks, int32_t* sums, bool first) {
         const __m256i low = _mm256_set1_epi32(0x03030303), second = _mm256_set1_epi32(0x04040000), ones = _mm256_set1_epi16(1);
         __m256i acc[T];
         UNROLL for (int t = 0; t < T; t++)
-            acc[t] = first ? _mm256_setzero_si256() : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + t * kRowBlock + 8 * H));
+            acc[t] = first ? _mm256_setzero_si256() : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + t * R * kRowBlock + 8 * H));
         for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(kInt8)) {
+            if (H == 0) prefetch<chunk_bytes(kInt8)>(w);
             __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * H));
             for (int pair = 0; pair < 4; pair++, x += 8 * T, metadata = _mm256_srli_epi32(metadata, 2)) {
                 __m256i columns = _mm256_or_si256(_mm256_and_si256(metadata, low), second);
@@ -69,30 +98,33 @@ struct Isa {
                 }
             }
         }
-        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + t * kRowBlock + 8 * H), acc[t]);
+        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + t * R * kRowBlock + 8 * H), acc[t]);
     }
 
     template <class K, int R, int T>
-    static void sparse(const uint8_t* w, int64_t, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
-        static_assert(R == 1);
+    static void sparse(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
         if constexpr (K::format == kI8) {
-            int8_half<0, T>(w, x, chunks, sums, first);
-            int8_half<1, T>(w, x, chunks, sums, first);
+            UNROLL for (int r = 0; r < R; r++) {
+                int8_half<R, 0, T>(w + r * block_stride, x, chunks, sums + r * kRowBlock, first);
+                int8_half<R, 1, T>(w + r * block_stride, x, chunks, sums + r * kRowBlock, first);
+            }
         } else {
-            float_half<K, 0, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
-            float_half<K, 1, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
+            // A chain of additions an output and token: few tokens need several units to hide the latency of an FMA,
+            // many tokens leave registers for one.
+            constexpr int units = T == 1 ? 2 * R : T <= 5 ? 2 : 1;
+            sparse_f32<K, R, units, 0, T>(w, block_stride, reinterpret_cast<const float*>(x), chunks, sums, first);
         }
     }
 
-    static __m256 load(const float* p) { return _mm256_loadu_ps(p); }
-    static __m256 load(const Bf16* p) {
+    static INLINE __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+    static INLINE __m256 load(const Bf16* p) {
         __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
     }
-    static __m256 load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    static INLINE __m256 load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
     template <class W, int R, int T>
-    static void dense_eight(const W* w, int64_t row_stride, const float* x, __m256 (&acc)[R][T]) {
+    static INLINE void dense_eight(const W* w, int64_t row_stride, const float* x, __m256 (&acc)[R][T]) {
         __m256 activations[T];
         UNROLL for (int t = 0; t < T; t++) activations[t] = _mm256_loadu_ps(x + 32 * t);
         UNROLL for (int r = 0; r < R; r++) {

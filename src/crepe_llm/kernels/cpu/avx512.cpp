@@ -22,11 +22,11 @@ __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 struct Isa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
     static constexpr int64_t kBlocks = 2, kChunkBlock = 32, kDenseRows = 4, kDenseTile = 6;
-    static constexpr int64_t tile(Format format) { return format == kPairsBf16 ? 12 : format == kF32 ? 11 : CREPE_VNNI ? 10 : 6; }
+    static constexpr int64_t tile(Format format) { return format == kPairsBf16 ? 12 : format == kF32 ? 12 : CREPE_VNNI ? 10 : 6; }
 
     // Kept value V of 16 rows of a group.
     template <int32_t Dtype, int V>
-    static __m512 kept(const uint8_t* group) {
+    static INLINE __m512 kept(const uint8_t* group) {
         if constexpr (Dtype == kBfloat16) {
             __m512i pairs = load512(group);
             return _mm512_castsi512_ps(V ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(pairs, 16));
@@ -37,12 +37,19 @@ struct Isa {
         }
     }
 
+    // As assembly, because compilers else keep the T broadcasts of a group for its second value, and spill the sums.
+    static INLINE __m512 broadcast(const float* group) {
+        __m512 out;
+        asm volatile("vbroadcastf32x4 %1, %0" : "=v"(out) : "m"(*reinterpret_cast<const float(*)[4]>(group)));
+        return out;
+    }
+
     template <class K, int V, int R, int T>
-    static void value(const uint8_t* const (&group)[R], const __m512i (&columns)[R], const float* x, __m512 (&acc)[R][T]) {
+    static INLINE void value(const uint8_t* const (&group)[R], const __m512i (&columns)[R], const float* x, __m512 (&acc)[R][T]) {
         __m512 w[R];
         UNROLL for (int r = 0; r < R; r++) w[r] = kept<K::dtype, V>(group[r]);
         UNROLL for (int t = 0; t < T; t++) {
-            __m512 activations = _mm512_broadcast_f32x4(_mm_loadu_ps(x + 4 * t));
+            __m512 activations = broadcast(x + 4 * t);
             UNROLL for (int r = 0; r < R; r++) acc[r][t] = _mm512_fmadd_ps(w[r], _mm512_permutevar_ps(activations, columns[r]), acc[r][t]);
         }
     }
@@ -55,7 +62,7 @@ struct Isa {
         for (int64_t c = 0; c < chunks; c++, w += K::weight_bytes) {
             __m512i metadata[R];
             const uint8_t* group[R];
-            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), group[r] = w + r * block_stride + kMetadataBytes;
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<K::weight_bytes>(w + r * block_stride), group[r] = w + r * block_stride + kMetadataBytes;
             for (int g = 0; g < 8; g++, x += 4 * T) {
                 value<K, 0>(group, metadata, x, acc);
                 UNROLL for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2);
@@ -88,7 +95,7 @@ struct Isa {
         constexpr int64_t bytes = chunk_bytes(kBfloat16);
         for (int64_t c = 0; c < chunks; c++, w += bytes) {
             __m512i metadata[R];
-            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride);
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<bytes>(w + r * block_stride);
             UNROLL for (int g = 0; g < 8; g++, x += 8 * T) {
                 __m512i control[R], value[R];
                 UNROLL for (int r = 0; r < R; r++) {
@@ -126,7 +133,7 @@ struct Isa {
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_si512() : load512(sums + (t * R + r) * kRowBlock);
         for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(kInt8)) {
             __m512i metadata[R];
-            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride);
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<chunk_bytes(kInt8)>(w + r * block_stride);
             for (int pair = 0; pair < 4; pair++, x += 8 * T) {
                 __m512i columns[R], value[R];
                 UNROLL for (int r = 0; r < R; r++) {
@@ -179,15 +186,15 @@ struct Isa {
 #endif
     }
 
-    static __m512 load(const float* p, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, p); }
-    static __m512 load(const Bf16* p, __mmask16 valid) {
+    static INLINE __m512 load(const float* p, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, p); }
+    static INLINE __m512 load(const Bf16* p, __mmask16 valid) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p)), 16));
     }
-    static __m512 load(const Fp16* p, __mmask16 valid) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, p)); }
+    static INLINE __m512 load(const Fp16* p, __mmask16 valid) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, p)); }
 
     // R rows times T tokens on `Step` columns.
     template <int R, int T, class W>
-    static void dense_step(const W* w, int64_t k, int64_t valid, const float* x, __m512 (&acc)[R][T]) {
+    static INLINE void dense_step(const W* w, int64_t k, int64_t valid, const float* x, __m512 (&acc)[R][T]) {
         const __mmask16 mask = valid >= 16 ? 0xffff : __mmask16((1u << valid) - 1);
         __m512 activations[T];
         UNROLL for (int t = 0; t < T; t++) activations[t] = _mm512_loadu_ps(x + 32 * t);
@@ -198,7 +205,7 @@ struct Isa {
     }
 #if CREPE_BF16
     template <int R, int T>
-    static void dense_step(const Bf16* w, int64_t k, int64_t valid, const Bf16* x, __m512 (&acc)[R][T]) {
+    static INLINE void dense_step(const Bf16* w, int64_t k, int64_t valid, const Bf16* x, __m512 (&acc)[R][T]) {
         const __mmask32 mask = valid >= 32 ? 0xffffffff : __mmask32((1u << valid) - 1);
         __m512i activations[T];
         UNROLL for (int t = 0; t < T; t++) activations[t] = load512(x + 32 * t);

@@ -147,42 +147,52 @@ inline void sparse_tokens(int64_t tokens, const uint8_t* w, int64_t block_stride
     }
 }
 
+// Outputs of one or kBlocks row blocks and one tile, over chunks [chunk, chunk + chunks); stored after the last.
+template <class K>
+int64_t multiply_blocks(const Job& job, int64_t block, int64_t block_end, int64_t tile, int64_t chunk, int64_t chunks, typename K::Sum* sums) {
+    const int64_t stride = job.chunks * K::weight_bytes, begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin;
+    const uint8_t* w = static_cast<const uint8_t*>(job.p.weight) + block * stride + chunk * K::weight_bytes;
+    const uint8_t* x = job.activations + begin * job.token_bytes + chunk * kColumnChunk * tokens * K::activation_bytes;
+    const int64_t together = block + Isa::kBlocks <= block_end ? Isa::kBlocks : 1;
+    if (together == Isa::kBlocks)
+        sparse_tokens<K, Isa::kBlocks, Isa::tile(K::format)>(tokens, w, stride, x, chunks, sums, chunk == 0);
+    else
+        sparse_tokens<K, 1, Isa::tile(K::format)>(tokens, w, stride, x, chunks, sums, chunk == 0);
+    if (chunk + chunks == job.chunks) store(job, block * kRowBlock, together * kRowBlock, begin, tokens, sums);
+    return together;
+}
+
 template <class K>
 void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
     using Sum = typename K::Sum;
-    const int64_t stride = job.chunks * K::weight_bytes;
-    const uint8_t* weight = static_cast<const uint8_t*>(job.p.weight);
-    // With one tile a weight is used once: stream it. With several, columns are cut so that a tile's activations stay
-    // in the first-level cache while they meet every row of the task, and the task's weights in the second-level one.
-    int64_t step = tile_end - tile_begin > 1 && job.chunks > Isa::kChunkBlock ? Isa::kChunkBlock : job.chunks;
     const int64_t tokens_begin = job.tile_begin(tile_begin), tokens = job.tile_begin(tile_end) - tokens_begin;
     const int64_t rows = (block_end - block_begin) * kRowBlock;
-    alignas(64) Sum one[kMaxTile * kRowBlock * Isa::kBlocks];
+    // With several tiles, columns are cut so that a tile's activations stay in the first-level cache while they meet every
+    // row of the task, and the task's weights in the second-level one.
     Sum* partial = nullptr;
-    if (step < job.chunks) {
+    if (tile_end - tile_begin > 1 && job.chunks > Isa::kChunkBlock)
         partial = static_cast<Sum*>(std::aligned_alloc(64, size_t(rows * tokens) * sizeof(Sum)));
-        if (!partial) step = job.chunks;  // slower, and as right
-    }
-    for (int64_t chunk = 0; chunk < job.chunks; chunk += step) {
-        const int64_t chunks = job.chunks - chunk < step ? job.chunks - chunk : step;
-        for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-            const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin;
-            const uint8_t* x = job.activations + begin * job.token_bytes + chunk * kColumnChunk * count * K::activation_bytes;
-            for (int64_t block = block_begin; block < block_end;) {
-                const uint8_t* w = weight + block * stride + chunk * K::weight_bytes;
-                const int64_t together = block + Isa::kBlocks <= block_end ? Isa::kBlocks : 1;
-                Sum* sums = partial ? partial + (begin - tokens_begin) * rows + (block - block_begin) * kRowBlock * count : one;
-                if (together == Isa::kBlocks)
-                    sparse_tokens<K, Isa::kBlocks, Isa::tile(K::format)>(count, w, stride, x, chunks, sums, chunk == 0);
-                else
-                    sparse_tokens<K, 1, Isa::tile(K::format)>(count, w, stride, x, chunks, sums, chunk == 0);
-                if (chunk + chunks == job.chunks)
-                    store(job, block * kRowBlock, together * kRowBlock, begin, count, sums);
-                block += together;
+    if (partial) {
+        for (int64_t chunk = 0; chunk < job.chunks; chunk += Isa::kChunkBlock) {
+            const int64_t chunks = job.chunks - chunk < Isa::kChunkBlock ? job.chunks - chunk : Isa::kChunkBlock;
+            for (int64_t tile = tile_begin; tile < tile_end; tile++) {
+                const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin;
+                Sum* sums = partial + (begin - tokens_begin) * rows;
+                for (int64_t block = block_begin; block < block_end;) {
+                    const int64_t done = multiply_blocks<K>(job, block, block_end, tile, chunk, chunks, sums);
+                    block += done, sums += done * kRowBlock * count;
+                }
             }
         }
+        std::free(partial);
+        return;
     }
-    std::free(partial);
+    // With one, weights are used once: row blocks are streamed whole. (Also where there is no memory for partial sums:
+    // slower, and as right.)
+    alignas(64) Sum sums[kMaxTile * kRowBlock * Isa::kBlocks];
+    for (int64_t block = block_begin, done = 1; block < block_end; block += done)
+        for (int64_t tile = tile_begin; tile < tile_end; tile++)
+            done = multiply_blocks<K>(job, block, block_end, tile, 0, job.chunks, sums);
 }
 
 // ---- dense weights ----

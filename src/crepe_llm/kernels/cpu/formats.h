@@ -6,7 +6,9 @@
 
 #include "kernels.h"
 
-// Accumulators are arrays indexed by loops; they live in registers only when every such loop is unrolled.
+// Accumulators are arrays indexed by loops and passed by reference to the steps of a kernel; they live in registers only
+// when every such loop is unrolled and every such step inlined.
+#define INLINE __attribute__((always_inline)) inline
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -21,6 +23,13 @@ struct Bf16 {
 struct Fp16 {
     uint16_t bits;
 };
+
+// Asks for the next bytes of a row block while a chunk is worked on: the streams of several blocks and the activations
+// together defeat the hardware's own prefetching.
+template <int64_t Bytes>
+inline void prefetch(const uint8_t* chunk) {
+    for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + kPrefetchChunks * Bytes + line, 0, 3);
+}
 
 inline float to_float(float v) { return v; }
 inline float to_float(Bf16 v) {

@@ -12,7 +12,7 @@ struct Isa {
 
     // Kept value V of 4 rows from row 4 Q of a group's values.
     template <int32_t Dtype, int V>
-    static float32x4_t kept(const uint8_t* group, int q) {
+    static INLINE float32x4_t kept(const uint8_t* group, int q) {
         if constexpr (Dtype == kBfloat16) {
             uint32x4_t pairs = vreinterpretq_u32_u8(vld1q_u8(group + 16 * q));
             return vreinterpretq_f32_u32(V ? vandq_u32(pairs, vdupq_n_u32(0xffff0000)) : vshlq_n_u32(pairs, 16));
@@ -24,7 +24,7 @@ struct Isa {
     }
 
     template <class K, int V, int T>
-    static void value(const uint8_t* group, int q, uint32x4_t columns, const float* x, float32x4_t (&acc)[T]) {
+    static INLINE void value(const uint8_t* group, int q, uint32x4_t columns, const float* x, float32x4_t (&acc)[T]) {
         // Column c is bytes 4 c to 4 c + 3 of the group's activations.
         uint32x4_t control = vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(columns, vdupq_n_u32(3)), 0x04040404);
         float32x4_t w = kept<K::dtype, V>(group, q);
@@ -88,16 +88,16 @@ struct Isa {
             sparse_f32<K, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 
-    static float32x4_t load(const float* p) { return vld1q_f32(p); }
-    static float32x4_t load(const Bf16* p) {
+    static INLINE float32x4_t load(const float* p) { return vld1q_f32(p); }
+    static INLINE float32x4_t load(const Bf16* p) {
         return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
     }
-    static float32x4_t load(const Fp16* p) {
+    static INLINE float32x4_t load(const Fp16* p) {
         return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
     }
 
     template <class W, int R, int T>
-    static void dense_four(const W* w, int64_t row_stride, const float* x, float32x4_t (&acc)[R][T]) {
+    static INLINE void dense_four(const W* w, int64_t row_stride, const float* x, float32x4_t (&acc)[R][T]) {
         UNROLL for (int r = 0; r < R; r++) {
             float32x4_t value = load(w + r * row_stride);
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = vfmaq_f32(acc[r][t], value, vld1q_f32(x + 32 * t));

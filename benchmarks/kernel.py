@@ -1,0 +1,183 @@
+"""Times the CPU kernels against torch's dense linears, on shapes of Llama-3.2-1B, Llama-3-8B and SmolLM2.
+
+    python benchmarks/kernel.py                      # all shapes and token counts: several minutes
+    python benchmarks/kernel.py --quick              # two shapes, four token counts
+    python benchmarks/kernel.py --dense              # the dense kernel for few tokens (lm_head) instead
+    python benchmarks/kernel.py --dtype int8         # W8A8 2:4 weights
+
+Ours, torch bf16 and torch fp32 alternate call by call, each on its own copies of the weights, which rotate through more
+memory than the caches; the table has medians. "dense" is the fastest of torch's bf16 and fp32 linears (oneDNN and MKL)
+and oneDNN's prepacked bf16 linear. Bytes per second count our packed weights once a call; the machine's read bandwidth
+is measured in the same run.
+
+The processors of the AVX2 generation are imitated by a run of its own (the variables act when libraries load):
+
+    CREPE_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+        python benchmarks/kernel.py
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from crepe_llm import kernels
+from crepe_llm.kernels import cpu
+from crepe_llm.kernels.packed import COLUMN_CHUNK, ROW_BLOCK, PackedWeight
+
+SHAPES = {  # N x K of the linears
+    "square": (4096, 4096),
+    "Llama-3-8B gate/up": (14336, 4096),
+    "Llama-3-8B down": (4096, 14336),
+    "Llama-3.2-1B gate/up": (8192, 2048),
+    "Llama-3.2-1B qkv": (3072, 2048),
+    "SmolLM2-135M gate/up": (1536, 576),
+}
+DENSE_SHAPES = {"Llama-3.2-1B lm_head, a quarter": (32064, 2048), "SmolLM2-135M lm_head": (49152, 576)}
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def random_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
+    """A random 2:4 weight, packed a slice of rows at a time (a dense fp32 copy of a large one would not fit)."""
+    parts = []
+    step = max(ROW_BLOCK, (1 << 22) // k // ROW_BLOCK * ROW_BLOCK)
+    for row in range(0, n, step):
+        rows = min(step, n - row)
+        weight = torch.randn(rows, k)
+        weight *= (torch.rand(rows, k // 4, 4).argsort(-1) < 2).view(rows, k)
+        parts.append(kernels.pack((weight * 30).to(dtype)))
+    scale = torch.full((n,), 0.01) if dtype == torch.int8 else None
+    return PackedWeight(torch.cat([part.data for part in parts]), (n, k), dtype, scale)
+
+
+def read_bandwidth(seconds: float) -> float:
+    """Bytes per second of the fastest of several ways of reading memory once on all threads."""
+    memory = torch.ones(1 << 26, dtype=torch.float32)
+    vector = torch.ones(1, 1 << 13)
+    matrix = memory.view(-1, 1 << 13)
+    # Row blocks of ones, with fewer activations than rows: reading is all that the kernel has to do.
+    packed = PackedWeight(memory.view(torch.uint8)[: (1 << 28) // 576 // 256 * 256 * 576], (0, 0), torch.bfloat16)
+    chunks = packed.data.numel() // 576
+    packed = dataclasses.replace(packed, shape=(chunks // 256 * ROW_BLOCK, 256 * COLUMN_CHUNK))
+    ways: list[Callable[[], object]] = [
+        memory.sum,
+        lambda: torch.nn.functional.linear(vector, matrix),
+        lambda: kernels.linear(vector, packed),
+    ]
+    best = 0.0
+    for way in ways:
+        end = time.perf_counter() + seconds / len(ways)
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            way()
+            best = max(best, packed.data.numel() / (time.perf_counter() - start))
+    return best
+
+
+def time_alternating(calls: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
+    """Median seconds of each call; call ``i`` of each gets the number ``i``."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
+    end, turn = time.perf_counter() + seconds, 0
+    while turn < 5 or (time.perf_counter() < end and turn < 200):
+        turn += 1
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(turn)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def dense_calls(n: int, k: int, tokens: int, copies: list[torch.Tensor]) -> dict[str, Callable[[int], object]]:
+    """torch's dense linears on rotating copies of a bf16 weight."""
+    x = {dtype: torch.randn(tokens, k).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    wide = [copies[0].float(), copies[-1].float()]
+    calls: dict[str, Callable[[int], object]] = {
+        "torch bf16": lambda i: torch.nn.functional.linear(x[torch.bfloat16], copies[i % len(copies)]),
+        "torch fp32": lambda i: torch.nn.functional.linear(x[torch.float32], wide[i % 2]),
+    }
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        ready = [torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), tokens) for w in copies[:2]]
+        calls["oneDNN bf16"] = lambda i: torch.ops.mkldnn._linear_pointwise(
+            x[torch.bfloat16], ready[i % 2], None, "none", [], ""
+        )
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two shapes, token counts 1, 8, 64, 256")
+    parser.add_argument("--dense", action="store_true", help="the dense kernel for few tokens instead of the 2:4 one")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "int8"], default="bf16", help="2:4 weights")
+    parser.add_argument("--shape", action="append", help="NxK instead of the built-in shapes; may be repeated")
+    parser.add_argument("--tokens", type=int, nargs="+", help="token counts")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each row of the table")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    shapes = DENSE_SHAPES if arguments.dense else SHAPES
+    if arguments.shape:
+        shapes = {s: (int(s.split("x")[0]), int(s.split("x")[1])) for s in arguments.shape}
+    elif arguments.quick:
+        shapes = dict(list(shapes.items())[:2])
+    tokens = arguments.tokens or ((1, 8, 64, 256) if arguments.quick else TOKENS[:6] if arguments.dense else TOKENS)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}[arguments.dtype]
+    activations = torch.bfloat16 if dtype == torch.int8 else dtype
+
+    bandwidth = read_bandwidth(2.0)
+    print(
+        f"{torch.get_num_threads()} threads, instruction set {cpu.default_instruction_set()}, torch {torch.__version__}"
+    )
+    settings = {v: os.environ[v] for v in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if v in os.environ}
+    print(f"settings {settings or 'none'}, read bandwidth {bandwidth / 1e9:.1f} GB/s\n")
+    print("| shape N x K | tokens | ours, ms | GB/s | share of bandwidth | best dense, ms | which | ours is faster |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for name, (n, k) in shapes.items():
+        packed = random_packed(n, k, dtype)
+        number = max(2, int(1.2e8 / packed.nbytes))
+        copies = [dataclasses.replace(packed, data=packed.data.clone()) for _ in range(number)]
+        dense = [torch.randn(n, k).bfloat16() for _ in range(max(2, int(1.2e8 / (2 * n * k))))]
+        for count in tokens:
+            x = torch.randn(count, k).to(activations)
+            calls: dict[str, Callable[[int], object]] = dense_calls(n, k, count, dense)
+            if arguments.dense:
+                wrapped = [kernels.pack_dense(w) for w in dense]
+                half = x.bfloat16()
+                calls["ours"] = lambda i, x=half, w=wrapped: cpu.multiply(x, w[i % len(w)], None)
+            else:
+                calls["ours"] = lambda i, x=x, w=copies: kernels.linear(x, w[i % len(w)])
+            medians = time_alternating(calls, arguments.seconds)
+            ours = medians.pop("ours")
+            best = min(medians, key=medians.__getitem__)
+            rate = (2 * n * k if arguments.dense else packed.nbytes) / ours
+            rows.append(
+                {
+                    "name": name,
+                    "n": n,
+                    "k": k,
+                    "tokens": count,
+                    "ours": ours,
+                    "dense": medians,
+                    "bytes_per_second": rate,
+                }
+            )
+            print(
+                f"| {name} {n} x {k} | {count} | {1e3 * ours:.3f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} "
+                f"| {1e3 * medians[best]:.3f} | {best} | {medians[best] / ours:.2f} |",
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"read_bandwidth": bandwidth, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
