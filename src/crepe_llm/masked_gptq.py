@@ -43,8 +43,8 @@ def masked_gptq(
     rows, columns = weight.shape
     if gram.shape != (columns, columns) or keep.shape != weight.shape:
         raise ValueError(
-            f"weight {tuple(weight.shape)}, gram {tuple(gram.shape)} and keep {tuple(keep.shape)} do not fit: they must "
-            "be [d_out, d_in], [d_in, d_in] and [d_out, d_in]"
+            f"weight {tuple(weight.shape)}, gram {tuple(gram.shape)} and keep {tuple(keep.shape)} do not fit: they "
+            "must be [d_out, d_in], [d_in, d_in] and [d_out, d_in]"
         )
     hessian = gram.float().clone()
     diagonal = hessian.diagonal()

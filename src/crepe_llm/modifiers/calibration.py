@@ -100,7 +100,7 @@ class CalibratedModifier(Modifier):
                     raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is no linear layer")
                 if id(weight) in tables:
                     raise ValueError(
-                        f"{name} shares its weight with the embedding {tables[id(weight)]}, which would be changed too: "
+                        f"{name} shares its weight with the embedding {tables[id(weight)]}, which would change too: "
                         f"add {name} to `ignore`, or load the model with tie_word_embeddings=False"
                     )
                 self.check_layer(name, module)
