@@ -95,16 +95,18 @@ def time_alternating(calls: dict[str, Callable[[int], object]], seconds: float) 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def dense_calls(n: int, k: int, tokens: int, copies: list[torch.Tensor]) -> dict[str, Callable[[int], object]]:
-    """torch's dense linears on rotating copies of a bf16 weight."""
+def dense_calls(
+    tokens: int, copies: list[torch.Tensor], wide: list[torch.Tensor]
+) -> dict[str, Callable[[int], object]]:
+    """torch's dense linears on rotating copies of a weight in bf16 (``copies``) and in fp32 (``wide``)."""
+    k = copies[0].shape[1]
     x = {dtype: torch.randn(tokens, k).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    wide = [copies[0].float(), copies[-1].float()]
     calls: dict[str, Callable[[int], object]] = {
         "torch bf16": lambda i: torch.nn.functional.linear(x[torch.bfloat16], copies[i % len(copies)]),
-        "torch fp32": lambda i: torch.nn.functional.linear(x[torch.float32], wide[i % 2]),
+        "torch fp32": lambda i: torch.nn.functional.linear(x[torch.float32], wide[i % len(wide)]),
     }
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        ready = [torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), tokens) for w in copies[:2]]
+        ready = [torch.ops.mkldnn._reorder_linear_weight(w, tokens) for w in copies[:2]]
         calls["oneDNN bf16"] = lambda i: torch.ops.mkldnn._linear_pointwise(
             x[torch.bfloat16], ready[i % 2], None, "none", [], ""
         )
@@ -146,9 +148,10 @@ def main() -> None:
         number = max(2, int(1.2e8 / packed.nbytes))
         copies = [dataclasses.replace(packed, data=packed.data.clone()) for _ in range(number)]
         dense = [torch.randn(n, k).bfloat16() for _ in range(max(2, int(1.2e8 / (2 * n * k))))]
+        wide = [dense[0].float(), dense[-1].float()]
         for count in tokens:
             x = torch.randn(count, k).to(activations)
-            calls: dict[str, Callable[[int], object]] = dense_calls(n, k, count, dense)
+            calls: dict[str, Callable[[int], object]] = dense_calls(count, dense, wide)
             if arguments.dense:
                 wrapped = [kernels.pack_dense(w) for w in dense]
                 half = x.bfloat16()

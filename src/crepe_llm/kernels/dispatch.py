@@ -46,10 +46,14 @@ def linear(x: torch.Tensor, packed: PackedWeight | DenseWeight, bias: torch.Tens
     if bias is not None and bias.numel() != n:
         raise ValueError(f"bias has {bias.numel()} elements; the weight has {n} rows")
     flat = x.reshape(-1, k)
+    # torch's dispatcher costs as much as a small product; only tracing (and tensors that are not plain) needs it.
+    direct = not torch.compiler.is_compiling() and type(flat) is torch.Tensor and flat.is_cpu
     if isinstance(packed, DenseWeight):
-        y = torch.ops.crepe_llm.dense_linear(flat, packed.weight, bias)
+        dense = _dense_linear if direct else torch.ops.crepe_llm.dense_linear
+        y = dense(flat, packed.weight, bias)
     else:
-        y = torch.ops.crepe_llm.sparse24_linear(flat, packed.data, packed.scale, bias, n, k, packed.dtype)
+        sparse = _sparse24_linear if direct else torch.ops.crepe_llm.sparse24_linear
+        y = sparse(flat, packed.data, packed.scale, bias, n, k, packed.dtype)
     return y.view(*x.shape[:-1], n)
 
 
