@@ -139,7 +139,10 @@ struct Isa {
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm256_setzero_ps();
         int64_t c = 0;
-        for (; c + 8 <= k; c += 8) dense_eight<W, R, T>(w + c, k, x + c / 32 * 32 * T + c % 32, acc);
+        for (; c + 8 <= k; c += 8) {
+            prefetch_rows<R>(w, k, c);
+            dense_eight<W, R, T>(w + c, k, x + c / 32 * 32 * T + c % 32, acc);
+        }
         if (c < k) {
             W tail[R][8] = {};
             UNROLL for (int r = 0; r < R; r++) std::memcpy(tail[r], w + r * k + c, size_t(k - c) * sizeof(W));

@@ -192,7 +192,7 @@ struct Isa {
     }
     static INLINE __m512 load(const Fp16* p, __mmask16 valid) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, p)); }
 
-    // R rows times T tokens on `Step` columns.
+    // R rows times T tokens on one register of columns, of which `valid` are there.
     template <int R, int T, class W>
     static INLINE void dense_step(const W* w, int64_t k, int64_t valid, const float* x, __m512 (&acc)[R][T]) {
         const __mmask16 mask = valid >= 16 ? 0xffff : __mmask16((1u << valid) - 1);
@@ -222,7 +222,12 @@ struct Isa {
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_ps();
-        for (int64_t c = 0; c < k; c += step) dense_step<R, T>(w + c, k, k - c, x + c / 32 * 32 * T + c % 32, acc);
+        int64_t c = 0;
+        for (; c + step <= k; c += step) {
+            prefetch_rows<R>(w, k, c);
+            dense_step<R, T>(w + c, k, step, x + c / 32 * 32 * T + c % 32, acc);
+        }
+        if (c < k) dense_step<R, T>(w + c, k, k - c, x + c / 32 * 32 * T + c % 32, acc);
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) sums[t * R + r] = _mm512_reduce_add_ps(acc[r][t]);
     }

@@ -31,6 +31,13 @@ inline void prefetch(const uint8_t* chunk) {
     for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + kPrefetchChunks * Bytes + line, 0, 3);
 }
 
+// The same for dense rows: while R rows are worked on, the R after them are fetched, a line at a time.
+template <int R, class W>
+INLINE void prefetch_rows(const W* w, int64_t k, int64_t column) {
+    if (column * int64_t(sizeof(W)) % 64) return;
+    UNROLL for (int r = R; r < 2 * R; r++) __builtin_prefetch(reinterpret_cast<const char*>(w) + (r * k + column) * int64_t(sizeof(W)), 0, 2);
+}
+
 inline float to_float(float v) { return v; }
 inline float to_float(Bf16 v) {
     uint32_t bits = uint32_t(v.bits) << 16;
