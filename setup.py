@@ -34,7 +34,15 @@ VARIANTS = {
     "CREPE_HAVE_AVX512_BF16": ("avx512.cpp", (*AVX512, "-mavx512vnni", "-mavx512bf16"), X86),
     "CREPE_HAVE_NEON": ("neon.cpp", (), ARM),
 }
-COMMON = ("-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized")
+COMMON = (
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+)
 
 
 class BuildKernels(build_ext):
