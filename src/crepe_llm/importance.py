@@ -5,6 +5,7 @@ of each input channel over the calibration tokens [d_in]; it returns fp32 scores
 device, larger meaning more important. :mod:`crepe_llm.masks` turns scores into masks.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -230,25 +231,26 @@ def _window_means(values: torch.Tensor, kernel_size: int) -> Iterator[torch.Tens
     half_height, half_width = min(kernel_size // 2, rows), min(kernel_size // 2, columns)
     running = torch.zeros(columns, dtype=torch.float64, device=values.device)
 
-    def magnitude(start: int, stop: int) -> Iterator[torch.Tensor]:
-        return iter(values[max(0, start) : max(0, stop)].detach().to(torch.float64, copy=True).abs_())
+    def magnitude(start: int, stop: int) -> torch.Tensor:
+        return values[max(0, start) : max(0, stop)].detach().to(torch.float64, copy=True).abs_()
 
-    for row in magnitude(0, half_height):
-        running += row
+    running += magnitude(0, half_height).sum(dim=0)
     column = torch.arange(columns, device=values.device)
     widths = (column + half_width + 1).clamp_max_(columns) - (column - half_width).clamp_min_(0)
     per_width = widths.double().reciprocal_()
     for block in _row_blocks(values):
+        row = torch.arange(block.start, block.stop, device=values.device)
+        counts = (row + half_height + 1).clamp_max_(rows) - (row - half_height).clamp_min_(0)
+        heights = torch.zeros(len(row), columns, dtype=torch.float64, device=values.device)
         entering = magnitude(block.start + half_height, block.stop + half_height)
+        heights[: len(entering)] = entering
         leaving = magnitude(block.start - half_height - 1, block.stop - half_height - 1)
-        heights = torch.empty(block.stop - block.start, columns, dtype=torch.float64, device=values.device)
-        for index in range(block.start, block.stop):
-            if index + half_height < rows:
-                running += next(entering)
-            if index > half_height:
-                running -= next(leaving)
-            height = min(rows, index + half_height + 1) - max(0, index - half_height)
-            torch.mul(running, 1 / height, out=heights[index - block.start])
+        heights[len(row) - len(leaving) :] -= leaving
+        heights[0] += running
+        for above, below in itertools.pairwise(heights.unbind()):
+            below += above
+        running = heights[-1].clone()
+        heights.div_(counts[:, None])
         # prefix[:, half + 1 + j] = heights[:, 0] + ... + heights[:, j], extended flat on both sides, so that every
         # window, cut at a border or not, is the difference of two entries 2 half + 1 apart.
         prefix = heights.new_empty((len(heights), columns + 2 * half_width + 1))
