@@ -80,3 +80,14 @@ def calibration_data():
     mask = torch.ones_like(ids)
     mask[::3, 10:] = 0
     return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+
+
+@pytest.fixture
+def messages():
+    """Everything that is logged during the test from INFO upwards."""
+    from loguru import logger
+
+    lines = []
+    sink = logger.add(lambda line: lines.append(str(line)), level="INFO")
+    yield lines
+    logger.remove(sink)

@@ -1,6 +1,5 @@
 """CRePEModifier through llm-compressor's own oneshot, checked against computations that share no code with it."""
 
-import logging
 import math
 import subprocess
 import sys
@@ -10,11 +9,9 @@ import pytest
 import torch
 import yaml
 from llmcompressor import oneshot
-from loguru import logger
-from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES
-from crepe_llm.modifiers import CRePEModifier
+from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PRUNING_RECIPES = [
@@ -26,59 +23,8 @@ PRUNING_RECIPES = [
 ]
 
 
-def load(folder, dtype=torch.float32, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
-
-
-def prune(model, recipe, data, **kwargs):
-    defaults = {"num_calibration_samples": len(data), "shuffle_calibration_samples": False, "batch_size": 4}
-    oneshot(model=model, recipe=recipe, dataset=data, **{**defaults, **kwargs})
-    return model
-
-
-def crepe(**fields):
-    return CRePEModifier(**{"mask_structure": "2:4", **fields})
-
-
-def linears(model):
-    kinds = ("Linear", "Conv1D")
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__ in kinds and not name.endswith("lm_head")
-    }
-
-
-def matrix(module):
-    weight = module.weight.detach()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
-
-
 def block_of(name):
     return next(int(part) for part in name.split(".") if part.isdecimal())
-
-
-def captured_square_sums(model, data, batch_size=4):
-    """fp64 [d_in] for each linear layer: sum over real tokens of the squared inputs."""
-    sums, handles, mask = {}, [], None
-
-    def hook(name):
-        def add(module, args):
-            tokens = args[0].detach().double().reshape(-1, args[0].shape[-1])[mask.reshape(-1).bool()]
-            sums[name] = sums.get(name, 0) + tokens.square().sum(0)
-
-        return add
-
-    for name, module in linears(model).items():
-        handles.append(module.register_forward_pre_hook(hook(name)))
-    ids, masks = torch.tensor(data["input_ids"]), torch.tensor(data["attention_mask"])
-    with torch.no_grad():
-        for start in range(0, len(ids), batch_size):
-            mask = masks[start : start + batch_size]
-            model(input_ids=ids[start : start + batch_size], attention_mask=mask)
-    for handle in handles:
-        handle.remove()
-    return sums
 
 
 def expected_keep(weight, square_sum, fields):
@@ -108,10 +54,10 @@ def assert_pruned_as_expected(dense, pruned, data, fields, sequential=True):
     result = linears(pruned)
     blocks = sorted({block_of(name) for name in reference})
     for block in blocks:
-        sums = captured_square_sums(dense, data)
+        inputs = inputs_of(dense, data)
         for name in (n for n in reference if block_of(n) == block):
             weight, kept = matrix(reference[name]), matrix(result[name])
-            keep = expected_keep(weight, sums[name], fields)
+            keep = expected_keep(weight, inputs[name].square().sum(0), fields)
             assert torch.equal(kept != 0, keep), name
             assert torch.equal(kept, weight * keep), name
         if sequential:
@@ -126,14 +72,14 @@ def test_shipped_recipes_prune_every_family_as_computed_independently(
 ):
     path = RECIPES / f"{recipe}.yaml"
     folder = tiny_model_folder(family)
-    pruned = prune(load(folder), str(path), calibration_data)
+    pruned = run(load(folder), str(path), calibration_data)
     (stage,) = yaml.safe_load(path.read_text()).values()
     assert_pruned_as_expected(load(folder), pruned, calibration_data, stage["pruning_modifiers"]["CRePEModifier"])
 
 
 def test_basic_pipeline_calibrates_every_layer_on_the_dense_model(tiny_model_folder, calibration_data):
     folder = tiny_model_folder("llama")
-    pruned = prune(load(folder), [crepe()], calibration_data, pipeline="basic")
+    pruned = run(load(folder), [crepe()], calibration_data, pipeline="basic")
     dense = load(folder)
     assert_pruned_as_expected(dense, pruned, calibration_data, {"mask_structure": "2:4"}, sequential=False)
 
@@ -141,8 +87,7 @@ def test_basic_pipeline_calibrates_every_layer_on_the_dense_model(tiny_model_fol
 def test_sequential_and_independent_pipelines_agree(tiny_model_folder, calibration_data):
     folder = tiny_model_folder("llama")
     first, second = (
-        prune(load(folder), [crepe()], calibration_data, pipeline=pipeline)
-        for pipeline in ("sequential", "independent")
+        run(load(folder), [crepe()], calibration_data, pipeline=pipeline) for pipeline in ("sequential", "independent")
     )
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -151,7 +96,7 @@ def test_sequential_and_independent_pipelines_agree(tiny_model_folder, calibrati
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models(dtype, tiny_model_folder, calibration_data):
     folder = tiny_model_folder("llama")
-    dense, pruned = load(folder, dtype), prune(load(folder, dtype), [crepe()], calibration_data)
+    dense, pruned = load(folder, dtype), run(load(folder, dtype), [crepe()], calibration_data)
     for name, module in linears(pruned).items():
         weight, original = module.weight, linears(dense)[name].weight
         assert weight.dtype == dtype
@@ -168,17 +113,17 @@ def test_padding_does_not_change_the_masks(tiny_model_folder, calibration_data):
         ids = [i if m else 7 for i, m in zip(row["input_ids"], row["attention_mask"], strict=True)]
         return {"input_ids": ids}
 
-    first = prune(load(folder), [crepe()], calibration_data)
-    second = prune(load(folder), [crepe()], calibration_data.map(repad))
+    first = run(load(folder), [crepe()], calibration_data)
+    second = run(load(folder), [crepe()], calibration_data.map(repad))
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_shuffled_batches_from_worker_processes_keep_their_masks(tiny_model_folder, calibration_data):
     folder = tiny_model_folder("llama")
-    expected = prune(load(folder), [crepe()], calibration_data, pipeline="basic")
+    expected = run(load(folder), [crepe()], calibration_data, pipeline="basic")
     torch.manual_seed(3)
-    shuffled = prune(
+    shuffled = run(
         load(folder),
         [crepe()],
         calibration_data,
@@ -192,24 +137,16 @@ def test_shuffled_batches_from_worker_processes_keep_their_masks(tiny_model_fold
 
 def test_offloaded_weights(tiny_model_folder, calibration_data, tmp_path):
     folder = tiny_model_folder("qwen2")
-    device_map = {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "cpu",
-        "model.layers.1": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    }
-    offloaded = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
-    prune(offloaded, [crepe()], calibration_data, output_dir=str(tmp_path / "out"))
-    expected = prune(load(folder), [crepe()], calibration_data)
+    offloaded = load(folder, device_map=OFFLOADED, offload_folder=tmp_path / "offload")
+    run(offloaded, [crepe()], calibration_data, output_dir=str(tmp_path / "out"))
+    expected = run(load(folder), [crepe()], calibration_data)
     for name, module in linears(expected).items():
         assert torch.equal(module.weight, linears(offloaded)[name].weight), name
 
 
 def test_sparsity_by_name_pattern(tiny_model_folder, calibration_data):
     recipe = [crepe(mask_structure="0:0", sparsity={"re:.*self_attn.*": 0.25, "re:.*": 0.75})]
-    pruned = prune(load(tiny_model_folder("llama")), recipe, calibration_data)
+    pruned = run(load(tiny_model_folder("llama")), recipe, calibration_data)
     for name, module in linears(pruned).items():
         zeros = (module.weight == 0).float().mean(1)
         assert bool((zeros == (0.25 if "self_attn" in name else 0.75)).all()), name
@@ -218,7 +155,7 @@ def test_sparsity_by_name_pattern(tiny_model_folder, calibration_data):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_sparsity_zero_changes_nothing(family, tiny_model_folder, calibration_data):
     folder = tiny_model_folder(family)
-    pruned = prune(load(folder), [crepe(mask_structure="0:0", sparsity=0.0)], calibration_data)
+    pruned = run(load(folder), [crepe(mask_structure="0:0", sparsity=0.0)], calibration_data)
     for one, other in zip(pruned.parameters(), load(folder).parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -226,8 +163,8 @@ def test_sparsity_zero_changes_nothing(family, tiny_model_folder, calibration_da
 def test_the_saved_recipe_prunes_the_same(tiny_model_folder, calibration_data, tmp_path):
     folder = tiny_model_folder("llama")
     fields = {"row": 0.3, "column": 2.0, "neighbourhood": 0.7, "kernel_size": 5, "activation_exponent": 0.9}
-    first = prune(load(folder), [crepe(**fields)], calibration_data, output_dir=str(tmp_path / "out"))
-    second = prune(load(folder), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
+    first = run(load(folder), [crepe(**fields)], calibration_data, output_dir=str(tmp_path / "out"))
+    second = run(load(folder), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -246,14 +183,9 @@ assert (model.model.layers[0].mlp.up_proj.weight.view(-1, 4) != 0).sum(1).eq(2).
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
 
 
-def test_a_table_of_realised_sparsity_is_logged_once(tiny_model_folder, calibration_data):
-    messages = []
-    handler = logger.add(messages.append, level=logging.INFO)
-    try:
-        pruned = prune(load(tiny_model_folder("llama")), [crepe()], calibration_data)
-    finally:
-        logger.remove(handler)
-    (table,) = [str(message) for message in messages if "Realised sparsity" in message]
+def test_a_table_of_realised_sparsity_is_logged_once(tiny_model_folder, calibration_data, messages):
+    pruned = run(load(tiny_model_folder("llama")), [crepe()], calibration_data)
+    (table,) = [message for message in messages if "Realised sparsity" in message]
     for name, module in linears(pruned).items():
         shape = "x".join(map(str, module.weight.shape))
         assert f"{name} " in table and shape in table
@@ -301,7 +233,7 @@ def test_what_does_not_fit_the_model_is_refused_before_calibration(
     model = load(tiny_model_folder("llama"))
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(ValueError, match=message):
-        prune(model, [crepe(**fields)], calibration_data, output_dir=str(tmp_path / "out"))
+        run(model, [crepe(**fields)], calibration_data, output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
 
@@ -316,7 +248,7 @@ def test_damaged_weights_are_refused_by_layer_and_leave_no_folder(value, tiny_mo
     model = load(tiny_model_folder("llama"))
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = value
     with pytest.raises(ValueError, match=r"weight of model\.layers\.1\.mlp\.down_proj"):
-        prune(model, [crepe()], calibration_data, output_dir=str(tmp_path / "out"))
+        run(model, [crepe()], calibration_data, output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -324,7 +256,7 @@ def test_overflowing_activations_are_refused_by_layer(tiny_model_folder, calibra
     model = load(tiny_model_folder("llama"))
     model.model.layers[0].post_attention_layernorm.weight.data[4] = float("inf")
     with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.mlp\.\w+ are NaN or infinite.*first \[4\]"):
-        prune(model, [crepe()], calibration_data)
+        run(model, [crepe()], calibration_data)
 
 
 def test_dead_channels_rows_and_columns_prune_cleanly(tiny_model_folder, calibration_data):
@@ -333,7 +265,7 @@ def test_dead_channels_rows_and_columns_prune_cleanly(tiny_model_folder, calibra
     layer.mlp.down_proj.weight.data[3] = 0
     layer.mlp.down_proj.weight.data[:, 5] = 0
     layer.input_layernorm.weight.data[6] = 0
-    prune(model, [crepe()], calibration_data)
+    run(model, [crepe()], calibration_data)
     for name, module in linears(model).items():
         assert bool(module.weight.isfinite().all()), name
         assert bool(((module.weight.view(-1, 4) != 0).sum(1) <= 2).all()), name
@@ -354,8 +286,8 @@ def test_experts_that_saw_no_token(tiny_model_folder, calibration_data):
         return model
 
     with pytest.raises(ValueError, match=r"experts\.\d.*never saw a calibration token.*uncalibrated: dense"):
-        prune(starved(), [crepe()], calibration_data, moe_calibrate_all_experts=False)
-    pruned = prune(starved(), [crepe(uncalibrated="dense")], calibration_data, moe_calibrate_all_experts=False)
+        run(starved(), [crepe()], calibration_data, moe_calibrate_all_experts=False)
+    pruned = run(starved(), [crepe(uncalibrated="dense")], calibration_data, moe_calibrate_all_experts=False)
     experts = {name: module for name, module in linears(pruned).items() if ".experts." in name}
     dense = [name for name, module in experts.items() if bool((module.weight != 0).all())]
     sparse = [name for name in experts if name not in dense]

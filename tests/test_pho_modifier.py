@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from llmcompressor import oneshot
-from loguru import logger
-from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES
 from crepe_llm.importance import crepe_scores
@@ -21,18 +18,9 @@ from crepe_llm.masks import keep_mask
 from crepe_llm.modifiers import CRePEModifier, PHOSearchModifier
 from crepe_llm.proxies import PROXIES, RIA, Coefficients, Mask
 from crepe_llm.search import Study, StudyError
+from modifier_helpers import load, run
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "crepe_2of4_pho.yaml"
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def prune(model, recipe, data, **kwargs):
-    defaults = {"num_calibration_samples": len(data), "shuffle_calibration_samples": False, "batch_size": 4}
-    oneshot(model=model, recipe=recipe, dataset=data, **{**defaults, **kwargs})
-    return model
 
 
 def weights(model):
@@ -41,14 +29,6 @@ def weights(model):
 
 def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.fixture
-def messages():
-    lines = []
-    sink = logger.add(lambda line: lines.append(str(line)), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 @pytest.fixture
@@ -67,7 +47,7 @@ def pair(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crepe_prunes_with_what_pho_found(tiny_model_folder, calibration_data, pair, tmp_path, family):
     pho, crepe = pair()
-    model = prune(load(tiny_model_folder(family)), [pho, crepe], calibration_data)
+    model = run(load(tiny_model_folder(family)), [pho, crepe], calibration_data)
     study = Study.load(tmp_path / "study.json")
     assert study.finished
     assert len(study.candidates) >= 21
@@ -76,7 +56,7 @@ def test_crepe_prunes_with_what_pho_found(tiny_model_folder, calibration_data, p
     assert all(getattr(crepe, name) == value for name, value in pho.found.items())
     # The same coefficients given by hand prune the same, so the search left the weights and the data as they were.
     by_hand = CRePEModifier(mask_structure="2:4", **vars(chosen))
-    expected = prune(load(tiny_model_folder(family)), [by_hand], calibration_data)
+    expected = run(load(tiny_model_folder(family)), [by_hand], calibration_data)
     assert same(weights(model), weights(expected))
 
 
@@ -111,7 +91,7 @@ def test_the_sample_holds_true_statistics(tiny_model_folder, calibration_data, p
         scores = crepe_scores(weight, x.norm(dim=0).float(), **vars(RIA))
         lost = weight.masked_fill(keep_mask(scores, 0.5, "2:4"), 0).double()
         errors.append(float((x @ lost.T).square().sum() / (x @ weight.double().T).square().sum()))
-    prune(model, [pho, crepe], calibration_data)
+    run(model, [pho, crepe], calibration_data)
     assert sorted(pho.result.sample["layers"]) == sorted(layers)
     assert pho.result.sample["tokens"] == int(masks.sum())
     assert pho.result.reference.value == pytest.approx(sum(errors) / len(errors), rel=1e-4)
@@ -119,7 +99,7 @@ def test_the_sample_holds_true_statistics(tiny_model_folder, calibration_data, p
 
 def test_saved_recipe_prunes_the_same_without_searching(tiny_model_folder, calibration_data, pair, tmp_path, messages):
     pho, crepe = pair()
-    first = prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data, output_dir=str(tmp_path / "out"))
+    first = run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data, output_dir=str(tmp_path / "out"))
     (tmp_path / "study.json").unlink()
     saved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     [stage] = saved.values()
@@ -128,7 +108,7 @@ def test_saved_recipe_prunes_the_same_without_searching(tiny_model_folder, calib
     assert {name: modifiers["CRePEModifier"][name] for name in found} == found == pho.found
     assert isinstance(found["kernel_size"], int)
     messages.clear()
-    again = prune(load(tiny_model_folder("llama")), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
+    again = run(load(tiny_model_folder("llama")), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
     assert same(weights(first), weights(again))
     assert any("no search" in line for line in messages)
     assert not (tmp_path / "study.json").exists()
@@ -139,7 +119,7 @@ def test_the_recipe_of_this_project(tiny_model_folder, calibration_data, tmp_pat
     text = RECIPE.read_text().replace("candidates: 200", "candidates: 12")
     assert text != RECIPE.read_text()
     (tmp_path / "recipe.yaml").write_text(text)
-    model = prune(load(tiny_model_folder("llama")), str(tmp_path / "recipe.yaml"), calibration_data)
+    model = run(load(tiny_model_folder("llama")), str(tmp_path / "recipe.yaml"), calibration_data)
     zeros = (model.model.layers[0].mlp.up_proj.weight == 0).double().mean().item()
     assert zeros == 0.5
     [record] = (tmp_path / "pho_studies").iterdir()
@@ -153,7 +133,7 @@ def test_every_proxy_and_unstructured_group(tiny_model_folder, calibration_data,
     pho, crepe = pair(
         {"proxy": proxy, "candidates": 10}, {"mask_structure": "0:0", "sparsity": 0.6, "comparison_group": group}
     )
-    prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert pho.result.mask == Mask("0:0", 0.6, group)
     assert pho.result.proxy == proxy
 
@@ -162,11 +142,11 @@ def test_searches_repeat_and_resume(tiny_model_folder, calibration_data, pair, t
     values = []
     for budget in (20, 40):
         pho, crepe = pair({"candidates": budget, "record": str(tmp_path / f"{budget}.json")})
-        prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+        run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
         values.append([(c.coefficients, c.value) for c in pho.result.candidates])
     assert values[1][: len(values[0])] == values[0]
     resumed, crepe = pair({"candidates": 40, "record": str(tmp_path / "20.json")})
-    prune(load(tiny_model_folder("llama")), [resumed, crepe], calibration_data)
+    run(load(tiny_model_folder("llama")), [resumed, crepe], calibration_data)
     assert [(c.coefficients, c.value) for c in resumed.result.candidates] == values[1]
 
 
@@ -206,7 +186,7 @@ def test_a_killed_run_is_resumed_to_the_same_end(tiny_model_folder, calibration_
     outcomes = []
     for record in (killed, whole):
         pho, crepe = pair({"candidates": 40, "record": str(record)})
-        model = prune(load(folder), [pho, crepe], calibration_data)
+        model = run(load(folder), [pho, crepe], calibration_data)
         outcomes.append(([(c.coefficients, c.value) for c in Study.load(record).candidates], weights(model)))
     assert outcomes[0][0] == outcomes[1][0]
     assert same(outcomes[0][1], outcomes[1][1])
@@ -214,22 +194,22 @@ def test_a_killed_run_is_resumed_to_the_same_end(tiny_model_folder, calibration_
 
 def test_an_earlier_study_is_used_instead_of_searching(tiny_model_folder, calibration_data, pair, tmp_path, messages):
     pho, crepe = pair()
-    prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     before = (tmp_path / "study.json").read_bytes()
     # On another model, too.
     reused, crepe = pair({"study": str(tmp_path / "study.json"), "record": None})
-    transferred = prune(load(tiny_model_folder("qwen2")), [reused, crepe], calibration_data)
+    transferred = run(load(tiny_model_folder("qwen2")), [reused, crepe], calibration_data)
     assert reused.found == pho.found
     assert (tmp_path / "study.json").read_bytes() == before
     by_hand = CRePEModifier(mask_structure="2:4", **pho.found)
-    assert same(weights(transferred), weights(prune(load(tiny_model_folder("qwen2")), [by_hand], calibration_data)))
+    assert same(weights(transferred), weights(run(load(tiny_model_folder("qwen2")), [by_hand], calibration_data)))
 
     other, crepe = pair({"study": str(tmp_path / "study.json"), "record": None}, {"mask_structure": "4:8"})
     with pytest.raises(StudyError, match=r"searched for 2:4 masks, .* to prune 4:8"):
-        prune(load(tiny_model_folder("llama")), [other, crepe], calibration_data)
+        run(load(tiny_model_folder("llama")), [other, crepe], calibration_data)
     missing, crepe = pair({"study": str(tmp_path / "none.json"), "record": None})
     with pytest.raises(StudyError, match="cannot be read"):
-        prune(load(tiny_model_folder("llama")), [missing, crepe], calibration_data)
+        run(load(tiny_model_folder("llama")), [missing, crepe], calibration_data)
 
 
 def test_a_result_no_better_than_ria_is_not_used(tiny_model_folder, calibration_data, pair, monkeypatch, messages):
@@ -238,7 +218,7 @@ def test_a_result_no_better_than_ria_is_not_used(tiny_model_folder, calibration_
         lambda samples, c, mask, proxy: 0.0 if c == RIA else c.activation_exponent,
     )
     pho, crepe = pair()
-    prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert Coefficients(**pho.found) == RIA
     assert (crepe.neighbourhood, crepe.activation_exponent) == (0.0, 0.5)
     assert any("RIA's are used" in line for line in messages)
@@ -252,10 +232,10 @@ def test_verification_measures_real_perplexity_and_restores_the_model(
         "crepe_llm.modifiers.pho.evaluate", lambda samples, c, mask, proxy: 9.0 if c == RIA else c.activation_exponent
     )
     plain, crepe = pair()
-    expected = prune(load(tiny_model_folder("llama")), [plain, crepe], calibration_data)
+    expected = run(load(tiny_model_folder("llama")), [plain, crepe], calibration_data)
     verified, crepe = pair({"verify": True, "record": None, "candidates": 20})
     monkeypatch.chdir(Path(plain.record).parent)
-    model = prune(load(tiny_model_folder("llama")), [verified, crepe], calibration_data)
+    model = run(load(tiny_model_folder("llama")), [verified, crepe], calibration_data)
     [verdict] = [line for line in messages if "perplexity" in line]
     used = Coefficients(**verified.found)
     found, ria = (float(verdict.split(text)[0].split()[-1]) for text in (" with what", " with RIA"))
@@ -265,7 +245,7 @@ def test_verification_measures_real_perplexity_and_restores_the_model(
     else:
         assert used == RIA
         by_hand = CRePEModifier(mask_structure="2:4", **vars(RIA))
-        by_ria = prune(load(tiny_model_folder("llama")), [by_hand], calibration_data)
+        by_ria = run(load(tiny_model_folder("llama")), [by_hand], calibration_data)
         assert same(weights(model), weights(by_ria))
     # RIA's perplexity, from a model pruned by dense statistics, layer by layer.
     dense = load(tiny_model_folder("llama"))
@@ -302,7 +282,7 @@ def test_verification_refuses_a_result_that_is_worse(tiny_model_folder, calibrat
     monkeypatch.setattr(
         PHOSearchModifier, "_perplexity", lambda self, model, coefficients: 10.0 if coefficients == RIA else 11.0
     )
-    prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert Coefficients(**pho.found) == RIA
     assert any("11.000 with what was found, 10.000 with RIA" in line for line in messages)
 
@@ -322,7 +302,7 @@ def test_ctrl_c_keeps_the_study(tiny_model_folder, calibration_data, pair, monke
     monkeypatch.setattr("crepe_llm.modifiers.pho.evaluate", interrupted)
     pho, crepe = pair()
     with pytest.raises(KeyboardInterrupt):
-        prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+        run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert 8 < len(Study.load(tmp_path / "study.json").candidates) < 18
     assert any("the study is kept in" in line for line in messages)
 
@@ -331,14 +311,14 @@ def test_a_search_alone_changes_nothing(tiny_model_folder, calibration_data, pai
     pho, _ = pair({"mask_structure": "2:4"})
     model = load(tiny_model_folder("llama"))
     before = weights(model)
-    prune(model, [pho], calibration_data)
+    run(model, [pho], calibration_data)
     assert same(before, weights(model))
     assert pho.result.finished
 
 
 def test_experts_that_were_never_routed_to_are_left_out(tiny_model_folder, calibration_data, pair):
     pho, _ = pair({"mask_structure": "2:4", "layers_per_kind": 8, "ignore": ["re:.*lm_head", "re:.*gate$"]})
-    prune(load(tiny_model_folder("mixtral")), [pho], calibration_data)
+    run(load(tiny_model_folder("mixtral")), [pho], calibration_data)
     assert pho.result.sample["layers"]
 
 
@@ -363,44 +343,44 @@ def test_bad_fields_are_refused(fields, message):
 
 
 def test_bad_places_in_a_recipe_are_refused(tiny_model_folder, calibration_data, pair):
-    def run(recipe, **kwargs):
-        return prune(load(tiny_model_folder("llama")), recipe, calibration_data, **kwargs)
+    def refused(recipe, **kwargs):
+        run(load(tiny_model_folder("llama")), recipe, calibration_data, **kwargs)
 
     pho, crepe = pair()
     with pytest.raises(ValueError, match="put it in front"):
-        run([crepe, pho])
+        refused([crepe, pho])
     pho, crepe = pair()
     with pytest.raises(ValueError, match="2 CRePEModifiers behind it"):
-        run([pho, crepe, CRePEModifier(mask_structure="2:4")])
+        refused([pho, crepe, CRePEModifier(mask_structure="2:4")])
     pho, crepe = pair()
     with pytest.raises(ValueError, match="independent"):
-        run([pho, crepe], pipeline="sequential")
+        refused([pho, crepe], pipeline="sequential")
     pho, _ = pair()
     with pytest.raises(ValueError, match="does not know what to search for"):
-        run([pho])
+        refused([pho])
     pho, crepe = pair({"mask_structure": "4:8"})
     with pytest.raises(ValueError, match="mask_structure=4:8 contradicts the CRePEModifier's mask_structure=2:4"):
-        run([pho, crepe])
+        refused([pho, crepe])
     pho, crepe = pair({}, {"mask_structure": "0:0", "sparsity": {"re:.*mlp.*": 0.6, "re:.*": 0.4}})
     with pytest.raises(ValueError, match="differs between layers"):
-        run([pho, crepe])
+        refused([pho, crepe])
     pho, crepe = pair({"sparsity": 0.5}, {"mask_structure": "0:0", "sparsity": {"re:.*mlp.*": 0.6, "re:.*": 0.4}})
-    run([pho, crepe])
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert pho.result.mask == Mask("0:0", 0.5, "row")
 
 
 def test_another_calibration_does_not_continue_a_study(tiny_model_folder, calibration_data, pair):
     pho, crepe = pair()
-    prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     pho, crepe = pair()
     with pytest.raises(StudyError, match="was made with sample="):
-        prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data.select(range(8)))
+        run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data.select(range(8)))
 
 
 def test_the_environment_stays_as_it_was(tiny_model_folder, calibration_data, pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pho, crepe = pair()
-    prune(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert not os.path.exists("outcmaes")
     assert {entry.name for entry in tmp_path.iterdir()} <= {"study.json", "sparse_logs"}
 
@@ -429,7 +409,7 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
         PHOSearchModifier(study=str(study)),
         CRePEModifier(mask_structure="0:0", sparsity=0.6, comparison_group="matrix"),
     ]
-    prune(load(folder), recipe, calibration_data)
+    run(load(folder), recipe, calibration_data)
     assert recipe[0].found == vars(chosen)
 
     assert main([*arguments[:-4], "--study", str(study), "--seed", "1"]) == 2

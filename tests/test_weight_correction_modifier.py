@@ -1,67 +1,17 @@
 """WeightCorrectionModifier through llm-compressor's own oneshot: masks, errors as computed from outside, order."""
 
-import logging
-
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from loguru import logger
-from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES
 from crepe_llm.compensation import conjugate_gradients, energy_compensation, sparsegpt_update
-from crepe_llm.modifiers import CRePEModifier, PHOSearchModifier, WeightCorrectionModifier
+from crepe_llm.modifiers import PHOSearchModifier, WeightCorrectionModifier
+from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, run
 
 METHODS = ["energy", "sparsegpt", "pcg"]
-
-
-def load(folder, dtype=torch.float32, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
-
-
-def apply(model, recipe, data, **kwargs):
-    defaults = {"num_calibration_samples": len(data), "shuffle_calibration_samples": False, "batch_size": 4}
-    oneshot(model=model, recipe=recipe, dataset=data, **{**defaults, **kwargs})
-    return model
-
-
-def crepe(**fields):
-    return CRePEModifier(**{"mask_structure": "2:4", **fields})
-
-
-def linears(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and not name.endswith("lm_head")
-    }
-
-
-def matrix(module):
-    weight = module.weight.detach()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
-
-
-def inputs_of(model, data):
-    """fp64 [tokens, d_in] for each linear layer, padding left out."""
-    inputs, handles, mask = {}, [], torch.tensor(data["attention_mask"])
-
-    def hook(name):
-        def add(module, args):
-            inputs[name] = args[0].detach().double().reshape(-1, args[0].shape[-1])[mask.reshape(-1).bool()]
-
-        return add
-
-    for name, module in linears(model).items():
-        handles.append(module.register_forward_pre_hook(hook(name)))
-    with torch.no_grad():
-        model(input_ids=torch.tensor(data["input_ids"]), attention_mask=mask)
-    for handle in handles:
-        handle.remove()
-    return inputs
 
 
 def relative_error(inputs, dense, changed):
@@ -73,10 +23,10 @@ def relative_error(inputs, dense, changed):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masks_stay_and_no_layer_gets_worse(family, method, tiny_model_folder, calibration_data):
     folder = tiny_model_folder(family)
-    pruned = apply(load(folder), [crepe()], calibration_data)
+    pruned = run(load(folder), [crepe()], calibration_data)
     # A new object each time: llm-compressor's modifiers serve one run.
     correction = WeightCorrectionModifier(method=method)
-    corrected = apply(load(folder), [crepe(), correction], calibration_data)
+    corrected = run(load(folder), [crepe(), correction], calibration_data)
     layers = linears(corrected)
     assert set(correction.errors) == set(layers)
     changed = 0
@@ -100,7 +50,7 @@ def test_energy_compensation_where_it_helps(tiny_model_folder, calibration_data)
         projection.weight.copy_(0.1 * signs.outer(signs) + 0.1 * projection.weight)
         dense = projection.weight.clone()
     correction = WeightCorrectionModifier(method="energy")
-    apply(model, [crepe(), correction], calibration_data)
+    run(model, [crepe(), correction], calibration_data)
     before, after = correction.errors["model.layers.0.self_attn.q_proj"]
     assert before == pytest.approx(0.25, abs=0.05) and after == pytest.approx((1 - 0.5**0.5) ** 2, abs=0.03)
     expected = energy_compensation(dense, projection.weight != 0)
@@ -112,9 +62,9 @@ def test_energy_compensation_where_it_helps(tiny_model_folder, calibration_data)
 def test_the_first_block_is_corrected_as_computed_independently(method, pipeline, tiny_model_folder, calibration_data):
     """The first block's inputs are known: those of the pruned block in an epoch of its own, else those of the dense."""
     folder = tiny_model_folder("llama")
-    pruned = apply(load(folder), [crepe()], calibration_data)
+    pruned = run(load(folder), [crepe()], calibration_data)
     correction = WeightCorrectionModifier(method=method)
-    corrected = linears(apply(load(folder), [crepe(), correction], calibration_data, pipeline=pipeline))
+    corrected = linears(run(load(folder), [crepe(), correction], calibration_data, pipeline=pipeline))
     inputs = inputs_of(pruned if pipeline == "independent" else load(folder), calibration_data)
     for name, dense in linears(load(folder)).items():
         if ".layers.0." not in name:
@@ -141,13 +91,13 @@ def test_a_shared_epoch_remembers_no_more_than_a_block(tiny_model_folder, calibr
             held.append((len(self._dense), name))
             super().compress(name, module, statistics)
 
-    apply(load(tiny_model_folder("llama")), [crepe(), Watched()], calibration_data, pipeline="sequential")
+    run(load(tiny_model_folder("llama")), [crepe(), Watched()], calibration_data, pipeline="sequential")
     assert max(count for count, _ in held) == 7 == len(held) // 2
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_16_bit_models(method, tiny_model_folder, calibration_data):
-    model = apply(
+    model = run(
         load(tiny_model_folder("llama"), torch.bfloat16),
         [crepe(), WeightCorrectionModifier(method=method)],
         calibration_data,
@@ -159,18 +109,10 @@ def test_16_bit_models(method, tiny_model_folder, calibration_data):
 
 def test_offloaded_weights(tiny_model_folder, calibration_data, tmp_path):
     folder = tiny_model_folder("qwen2")
-    device_map = {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "cpu",
-        "model.layers.1": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    }
-    offloaded = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    offloaded = load(folder, device_map=OFFLOADED, offload_folder=tmp_path / "offload")
     recipe = [crepe(), WeightCorrectionModifier(method="pcg")]
-    apply(offloaded, recipe, calibration_data, output_dir=str(tmp_path / "out"))
-    expected = apply(load(folder), [crepe(), WeightCorrectionModifier(method="pcg")], calibration_data)
+    run(offloaded, recipe, calibration_data, output_dir=str(tmp_path / "out"))
+    expected = run(load(folder), [crepe(), WeightCorrectionModifier(method="pcg")], calibration_data)
     for name, module in linears(expected).items():
         torch.testing.assert_close(module.weight, linears(offloaded)[name].weight, rtol=1e-4, atol=1e-5)
 
@@ -181,9 +123,9 @@ def test_behind_the_toolkits_own_wanda_unstructured(tiny_model_folder, calibrati
     def wanda():
         return WandaPruningModifier(sparsity=0.7, targets=["Linear"], ignore=["re:.*lm_head"])
 
-    pruned = apply(load(folder), [wanda()], calibration_data)
+    pruned = run(load(folder), [wanda()], calibration_data)
     correction = WeightCorrectionModifier(method="pcg")
-    corrected = apply(load(folder), [wanda(), correction], calibration_data)
+    corrected = run(load(folder), [wanda(), correction], calibration_data)
     assert len(correction.errors) == 14
     for name, module in linears(pruned).items():
         assert torch.equal(module.weight != 0, linears(corrected)[name].weight != 0), name
@@ -192,9 +134,7 @@ def test_behind_the_toolkits_own_wanda_unstructured(tiny_model_folder, calibrati
 def test_quantization_behind_it_keeps_the_mask(tiny_model_folder, calibration_data):
     scheme = QuantizationScheme(targets=["Linear"], weights={"num_bits": 8, "strategy": "channel", "symmetric": True})
     quantization = QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
-    model = apply(
-        load(tiny_model_folder("llama")), [crepe(), WeightCorrectionModifier(), quantization], calibration_data
-    )
+    model = run(load(tiny_model_folder("llama")), [crepe(), WeightCorrectionModifier(), quantization], calibration_data)
     for name, module in linears(model).items():
         assert bool(((module.weight.view(-1, 4) != 0).sum(1) <= 2).all()), name
 
@@ -203,7 +143,7 @@ def test_layers_that_are_not_pruned_are_not_touched(tiny_model_folder, calibrati
     folder = tiny_model_folder("llama")
     correction = WeightCorrectionModifier()
     recipe = [crepe(ignore=["re:.*lm_head", "re:.*self_attn.*"]), correction]
-    model = apply(load(folder), recipe, calibration_data)
+    model = run(load(folder), recipe, calibration_data)
     for name, dense in linears(load(folder)).items():
         assert torch.equal(dense.weight, linears(model)[name].weight) == ("self_attn" in name), name
         assert (name in correction.errors) == ("self_attn" not in name)
@@ -212,21 +152,16 @@ def test_layers_that_are_not_pruned_are_not_touched(tiny_model_folder, calibrati
 def test_the_saved_recipe_does_the_same(tiny_model_folder, calibration_data, tmp_path):
     folder = tiny_model_folder("llama")
     recipe = [crepe(kernel_size=5), WeightCorrectionModifier(method="energy", clamp=[0.9, 1.1])]
-    first = apply(load(folder), recipe, calibration_data, output_dir=str(tmp_path / "out"))
-    second = apply(load(folder), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
+    first = run(load(folder), recipe, calibration_data, output_dir=str(tmp_path / "out"))
+    second = run(load(folder), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_errors_before_and_after_are_logged(tiny_model_folder, calibration_data):
-    messages = []
-    handler = logger.add(messages.append, level=logging.INFO)
+def test_errors_before_and_after_are_logged(tiny_model_folder, calibration_data, messages):
     correction = WeightCorrectionModifier(method="energy")
-    try:
-        apply(load(tiny_model_folder("llama")), [crepe(), correction], calibration_data)
-    finally:
-        logger.remove(handler)
-    (table,) = [str(message) for message in messages if "Squared output error" in message]
+    run(load(tiny_model_folder("llama")), [crepe(), correction], calibration_data)
+    (table,) = [message for message in messages if "Squared output error" in message]
     for name, (before, after) in correction.errors.items():
         (line,) = [line for line in table.splitlines() if line.startswith(f"{name} ")]
         assert f"{before:6.2%}" in line and f"{after:6.2%}" in line
@@ -253,14 +188,14 @@ def test_wrong_orders_are_refused_before_calibration(recipe, message, tiny_model
     model = load(tiny_model_folder("llama"))
     before = {name: module.weight.clone() for name, module in linears(model).items()}
     with pytest.raises(ValueError, match=message):
-        apply(model, recipe(), calibration_data)
+        run(model, recipe(), calibration_data)
     assert all(torch.equal(before[name], module.weight) for name, module in linears(model).items())
 
 
 def test_a_correction_that_finds_nothing_pruned_is_an_error(tiny_model_folder, calibration_data):
     recipe = [crepe(targets=["re:.*mlp.*_proj"]), WeightCorrectionModifier(targets=["re:.*self_attn.*_proj"])]
     with pytest.raises(ValueError, match="found no pruned layer among its targets"):
-        apply(load(tiny_model_folder("llama")), recipe, calibration_data)
+        run(load(tiny_model_folder("llama")), recipe, calibration_data)
 
 
 @pytest.mark.parametrize(

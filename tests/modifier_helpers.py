@@ -1,0 +1,65 @@
+"""What the tests of modifiers share: running a recipe on a tiny model, and looking at what it did from outside."""
+
+import torch
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM
+
+from crepe_llm.modifiers import CRePEModifier
+
+# Where each part of a tiny Llama or Qwen2 lives, to see that modifiers reach weights that are not in memory.
+OFFLOADED = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def load(folder, dtype=torch.float32, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+
+
+def run(model, recipe, data, **kwargs):
+    """The model itself, after a recipe was applied to it."""
+    defaults = {"num_calibration_samples": len(data), "shuffle_calibration_samples": False, "batch_size": 4}
+    oneshot(model=model, recipe=recipe, dataset=data, **{**defaults, **kwargs})
+    return model
+
+
+def crepe(**fields):
+    return CRePEModifier(**{"mask_structure": "2:4", **fields})
+
+
+def linears(model):
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and not name.endswith("lm_head")
+    }
+
+
+def matrix(module):
+    """The weight as [d_out, d_in]."""
+    weight = module.weight.detach()
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def inputs_of(model, data):
+    """fp64 [tokens, d_in] for each linear layer, padding left out."""
+    inputs, handles, mask = {}, [], torch.tensor(data["attention_mask"])
+
+    def hook(name):
+        def capture(module, args):
+            inputs[name] = args[0].detach().double().reshape(-1, args[0].shape[-1])[mask.reshape(-1).bool()]
+
+        return capture
+
+    for name, module in linears(model).items():
+        handles.append(module.register_forward_pre_hook(hook(name)))
+    with torch.no_grad():
+        model(input_ids=torch.tensor(data["input_ids"]), attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return inputs
