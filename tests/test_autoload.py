@@ -107,3 +107,17 @@ except ImportError as error:
     assert result.stdout.strip() == 'crepe_llm.modifiers needs llm-compressor: pip install "crepe-llm[compress]"', (
         result.stderr
     )
+
+
+@pytest.mark.parametrize("first", ["crepe_llm.modifiers", "crepe_llm.modifiers.pho", "llmcompressor"])
+def test_recipes_name_the_modifiers_whatever_was_imported_first(first):
+    result = python(f"""
+import {first}
+import llmcompressor
+from llmcompressor.recipe import Recipe
+
+recipe = "a_stage: {{b_modifiers: {{CRePEModifier: {{mask_structure: '2:4'}}}}}}"
+print(type(Recipe.create_instance(recipe).modifiers[0]).__module__)
+""")
+    assert result.stdout.strip().endswith("crepe_llm.modifiers.crepe"), result.stderr
+    assert "could not register" not in result.stderr

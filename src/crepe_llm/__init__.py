@@ -10,15 +10,16 @@ Both also happen without any import of this package, through the ``torch.backend
 ``crepe_llm:_autoload`` that ``import torch`` calls (switch off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``).
 """
 
+import importlib
+
 from crepe_llm._autoload import after_import
 
 __version__ = "0.1.0"
 
 
 def _register_modifiers() -> None:
-    from crepe_llm.modifiers import register
-
-    register()
+    # Whoever imports the modifiers first is importing them now, and they register when that is done.
+    importlib.import_module("crepe_llm.modifiers")
 
 
 def _register_loader() -> None:

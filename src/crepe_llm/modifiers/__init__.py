@@ -1,19 +1,26 @@
-"""llm-compressor modifiers: one file each, lifecycle and fields only (the mathematics is above this package)."""
+"""llm-compressor modifiers: one file each, lifecycle and fields only (the mathematics is above this package).
+
+Importing this package makes the modifiers known to llm-compressor's recipes by their class names.
+"""
 
 try:
     from llmcompressor.modifiers import ModifierFactory
 except ImportError as error:
     raise ImportError('crepe_llm.modifiers needs llm-compressor: pip install "crepe-llm[compress]"') from error
 
+from crepe_llm.modifiers.allocation import SparsityAllocationModifier
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.gptq import MaskedGPTQModifier
 from crepe_llm.modifiers.pho import PHOSearchModifier
 from crepe_llm.modifiers.weight_correction import WeightCorrectionModifier
 
-__all__ = ["CRePEModifier", "MaskedGPTQModifier", "PHOSearchModifier", "WeightCorrectionModifier", "register"]
+__all__ = [
+    "CRePEModifier",
+    "MaskedGPTQModifier",
+    "PHOSearchModifier",
+    "SparsityAllocationModifier",
+    "WeightCorrectionModifier",
+]
 
-
-def register() -> None:
-    """Make the modifiers known to llm-compressor's recipes by their class names. Idempotent."""
-    for modifier in (CRePEModifier, MaskedGPTQModifier, PHOSearchModifier, WeightCorrectionModifier):
-        ModifierFactory.register(modifier.__name__, modifier)
+for _name in __all__:
+    ModifierFactory.register(_name, globals()[_name])
