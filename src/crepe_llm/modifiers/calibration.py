@@ -16,14 +16,18 @@ from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr
 
 from crepe_llm.checkpoints import attach
+from crepe_llm.ffn import is_transposed
 from crepe_llm.statistics import InputStatistics
 
-__all__ = ["CalibratedModifier", "input_channels", "is_transposed", "set_weight_matrix", "weight_matrix"]
-
-
-def is_transposed(module: torch.nn.Module) -> bool:
-    """Whether the module stores its weight as [d_in, d_out], as GPT-2's Conv1D does."""
-    return type(module).__name__ == "Conv1D"
+__all__ = [
+    "CalibratedModifier",
+    "input_channels",
+    "set_weight_matrix",
+    "start_recording",
+    "stop_recording",
+    "token_mask",
+    "weight_matrix",
+]
 
 
 def input_channels(module: torch.nn.Module) -> int:
@@ -68,6 +72,10 @@ class CalibratedModifier(Modifier):
         """Change one layer, given the statistics of its inputs."""
         raise NotImplementedError
 
+    def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+        """The layers to work on, with their names."""
+        return {module: name for name, module in match_named_modules(model, self.targets, self.ignore)}
+
     def needs_gram(self, name: str) -> bool:
         """Whether the statistics of one layer's inputs include their Gram matrix."""
         return False
@@ -84,7 +92,7 @@ class CalibratedModifier(Modifier):
                 f"{type(self).__name__} needs calibration data, and oneshot was given none: pass `dataset=` "
                 "(a name, or a tokenized datasets.Dataset)"
             )
-        self._layers = {module: name for name, module in match_named_modules(state.model, self.targets, self.ignore)}
+        self._layers = self.find_layers(state.model)
         if not self._layers:
             classes = sorted({type(m).__name__ for m in state.model.modules() if hasattr(m, "weight")})
             raise ValueError(
@@ -108,7 +116,7 @@ class CalibratedModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every layer."""
-        _start_recording(self._dataloader)
+        start_recording(self._dataloader)
         for module in self._layers:
             self.register_hook(module, self._update, "forward_pre")  # type: ignore[arg-type]
 
@@ -159,7 +167,7 @@ class CalibratedModifier(Modifier):
     def _stop_watching(self) -> None:
         if self._hooks:
             self.remove_hooks()
-            _stop_recording(self._dataloader)
+            stop_recording(self._dataloader)
 
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         inputs = args[0]
@@ -167,13 +175,10 @@ class CalibratedModifier(Modifier):
             self._statistics[module] = InputStatistics(
                 input_channels(module), gram=self.needs_gram(self._layers[module]), device=get_execution_device(module)
             )
-        mask = self._dataloader.masks[active_session().state.current_batch_idx]
-        if mask is not None and mask.numel() != inputs.shape[:-1].numel():
-            mask = None  # routed to an expert: the toolkit does not say which tokens these are
-        self._statistics[module].update(inputs, mask)
+        self._statistics[module].update(inputs, token_mask(self._dataloader, inputs))
 
 
-def _start_recording(dataloader: Any) -> None:
+def start_recording(dataloader: Any) -> None:
     """Have a dataloader remember every batch's attention mask in `.masks`, so that hooks can leave padding out.
 
     Pipelines hand hooks a layer's inputs and the index of the batch, but no mask; giving the loader a subclass of its
@@ -195,7 +200,16 @@ def _start_recording(dataloader: Any) -> None:
     dataloader.recorders += 1
 
 
-def _stop_recording(dataloader: Any) -> None:
+def token_mask(dataloader: Any, inputs: torch.Tensor) -> torch.Tensor | None:
+    """The attention mask of the batch whose hidden states `inputs` [..., d_in] are; None where all tokens count."""
+    mask = dataloader.masks[active_session().state.current_batch_idx]
+    if mask is not None and mask.numel() != inputs.shape[:-1].numel():
+        return None  # routed to an expert: the toolkit does not say which tokens these are
+    return mask
+
+
+def stop_recording(dataloader: Any) -> None:
+    """Undo :func:`start_recording`, once for each time that it was called."""
     dataloader.recorders -= 1
     if dataloader.recorders == 0:
         dataloader.__class__ = type(dataloader).__bases__[0]
