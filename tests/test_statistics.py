@@ -58,6 +58,22 @@ def test_long_sums_of_bf16_do_not_stall():
     torch.testing.assert_close(statistics.square_sum, torch.full((2,), 4000.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("gram", [False, True])
+def test_reordered_is_what_reordered_inputs_give(gram):
+    inputs = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    first, second = InputStatistics(5, gram=gram), InputStatistics(5, gram=gram)
+    first.update(inputs)
+    second.update(inputs[:, order])
+    moved = first.reordered(order)
+    assert moved.tokens == second.tokens
+    torch.testing.assert_close(moved.sum, second.sum)
+    torch.testing.assert_close(moved.square_sum, second.square_sum)
+    assert (moved.gram is None) == (second.gram is None)
+    if gram:
+        torch.testing.assert_close(moved.gram, second.gram)
+
+
 def test_bad_shapes_and_missing_tokens_are_named():
     statistics = InputStatistics(4)
     with pytest.raises(ValueError, match="3 channels, the statistics 4"):

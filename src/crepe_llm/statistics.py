@@ -102,6 +102,16 @@ class InputStatistics:
         if self.gram is not None and other.gram is not None:
             self.gram += other.gram.to(self.gram)
 
+    def reordered(self, order: torch.Tensor) -> "InputStatistics":
+        """The statistics of a layer whose input channel p is channel ``order[p]`` of this one (int64 [d_in])."""
+        result = InputStatistics(self.channels, device=self.sum.device)
+        result.tokens = self.tokens
+        order = order.to(self.sum.device)
+        result.sum, result.square_sum = self.sum[order], self.square_sum[order]
+        if self.gram is not None:
+            result.gram = self.gram[order][:, order]
+        return result
+
     def _require_tokens(self) -> None:
         if not self.tokens:
             raise ValueError("no calibration token was seen, so there is no mean or variance")
