@@ -76,9 +76,6 @@ class CalibratedModifier(Modifier):
         """The layers to work on, with their names."""
         return {module: name for name, module in match_named_modules(model, self.targets, self.ignore)}
 
-    def forget_weights(self) -> None:
-        """Drop what was remembered of the layers' weights, because a modifier in front has just replaced them."""
-
     def needs_gram(self, name: str) -> bool:
         """Whether the statistics of one layer's inputs include their Gram matrix."""
         return False
