@@ -5,6 +5,7 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
 from conftest import FAMILIES
 from crepe_llm.compensation import conjugate_gradients, energy_compensation, sparsegpt_update
@@ -131,6 +132,21 @@ def test_behind_the_toolkits_own_wanda_unstructured(tiny_model_folder, calibrati
         assert torch.equal(module.weight != 0, linears(corrected)[name].weight != 0), name
 
 
+def test_what_is_dense_is_what_was_pruned(tiny_model_folder, calibration_data):
+    """SmoothQuant in front changes weights and inputs, so the weights from before it go with no inputs any more."""
+    folder = tiny_model_folder("llama")
+    smooth = {"smoothing_strength": 0.8}
+    smoothed = run(load(folder), [SmoothQuantModifier(**smooth)], calibration_data)
+    pruned = run(load(folder), [SmoothQuantModifier(**smooth), crepe()], calibration_data)
+    correction = WeightCorrectionModifier(method="pcg")
+    run(load(folder), [SmoothQuantModifier(**smooth), crepe(), correction], calibration_data)
+    inputs = inputs_of(pruned, calibration_data)
+    for name, dense in linears(smoothed).items():
+        if ".layers.0." in name:
+            before = relative_error(inputs[name], dense.weight.detach(), linears(pruned)[name].weight.detach())
+            assert correction.errors[name][0] == pytest.approx(before, rel=1e-3), name
+
+
 def test_quantization_behind_it_keeps_the_mask(tiny_model_folder, calibration_data):
     scheme = QuantizationScheme(targets=["Linear"], weights={"num_bits": 8, "strategy": "channel", "symmetric": True})
     quantization = QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
@@ -181,6 +197,10 @@ def test_errors_before_and_after_are_logged(tiny_model_folder, calibration_data,
                 WeightCorrectionModifier(),
             ],
             "undo the QuantizationModifier in front of it: put it between",
+        ),
+        (
+            lambda: [crepe(), WeightCorrectionModifier(method="pcg"), WeightCorrectionModifier(method="energy")],
+            "undo the WeightCorrectionModifier in front of it: keep one of the two",
         ),
     ],
 )

@@ -1,25 +1,22 @@
 """Weight correction under a fixed mask as a modifier."""
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from compressed_tensors.utils import align_module_device
-from llmcompressor.core import State, active_session
-from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
-from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from llmcompressor.core import State
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 
 from crepe_llm.compensation import conjugate_gradients, energy_compensation, output_error, sparsegpt_update
-from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
-from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.after_pruning import AfterPruningModifier
+from crepe_llm.modifiers.calibration import set_weight_matrix
 from crepe_llm.statistics import InputStatistics
 
 __all__ = ["WeightCorrectionModifier"]
 
 
-class WeightCorrectionModifier(CalibratedModifier):
+class WeightCorrectionModifier(AfterPruningModifier):
     """
     Modifier that changes the weights which an earlier modifier of the recipe has kept, so that each layer's outputs
     come closer to those of the dense layer. Masks stay exactly as they are. `crepe_llm.compensation` has the methods:
@@ -48,8 +45,8 @@ class WeightCorrectionModifier(CalibratedModifier):
     Lifecycle:
 
     - on_initialize
-        - find the layers; refuse a recipe that prunes nothing earlier, or quantizes earlier
-        - register_hook(layer, remember the dense weight when it is first used, "forward_pre")
+        - find the layers; refuse a recipe that prunes nothing earlier, or quantizes or corrects earlier
+        - register_hook(layer, remember the dense weight before it is pruned, "forward_pre")
     - on_calibration_start
         - register_hook(layer, gather Gram matrices of inputs, "forward_pre")
     - on_sequential_epoch_end
@@ -71,13 +68,14 @@ class WeightCorrectionModifier(CalibratedModifier):
         as it is (`dense`)
     """
 
+    changes_kept_weights: ClassVar[bool] = True
+
     method: Literal["energy", "sparsegpt", "pcg"] = "sparsegpt"
     dampening: float = 0.01
     block_size: int = 128
     iterations: int = 32
     clamp: list[float] = Field(default_factory=lambda: [0.5, 2.0])
 
-    _dense: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
     _kept: list[str] = PrivateAttr(default_factory=list)
 
@@ -100,23 +98,17 @@ class WeightCorrectionModifier(CalibratedModifier):
     def needs_gram(self, name: str) -> bool:
         return True
 
-    def forget_weights(self) -> None:
-        self._dense.clear()
-
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        self._check_order()
-        super().on_initialize(state, **kwargs)
-        for module in self._layers:
-            self.register_hook(module, self._remember, "forward_pre")  # type: ignore[arg-type]
-        return True
-
-    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
-        weight, gram = weight_matrix(module), statistics.gram
+    def improve(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        weight: torch.Tensor,
+        dense: torch.Tensor,
+        keep: torch.Tensor,
+        statistics: InputStatistics,
+    ) -> None:
+        gram = statistics.gram
         assert gram is not None  # needs_gram
-        dense = self._dense.pop(module).to(weight.device)
-        keep = weight != 0
-        if bool((keep | (dense == 0)).all()):
-            return
         total = output_error(dense, torch.zeros_like(dense), gram).sum().item()
         before = output_error(dense, weight, gram).sum().item()
         try:
@@ -138,34 +130,8 @@ class WeightCorrectionModifier(CalibratedModifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         super().on_finalize(state, **kwargs)
-        if not self._errors:
-            raise ValueError(
-                "WeightCorrectionModifier found no pruned layer among its targets: its targets and ignore must match "
-                "those of the modifier that prunes, and the model must be dense when the recipe starts"
-            )
         logger.info(self._table())
         return True
-
-    def _check_order(self) -> None:
-        modifiers = active_session().lifecycle.recipe.modifiers
-        place = next(place for place, modifier in enumerate(modifiers) if modifier is self)
-        for modifier in modifiers[:place]:
-            if isinstance(modifier, QuantizationMixin):
-                raise ValueError(
-                    f"WeightCorrectionModifier would undo the {type(modifier).__name__} in front of it: "
-                    "put it between the modifier that prunes and the one that quantizes"
-                )
-        if not any(isinstance(modifier, CRePEModifier | SparsityModifierBase) for modifier in modifiers[:place]):
-            raise ValueError(
-                "WeightCorrectionModifier has no modifier in front of it that prunes, so there is no mask to keep and "
-                "no dense layer to come closer to: put it behind CRePEModifier (or SparseGPTModifier or "
-                "WandaPruningModifier) in the same recipe"
-            )
-
-    def _remember(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if module in self._layers and module not in self._dense:
-            with torch.no_grad(), align_module_device(module):
-                self._dense[module] = weight_matrix(module).detach().to("cpu", copy=True)
 
     def _corrected(self, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         if self.method == "energy":

@@ -1,0 +1,114 @@
+"""What modifiers that work on the masks of an earlier modifier share: the dense weights, and where they may stand."""
+
+from typing import Any, ClassVar
+
+import torch
+from compressed_tensors.utils import align_module_device
+from llmcompressor.core import State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from pydantic import PrivateAttr
+
+from crepe_llm.modifiers.calibration import CalibratedModifier, weight_matrix
+from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.statistics import InputStatistics
+
+__all__ = ["AfterPruningModifier"]
+
+
+class AfterPruningModifier(CalibratedModifier):
+    """Base of modifiers that improve layers which a modifier in front of them in the recipe has pruned.
+
+    Subclasses implement :meth:`improve`, called once per pruned layer. The dense weight that it gets is the layer's as
+    it was when the pruning modifier's calibration reached it, so behind whatever smooths or permutes in front.
+    """
+
+    #: Whether the weights that are kept change: what starts from the dense weights must then not follow.
+    changes_kept_weights: ClassVar[bool] = False
+
+    _pruning: list[Modifier] = PrivateAttr(default_factory=list)
+    _in_front: list["AfterPruningModifier"] = PrivateAttr(default_factory=list)
+    _dense: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _met_a_mask: bool = PrivateAttr(default=False)
+
+    def improve(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        weight: torch.Tensor,
+        dense: torch.Tensor,
+        keep: torch.Tensor,
+        statistics: InputStatistics,
+    ) -> None:
+        """Change one pruned layer, given its weight, its dense weight and its mask (all [d_out, d_in])."""
+        raise NotImplementedError
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self._check_order()
+        super().on_initialize(state, **kwargs)
+        for module in self._layers:
+            self.register_hook(module, self._remember, "forward_pre")  # type: ignore[arg-type]
+        return True
+
+    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
+        remembered = self._dense.pop(module, None)
+        if remembered is None:
+            return  # the modifier that prunes did not reach it either
+        weight = weight_matrix(module)
+        dense = remembered.to(weight.device)
+        keep = weight != 0
+        if bool((keep | (dense == 0)).all()):
+            return
+        self._met_a_mask = True
+        self.improve(name, module, weight, dense, keep, statistics)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        super().on_finalize(state, **kwargs)
+        if not self._met_a_mask:
+            raise ValueError(
+                f"{type(self).__name__} found no pruned layer among its targets: its targets and ignore must match "
+                "those of the modifier that prunes, and the model must be dense when the recipe starts"
+            )
+        return True
+
+    def _check_order(self) -> None:
+        own = type(self).__name__
+        modifiers = active_session().lifecycle.recipe.modifiers
+        in_front = modifiers[: next(place for place, modifier in enumerate(modifiers) if modifier is self)]
+        self._pruning = [
+            modifier for modifier in in_front if isinstance(modifier, CRePEModifier | SparsityModifierBase)
+        ]
+        self._in_front = [modifier for modifier in in_front if isinstance(modifier, AfterPruningModifier)]
+        for modifier in in_front:
+            if isinstance(modifier, QuantizationMixin):
+                raise ValueError(
+                    f"{own} would undo the {type(modifier).__name__} in front of it: "
+                    "put it between the modifier that prunes and the one that quantizes"
+                )
+        for modifier in self._in_front:
+            if modifier.changes_kept_weights:
+                raise ValueError(
+                    f"{own} starts from the dense weights and would undo the {type(modifier).__name__} in front of it: "
+                    + ("keep one of the two" if type(modifier) is type(self) else "put it in front of that one")
+                )
+        if not self._pruning:
+            raise ValueError(
+                f"{own} has no modifier in front of it that prunes, so there is no mask to work on and no dense layer "
+                "to come closer to: put it behind CRePEModifier (or SparseGPTModifier or WandaPruningModifier) in the "
+                "same recipe"
+            )
+
+    def _remember(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if module not in self._layers or module in self._dense:
+            return
+        # In an earlier epoch the layer may still change, to one with the same outputs for other inputs.
+        at_work = {id(modifier) for modifier in active_session().lifecycle.recipe.modifiers}
+        if not any(id(modifier) in at_work for modifier in self._pruning):
+            return
+        for other in self._in_front:
+            if module in other._dense:
+                self._dense[module] = other._dense[module]
+                return
+        with torch.no_grad(), align_module_device(module):
+            self._dense[module] = weight_matrix(module).detach().to("cpu", copy=True)
