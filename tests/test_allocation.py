@@ -1,5 +1,6 @@
 """Allocation of sparsity to blocks, against the published formulas and what they promise."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepe_llm.allocation import alpha_pruning, atp, dlp, outlier_ratio, owl, tail_exponent, water_fill
+from crepe_llm.allocation import (
+    alpha_pruning,
+    atp,
+    dlp,
+    mixed_n_of_m,
+    outlier_ratio,
+    owl,
+    plot_allocation,
+    tail_exponent,
+    typical_score,
+    water_fill,
+)
 
 METHODS = {
     "owl": lambda values, weights, target: owl(values, target),
@@ -60,6 +72,16 @@ def test_outlier_ratio_counts():
     assert outlier_ratio(torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 13]]), threshold=5) == pytest.approx(12.5)
     assert outlier_ratio(torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 13]]), threshold=6) == 0
     assert outlier_ratio(torch.zeros(4, 4)) == 0
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0, 10.0, 7.0], [3.0, 1.0, 2.0, 10.0]])
+def test_typical_scores_by_sorting(values):
+    assert typical_score(torch.tensor(values)) == sorted(values)[(len(values) - 1) // 2]
+    assert typical_score(torch.tensor(values), "mean") == pytest.approx(sum(values) / len(values))
+
+
+def test_the_mean_of_many_scores_does_not_drift():
+    assert typical_score(torch.full((1 << 24,), 0.1), "mean") == pytest.approx(0.1, rel=1e-7)
 
 
 def test_dlp_by_the_papers_formula():
@@ -118,3 +140,51 @@ def test_spectra_without_a_tail():
 def test_water_filling_refuses_what_cannot_be(fields, message):
     with pytest.raises(ValueError, match=message):
         water_fill(**fields)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    blocks=st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 60)), min_size=1, max_size=7),
+    group=st.integers(3, 16),
+)
+def test_n_of_m_is_the_best_of_all_roundings(blocks, group):
+    # From 1 of M to M - 1 of M.
+    exact = [round(1 + position / 1000 * (group - 2), 6) for position, _ in blocks]
+    sparsities, weights = [x / group for x in exact], [weight for _, weight in blocks]
+
+    def badness(rounded):
+        off = abs(sum(w * (n - x) for w, n, x in zip(weights, rounded, exact, strict=True)))
+        return off, sum(w * (n - x) ** 2 for w, n, x in zip(weights, rounded, exact, strict=True))
+
+    choices = [{math.floor(x), math.ceil(x)} for x in exact]
+    best = min((badness(rounded) for rounded in itertools.product(*choices)), key=lambda b: (round(b[0], 4), b[1]))
+    found = mixed_n_of_m(sparsities, weights, group)
+    assert all(1 <= n < group for n in found)
+    assert badness(found) == pytest.approx(best, abs=1e-3)
+
+
+def test_equal_blocks_miss_the_target_by_half_a_step_at_most():
+    sparsities = water_fill([0.62 + 0.01 * block for block in range(30)], [5] * 30, 0.7)
+    found = mixed_n_of_m(sparsities, [5] * 30, 8)
+    assert abs(sum(found) / 30 / 8 - 0.7) <= 0.5 / 30 / 8 + 1e-9
+    assert found == sorted(found)
+    assert mixed_n_of_m([0.5] * 30, [7] * 30, 8) == [4] * 30
+
+
+def test_many_blocks_of_a_few_sizes_are_quick():
+    sizes = [1 << 20, 3 << 18, 5 << 17] * 40
+    found = mixed_n_of_m([0.3 + 0.003 * block for block in range(120)], sizes, 16)
+    mean = sum(n * size for n, size in zip(found, sizes, strict=True)) / sum(sizes) / 16
+    wanted = sum((0.3 + 0.003 * block) * size for block, size in enumerate(sizes)) / sum(sizes)
+    assert mean == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.9, 1.0])
+def test_what_no_n_of_m_can_be_is_refused(sparsity):
+    with pytest.raises(ValueError, match=f"sparsity of {sparsity} is not from 1 of 8 to 7 of 8"):
+        mixed_n_of_m([0.5, sparsity], [1, 1], 8)
+
+
+def test_the_plot_is_drawn(tmp_path):
+    plot_allocation([0.6, 0.7, 0.8], 0.7, tmp_path / "plot.png", "owl")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -27,25 +27,32 @@ def block_of(name):
     return next(int(part) for part in name.split(".") if part.isdecimal())
 
 
-def expected_keep(weight, square_sum, fields):
-    """The recipe's mask by the formula in fp64 and plain sorting."""
+def expected_scores(weight, inputs, fields):
+    """By the formulas in fp64, of the weight and the inputs [tokens, d_in]."""
     a = weight.double().abs()
+    if fields.get("score") == "cvr":
+        return a * inputs.var(0, correction=0) ** 0.25 * weight.double().var(0) ** (-fields.get("alpha", 1.0) / 2)
     half = fields.get("kernel_size", 3) // 2
     window = torch.nn.functional.avg_pool2d(a[None, None], 2 * half + 1, 1, half, count_include_pad=False)[0, 0]
     scores = fields.get("row", 1.0) * a / a.sum(1, keepdim=True) + fields.get("column", 1.0) * a / a.sum(0)
     scores += fields.get("neighbourhood", 1.0) * a / (math.sqrt(a.numel()) * window)
-    scores *= square_sum.sqrt() ** fields.get("activation_exponent", 0.5)
+    return scores * inputs.square().sum(0).sqrt() ** fields.get("activation_exponent", 0.5)
+
+
+def expected_keep(weight, inputs, fields):
+    """The recipe's mask by the formula and plain sorting."""
+    scores = expected_scores(weight, inputs, fields)
     n, m = map(int, fields.get("mask_structure", "0:0").split(":"))
     if m:
-        groups = scores.reshape(len(a), -1, m)
+        groups = scores.reshape(len(weight), -1, m)
     elif fields.get("comparison_group", "row") == "matrix":
         groups = scores.reshape(1, 1, -1)
     else:
-        groups = scores.reshape(len(a), 1, -1)
+        groups = scores.reshape(len(weight), 1, -1)
     pruned = n or int(groups.shape[-1] * fields["sparsity"])
     keep = torch.ones_like(groups, dtype=torch.bool)
     keep.scatter_(-1, groups.argsort(-1)[..., :pruned], False)
-    return keep.view_as(a)
+    return keep.view_as(weight)
 
 
 def assert_pruned_as_expected(dense, pruned, data, fields, sequential=True):
@@ -57,7 +64,7 @@ def assert_pruned_as_expected(dense, pruned, data, fields, sequential=True):
         inputs = inputs_of(dense, data)
         for name in (n for n in reference if block_of(n) == block):
             weight, kept = matrix(reference[name]), matrix(result[name])
-            keep = expected_keep(weight, inputs[name].square().sum(0), fields)
+            keep = expected_keep(weight, inputs[name], fields)
             assert torch.equal(kept != 0, keep), name
             assert torch.equal(kept, weight * keep), name
         if sequential:
@@ -75,6 +82,23 @@ def test_shipped_recipes_prune_every_family_as_computed_independently(
     pruned = run(load(folder), str(path), calibration_data)
     (stage,) = yaml.safe_load(path.read_text()).values()
     assert_pruned_as_expected(load(folder), pruned, calibration_data, stage["pruning_modifiers"]["CRePEModifier"])
+
+
+@pytest.mark.parametrize("alpha", [{}, {"alpha": 0.0}, {"alpha": 0.5}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cvr_prunes_every_family_as_computed_independently(family, alpha, tiny_model_folder, calibration_data):
+    folder, fields = tiny_model_folder(family), {"score": "cvr", "mask_structure": "2:4", **alpha}
+    pruned = run(load(folder), [crepe(**fields)], calibration_data)
+    assert_pruned_as_expected(load(folder), pruned, calibration_data, fields)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cvr_recipe_corrects_the_weights_under_cvrs_masks(family, tiny_model_folder, calibration_data):
+    folder = tiny_model_folder(family)
+    model = run(load(folder), str(RECIPES / "cvr_ec_2of4.yaml"), calibration_data)
+    pruned = linears(run(load(folder), [crepe(score="cvr")], calibration_data))
+    for name, module in linears(model).items():
+        assert torch.equal(module.weight != 0, pruned[name].weight != 0), name
 
 
 def test_basic_pipeline_calibrates_every_layer_on_the_dense_model(tiny_model_folder, calibration_data):
@@ -152,6 +176,15 @@ def test_sparsity_by_name_pattern(tiny_model_folder, calibration_data):
         assert bool((zeros == (0.25 if "self_attn" in name else 0.75)).all()), name
 
 
+def test_mask_structure_by_name_pattern(tiny_model_folder, calibration_data, messages):
+    recipe = [crepe(mask_structure={"re:.*self_attn.*": "3:8", "re:.*": "1:4"})]
+    pruned = run(load(tiny_model_folder("llama")), recipe, calibration_data)
+    for name, module in linears(pruned).items():
+        n, m = (3, 8) if "self_attn" in name else (1, 4)
+        assert bool(((module.weight.view(-1, m) == 0).sum(1) == n).all()), name
+    assert any("Realised sparsity of 14 layers (1:4, 3:8)" in line for line in messages)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_sparsity_zero_changes_nothing(family, tiny_model_folder, calibration_data):
     folder = tiny_model_folder(family)
@@ -160,9 +193,16 @@ def test_sparsity_zero_changes_nothing(family, tiny_model_folder, calibration_da
         assert torch.equal(one, other)
 
 
-def test_the_saved_recipe_prunes_the_same(tiny_model_folder, calibration_data, tmp_path):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"row": 0.3, "column": 2.0, "neighbourhood": 0.7, "kernel_size": 5, "activation_exponent": 0.9},
+        {"score": "cvr", "alpha": 0.7},
+        {"mask_structure": {"re:.*mlp.*": "5:8", "re:.*": "1:8"}},
+    ],
+)
+def test_the_saved_recipe_prunes_the_same(fields, tiny_model_folder, calibration_data, tmp_path):
     folder = tiny_model_folder("llama")
-    fields = {"row": 0.3, "column": 2.0, "neighbourhood": 0.7, "kernel_size": 5, "activation_exponent": 0.9}
     first = run(load(folder), [crepe(**fields)], calibration_data, output_dir=str(tmp_path / "out"))
     second = run(load(folder), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
@@ -198,7 +238,6 @@ def test_a_table_of_realised_sparsity_is_logged_once(tiny_model_folder, calibrat
         ({"mask_structure": "0:0", "sparsity": 1.0}, "sparsity=1.0 must be at least 0 and below 1"),
         ({"mask_structure": "0:0", "sparsity": -0.5}, "sparsity=-0.5"),
         ({"mask_structure": "0:0", "sparsity": {"re:.*mlp.*": 1.5}}, r"sparsity=1.5 for re:\.\*mlp"),
-        ({"mask_structure": "0:0"}, "needs `sparsity`"),
         ({"mask_structure": "2:4", "sparsity": 0.4}, "contradicts.*leave sparsity out or set it to 0.5"),
         ({"mask_structure": "4:2"}, 'mask_structure="4:2"'),
         ({"mask_structure": "half"}, 'mask_structure="half"'),
@@ -208,6 +247,15 @@ def test_a_table_of_realised_sparsity_is_logged_once(tiny_model_folder, calibrat
         ({"row": -1.0}, "row=-1.0"),
         ({"activation_exponent": -1.0}, "activation_exponent=-1.0"),
         ({"comparison_group": "layer"}, "comparison_group"),
+        ({"mask_structure": {"re:.*": "0:0"}}, r'"0:0" for re:\.\* is unstructured.*map `sparsity` instead'),
+        ({"mask_structure": {"re:.*": "8:4"}}, 'mask_structure="8:4"'),
+        ({"mask_structure": {"re:.*": "4:8"}, "sparsity": 0.5}, "implies the sparsity of each layer: leave sparsity"),
+        ({"score": "cvr", "row": 1.0}, "score: cvr makes no use of row, which belongs to score: crepe: leave it out"),
+        ({"score": "cvr", "kernel_size": 3, "column": 2.0}, "no use of column, kernel_size"),
+        ({"alpha": 1.0}, "score: crepe makes no use of alpha"),
+        ({"score": "cvr", "alpha": -1.0}, r"alpha=-1\.0 must be a finite number"),
+        ({"score": "cvr", "alpha": float("inf")}, "alpha=inf"),
+        ({"score": "ria"}, "score"),
         ({"kernel": 3}, "kernel"),
     ],
 )
@@ -224,6 +272,9 @@ def test_bad_fields_are_refused_with_the_field_and_the_fix(fields, message):
         ({"targets": ["Embedding"]}, "shares its weight with the embedding|Embedding"),
         ({"ignore": []}, "lm_head shares its weight with the embedding model.embed_tokens.*add lm_head to `ignore`"),
         ({"mask_structure": "3:7"}, "32 input channels.*groups of 7"),
+        ({"mask_structure": {"re:.*": "3:7"}}, '32 input channels.*"3:7" cannot cut into groups of 7'),
+        ({"mask_structure": {"re:.*mlp.*": "3:8"}}, "no pattern of mask_structure=.*self_attn.q_proj"),
+        ({"mask_structure": "0:0"}, "needs `sparsity`.*or a SparsityAllocationModifier in front"),
         ({"mask_structure": "0:0", "sparsity": {"re:.*mlp.*": 0.5}}, "no pattern.*self_attn.q_proj.*catches the rest"),
     ],
 )

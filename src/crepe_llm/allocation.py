@@ -7,6 +7,7 @@ does by itself where blocks differ in size or a sparsity is cut off.
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,9 +16,12 @@ __all__ = [
     "alpha_pruning",
     "atp",
     "dlp",
+    "mixed_n_of_m",
     "outlier_ratio",
     "owl",
+    "plot_allocation",
     "tail_exponent",
+    "typical_score",
     "water_fill",
 ]
 
@@ -31,7 +35,20 @@ def outlier_ratio(scores: torch.Tensor, threshold: float = 5.0) -> float:
 
     Source: OWL, arXiv 2310.05175, equation 2.
     """
-    return 100 * (scores > threshold * scores.double().mean()).double().mean().item()
+    return 100 * (scores > threshold * scores.mean(dtype=torch.float64)).count_nonzero().item() / scores.numel()
+
+
+def typical_score(scores: torch.Tensor, statistic: Literal["median", "mean"] = "median") -> float:
+    """The median or the mean of a block's scores: what :func:`dlp` ranks blocks by.
+
+    Args:
+        scores: Wanda's scores of all linear layers of the block, any shape.
+        statistic: `median`, the paper's text (exact; the lower of the two in the middle of an even count), or `mean`,
+            its released code.
+
+    Source: DLP, arXiv 2505.23807.
+    """
+    return scores.median().item() if statistic == "median" else scores.mean(dtype=torch.float64).item()
 
 
 def owl(outlier_ratios: Sequence[float], sparsity: float, spread: float = 0.08) -> list[float]:
@@ -54,8 +71,7 @@ def dlp(typical_scores: Sequence[float], sparsity: float, spread: float = 0.15) 
     """Prune blocks with higher typical scores more.
 
     Args:
-        typical_scores: of each block, the median (the paper's text) or the mean (its released code) of the Wanda scores
-            of all its linear layers.
+        typical_scores: of each block, see :func:`typical_score`.
         sparsity: the mean of the result.
         spread: alpha of the paper; the result covers a range of twice that.
 
@@ -204,6 +220,63 @@ def water_fill(
         else:
             above = middle
     return filled(above)
+
+
+def mixed_n_of_m(sparsities: Sequence[float], parameters: Sequence[int], group: int) -> list[int]:
+    """Round each block's sparsity up or down to N of M, so that their weighted mean stays as near as it can.
+
+    Args:
+        sparsities: of each block, from 1 / M to 1 - 1 / M.
+        parameters: how many weights each block has, positive.
+        group: M.
+
+    Returns:
+        N of each block, N pruned of every M. Of all roundings whose weighted mean is nearest to that of the sparsities,
+        the one that moves the blocks least, by the weighted sum of squares. Exact; the time grows with the number of
+        different sums of block sizes, which is small where most blocks are alike.
+
+    Raises:
+        ValueError: if a sparsity is out of range.
+
+    Source: ours.
+    """
+    unit = math.gcd(*parameters)
+    # For every sum that the blocks so far can have: what it costs at least, and with which N.
+    sums: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for sparsity, count in zip(sparsities, parameters, strict=True):
+        exact = sparsity * group
+        options = {round(exact)} if abs(exact - round(exact)) < 1e-6 else {math.floor(exact), math.ceil(exact)}
+        if not 1 <= min(options) <= max(options) < group:
+            raise ValueError(f"a sparsity of {sparsity} is not from 1 of {group} to {group - 1} of {group}")
+        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for total, (cost, chosen) in sums.items():
+            for n in options:
+                candidate = (cost + count * (n - exact) ** 2, (*chosen, n))
+                place = total + n * count // unit
+                reached[place] = min(candidate, reached.get(place, candidate))
+        sums = reached
+    wanted = sum(sparsity * count for sparsity, count in zip(sparsities, parameters, strict=True)) * group / unit
+    best = min(sums, key=lambda total: (round(abs(total - wanted), 6), sums[total][0]))
+    return list(sums[best][1])
+
+
+def plot_allocation(sparsities: Sequence[float], target: float, path: str | Path, title: str = "") -> None:
+    """Draw the sparsity of each block, in the model's order, and the target.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(sparsities)), sparsities, color="C0")
+    axes.axhline(target, color="C3", linestyle="--", label="target")
+    axes.set(xlabel="block", ylabel="sparsity", ylim=(0, 1), title=title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def _linear(values: Sequence[float], mean: float, spread: float) -> list[float]:

@@ -1,19 +1,25 @@
 """CRePE pruning as a modifier."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.utils import match_name
 from llmcompressor.core import State
 from loguru import logger
-from pydantic import PrivateAttr, field_validator, model_validator
+from pydantic import PrivateAttr, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from crepe_llm.importance import check_coefficients, crepe_scores
+from crepe_llm.importance import check_coefficients, crepe_scores, cvr_scores
 from crepe_llm.masks import ComparisonGroup, keep_mask, parse_mask_structure
 from crepe_llm.modifiers.calibration import CalibratedModifier, input_channels, set_weight_matrix, weight_matrix
 from crepe_llm.statistics import InputStatistics
 
 __all__ = ["CRePEModifier"]
+
+_FIELDS_OF_SCORE = {
+    "crepe": ("row", "column", "neighbourhood", "kernel_size", "activation_exponent"),
+    "cvr": ("alpha",),
+}
 
 
 class CRePEModifier(CalibratedModifier):
@@ -21,6 +27,10 @@ class CRePEModifier(CalibratedModifier):
     Modifier that prunes linear layers in one shot by CRePE (our reading of https://arxiv.org/abs/2606.01544):
     each weight is scored relative to its row, its column and its K x K neighbourhood, times the norm of its input
     channel to a power. See `crepe_llm.importance.crepe_scores` for the formula; RIA and Wanda are special cases.
+
+    With `score: cvr` it prunes by column-variance reweighting (https://arxiv.org/abs/2602.07375) instead: each weight
+    by its magnitude, relative to the standard deviation of its column to the power of `alpha`, times the square root of
+    that of its input channel; see `crepe_llm.importance.cvr_scores`.
 
     Sample yaml:
 
@@ -50,15 +60,20 @@ class CRePEModifier(CalibratedModifier):
         - log the realised sparsity of every layer
 
     :param sparsity: fraction of each layer to prune, at least 0 and below 1, or a mapping from layer name patterns
-        (exact or `re:`; the first that matches counts) to fractions. N:M structures imply it, and it may be left out
-    :param mask_structure: "N:M" prunes N of every M consecutive input channels; "0:0" is unstructured
+        (exact or `re:`; the first that matches counts) to fractions. N:M structures imply it, and it may be left out;
+        a SparsityAllocationModifier in front of this modifier sets it
+    :param mask_structure: "N:M" prunes N of every M consecutive input channels; "0:0" is unstructured. Or a mapping
+        from layer name patterns to "N:M"
     :param comparison_group: for unstructured masks, which weights compete: those of a `row`, of the whole `matrix`,
         or of a `column_block` of 128 input channels
-    :param row: coefficient of the row term
-    :param column: coefficient of the column term
-    :param neighbourhood: coefficient of the neighbourhood term
-    :param kernel_size: odd width of the neighbourhood
-    :param activation_exponent: power of the input norm
+    :param score: `crepe` or `cvr`
+    :param row: for `crepe`, coefficient of the row term
+    :param column: for `crepe`, coefficient of the column term
+    :param neighbourhood: for `crepe`, coefficient of the neighbourhood term
+    :param kernel_size: for `crepe`, odd width of the neighbourhood
+    :param activation_exponent: for `crepe`, power of the input norm
+    :param alpha: for `cvr`, power of the column's standard deviation. The paper gives neither a value for it nor for
+        the epsilon added to the variances; 1, and 1e-8 of the columns' mean variance, are our choices
     :param targets: layers to prune, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave dense, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
@@ -66,13 +81,15 @@ class CRePEModifier(CalibratedModifier):
     """
 
     sparsity: float | dict[str, float] | None = None
-    mask_structure: str = "0:0"
+    mask_structure: str | dict[str, str] = "0:0"
     comparison_group: ComparisonGroup = "row"
+    score: Literal["crepe", "cvr"] = "crepe"
     row: float = 1.0
     column: float = 1.0
     neighbourhood: float = 1.0
     kernel_size: int = 3
     activation_exponent: float = 0.5
+    alpha: float = 1.0
 
     _realised: dict[str, tuple[torch.Size, float]] = PrivateAttr(default_factory=dict)
 
@@ -92,11 +109,31 @@ class CRePEModifier(CalibratedModifier):
 
     @model_validator(mode="after")
     def _check_fields(self) -> "CRePEModifier":
+        for score, names in _FIELDS_OF_SCORE.items():
+            foreign = [name for name in names if name in self.model_fields_set]
+            if score != self.score and foreign:
+                raise ValueError(
+                    f"score: {self.score} makes no use of {', '.join(foreign)}, which belongs to score: {score}: "
+                    "leave it out"
+                )
         check_coefficients(self.row, self.column, self.neighbourhood, self.kernel_size, self.activation_exponent)
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ValueError(f"alpha={self.alpha} must be a finite number of at least 0")
+        if isinstance(self.mask_structure, dict):
+            for pattern, text in self.mask_structure.items():
+                if parse_mask_structure(text) is None:
+                    raise ValueError(
+                        f'mask_structure="{text}" for {pattern} is unstructured, and a mapping is for "N:M": '
+                        "map `sparsity` instead"
+                    )
+            if self.sparsity is not None:
+                raise ValueError(
+                    f"sparsity={self.sparsity} contradicts the mapping mask_structure={self.mask_structure}, which "
+                    "implies the sparsity of each layer: leave sparsity out"
+                )
+            return self
         structure = parse_mask_structure(self.mask_structure)
         if structure is None:
-            if self.sparsity is None:
-                raise ValueError('mask_structure="0:0" is unstructured and needs `sparsity`, such as 0.5')
             return self
         implied = structure[0] / structure[1]
         stated = self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]
@@ -108,29 +145,28 @@ class CRePEModifier(CalibratedModifier):
                 )
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_foreign_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A saved recipe names only the fields of its own score, as the others are refused."""
+        foreign = [name for score, names in _FIELDS_OF_SCORE.items() if score != self.score for name in names]
+        return {name: value for name, value in serialize(self).items() if name not in foreign}
+
     def check_layer(self, name: str, module: torch.nn.Module) -> None:
-        self._sparsity_of(name)
-        structure = parse_mask_structure(self.mask_structure)
+        text, structure = self._structure_of(name)
         channels = input_channels(module)
-        if structure is not None and channels % structure[1]:
+        if structure is None:
+            self._sparsity_of(name)
+        elif channels % structure[1]:
             raise ValueError(
-                f'{name} has {channels} input channels, which mask_structure="{self.mask_structure}" cannot cut into '
+                f'{name} has {channels} input channels, which mask_structure="{text}" cannot cut into '
                 f"groups of {structure[1]}: add the layer to `ignore`"
             )
 
     def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
         weight = weight_matrix(module)
-        scores = crepe_scores(
-            weight,
-            statistics.norm,
-            row=self.row,
-            column=self.column,
-            neighbourhood=self.neighbourhood,
-            kernel_size=self.kernel_size,
-            activation_exponent=self.activation_exponent,
-        )
-        keep = keep_mask(scores, self._sparsity_of(name), self.mask_structure, self.comparison_group)
-        del scores
+        text, structure = self._structure_of(name)
+        sparsity = structure[0] / structure[1] if structure else self._sparsity_of(name)
+        keep = keep_mask(self._scores(weight, statistics), sparsity, text, self.comparison_group)
         self._realised[name] = (weight.shape, 1 - keep.count_nonzero().item() / keep.numel())
         set_weight_matrix(module, weight.masked_fill(~keep, 0))
 
@@ -139,20 +175,43 @@ class CRePEModifier(CalibratedModifier):
         logger.info(self._table())
         return True
 
+    def _scores(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+        if self.score == "cvr":
+            return cvr_scores(weight, statistics.variance, alpha=self.alpha)
+        return crepe_scores(
+            weight,
+            statistics.norm,
+            row=self.row,
+            column=self.column,
+            neighbourhood=self.neighbourhood,
+            kernel_size=self.kernel_size,
+            activation_exponent=self.activation_exponent,
+        )
+
+    def _structure_of(self, name: str) -> tuple[str, tuple[int, int] | None]:
+        """The layer's mask structure, as written and as read."""
+        text = self._of_layer("mask_structure", name)
+        return text, parse_mask_structure(text)
+
     def _sparsity_of(self, name: str) -> float:
-        structure = parse_mask_structure(self.mask_structure)
-        if structure is not None:
-            return structure[0] / structure[1]
-        if isinstance(self.sparsity, dict):
-            for pattern, fraction in self.sparsity.items():
-                if match_name(name, pattern):
-                    return fraction
+        if self.sparsity is None:
             raise ValueError(
-                f"no pattern of sparsity={self.sparsity} matches the targeted layer {name}: "
-                'add one (a last "re:.*" catches the rest), or add the layer to `ignore`'
+                'mask_structure="0:0" is unstructured and needs `sparsity`, such as 0.5, or a '
+                "SparsityAllocationModifier in front that chooses it"
             )
-        assert self.sparsity is not None  # _check_fields
-        return self.sparsity
+        return self._of_layer("sparsity", name)
+
+    def _of_layer(self, field: str, name: str) -> Any:
+        value = getattr(self, field)
+        if not isinstance(value, dict):
+            return value
+        for pattern, chosen in value.items():
+            if match_name(name, pattern):
+                return chosen
+        raise ValueError(
+            f"no pattern of {field}={value} matches the targeted layer {name}: "
+            'add one (a last "re:.*" catches the rest), or add the layer to `ignore`'
+        )
 
     def _table(self) -> str:
         width = max(map(len, self._realised), default=5)
@@ -162,4 +221,5 @@ class CRePEModifier(CalibratedModifier):
         for name, (shape, fraction) in self._realised.items():
             lines.append(f"{name:<{width}}  {'x'.join(map(str, shape)):>14}  {fraction:6.2%}")
         lines.append(f"{'all':<{width}}  {weights:>14}  {pruned / max(weights, 1):6.2%}")
-        return f"Realised sparsity of {len(self._realised)} layers ({self.mask_structure}):\n" + "\n".join(lines)
+        structures = ", ".join(sorted({self._structure_of(name)[0] for name in self._realised}))
+        return f"Realised sparsity of {len(self._realised)} layers ({structures}):\n" + "\n".join(lines)

@@ -1,0 +1,438 @@
+"""Non-uniform sparsity of decoder blocks as a modifier."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, TypeGuard
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.utils import align_module_device, match_named_modules, match_targets
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import PRUNABLE_LAYER_TYPES, SparsityModifierBase
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from loguru import logger
+from pydantic import PrivateAttr, field_validator, model_validator
+
+from crepe_llm.allocation import (
+    alpha_pruning,
+    atp,
+    dlp,
+    mixed_n_of_m,
+    outlier_ratio,
+    owl,
+    plot_allocation,
+    tail_exponent,
+    typical_score,
+    water_fill,
+)
+from crepe_llm.importance import wanda_scores
+from crepe_llm.masks import parse_mask_structure
+from crepe_llm.modifiers.calibration import CalibratedModifier, weight_matrix
+from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.statistics import InputStatistics
+
+__all__ = ["SparsityAllocationModifier"]
+
+_KNOBS = {
+    "owl": ("threshold", "spread"),
+    "alphapruning": ("spread", "tail"),
+    "dlp": ("spread", "statistic"),
+    "atp": ("slope",),
+    "uniform": (),
+}
+_CALIBRATED = ("owl", "dlp")
+
+
+class SparsityAllocationModifier(CalibratedModifier):
+    """
+    Modifier that chooses how much of each decoder block the modifier behind it prunes, so that the whole model is
+    pruned to a target. It changes no weight. `crepe_llm.allocation` has the methods:
+
+    - `owl`: less of blocks with more outliers among Wanda's scores (https://arxiv.org/abs/2310.05175)
+    - `alphapruning`: less of blocks with heavier-tailed spectra, without data (https://arxiv.org/abs/2410.10912)
+    - `dlp`: more of blocks with higher typical scores (https://arxiv.org/abs/2505.23807)
+    - `atp`: each block by the same amount more than the one before it, without data (OpenReview otNB7BzsiR)
+    - `uniform`: all alike
+
+    All layers of a block get the same sparsity, and the sparsities, weighted by the blocks' sizes, meet the target
+    exactly; what is pruned is up to one weight of each comparison group less, as counts are rounded down.
+
+    The modifier behind it is a CRePEModifier or llm-compressor's SparseGPTModifier or WandaPruningModifier, whose
+    `sparsity` is left out (or `null`). With an N:M structure, which only CRePEModifier can vary, each block gets an N
+    of its own and M stays; 2:4 is refused, because the hardware that runs it wants 2:4 everywhere.
+
+    What was chosen is written into `found` and into the modifier behind, so a recipe that was saved with a model prunes
+    the same again without looking at data.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        SparsityAllocationModifier:
+          method: owl
+          sparsity: 0.7
+        CRePEModifier:
+          comparison_group: row
+    ```
+
+    `owl` and `dlp` look at the dense model, so they need a calibration epoch of their own, as oneshot's default
+    pipeline gives them. Beside the inputs' norms they hold the scores of one block at a time.
+
+    Lifecycle:
+
+    - on_initialize
+        - find the modifier behind, its layers and their blocks; refuse what cannot be allocated
+    - on_calibration_start
+        - `owl`, `dlp`: register_hook(layer, gather input statistics, "forward_pre")
+        - otherwise, or with `found`: hand the sparsities over
+    - on_sequential_epoch_end
+        - `owl`, `dlp`: reduce the scores of the block to one number
+    - on_calibration_end
+        - `owl`, `dlp`: remove_hooks(), hand the sparsities over
+    - on_finalize
+        - nothing is left to do
+
+    :param method: `owl`, `alphapruning`, `dlp`, `atp` or `uniform`
+    :param sparsity: fraction to prune of all weights of the layers that the modifier behind prunes
+    :param threshold: for `owl`, M of the paper: an outlier is above so many times the mean score; 5 where left out
+    :param spread: for `owl` (lambda, 0.08 where left out) and `dlp` (alpha, 0.15), half of the range of the sparsities;
+        for `alphapruning` (epsilon, 0.3) the same, relative to their mean
+    :param statistic: for `dlp`, the typical score: `median` (the paper's text; where left out) or `mean` (its code)
+    :param tail: for `alphapruning`, where the tail of a spectrum begins: `peak` (where left out) or `middle`
+    :param slope: for `atp`, beta of the paper: how much more each block is pruned than the one before it; where left
+        out, half of the largest possible
+    :param low: smallest sparsity of a block
+    :param high: largest sparsity of a block
+    :param plot: file for a plot of the sparsities (needs matplotlib)
+    :param found: what each block gets, in a saved recipe; nothing is computed
+    :param targets: as the modifier's behind, from which it is taken
+    :param ignore: likewise
+    :param uncalibrated: likewise; `dense` leaves a layer that no calibration token reached out of its block's scores
+    """
+
+    method: Literal["owl", "alphapruning", "dlp", "atp", "uniform"]
+    sparsity: float
+    threshold: float | None = None
+    spread: float | None = None
+    statistic: Literal["median", "mean"] | None = None
+    tail: Literal["peak", "middle"] | None = None
+    slope: float | None = None
+    low: float = 0.0
+    high: float = 0.99
+    plot: str | None = None
+    found: dict[str, float | str] | None = None
+
+    _pruning: CRePEModifier | SparsityModifierBase = PrivateAttr()
+    _group: int | None = PrivateAttr(default=None)
+    _blocks: dict[str, dict[torch.nn.Module, str]] = PrivateAttr(default_factory=dict)
+    _sizes: dict[str, int] = PrivateAttr(default_factory=dict)
+    _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _measures: dict[str, float] = PrivateAttr(default_factory=dict)
+
+    @field_validator("found")
+    @classmethod
+    def _check_found(cls, value: dict[str, float | str] | None) -> dict[str, float | str] | None:
+        for block, chosen in (value or {}).items():
+            if isinstance(chosen, str):
+                parse_mask_structure(chosen)
+            elif not 0 <= chosen < 1:
+                raise ValueError(f"found={chosen} for {block} must be at least 0 and below 1")
+        return value
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "SparsityAllocationModifier":
+        for name in sorted({knob for knobs in _KNOBS.values() for knob in knobs}):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name not in _KNOBS[self.method]:
+                users = " and ".join(method for method, knobs in _KNOBS.items() if name in knobs)
+                raise ValueError(f"{name}={value} is for {users}, and method: {self.method} has no use for it: drop it")
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} must be a finite number of at least 0")
+        if not 0 <= self.low <= self.sparsity <= self.high < 1:
+            raise ValueError(
+                f"low={self.low}, sparsity={self.sparsity} and high={self.high} must ascend between 0 and 1"
+            )
+        self.requires_calibration_data = self.found is None and self.method in _CALIBRATED
+        return self
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self._pruning = self._following()
+        self._take_fields()
+        self._group = self._wanted_group()
+        self._find_blocks(state.model, kwargs.get("sequential_targets"))
+        if self._group is None:
+            # Until the blocks have theirs, so that the modifier behind can check its fields.
+            self._pruning.sparsity = self.sparsity
+        if self.requires_calibration_data:
+            super().on_initialize(state, **kwargs)
+        return True
+
+    def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+        if isinstance(self._pruning, CRePEModifier):
+            return super().find_layers(model)
+        return {module: name for layers in self._upstream_layers(model) for module, name in layers.items()}
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        if not self.requires_calibration_data:
+            self._conclude(state.model)
+            return
+        if self._pruning in active_session().lifecycle.recipe.modifiers:
+            raise ValueError(
+                f"SparsityAllocationModifier with method: {self.method} must have seen the whole dense model before "
+                f"{type(self._pruning).__name__} prunes, so each needs a calibration epoch of its own: leave out "
+                'pipeline=, or give oneshot pipeline="independent" (alphapruning and atp need no epoch)'
+            )
+        super().on_calibration_start(state, event, **kwargs)
+
+    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
+        """Keep what the block's scores need; the layer stays as it is."""
+        self._norms[module] = statistics.norm
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        super().on_sequential_epoch_end(state, event, modules, **kwargs)
+        for block, layers in self._blocks.items():
+            if not self._layers.keys() & layers and self._norms.keys() & layers:
+                self._measures[block] = self._measure(layers)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        if not self.requires_calibration_data:
+            return
+        super().on_calibration_end(state, event, **kwargs)
+        for block in self._blocks:
+            if block not in self._measures:
+                raise ValueError(
+                    f"no calibration token reached the layers of {block}: calibrate with more or other text"
+                )
+        self._conclude(state.model)
+
+    def _following(self) -> CRePEModifier | SparsityModifierBase:
+        """The modifier behind this one that prunes."""
+        modifiers = active_session().lifecycle.recipe.modifiers
+        place = next(place for place, modifier in enumerate(modifiers) if modifier is self)
+        if any(isinstance(modifier, SparsityAllocationModifier) for modifier in modifiers[place + 1 :]):
+            raise ValueError(
+                "the recipe has two SparsityAllocationModifiers, and the second would undo the first: keep one"
+            )
+        for modifier in modifiers[:place]:
+            if _prunes(modifier):
+                raise ValueError(
+                    f"SparsityAllocationModifier stands behind {type(modifier).__name__}, which has pruned by then: "
+                    "put it in front"
+                )
+        behind = [modifier for modifier in modifiers[place + 1 :] if _prunes(modifier)]
+        if len(behind) != 1:
+            raise ValueError(
+                f"SparsityAllocationModifier has {len(behind)} modifiers behind it that prune, and chooses the "
+                "sparsities of one: put one CRePEModifier (or SparseGPTModifier or WandaPruningModifier) behind it"
+            )
+        return behind[0]
+
+    def _take_fields(self) -> None:
+        """Take over which layers are pruned, and refuse what contradicts the modifier that prunes them."""
+        kind = type(self._pruning).__name__
+        for name in ("targets", "ignore", "uncalibrated"):
+            theirs = getattr(self._pruning, name, getattr(self, name))
+            if name in self.model_fields_set and getattr(self, name) != theirs:
+                raise ValueError(f"{name}={getattr(self, name)} contradicts the {kind}'s {name}={theirs}: leave it out")
+            setattr(self, name, theirs)
+        if getattr(self._pruning, "sparsity_profile", None) is not None:
+            raise ValueError(
+                f"the {kind} has a sparsity_profile and so allocates by itself: leave that out (with its owl_ fields), "
+                "or leave out the SparsityAllocationModifier"
+            )
+        theirs = self._pruning.sparsity
+        if self.found is None and theirs is not None and theirs != self.sparsity:
+            raise ValueError(
+                f"sparsity={self.sparsity} is what SparsityAllocationModifier allocates, and the {kind} has "
+                f"sparsity={theirs}: leave it out there"
+            )
+
+    def _wanted_group(self) -> int | None:
+        """M of N:M structures, None where masks are unstructured."""
+        kind, text = type(self._pruning).__name__, self._pruning.mask_structure
+        if isinstance(text, dict):
+            if self.found is None:
+                raise ValueError(
+                    f"the {kind} has a mapping as mask_structure, which SparsityAllocationModifier would overwrite: "
+                    'give it one structure, such as "4:8"'
+                )
+            text = next(iter(text.values()))
+        structure = parse_mask_structure(text)
+        if structure is None:
+            return None
+        n, m = structure
+        if not isinstance(self._pruning, CRePEModifier):
+            raise ValueError(
+                f'{kind} prunes all layers by one mask_structure, here "{text}", so there is nothing to allocate: use '
+                "CRePEModifier, or unstructured masks"
+            )
+        if self.found is not None:
+            return m
+        if (n, m) == (2, 4):
+            raise ValueError(
+                'mask_structure="2:4" leaves nothing to allocate: the hardware that runs it wants two of every four '
+                'weights in every layer. Leave out the SparsityAllocationModifier, or use groups such as "4:8"'
+            )
+        if abs(self.sparsity * m - n) >= 1:
+            nearest = round(self.sparsity * m)
+            raise ValueError(
+                f'mask_structure="{text}" is far from sparsity={self.sparsity}, which blocks shall have on average: '
+                f'write "{min(max(nearest, 1), m - 1)}:{m}" or change the sparsity'
+            )
+        return m
+
+    def _find_blocks(self, model: torch.nn.Module, sequential_targets: Any) -> None:
+        """Find which layers each decoder layer has, and how many weights they have."""
+        names = [name for name, _ in match_named_modules(model, infer_sequential_targets(model, sequential_targets))]
+        self._blocks = {}
+        for module, name in self.find_layers(model).items():
+            block = next((block for block in names if name == block or name.startswith(f"{block}.")), None)
+            if block is None:
+                raise ValueError(
+                    f"{name} is in none of the {len(names)} decoder layers of {type(model).__name__}, to which "
+                    f"sparsity is allocated: add it to `ignore` of {type(self._pruning).__name__}"
+                )
+            self._blocks.setdefault(block, {})[module] = name
+        with disable_onloading():
+            self._sizes = {
+                block: sum(layer.weight.numel() for layer in layers)  # type: ignore[union-attr, operator, misc]
+                for block, layers in self._blocks.items()
+            }
+        if not self._blocks:
+            raise ValueError(
+                f"{type(self._pruning).__name__} with targets={self.targets} and ignore={self.ignore} matches no layer"
+            )
+        if self.found is not None and self.found.keys() != self._blocks.keys():
+            raise ValueError(
+                f"found has sparsities for {', '.join(self.found)}, and {type(model).__name__} has the blocks "
+                f"{', '.join(self._blocks)}: remove `found` to allocate anew"
+            )
+
+    def _upstream_layers(self, model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, str]]:
+        """What llm-compressor's own modifiers prune in each module that their targets match, which is what they take a
+        list of sparsities for."""
+        for outer, layer in match_named_modules(model, self.targets):
+            yield {
+                module: f"{outer}.{name}".removesuffix(".")
+                for name, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES)
+                if not match_targets(f"{outer}.{name}", module, self.ignore)
+            }
+
+    def _measure(self, layers: dict[torch.nn.Module, str]) -> float:
+        scores = []
+        for module in layers:
+            if module in self._norms:
+                with torch.no_grad(), align_module_device(module):
+                    scores.append(wanda_scores(weight_matrix(module), self._norms.pop(module)).flatten())
+        if self.method == "owl":
+            return outlier_ratio(torch.cat(scores), **self._given("threshold"))
+        return typical_score(torch.cat(scores), **self._given("statistic"))
+
+    def _conclude(self, model: torch.nn.Module) -> None:
+        """Allocate, unless that was done in an earlier run, and hand the result over."""
+        if self.found is None:
+            sparsities = self._allocate()
+            self.found = dict(zip(self._blocks, sparsities, strict=True))
+            if self._group is not None:
+                rounded = mixed_n_of_m(sparsities, list(self._sizes.values()), self._group)
+                self.found = {block: f"{n}:{self._group}" for block, n in zip(self._blocks, rounded, strict=True)}
+        self._hand_over(model)
+        logger.info(self._table())
+        if self.plot is not None:
+            title = f"{self.method}, {type(model).__name__}"
+            plot_allocation([_fraction(self.found[block]) for block in self._blocks], self.sparsity, self.plot, title)
+
+    def _allocate(self) -> list[float]:
+        sizes, sparsity = list(self._sizes.values()), self.sparsity
+        if self.method == "alphapruning":
+            self._measures = {block: self._tail(layers) for block, layers in self._blocks.items()}
+        measures = [self._measures[block] for block in self._blocks if block in self._measures]
+        match self.method:
+            case "owl":
+                sparsities = owl(measures, sparsity, **self._given("spread"))
+            case "dlp":
+                sparsities = dlp(measures, sparsity, **self._given("spread"))
+            case "alphapruning":
+                sparsities = alpha_pruning(measures, sizes, sparsity, **self._given("spread"))
+            case "atp":
+                sparsities = atp(len(sizes), sparsity, **self._given("slope"))
+            case "uniform":
+                sparsities = [sparsity] * len(sizes)
+        low, high = self.low, self.high
+        if self._group is not None:
+            low, high = max(low, 1 / self._group), min(high, 1 - 1 / self._group)
+        return water_fill(sparsities, sizes, sparsity, low=low, high=high)
+
+    def _tail(self, layers: dict[torch.nn.Module, str]) -> float:
+        exponents = []
+        for module, name in layers.items():
+            with torch.no_grad(), align_module_device(module):
+                weight = weight_matrix(module)
+                if not bool(torch.isfinite(weight).all()):
+                    raise ValueError(f"the weight of {name} contains NaN or infinity: the checkpoint is damaged")
+                exponents.append(tail_exponent(weight, **self._given("tail")))
+        return sum(exponents) / len(exponents)
+
+    def _hand_over(self, model: torch.nn.Module) -> None:
+        assert self.found is not None
+        if not isinstance(self._pruning, CRePEModifier):
+            owner = {module: block for block, layers in self._blocks.items() for module in layers}
+            sparsities = []
+            for layers in self._upstream_layers(model):
+                blocks = {owner[module] for module in layers}
+                if len(blocks) > 1:
+                    raise ValueError(
+                        f"targets={self.targets} of {type(self._pruning).__name__} match a module with "
+                        f"{len(blocks)} decoder layers, which get one sparsity there: target linear or decoder layers"
+                    )
+                # A module whose layers are all ignored is not pruned, but is counted.
+                sparsities.append(float(self.found[blocks.pop()]) if blocks else self.sparsity)
+            self._pruning.sparsity = sparsities
+            return
+        mapping: dict[str, Any] = {f"re:{re.escape(block)}(\\.|$)": chosen for block, chosen in self.found.items()}
+        if self._group is None:
+            self._pruning.sparsity = mapping
+        else:
+            self._pruning.mask_structure = mapping
+            self._pruning.sparsity = None
+
+    def _given(self, name: str) -> dict[str, Any]:
+        """The argument for a function of `crepe_llm.allocation`, which has the default, if the field is set."""
+        value = getattr(self, name)
+        return {} if value is None else {name: value}
+
+    def _table(self) -> str:
+        assert self.found is not None
+        width = max(map(len, self._blocks))
+        total = sum(self._sizes.values())
+        mean = sum(self._sizes[block] * _fraction(chosen) for block, chosen in self.found.items()) / total
+        lines = [f"{'block':<{width}}  {'weights':>12}  sparsity"]
+        for block, size in self._sizes.items():
+            chosen = self.found[block]
+            shown = f"{chosen:>8}" if isinstance(chosen, str) else f"{chosen:8.2%}"
+            measure = f"  {self._measures[block]:.6g}" if block in self._measures else ""
+            lines.append(f"{block:<{width}}  {size:>12}  {shown}{measure}")
+        lines.append(f"{'all':<{width}}  {total:>12}  {mean:8.2%}")
+        return (
+            f"Sparsity of {len(self._sizes)} blocks by {self.method}, {mean:.4%} of all weights for a target of "
+            f"{self.sparsity:.4%}:\n" + "\n".join(lines)
+        )
+
+
+def _prunes(modifier: Modifier) -> TypeGuard[CRePEModifier | SparsityModifierBase]:
+    return isinstance(modifier, CRePEModifier | SparsityModifierBase)
+
+
+def _fraction(chosen: float | str) -> float:
+    """What is pruned, of a fraction or "N:M"."""
+    if not isinstance(chosen, str):
+        return chosen
+    n, m = chosen.split(":")
+    return int(n) / int(m)
