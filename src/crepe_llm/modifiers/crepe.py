@@ -92,6 +92,7 @@ class CRePEModifier(CalibratedModifier):
     alpha: float = 1.0
 
     _realised: dict[str, tuple[torch.Size, float]] = PrivateAttr(default_factory=dict)
+    _orders: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = PrivateAttr(default_factory=dict)
 
     @field_validator("sparsity")
     @classmethod
@@ -166,7 +167,7 @@ class CRePEModifier(CalibratedModifier):
         weight = weight_matrix(module)
         text, structure = self._structure_of(name)
         sparsity = structure[0] / structure[1] if structure else self._sparsity_of(name)
-        keep = keep_mask(self._scores(weight, statistics), sparsity, text, self.comparison_group)
+        keep = keep_mask(self.scores(name, weight, statistics), sparsity, text, self.comparison_group)
         self._realised[name] = (weight.shape, 1 - keep.count_nonzero().item() / keep.numel())
         set_weight_matrix(module, weight.masked_fill(~keep, 0))
 
@@ -174,6 +175,24 @@ class CRePEModifier(CalibratedModifier):
         super().on_finalize(state, **kwargs)
         logger.info(self._table())
         return True
+
+    def score_in_original_order(self, orders: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]) -> None:
+        """Learn which row and which column of the original layer stands where, of layers whose channels were permuted.
+
+        They are scored as they stood, because neighbourhoods are those of the layer's own order.
+        """
+        self._orders = orders
+
+    def scores(self, name: str, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+        """The fp32 scores of a layer, [d_out, d_in] as the given weight."""
+        if name not in self._orders:
+            return self._scores(weight, statistics)
+        rows, columns = (
+            torch.arange(size, device=weight.device) if order is None else order.to(weight.device)
+            for size, order in zip(weight.shape, self._orders[name], strict=True)
+        )
+        original = weight[rows.argsort()][:, columns.argsort()]
+        return self._scores(original, statistics.reordered(columns.argsort()))[rows][:, columns]
 
     def _scores(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
         if self.score == "cvr":
