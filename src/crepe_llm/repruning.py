@@ -78,7 +78,7 @@ def dsnot(
     Raises:
         ValueError: if shapes do not fit, d_in is not divisible by `group`, or a number is out of its range.
 
-    Source: DSnoT, arXiv 2310.08915, and its released code: the orders, the one swap a cycle, max_cycles and p. Ours: the
+    Source: DSnoT, arXiv 2310.08915, and its released code: the orders, one swap a cycle, max_cycles and p. Ours: the
     prune order as an argument; a threshold relative to the row (the code's 0.1 is absolute, on sums over a sequence's
     tokens); variances over all tokens, with a floor (the code averages those of batches, and divides by zero); no swap
     that moves e_i further away (the code grows weights of the wrong sign when the right ones are used up, and asks no
