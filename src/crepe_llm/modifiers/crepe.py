@@ -153,7 +153,7 @@ class CRePEModifier(CalibratedModifier):
         return {name: value for name, value in serialize(self).items() if name not in foreign}
 
     def check_layer(self, name: str, module: torch.nn.Module) -> None:
-        text, structure = self._structure_of(name)
+        text, structure = self.structure_of(name)
         channels = input_channels(module)
         if structure is None:
             self._sparsity_of(name)
@@ -165,7 +165,7 @@ class CRePEModifier(CalibratedModifier):
 
     def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
         weight = weight_matrix(module)
-        text, structure = self._structure_of(name)
+        text, structure = self.structure_of(name)
         sparsity = structure[0] / structure[1] if structure else self._sparsity_of(name)
         keep = keep_mask(self.scores(name, weight, statistics), sparsity, text, self.comparison_group)
         self._realised[name] = (weight.shape, 1 - keep.count_nonzero().item() / keep.numel())
@@ -175,6 +175,16 @@ class CRePEModifier(CalibratedModifier):
         super().on_finalize(state, **kwargs)
         logger.info(self._table())
         return True
+
+    @property
+    def realised(self) -> dict[str, float]:
+        """For each layer that has been pruned, the fraction of its weights that went."""
+        return {name: fraction for name, (_, fraction) in self._realised.items()}
+
+    def structure_of(self, name: str) -> tuple[str, tuple[int, int] | None]:
+        """A layer's mask structure, as written and as read (N of M, None for unstructured)."""
+        text = self._of_layer("mask_structure", name)
+        return text, parse_mask_structure(text)
 
     def score_in_original_order(self, orders: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]) -> None:
         """Learn which row and which column of the original layer stands where, of layers whose channels were permuted.
@@ -207,11 +217,6 @@ class CRePEModifier(CalibratedModifier):
             activation_exponent=self.activation_exponent,
         )
 
-    def _structure_of(self, name: str) -> tuple[str, tuple[int, int] | None]:
-        """The layer's mask structure, as written and as read."""
-        text = self._of_layer("mask_structure", name)
-        return text, parse_mask_structure(text)
-
     def _sparsity_of(self, name: str) -> float:
         if self.sparsity is None:
             raise ValueError(
@@ -240,5 +245,5 @@ class CRePEModifier(CalibratedModifier):
         for name, (shape, fraction) in self._realised.items():
             lines.append(f"{name:<{width}}  {'x'.join(map(str, shape)):>14}  {fraction:6.2%}")
         lines.append(f"{'all':<{width}}  {weights:>14}  {pruned / max(weights, 1):6.2%}")
-        structures = ", ".join(sorted({self._structure_of(name)[0] for name in self._realised}))
+        structures = ", ".join(sorted({self.structure_of(name)[0] for name in self._realised}))
         return f"Realised sparsity of {len(self._realised)} layers ({structures}):\n" + "\n".join(lines)
