@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 import torch
 from compressed_tensors.utils import align_module_device
 from llmcompressor.core import State, active_session
-from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from pydantic import PrivateAttr
@@ -27,7 +26,7 @@ class AfterPruningModifier(CalibratedModifier):
     #: Whether the weights that are kept change: what starts from the dense weights must then not follow.
     changes_kept_weights: ClassVar[bool] = False
 
-    _pruning: list[Modifier] = PrivateAttr(default_factory=list)
+    _pruning: list[CRePEModifier | SparsityModifierBase] = PrivateAttr(default_factory=list)
     _in_front: list["AfterPruningModifier"] = PrivateAttr(default_factory=list)
     _dense: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _met_a_mask: bool = PrivateAttr(default=False)
