@@ -154,3 +154,16 @@ def test_masked_gptq_is_found_by_name_and_takes_the_parents_fields():
     assert (modifier.dampening_frac, modifier.block_size) == (0.05, 64)
     with pytest.raises(ValueError, match="extra"):
         MaskedGPTQModifier(scheme="W4A16", mask="2:4")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_sparse_checkpoint_modifier_saves_what_upstream_pruned(run, listed):
+    upstream = {"sparsity": 0.5, "mask_structure": "2:4", "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    modifiers = {"WandaPruningModifier": upstream} | ({"SparseCheckpointModifier": {}} if listed else {})
+    model, folder = run(json.dumps({"pruning_stage": {"pruning_modifiers": modifiers}}))
+    masks = {name: module.weight != 0 for name, module in linears(model).items()}
+    assert sorted(read_folder(folder).layers) == (sorted(masks) if listed else [])
+    weights, _ = quantized_weights(folder)
+    for name, weight in weights.items():
+        assert torch.equal(weight != 0, masks[name]), name
+        assert is_2of4(weight), name

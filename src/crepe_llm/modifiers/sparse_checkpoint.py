@@ -1,0 +1,44 @@
+"""Saving what another package's modifiers pruned."""
+
+from typing import Any
+
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+
+from crepe_llm.checkpoints import attach
+
+__all__ = ["SparseCheckpointModifier"]
+
+
+class SparseCheckpointModifier(Modifier):
+    """
+    Modifier that changes no weight and makes the model save its 2:4 layers in the `sparse-24-bitmask` format. Recipes
+    with one of this package's pruning modifiers do so without it; it is for those that prune with llm-compressor's own.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        SparseGPTModifier:
+          sparsity: 0.5
+          mask_structure: "2:4"
+          targets: ["Linear"]
+          ignore: ["re:.*lm_head"]
+        SparseCheckpointModifier: {}
+    ```
+
+    Lifecycle:
+
+    - on_finalize
+        - wrap the model's save_pretrained
+    """
+
+    requires_calibration_data: bool = False
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        return True
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        attach(state.model)
+        return True
