@@ -158,6 +158,7 @@ def test_heads_are_split_and_joined_as_by_a_loop():
             stacked.append(own)
             assert torch.equal(scores[:, index][:, start : start + width], own[:, orders[head]])
         assert torch.equal(split[head].sort(0).values, torch.cat(stacked).sort(0).values)
+    assert split_heads(scores[:0], heads, repeat).shape == (heads, 0, width)
     retained = sum(retained_score(split[head][:, orders[head]], 2, 4) for head in range(heads))
     assert retained == pytest.approx(retained_score(scores[:, index], 2, 4), rel=1e-6)
 

@@ -162,8 +162,9 @@ def split_heads(scores: torch.Tensor, heads: int, repeat: int = 1) -> torch.Tens
 
     The copies of a head are stacked as rows, because one order serves them all.
     """
-    rows = scores.shape[0]
-    return scores.view(rows, heads, repeat, -1).permute(1, 0, 2, 3).reshape(heads, rows * repeat, -1)
+    rows, columns = scores.shape
+    width = columns // (heads * repeat)
+    return scores.view(rows, heads, repeat, width).permute(1, 0, 2, 3).reshape(heads, rows * repeat, width)
 
 
 def channel_index(orders: torch.Tensor, repeat: int = 1) -> torch.Tensor:

@@ -12,12 +12,14 @@ from crepe_llm.modifiers.allocation import SparsityAllocationModifier
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.dsnot import DSnoTModifier
 from crepe_llm.modifiers.gptq import MaskedGPTQModifier
+from crepe_llm.modifiers.permutation import ChannelPermutationModifier
 from crepe_llm.modifiers.pho import PHOSearchModifier
 from crepe_llm.modifiers.sparse_checkpoint import SparseCheckpointModifier
 from crepe_llm.modifiers.weight_correction import WeightCorrectionModifier
 
 __all__ = [
     "CRePEModifier",
+    "ChannelPermutationModifier",
     "DSnoTModifier",
     "MaskedGPTQModifier",
     "PHOSearchModifier",

@@ -1,0 +1,298 @@
+"""Channel permutation as a modifier."""
+
+import time
+from typing import Any, cast
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.utils import align_module_device, update_offload_parameter
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from loguru import logger
+from pydantic import PrivateAttr, model_validator
+from tqdm import tqdm
+
+from crepe_llm.architectures import AXES, block_of, module_axes
+from crepe_llm.modifiers.allocation import SparsityAllocationModifier
+from crepe_llm.modifiers.calibration import CalibratedModifier, input_channels, weight_matrix
+from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.pho import PHOSearchModifier
+from crepe_llm.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
+from crepe_llm.statistics import InputStatistics
+
+__all__ = ["ChannelPermutationModifier"]
+
+_KINDS = ("weight", "bias")
+
+
+class ChannelPermutationModifier(CalibratedModifier):
+    """
+    Modifier that reorders the channels of the dense model, such that the N:M masks of the CRePEModifier behind it keep
+    more of the weights' scores. What it makes of the model is a model of the same class with the same outputs: every
+    reordering is absorbed by the layers that share the channels, and nothing happens at inference. The channels that
+    can be reordered are those of
+
+    - `mlp`: the inputs of down_proj, by the rows of gate_proj and up_proj
+    - `attention`: the inputs of o_proj within each head, by the rows of v_proj; query heads that share a key-value head
+      share its order
+    - `residual`: the residual stream, one order for the whole model, by embeddings, norms, every layer and the head
+
+    The search is RIA's channel permutation (OpenReview Tr0lPx9woF), see `crepe_llm.permutation`; RIA itself permutes
+    every layer on its own, which no stored model can express. The scores are those that the CRePEModifier gives on the
+    dense model. Layers that share channels count by their number of weights: each layer's scores are taken relative to
+    their mean. An order that would not raise the retained score of all rows is left out.
+
+    A weight's score depends on its neighbours, which permuting replaces. The CRePEModifier is told about it, and scores
+    every layer in its original order, so that what is maximised here is what it prunes by.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        ChannelPermutationModifier: {}
+        CRePEModifier:
+          mask_structure: "2:4"
+    ```
+
+    It needs a calibration epoch of its own, as oneshot's default pipeline gives it: the order of the residual stream
+    depends on every block. At most the scores of one layer and a sample of rows are held at a time.
+
+    Lifecycle:
+
+    - on_initialize
+        - find the CRePEModifier and its layers; refuse other orders of the recipe and unknown families of models
+    - on_calibration_start
+        - register_hook(layer, gather input statistics, "forward_pre")
+    - on_sequential_epoch_end
+        - keep the statistics of the block
+    - on_calibration_end
+        - remove_hooks()
+        - search for the orders, permute the model, tell the CRePEModifier
+        - log the retained share of the scores before and after
+    - on_finalize
+        - nothing is left to do
+
+    :param mlp: reorder the channels between gate_proj, up_proj and down_proj
+    :param attention: reorder the channels within heads between v_proj and o_proj
+    :param residual: reorder the residual stream
+    :param sweeps: how often at most the search goes through all places of a group
+    :param rows: how many rows of the layers that share channels the search looks at, drawn at random of all of them
+    :param seed: of the rows drawn and of the blocks into which the search cuts wide layers
+    :param targets: as the CRePEModifier's, from which it is taken
+    :param ignore: likewise
+    :param uncalibrated: likewise; `dense` leaves the scores of a layer that no calibration token reached out
+    """
+
+    mlp: bool = True
+    attention: bool = True
+    residual: bool = True
+    sweeps: int = 4
+    rows: int = 8192
+    seed: int = 0
+
+    _crepe: CRePEModifier = PrivateAttr()
+    _modules: dict[str, torch.nn.Module] = PrivateAttr(default_factory=dict)
+    _axes: dict[str, tuple[str | None, ...]] = PrivateAttr(default_factory=dict)
+    _heads: int = PrivateAttr(default=1)
+    _repeat: int = PrivateAttr(default=1)
+    _sites: dict[str, list[str]] = PrivateAttr(default_factory=dict)
+    _inputs: dict[str, InputStatistics] = PrivateAttr(default_factory=dict)
+    _retained: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
+
+    @property
+    def retained(self) -> dict[str, tuple[float, float]]:
+        """For each set of channels the share of the scores that the masks keep, before and after."""
+        return dict(self._retained)
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "ChannelPermutationModifier":
+        if not any(getattr(self, axis) for axis in AXES):
+            raise ValueError("mlp, attention and residual are all false, so nothing would be permuted: switch one on")
+        for name in ("sweeps", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        return self
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self._crepe = self._following()
+        for field in ("targets", "ignore", "uncalibrated"):
+            setattr(self, field, getattr(self._crepe, field))
+        config = state.model.config
+        names = [name for name, _ in state.model.named_parameters(remove_duplicate=False)]
+        self._axes = module_axes(config.model_type, names)
+        self._modules = {name: state.model.get_submodule(name) for name in self._axes}
+        self._heads = config.num_key_value_heads
+        self._repeat = config.num_attention_heads // config.num_key_value_heads
+        super().on_initialize(state, **kwargs)
+        for name in self._layers.values():
+            axis = self._axes[name][-1]
+            if axis is not None and getattr(self, axis):
+                self._sites.setdefault(_site(name, axis), []).append(name)
+        if not self._sites:
+            raise ValueError(
+                "the CRePEModifier prunes no layer whose input channels ChannelPermutationModifier may permute: "
+                f"its targets={self.targets} and ignore={self.ignore} leave out what "
+                f"mlp={self.mlp}, attention={self.attention}, residual={self.residual} would serve"
+            )
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        if active_session().lifecycle.recipe.modifiers != [self]:
+            raise ValueError(
+                "ChannelPermutationModifier must have permuted the model before the modifiers behind it look at it, so "
+                'it needs a calibration epoch of its own: leave out pipeline=, or give oneshot pipeline="independent"'
+            )
+        for site in self._sites:
+            self._structure(site)
+        super().on_calibration_start(state, event, **kwargs)
+
+    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
+        """Keep the statistics; the layer itself stays as it is until those of all are known."""
+        self._inputs[name] = statistics
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_end(state, event, **kwargs)
+        started = time.perf_counter()
+        orders = self._search()
+        searched = time.perf_counter()
+        self._permute(orders)
+        self._inputs.clear()
+        logger.info(self._table(searched - started, time.perf_counter() - searched))
+
+    def _search(self) -> dict[str, torch.Tensor]:
+        """The orders that retain more, by site; CPU int64 [heads, width] each."""
+        orders = {}
+        with tqdm(total=sum(map(len, self._sites.values())), desc="Permuting channels", unit=" layers") as progress:
+            for site, names in self._sites.items():
+                readers = [name for name in names if name in self._inputs]
+                n, m = self._structure(site)
+                heads, repeat = self._head_counts(self._axes[names[0]][-1])
+                drawn = sample_rows([len(weight_matrix(self._modules[name])) for name in readers], self.rows, self.seed)
+                parts, total, before = [], 0.0, 0.0
+                for name, rows in zip(readers, drawn, strict=True):
+                    scores = self._scores(name)
+                    total += scores.sum(dtype=torch.float64).item()
+                    before += retained_score(scores, n, m)
+                    parts.append(split_heads(scores[rows.to(scores.device)], heads, repeat))
+                    del scores
+                    progress.update()
+                if not total:
+                    continue
+                order = torch.stack(
+                    [permute_channels(head, n, m, sweeps=self.sweeps, seed=self.seed) for head in torch.cat(parts, 1)]
+                )
+                index = channel_index(order, repeat)
+                after = sum(retained_score(self._scores(name)[:, index], n, m) for name in readers)
+                if after > before:
+                    orders[site] = order.cpu()
+                self._retained[site] = (before / total, max(before, after) / total)
+        return orders
+
+    def _permute(self, orders: dict[str, torch.Tensor]) -> None:
+        """Permute every parameter along the axes that have an order, and tell the CRePEModifier."""
+        with disable_onloading():
+            stored = {(n, kind): getattr(module, kind, None) for n, module in self._modules.items() for kind in _KINDS}
+        permuted: set[int] = set()
+        moved = {}
+        for name, module in self._modules.items():
+            indices = []
+            for place, axis in enumerate(self._axes[name]):
+                order = None if axis is None else orders.get(_site(name, axis))
+                repeat = self._head_counts(axis)[1] if place else 1  # only inputs hold heads more than once
+                indices.append(None if order is None else channel_index(order, repeat))
+            if all(index is None for index in indices):
+                continue
+            if len(indices) == 2:
+                moved[name] = (indices[0], indices[1])
+            with torch.no_grad(), align_module_device(module):
+                for kind in _KINDS:
+                    # Tied weights are one tensor, to be permuted once.
+                    if stored[name, kind] is None or id(stored[name, kind]) in permuted:
+                        continue
+                    permuted.add(id(stored[name, kind]))
+                    parameter = cast(torch.Tensor, getattr(module, kind)).detach()
+                    for dimension, index in zip(range(parameter.dim()), indices, strict=False):
+                        if index is not None:
+                            parameter = parameter.index_select(dimension, index.to(parameter.device))
+                    update_offload_parameter(module, kind, parameter)
+        self._crepe.score_in_original_order(moved)
+
+    def _scores(self, name: str) -> torch.Tensor:
+        """The layer's scores, relative to their mean."""
+        module = self._modules[name]
+        with torch.no_grad(), align_module_device(module):
+            scores = self._crepe.scores(name, weight_matrix(module), self._inputs[name])
+        return scores.div_(scores.mean(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).float())
+
+    def _head_counts(self, axis: str | None) -> tuple[int, int]:
+        """How many heads the channels of an axis have, and how often an input holds each."""
+        return (self._heads, self._repeat) if axis == "attention" else (1, 1)
+
+    def _structure(self, site: str) -> tuple[int, int]:
+        """N and M of the masks of a site's readers."""
+        readers = self._sites[site]
+        structures = {name: self._crepe.structure_of(name)[1] for name in readers}
+        if None in structures.values():
+            raise ValueError(
+                "ChannelPermutationModifier serves N:M masks, and the CRePEModifier behind it is unstructured: give it "
+                'mask_structure: "2:4", or leave the permutation out'
+            )
+        if len(set(structures.values())) > 1:
+            raise ValueError(
+                f"the layers that read the {site} channels have different mask structures, and they can have one order "
+                f"only: give ChannelPermutationModifier {site}: false"
+            )
+        n, m = cast(tuple[int, int], structures[readers[0]])
+        axis = cast(str, self._axes[readers[0]][-1])
+        heads, repeat = self._head_counts(axis)
+        width = input_channels(self._modules[readers[0]]) // (heads * repeat)
+        if width % m:
+            raise ValueError(
+                f"{readers[0]} has {width} channels in each head, which {n}:{m} cannot cut into groups of {m}: give "
+                f"ChannelPermutationModifier {axis}: false"
+            )
+        return n, m
+
+    def _following(self) -> CRePEModifier:
+        """The CRePEModifier behind this modifier in the recipe, whose other modifiers stand where they may."""
+        modifiers = active_session().lifecycle.recipe.modifiers
+        place = next(place for place, modifier in enumerate(modifiers) if modifier is self)
+        behind = modifiers[place + 1 :]
+        for modifier in modifiers[:place]:
+            if isinstance(modifier, CRePEModifier | SparsityModifierBase | QuantizationMixin):
+                raise ValueError(
+                    f"ChannelPermutationModifier would undo the {type(modifier).__name__} in front of it, because it "
+                    "permutes the dense model: put it in front"
+                )
+        for modifier in behind:
+            if isinstance(modifier, PHOSearchModifier | SparsityAllocationModifier):
+                raise ValueError(
+                    f"ChannelPermutationModifier needs to know what the {type(modifier).__name__} behind it will have "
+                    "found: put it behind that"
+                )
+            if isinstance(modifier, ChannelPermutationModifier):
+                raise ValueError("the recipe has two ChannelPermutationModifiers, and one undoes the other: keep one")
+        pruning = [modifier for modifier in behind if isinstance(modifier, CRePEModifier)]
+        if len(pruning) != 1:
+            raise ValueError(
+                f"ChannelPermutationModifier has {len(pruning)} CRePEModifiers behind it, and needs one, for the masks "
+                'of which it permutes: put one behind it in the same recipe, with mask_structure: "2:4"'
+            )
+        return pruning[0]
+
+    def _table(self, searching: float, absorbing: float) -> str:
+        width = max(map(len, self._retained), default=0)
+        lines = [f"{'channels':<{width}}  before   after"]
+        for site, (before, after) in self._retained.items():
+            lines.append(f"{site:<{width}}  {before:6.2%}  {after:6.2%}{'  left as it was' * (after == before)}")
+        return (
+            f"Share of the scores that masks keep, before and after permuting ({searching:.1f} s to search, "
+            f"{absorbing:.1f} s to absorb):\n" + "\n".join(lines)
+        )
+
+
+def _site(module: str, axis: str) -> str:
+    """The name of the channels that a module shares on an axis."""
+    return axis if axis == "residual" else f"{block_of(module)}.{axis}"
