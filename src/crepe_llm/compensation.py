@@ -131,7 +131,7 @@ def conjugate_gradients(
     gram: torch.Tensor,
     *,
     dampening: float = 0.01,
-    iterations: int = 32,
+    iterations: int = 10,
     tolerance: float = 1e-3,
 ) -> torch.Tensor:
     """Least-squares weights on the mask: the kept weights whose outputs come closest to the dense layer's.

@@ -73,7 +73,7 @@ class WeightCorrectionModifier(AfterPruningModifier):
     method: Literal["energy", "sparsegpt", "pcg"] = "sparsegpt"
     dampening: float = 0.01
     block_size: int = 128
-    iterations: int = 32
+    iterations: int = 10
     clamp: list[float] = Field(default_factory=lambda: [0.5, 2.0])
 
     _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
