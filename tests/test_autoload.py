@@ -67,12 +67,29 @@ def test_a_failing_module_still_fails_as_it_would(module):
         __import__(name)
 
 
-def test_registering_in_the_middle_of_an_import_says_what_to_do(module):
+def test_registering_in_the_middle_of_an_import_calls_back_at_its_end(module):
     name = module(
-        "autoload_middle", "from crepe_llm._autoload import after_import\nafter_import(__name__, lambda: None)"
+        "autoload_middle",
+        "from crepe_llm._autoload import after_import\n"
+        "calls = []\n"
+        "after_import(__name__, lambda: calls.append(value))\n"
+        "assert not calls\n"
+        "value = 1",
     )
-    with pytest.warns(UserWarning, match="in the middle of importing autoload_middle.*import crepe_llm"):
+    assert __import__(name).calls == [1]
+
+
+def test_an_import_that_fails_in_the_middle_calls_back_when_it_is_repeated(module, tmp_path):
+    source = "from crepe_llm._autoload import after_import\nimport sys\n{}\nvalue = 1"
+    calls = []
+    sys.autoload_test_call = lambda: calls.append(1)
+    name = module("autoload_retried", source.format("after_import(__name__, lambda: sys.autoload_test_call())\n1 // 0"))
+    with pytest.raises(ZeroDivisionError):
         __import__(name)
+    assert calls == []
+    module(name, source.format("# a longer line, so that the cached bytecode is out of date"))
+    assert __import__(name).value == 1 and calls == [1]
+    del sys.autoload_test_call
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -4,7 +4,8 @@ Importing this package is cheap (no torch, no llm-compressor) and makes two tool
 the moment it is imported itself, or at once where it already was:
 
 - llm-compressor learns the modifiers of :mod:`crepe_llm.modifiers`, so that recipes can name them;
-- transformers learns to load ``sparse-24-bitmask`` checkpoints (:mod:`crepe_llm.checkpoints`).
+- transformers learns to load ``sparse-24-bitmask`` checkpoints, and those whose blocks have FFNs of different widths
+  (:mod:`crepe_llm.checkpoints`).
 
 Both also happen without any import of this package, through the ``torch.backends`` entry point
 ``crepe_llm:_autoload`` that ``import torch`` calls (switch off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``).
@@ -28,6 +29,12 @@ def _register_loader() -> None:
     register()
 
 
+def _register_per_block() -> None:
+    from crepe_llm.checkpoints.per_block import register
+
+    register()
+
+
 def _autoload() -> None:
     """The ``torch.backends`` entry point: importing this package has already done the work."""
 
@@ -35,3 +42,4 @@ def _autoload() -> None:
 # Each trigger is a module whose import completes only after everything that the callback itself imports.
 after_import("llmcompressor.entrypoints.oneshot", _register_modifiers)
 after_import("transformers.quantizers.auto", _register_loader)
+after_import("transformers.models.auto.configuration_auto", _register_per_block)

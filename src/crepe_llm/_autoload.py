@@ -20,15 +20,10 @@ def after_import(module_name: str, callback: Callable[[], None]) -> None:
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         _call(callback)
         return
-    if module is not None:
-        # The import is under way and past the finders: only its loader's caller will know when it ends.
-        warnings.warn(
-            f"crepe_llm was imported in the middle of importing {module_name} and cannot register with it; "
-            "import crepe_llm (or torch) first",
-            stacklevel=3,
-        )
-        return
     _callbacks.setdefault(module_name, []).append(callback)
+    if module is not None and module.__spec__ is not None:
+        # The import is under way and past the finders; the mark that it is gets removed when it ends.
+        module.__spec__.__class__ = _WatchedSpec
     if not any(isinstance(finder, _CallbackFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _CallbackFinder())
 
@@ -38,6 +33,16 @@ def _call(callback: Callable[[], None]) -> None:
         callback()
     except Exception as error:
         warnings.warn(f"crepe_llm could not register itself: {error!r}", RuntimeWarning, stacklevel=2)
+
+
+class _WatchedSpec(importlib.machinery.ModuleSpec):
+    """The spec of a module that is being imported, which makes the callbacks when it has been."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value and self.name in sys.modules:
+            for callback in _callbacks.pop(self.name, ()):
+                _call(callback)
 
 
 class _CallbackFinder(importlib.abc.MetaPathFinder):

@@ -55,6 +55,8 @@ def attach(model: Any) -> None:
     """
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 
+    from crepe_llm.checkpoints.per_block import write_config
+
     modify_save_pretrained(model)
     save = model.save_pretrained
     if getattr(save, "_packs_2of4", False):
@@ -74,6 +76,7 @@ def attach(model: Any) -> None:
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
+            write_config(model.config, folder)
             layers = _pack_in_place(folder) if save_compressed else []
             if not layers:
                 _record_dense(folder)

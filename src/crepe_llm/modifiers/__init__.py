@@ -9,6 +9,7 @@ except ImportError as error:
     raise ImportError('crepe_llm.modifiers needs llm-compressor: pip install "crepe-llm[compress]"') from error
 
 from crepe_llm.modifiers.allocation import SparsityAllocationModifier
+from crepe_llm.modifiers.cfsp import CFSPModifier
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.dsnot import DSnoTModifier
 from crepe_llm.modifiers.gptq import MaskedGPTQModifier
@@ -18,6 +19,7 @@ from crepe_llm.modifiers.sparse_checkpoint import SparseCheckpointModifier
 from crepe_llm.modifiers.weight_correction import WeightCorrectionModifier
 
 __all__ = [
+    "CFSPModifier",
     "CRePEModifier",
     "ChannelPermutationModifier",
     "DSnoTModifier",

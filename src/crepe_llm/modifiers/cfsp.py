@@ -1,0 +1,217 @@
+"""CFSP structured pruning as a modifier."""
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import initialize_module_for_quantization
+from compressed_tensors.utils import align_module_device, get_execution_device
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from loguru import logger
+from pydantic import PrivateAttr, field_validator
+
+from crepe_llm.checkpoints import attach, per_block
+from crepe_llm.ffn import FFN, cut, find_blocks, find_ffns
+from crepe_llm.modifiers.calibration import start_recording, stop_recording, token_mask, weight_matrix
+from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.statistics import InputStatistics
+from crepe_llm.structured import (
+    BlockImportance,
+    ChannelImportance,
+    channel_importance,
+    keep_ratios,
+    kept_channels,
+    kept_widths,
+)
+
+__all__ = ["CFSPModifier"]
+
+
+class CFSPModifier(Modifier):
+    """
+    Modifier that removes FFN channels by CFSP (https://arxiv.org/abs/2409.13199): blocks that turn the hidden state
+    more keep more channels, and each block keeps those that score highest. The matrices become smaller, so that any
+    hardware runs the model faster. See `crepe_llm.structured` for the formulas.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        CFSPModifier:
+          sparsity: 0.2
+          importance: relative
+          uniform: true
+          round_to: 128
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find the FFNs, check fields against them
+    - on_calibration_start
+        - register_hook(block, gather how far it turns the hidden state, "forward")
+        - register_hook(the layer that reads the channels, gather input statistics, "forward_pre")
+    - on_calibration_end
+        - remove_hooks()
+        - cut all FFNs, so that the next modifier of the recipe calibrates the smaller model
+    - on_finalize
+        - make the model save the config that belongs to it
+
+    :param sparsity: fraction of all FFN channels to remove, from 0 to 0.99
+    :param importance: how a channel is scored within its block: `activation` (what the released code's scores amount
+        to), `relative` (normalised across the block's channels, as in the paper) or `wanda`
+    :param uniform: keep the same number of channels in every block, which gives an ordinary checkpoint that any tool
+        loads. Else blocks differ: such a checkpoint loads in transformers and vLLM where crepe-llm is installed
+    :param round_to: keep a multiple of so many channels in every block
+    """
+
+    requires_calibration_data: bool = True
+
+    sparsity: float
+    importance: ChannelImportance = "relative"
+    uniform: bool = False
+    round_to: int = 128
+
+    _dataloader: Any = PrivateAttr(default=None)
+    _ffns: list[FFN] = PrivateAttr(default_factory=list)
+    _turns: dict[torch.nn.Module, BlockImportance] = PrivateAttr(default_factory=dict)
+    _statistics: dict[torch.nn.Module, InputStatistics] = PrivateAttr(default_factory=dict)
+
+    @field_validator("sparsity")
+    @classmethod
+    def _check_sparsity(cls, value: float) -> float:
+        if not 0 <= value <= 0.99:
+            raise ValueError(f"sparsity={value} must be from 0 to 0.99: it is the fraction of FFN channels to remove")
+        return value
+
+    @field_validator("round_to")
+    @classmethod
+    def _check_round_to(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"round_to={value} must be a positive number of channels, such as 128")
+        return value
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Find the FFNs, and refuse what cannot work before any time is spent."""
+        self._check_order()
+        self._dataloader = kwargs.get("calib_data")
+        if self._dataloader is None:
+            raise ValueError(
+                "CFSPModifier needs calibration data, and oneshot was given none: pass `dataset=` (a name, or a "
+                "tokenized datasets.Dataset)"
+            )
+        self._ffns = find_ffns(state.model)
+        widths = [ffn.width for ffn in self._ffns]
+        kept_widths([1 - self.sparsity if self.uniform else 1.0] * len(widths), widths, self.round_to)
+        if not self.uniform:
+            per_block.check_family(state.model)
+        elif len(set(widths)) > 1:
+            raise ValueError(
+                f"uniform: true needs FFNs of one width, and this model's are from {min(widths)} to {max(widths)}: "
+                "set `uniform: false`"
+            )
+        per_block.width_field(state.model.config.get_text_config())
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Watch every block, and the inputs of the layer that reads its channels."""
+        others = [m for m in active_session().lifecycle.recipe.modifiers if m is not self]
+        if others:
+            raise ValueError(
+                f"CFSPModifier must have cut the FFNs before {type(others[0]).__name__} works on them, so each needs a "
+                'calibration epoch of its own: leave out pipeline=, or give oneshot pipeline="independent"'
+            )
+        start_recording(self._dataloader)
+        for block, ffn in zip(find_blocks(state.model).values(), self._ffns, strict=True):
+            self._turns[block] = BlockImportance()
+            self._statistics[ffn.output] = InputStatistics(ffn.width, device=get_execution_device(ffn.output))
+            self.register_hook(block, self._see_block, "forward", with_kwargs=True)  # type: ignore[arg-type]
+            self.register_hook(ffn.output, self._see_channels, "forward_pre")  # type: ignore[arg-type]
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Cut the FFNs."""
+        self._stop_watching()
+        importance = self._block_importance()
+        widths = [ffn.width for ffn in self._ffns]
+        if self.uniform:
+            kept = kept_widths([1 - self.sparsity], widths[:1], self.round_to) * len(widths)
+        else:
+            kept = kept_widths(keep_ratios(importance, self.sparsity, widths=widths), widths, self.round_to)
+        for ffn, count in zip(self._ffns, kept, strict=True):
+            self._cut(ffn, count)
+        state.model.config.get_text_config().block_importance = importance
+        if len(set(kept)) == 1:
+            per_block.set_width(state.model, kept[0])
+        else:
+            per_block.convert(state.model, kept)
+        self._log(widths, kept, importance)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Make the model save the config that belongs to it."""
+        self._stop_watching()
+        attach(state.model)
+        return True
+
+    def _check_order(self) -> None:
+        modifiers = active_session().lifecycle.recipe.modifiers
+        place = next(place for place, modifier in enumerate(modifiers) if modifier is self)
+        for modifier in modifiers[:place]:
+            if isinstance(modifier, CRePEModifier | SparsityModifierBase | QuantizationMixin):
+                raise ValueError(
+                    f"CFSPModifier would cut through what the {type(modifier).__name__} in front of it made of the "
+                    "layers: put CFSPModifier first"
+                )
+
+    def _see_block(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = args[0] if args else kwargs["hidden_states"]
+        outputs = output[0] if isinstance(output, tuple) else output
+        self._turns[block].update(inputs, outputs, token_mask(self._dataloader, inputs))
+
+    def _see_channels(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self._statistics[module].update(args[0], token_mask(self._dataloader, args[0]))
+
+    def _block_importance(self) -> list[float]:
+        for ffn in self._ffns:
+            statistics = self._statistics[ffn.output]
+            if statistics.tokens == 0:
+                raise ValueError(f"{ffn.name} never saw a calibration token: calibrate with more or other text")
+            if not bool(torch.isfinite(statistics.square_sum).all()):
+                raise ValueError(
+                    f"the activations of {ffn.name} are NaN or infinite: the model overflows on this data; load it "
+                    "with dtype=float32 or bfloat16"
+                )
+        return [turn.mean for turn in self._turns.values()]
+
+    def _cut(self, ffn: FFN, count: int) -> None:
+        members = (*ffn.inputs, ffn.output)
+        norm = self._statistics.pop(ffn.output).norm
+        with torch.no_grad(), align_module_device(ffn.output):
+            inputs = [weight_matrix(module).to(norm.device) for module in ffn.inputs]
+            scores = channel_importance(self.importance, norm, weight_matrix(ffn.output), inputs)
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError(f"the weights of {ffn.name} contain NaN or infinity: the checkpoint is damaged")
+        cut(ffn, kept_channels(scores, count))
+        for module in members:
+            # A modifier behind this one that quantizes has made its scales for the larger layer.
+            initialize_module_for_quantization(module)
+
+    def _stop_watching(self) -> None:
+        if self._hooks:
+            self.remove_hooks()
+            stop_recording(self._dataloader)
+
+    def _log(self, widths: list[int], kept: list[int], importance: list[float]) -> None:
+        removed = 1 - sum(kept) / sum(widths)
+        lines = [
+            f"{ffn.name}: {count} of {width} channels, importance {value:.4f}"
+            for ffn, width, count, value in zip(self._ffns, widths, kept, importance, strict=True)
+        ]
+        logger.info(f"CFSP: {removed:.2%} of the FFN channels are removed:\n" + "\n".join(lines))
+        if abs(removed - self.sparsity) > 0.01:
+            logger.warning(
+                f"CFSP: {removed:.1%} of the FFN channels are removed where sparsity={self.sparsity} was asked for: "
+                f"widths are multiples of round_to={self.round_to}; a smaller one comes closer"
+            )
