@@ -364,6 +364,12 @@ def test_bad_places_in_a_recipe_are_refused(tiny_model_folder, calibration_data,
     pho, crepe = pair({}, {"mask_structure": "0:0", "sparsity": {"re:.*mlp.*": 0.6, "re:.*": 0.4}})
     with pytest.raises(ValueError, match="differs between layers"):
         refused([pho, crepe])
+    pho, crepe = pair({}, {"mask_structure": {"re:.*mlp.*": "5:8", "re:.*": "3:8"}})
+    with pytest.raises(ValueError, match="mask_structure differs between layers.*give PHOSearchModifier a mask_str"):
+        refused([pho, crepe])
+    pho, crepe = pair({}, {"score": "cvr"})
+    with pytest.raises(ValueError, match="has score: cvr, which has none: leave PHOSearchModifier out"):
+        refused([pho, crepe])
     pho, crepe = pair({"sparsity": 0.5}, {"mask_structure": "0:0", "sparsity": {"re:.*mlp.*": 0.6, "re:.*": 0.4}})
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert pho.result.mask == Mask("0:0", 0.5, "row")

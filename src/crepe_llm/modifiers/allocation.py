@@ -132,6 +132,11 @@ class SparsityAllocationModifier(CalibratedModifier):
     _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _measures: dict[str, float] = PrivateAttr(default_factory=dict)
 
+    @property
+    def measures(self) -> dict[str, float]:
+        """What the method ranks blocks by: outlier percentage, tail exponent or typical score; empty for the others."""
+        return {block: self._measures[block] for block in self._blocks if block in self._measures}
+
     @field_validator("found")
     @classmethod
     def _check_found(cls, value: dict[str, float | str] | None) -> dict[str, float | str] | None:
@@ -353,7 +358,7 @@ class SparsityAllocationModifier(CalibratedModifier):
         sizes, sparsity = list(self._sizes.values()), self.sparsity
         if self.method == "alphapruning":
             self._measures = {block: self._tail(layers) for block, layers in self._blocks.items()}
-        measures = [self._measures[block] for block in self._blocks if block in self._measures]
+        measures = list(self.measures.values())
         match self.method:
             case "owl":
                 sparsities = owl(measures, sparsity, **self._given("spread"))

@@ -335,6 +335,11 @@ class PHOSearchModifier(CalibratedModifier):
                 f"PHOSearchModifier has {len(behind)} CRePEModifiers behind it and cannot tell which it searches for: "
                 "keep one"
             )
+        if behind and behind[0].score != "crepe":
+            raise ValueError(
+                f"PHOSearchModifier searches for the coefficients of score: crepe, and the CRePEModifier behind it has "
+                f"score: {behind[0].score}, which has none: leave PHOSearchModifier out"
+            )
         return behind[0] if behind else None
 
     def _wanted_mask(self) -> Mask:
@@ -352,8 +357,8 @@ class PHOSearchModifier(CalibratedModifier):
             if isinstance(theirs, dict):
                 if own is None:
                     raise ValueError(
-                        "the CRePEModifier's sparsity differs between layers, and the search is for one: give "
-                        "PHOSearchModifier a sparsity, such as their mean"
+                        f"the CRePEModifier's {name} differs between layers, and the search is for one: give "
+                        f"PHOSearchModifier a {name}, such as their mean"
                     )
             elif own is not None and theirs is not None and own != theirs:
                 raise ValueError(f"{name}={own} contradicts the CRePEModifier's {name}={theirs}: leave it out")
