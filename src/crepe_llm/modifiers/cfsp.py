@@ -42,8 +42,7 @@ class CFSPModifier(Modifier):
       pruning_modifiers:
         CFSPModifier:
           sparsity: 0.2
-          importance: relative
-          uniform: true
+          importance: activation
           round_to: 128
     ```
 
@@ -71,7 +70,7 @@ class CFSPModifier(Modifier):
     requires_calibration_data: bool = True
 
     sparsity: float
-    importance: ChannelImportance = "relative"
+    importance: ChannelImportance = "activation"
     uniform: bool = False
     round_to: int = 128
 
