@@ -319,6 +319,12 @@ class SparsityAllocationModifier(CalibratedModifier):
                 f"found has sparsities for {', '.join(self.found)}, and {type(model).__name__} has the blocks "
                 f"{', '.join(self._blocks)}: remove `found` to allocate anew"
             )
+        for block, chosen in (self.found or {}).items():
+            if isinstance(chosen, str) != (self._group is not None):
+                raise ValueError(
+                    f"found={chosen} for {block} does not fit the {type(self._pruning).__name__}'s "
+                    f'mask_structure="{self._pruning.mask_structure}": remove `found` to allocate anew'
+                )
 
     def _upstream_layers(self, model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, str]]:
         """What llm-compressor's own modifiers prune in each module that their targets match, which is what they take a
