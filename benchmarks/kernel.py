@@ -1,9 +1,10 @@
-"""Times the CPU kernels against torch's dense linears, on shapes of Llama-3.2-1B, Llama-3-8B and SmolLM2.
+"""Times the kernels against torch's dense linears, on shapes of Llama-3.2-1B, Llama-3-8B and SmolLM2.
 
     python benchmarks/kernel.py                      # all shapes and token counts: several minutes
     python benchmarks/kernel.py --quick              # two shapes, four token counts
     python benchmarks/kernel.py --dense              # the dense kernel for few tokens (lm_head) instead
     python benchmarks/kernel.py --dtype int8         # W8A8 2:4 weights
+    python benchmarks/kernel.py --device cuda        # the GPU's products, whose plans are measured first
 
 Ours and the dense products alternate call by call, each on its own copies of the weights, which rotate through more
 memory than the caches; the table has medians (--fastest: minima). "dense" is the fastest of torch's bf16 and fp32
@@ -22,7 +23,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,6 +41,13 @@ SHAPES = {  # N x K of the linears
     "SmolLM2-135M gate/up": (1536, 576),
 }
 DENSE_SHAPES = {"Llama-3.2-1B lm_head, a quarter": (32064, 2048), "SmolLM2-135M lm_head": (49152, 576)}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -115,11 +123,43 @@ def dense_calls(
     return calls
 
 
+def gpu_rows(shapes: dict[str, tuple[int, int]], tokens: Sequence[int], dtype: torch.dtype) -> None:
+    """The table for a GPU: what the plan chose, its time and dense bf16's, each call with an empty level-2 cache."""
+    from triton.testing import do_bench
+
+    from crepe_llm.kernels import cuda
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians\n")
+    print("| shape N x K | tokens | product | ours, ms | GB/s | dense bf16, ms | ours is faster | memory |")
+    print("|---|---|---|---|---|---|---|---|")
+    activations = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    for name, (n, k) in shapes.items():
+        weight = torch.randn(n, k, device="cuda")
+        weight *= (torch.rand(n, k // 4, 4, device="cuda").argsort(-1) < 2).view(n, k)
+        weight = weight.mul(30).clamp(-127, 127).to(dtype)
+        packed = kernels.pack(weight, inputs="token" if dtype.itemsize == 1 else None)
+        assert isinstance(packed, kernels.CudaWeight)
+        dense, read = weight.to(torch.bfloat16), n * k // 2 * dtype.itemsize + n * k // 8
+        for count in tokens:
+            x = torch.randn(count, k, device="cuda", dtype=activations)
+            half = x.to(torch.bfloat16)
+            chosen = cuda.chosen(x.to(dtype), packed)
+            ours = 1e-3 * do_bench(lambda x=x, w=packed: kernels.linear(x, w), return_mode="median")
+            other = 1e-3 * do_bench(lambda x=half, w=dense: torch.nn.functional.linear(x, w), return_mode="median")
+            print(
+                f"| {name} {n} x {k} | {count} | {chosen.backend} {chosen.setting} | {1e3 * ours:.4f} "
+                f"| {read / ours / 1e9:.0f} | {1e3 * other:.4f} | {other / ours:.2f} "
+                f"| {packed.nbytes / dense.nbytes:.2f} of dense bf16 |",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, token counts 1, 8, 64, 256")
     parser.add_argument("--dense", action="store_true", help="the dense kernel for few tokens instead of the 2:4 one")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "int8"], default="bf16", help="2:4 weights")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="2:4 weights (fp8: cuda)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", action="append", help="NxK instead of the built-in shapes; may be repeated")
     parser.add_argument("--tokens", type=int, nargs="+", help="token counts")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each row of the table")
@@ -139,7 +179,10 @@ def main() -> None:
     elif arguments.quick:
         shapes = dict(list(shapes.items())[:2])
     tokens = arguments.tokens or ((1, 8, 64, 256) if arguments.quick else TOKENS[:6] if arguments.dense else TOKENS)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}[arguments.dtype]
+    dtype = DTYPES[arguments.dtype]
+    if arguments.device == "cuda":
+        gpu_rows(shapes, tokens, dtype)
+        return
     activations = torch.bfloat16 if dtype == torch.int8 else dtype
 
     bandwidth = read_bandwidth(2.0)

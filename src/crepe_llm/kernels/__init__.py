@@ -9,7 +9,8 @@
 tensor([[3020.,    1.]])
 """
 
-from crepe_llm.kernels.dispatch import linear
-from crepe_llm.kernels.packed import DenseWeight, PackedWeight, pack, pack_compressed, pack_dense, unpack
+from crepe_llm.kernels.cuda.weight import CudaWeight
+from crepe_llm.kernels.dispatch import linear, pack, pack_compressed, unpack
+from crepe_llm.kernels.packed import DenseWeight, PackedWeight, pack_dense
 
-__all__ = ["DenseWeight", "PackedWeight", "linear", "pack", "pack_compressed", "pack_dense", "unpack"]
+__all__ = ["CudaWeight", "DenseWeight", "PackedWeight", "linear", "pack", "pack_compressed", "pack_dense", "unpack"]

@@ -1,4 +1,4 @@
-"""``linear``: which kernel multiplies, and the torch operators around the choice.
+"""``pack`` and ``linear``: which kernel multiplies, and the torch operators around the choice.
 
 The operators (``torch.ops.crepe_llm``) have fake implementations, so that torch.compile traces ``linear`` without a
 graph break.
@@ -6,8 +6,22 @@ graph break.
 
 import torch
 
-from crepe_llm.kernels import cpu, reference
-from crepe_llm.kernels.packed import DenseWeight, PackedWeight, packed_bytes
+from crepe_llm.kernels import cpu, cuda, reference
+from crepe_llm.kernels.cuda import products
+from crepe_llm.kernels.cuda.products import CUSPARSELT, CUSPARSELT_LIMITS, CUTLASS, CUTLASS_LIMITS, TRITON, fits
+from crepe_llm.kernels.cuda.weight import CudaWeight
+from crepe_llm.kernels.packed import (
+    QUANTIZED_DTYPES,
+    DenseWeight,
+    Inputs,
+    PackedWeight,
+    deinterleave,
+    interleave,
+    packed_bytes,
+    per_row,
+    split,
+    split_compressed,
+)
 
 _ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -16,25 +30,78 @@ _ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DENSE_TOKENS = {"avx512_bf16": 16, "avx512_vnni": 16, "avx512": 16, "avx2": 32, "neon": 4, "portable": 0}
 _DENSE_FP32_TOKENS = 4
 
-_library = torch.library.Library("crepe_llm", "DEF")
-_library.define(
+_SPARSE24 = (
     "sparse24_linear(Tensor x, Tensor data, Tensor? scale, Tensor? bias, int n, int k, ScalarType dtype) -> Tensor"
 )
-_library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_CUDA = (
+    "sparse24_cuda_linear(Tensor x, Tensor? token_scale, Tensor? values, Tensor? metadata, Tensor? cutlass, "
+    "Tensor? cusparselt, Tensor? dense, Tensor? scale, Tensor? bias, int n, int k, ScalarType dtype, "
+    "ScalarType out_dtype) -> Tensor"
+)
+_DENSE = "dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 
 
-def linear(x: torch.Tensor, packed: PackedWeight | DenseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def pack(
+    weight: torch.Tensor, scale: torch.Tensor | None = None, inputs: str | float | None = None
+) -> PackedWeight | CudaWeight:
+    """Packs a dense 2:4 weight for the device that it is on.
+
+    ``weight`` is [N, K], bf16, fp16, fp32, int8 or float8_e4m3fn, with at most two non-zero values in every group of 4
+    along K. ``scale`` has N elements or one ([N], [N, 1] or scalar) and multiplies the outputs; int8 and fp8 weights
+    carry their quantization scale here. ``inputs`` says how :func:`linear` quantizes activations, to the weight's
+    dtype: "token" (symmetrically, one scale a token, found at run time), a number (that scale, for all), or None: as
+    "token" for int8 weights, not at all for others. (Int8 weights whose inputs are not quantized: convert to bf16.)
+
+    On a CPU, fp8 weights and int8 weights with a fixed scale are held as bf16, which holds them exactly; on a GPU, fp8
+    weights whose inputs are not quantized are.
+
+    Raises ValueError when a group holds more than two non-zero values, when K is no positive multiple of 4, when
+    ``scale`` does not fit, or when ``inputs`` is no such value; TypeError for another dtype.
+    """
+    return _pack(*split(weight), scale, inputs)
+
+
+def pack_compressed(
+    compressed: torch.Tensor,
+    bitmask: torch.Tensor,
+    shape: tuple[int, int] | torch.Tensor,
+    scale: torch.Tensor | None = None,
+    inputs: str | float | None = None,
+) -> PackedWeight | CudaWeight:
+    """Packs a ``sparse-24-bitmask`` weight for the device that it is on, on a CPU without making it dense.
+
+    ``compressed`` is [N, K / 2] (dtypes, ``scale`` and ``inputs`` as in :func:`pack`), ``bitmask`` uint8
+    [N, ceil(K / 8)] with bit j of byte b set iff column 8 b + j is kept, ``shape`` the dense (N, K) (also as a tensor
+    of two values).
+
+    Raises ValueError when the shapes disagree, when a group of the bitmask does not have exactly two bits set, or when
+    bits beyond column K are set, and as :func:`pack`.
+    """
+    return _pack(*split_compressed(compressed, bitmask, shape), scale, inputs)
+
+
+def unpack(packed: PackedWeight | CudaWeight | DenseWeight) -> torch.Tensor:
+    """The dense weight [N, K], bit for bit what was packed (where it is held as bf16: as bf16), without the scale."""
+    if isinstance(packed, DenseWeight):
+        return packed.weight
+    return cuda.to_dense(packed) if isinstance(packed, CudaWeight) else deinterleave(packed)
+
+
+def linear(
+    x: torch.Tensor, packed: PackedWeight | CudaWeight | DenseWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """``y = x W^T * scale + bias``.
 
     ``x`` is [..., K] in bf16, fp16 or fp32, of any strides and any number of tokens (0 too); ``bias`` has N elements;
-    ``y`` is [..., N] in x's dtype. Sums are fp32, one chain of additions an output in ascending column order, so that a
-    token's result does not depend on which other tokens share the batch. Int8 weights take activations quantized here,
-    symmetrically, one scale a token (:func:`crepe_llm.kernels.reference.quantize_per_token`), and sum in int32.
+    ``y`` is [..., N] in x's dtype. Where the weight says so, activations are quantized first
+    (:func:`crepe_llm.kernels.reference.quantize_inputs`).
+
+    On a CPU, sums are fp32 (int32 for int8), one chain of additions an output in ascending column order, so that a
+    token's result does not depend on which other tokens share the batch; a pruned position touches no activation: an
+    infinite or NaN activation spoils only outputs that keep its column (dense arithmetic would spoil all), and with
+    int8 weights makes its token's outputs NaN. A GPU's libraries promise neither.
 
     A dense weight is multiplied by the kernel for few tokens where that is faster, and by torch elsewhere.
-
-    A pruned position touches no activation: an infinite or NaN activation spoils only outputs that keep its column
-    (dense arithmetic would spoil all). With int8 weights it makes its token's outputs NaN.
 
     Raises ValueError when shapes do not fit and TypeError for another activation dtype.
     """
@@ -46,15 +113,104 @@ def linear(x: torch.Tensor, packed: PackedWeight | DenseWeight, bias: torch.Tens
     if bias is not None and bias.numel() != n:
         raise ValueError(f"bias has {bias.numel()} elements; the weight has {n} rows")
     flat = x.reshape(-1, k)
-    # torch's dispatcher costs as much as a small product; only tracing (and tensors that are not plain) needs it.
-    direct = not torch.compiler.is_compiling() and type(flat) is torch.Tensor and flat.is_cpu
     if isinstance(packed, DenseWeight):
-        dense = _dense_linear if direct else torch.ops.crepe_llm.dense_linear
-        y = dense(flat, packed.weight, bias)
+        y = (_dense_linear if _direct(flat) else torch.ops.crepe_llm.dense_linear)(flat, packed.weight, bias)
+    elif isinstance(packed, CudaWeight):
+        y = _quantized_cuda(flat, packed, bias)
+    elif packed.inputs is not None:
+        y = _quantized_cpu(flat, packed, packed.inputs, bias)
     else:
-        sparse = _sparse24_linear if direct else torch.ops.crepe_llm.sparse24_linear
-        y = sparse(flat, packed.data, packed.scale, bias, n, k, packed.dtype)
+        y = _sparse(flat, packed, bias)
     return y.view(*x.shape[:-1], n)
+
+
+def cuda_backends(capability: tuple[int, int] | None, n: int, k: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that may serve a weight [n, k] of ``dtype`` on a GPU; the measured plan chooses among them.
+
+    ``capability`` is NVIDIA's compute capability, None for another vendor's GPU. Where there is none (a GPU older than
+    8.0, or no Triton, which also does the measuring), the weight is expanded at each call.
+    """
+    if not products.has_triton(capability):
+        return ()
+    backends = [TRITON]
+    if capability is None:
+        return tuple(backends)
+    if capability[0] == 8 and fits(CUTLASS_LIMITS, n, k, dtype):
+        backends.append(CUTLASS)
+    if (dtype != torch.float8_e4m3fn or capability >= (8, 9)) and fits(CUSPARSELT_LIMITS, n, k, dtype):
+        backends.append(CUSPARSELT)
+    return tuple(backends)
+
+
+def _pack(
+    values: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor | None, inputs: str | float | None
+) -> PackedWeight | CudaWeight:
+    n, k, dtype, device = values.shape[0], 4 * values.shape[1], values.dtype, values.device
+    scheme = _scheme(dtype, inputs)
+    scale = per_row(scale, n, device)
+    if scheme is not None:
+        scale = torch.ones(n, device=device) if scale is None else scale
+        scale = scale * (1.0 if scheme.scale is None else scheme.scale)
+    if device.type != "cpu":
+        if dtype == torch.float8_e4m3fn and scheme is None:
+            values = values.to(torch.bfloat16)
+        backends = cuda_backends(products.capability(device), n, k, values.dtype)
+        return cuda.pack(values, columns, scale, scheme, backends)
+    if scheme == Inputs(torch.int8):
+        scheme = None  # the kernel's own
+    elif dtype in QUANTIZED_DTYPES:
+        values = values.to(torch.bfloat16)
+    return interleave(values, columns, scale, scheme)
+
+
+def _scheme(dtype: torch.dtype, inputs: str | float | None) -> Inputs | None:
+    if inputs is None:
+        return Inputs(dtype) if dtype == torch.int8 else None
+    if dtype not in QUANTIZED_DTYPES:
+        raise ValueError(f"inputs={inputs!r}, but the weight is {dtype}; only int8 and float8_e4m3fn quantize inputs")
+    if inputs == "token":
+        return Inputs(dtype)
+    if isinstance(inputs, str) or not 0 < inputs < float("inf"):
+        raise ValueError(f"inputs={inputs!r}; 'token', a positive scale or None is needed")
+    return Inputs(dtype, float(inputs))
+
+
+def _quantized_cuda(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    # Quantization stays outside the operator: torch.compile fuses it with what comes before.
+    values, token_scale = (x, None) if weight.inputs is None else reference.quantize_inputs(x, weight.inputs)
+    return torch.ops.crepe_llm.sparse24_cuda_linear(
+        values,
+        token_scale,
+        weight.values,
+        weight.metadata,
+        weight.cutlass,
+        weight.cusparselt,
+        weight.dense,
+        weight.scale,
+        bias,
+        *weight.shape,
+        weight.dtype,
+        x.dtype,
+    )
+
+
+def _quantized_cpu(x: torch.Tensor, packed: PackedWeight, inputs: Inputs, bias: torch.Tensor | None) -> torch.Tensor:
+    # Quantized values and weights are exact in x's dtype, so that the product is the quantized one.
+    values, token_scale = reference.quantize_inputs(x, inputs)
+    if token_scale is None:
+        return _sparse(values.to(x.dtype), packed, bias)
+    y = _sparse(values.to(x.dtype), packed, None) * token_scale[:, None]
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _sparse(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    multiply = _sparse24_linear if _direct(x) else torch.ops.crepe_llm.sparse24_linear
+    return multiply(x, packed.data, packed.scale, bias, *packed.shape, packed.dtype)
+
+
+def _direct(x: torch.Tensor) -> bool:
+    """torch's dispatcher costs as much as a small product; only tracing (and tensors that are not plain) needs it."""
+    return not torch.compiler.is_compiling() and type(x) is torch.Tensor and x.is_cpu
 
 
 def _sparse24_linear(
@@ -74,29 +230,32 @@ def _sparse24_linear(
     return cpu.multiply(x, packed, bias)
 
 
-def _sparse24_linear_fake(
+def _cuda_linear(
     x: torch.Tensor,
-    data: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    values: torch.Tensor | None,
+    metadata: torch.Tensor | None,
+    cutlass: torch.Tensor | None,
+    cusparselt: torch.Tensor | None,
+    dense: torch.Tensor | None,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     n: int,
     k: int,
     dtype: torch.dtype,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    return x.new_empty(x.shape[0], n)
+    weight = CudaWeight((n, k), dtype, values, metadata, cutlass, cusparselt, dense, scale)
+    return cuda.linear(x, weight, token_scale, bias, out_dtype)
 
 
 def _dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.shape[0] <= _dense_tokens(weight.dtype):
+    if x.is_cpu and x.shape[0] <= _dense_tokens(weight.dtype):
         return cpu.multiply(x, DenseWeight(weight), bias)
     # torch wants one dtype, and neither side may lose digits.
     common = torch.promote_types(x.dtype, weight.dtype)
     bias = None if bias is None else bias.to(common)
     return torch.nn.functional.linear(x.to(common), weight.to(common), bias).to(x.dtype)
-
-
-def _dense_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _dense_tokens(dtype: torch.dtype) -> int:
@@ -107,7 +266,13 @@ def _dense_tokens(dtype: torch.dtype) -> int:
     return min(tokens, _DENSE_FP32_TOKENS) if dtype == torch.float32 else tokens
 
 
-_library.impl("sparse24_linear", _sparse24_linear, "CPU")
-torch.library.register_fake("crepe_llm::sparse24_linear", _sparse24_linear_fake, lib=_library)
-_library.impl("dense_linear", _dense_linear, "CPU")
-torch.library.register_fake("crepe_llm::dense_linear", _dense_linear_fake, lib=_library)
+_library = torch.library.Library("crepe_llm", "DEF")
+for _schema, _function, _key, _fake in (
+    (_SPARSE24, _sparse24_linear, "CPU", lambda x, data, scale, bias, n, *dtypes: x.new_empty(x.shape[0], n)),
+    (_DENSE, _dense_linear, "CompositeExplicitAutograd", lambda x, weight, bias: x.new_empty(len(x), len(weight))),
+    (_CUDA, _cuda_linear, "CompositeExplicitAutograd", lambda x, *rest: x.new_empty(len(x), rest[8], dtype=rest[11])),
+):
+    _library.define(_schema)
+    _name = _schema.partition("(")[0]
+    _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"crepe_llm::{_name}", _fake, lib=_library)

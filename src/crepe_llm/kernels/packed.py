@@ -1,4 +1,4 @@
-"""The kernels' layout of a 2:4 weight, and the way there and back.
+"""2:4 weights taken apart into kept values and columns; the CPU kernels' layout of them, and the way back.
 
 A weight [N, K] is cut into blocks of 16 rows and, within a block, into chunks of 32 columns (8 groups of 4). N and K
 are padded with zeros to whole blocks and chunks. A chunk is contiguous and chunks of a block follow each other, so a
@@ -30,6 +30,7 @@ METADATA_BYTES = 4 * ROW_BLOCK
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 # int32 accumulators hold K / 2 products of at most 127 * 128.
 MAX_INT8_COLUMNS = 262144
+QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 _GROUPS = COLUMN_CHUNK // 4
 _FIRST = torch.tensor([0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 2, 0, 0, 0], dtype=torch.uint8)
@@ -37,18 +38,31 @@ _SECOND = torch.tensor([0, 0, 0, 1, 0, 2, 2, 0, 0, 3, 3, 0, 3, 0, 0, 0], dtype=t
 _IS_PAIR = torch.tensor([n.bit_count() == 2 for n in range(16)])
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """How activations are quantized before the product: to ``dtype`` (int8 or float8_e4m3fn), divided by ``scale``.
+
+    ``scale`` None: one scale a token, found at run time.
+    """
+
+    dtype: torch.dtype
+    scale: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A 2:4 weight in the kernels' layout; made by :func:`pack` or :func:`pack_compressed`.
+    """A 2:4 weight in the CPU kernels' layout; made by :func:`crepe_llm.kernels.pack`.
 
-    ``data`` is the layout's bytes (uint8, flat), ``shape`` the dense (N, K), ``dtype`` that of the kept values and
-    ``scale`` an fp32 vector [N] that multiplies the outputs, or None.
+    ``data`` is the layout's bytes (uint8, flat), ``shape`` the dense (N, K), ``dtype`` that of the kept values,
+    ``scale`` an fp32 vector [N] that multiplies the outputs, or None, and ``inputs`` how activations are quantized, or
+    None (the int8 kernel quantizes them itself, one scale a token).
     """
 
     data: torch.Tensor
     shape: tuple[int, int]
     dtype: torch.dtype
     scale: torch.Tensor | None = None
+    inputs: Inputs | None = None
 
     @property
     def nbytes(self) -> int:
@@ -89,25 +103,22 @@ def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
     return -(-n // ROW_BLOCK) * -(-k // COLUMN_CHUNK) * chunk_bytes(dtype)
 
 
-def pack(weight: torch.Tensor, scale: torch.Tensor | None = None) -> PackedWeight:
-    """Packs a dense 2:4 weight.
+def split(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept values [N, K / 4, 2] of a dense 2:4 weight [N, K], and their columns in the group (uint8, ascending).
 
-    ``weight`` is [N, K], bf16, fp16, fp32, int8 or float8_e4m3fn (kept as bf16, which holds it exactly), with at most
-    two non-zero values in every group of 4 along K. ``scale`` has N elements or one ([N], [N, 1] or scalar) and
-    multiplies the outputs; int8 and fp8 weights carry their quantization scale here.
-
-    Raises ValueError when a group holds more than two non-zero values, when K is no positive multiple of 4,
-    or when ``scale`` does not fit; TypeError for another dtype.
+    Raises ValueError when a group holds more than two non-zero values or when K is no positive multiple of 4;
+    TypeError for a dtype without a kernel.
     """
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a matrix [N, K] is needed")
     n, k = weight.shape
     _check_shape(n, k)
-    if weight.dtype == torch.float8_e4m3fn:
-        weight = weight.to(torch.bfloat16)
     _check_dtype(weight.dtype)
     groups = weight.reshape(n, k // 4, 4)
-    kept = groups != 0
+    if weight.dtype == torch.float8_e4m3fn:  # torch compares no float8 with zero and gathers none
+        kept, groups = groups.to(torch.float32) != 0, groups.view(torch.uint8)
+    else:
+        kept = groups != 0
     surplus = (kept.sum(-1, dtype=torch.uint8) > 2).nonzero()
     if surplus.numel():
         row, group = surplus[0].tolist()
@@ -117,28 +128,22 @@ def pack(weight: torch.Tensor, scale: torch.Tensor | None = None) -> PackedWeigh
         )
     # Two columns a group: the non-zero ones first, then zeros, in ascending order.
     columns = torch.sort(kept.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
-    return _interleave(groups.gather(-1, columns), columns.to(torch.uint8), (n, k), scale)
+    return groups.gather(-1, columns).view(weight.dtype), columns.to(torch.uint8)
 
 
-def pack_compressed(
-    compressed: torch.Tensor,
-    bitmask: torch.Tensor,
-    shape: tuple[int, int] | torch.Tensor,
-    scale: torch.Tensor | None = None,
-) -> PackedWeight:
-    """Packs a ``sparse-24-bitmask`` weight without making it dense.
+def split_compressed(
+    compressed: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, int] | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`split` from the tensors of ``sparse-24-bitmask``, without making the weight dense.
 
-    ``compressed`` is [N, K / 2] (dtypes as in :func:`pack`), ``bitmask`` uint8 [N, ceil(K / 8)] with bit j of byte b
-    set iff column 8 b + j is kept, ``shape`` the dense (N, K) (also as a tensor of two values); ``scale`` as in
-    :func:`pack`.
+    ``compressed`` is [N, K / 2], ``bitmask`` uint8 [N, ceil(K / 8)] with bit j of byte b set iff column 8 b + j is
+    kept, ``shape`` the dense (N, K) (also as a tensor of two values).
 
     Raises ValueError when the shapes disagree, when a group of the bitmask does not have exactly two bits set, or when
-    bits beyond column K are set; TypeError for another dtype.
+    bits beyond column K are set; TypeError for a dtype without a kernel.
     """
     n, k = (int(s) for s in (shape.flatten().tolist() if isinstance(shape, torch.Tensor) else shape))
     _check_shape(n, k)
-    if compressed.dtype == torch.float8_e4m3fn:
-        compressed = compressed.to(torch.bfloat16)
     _check_dtype(compressed.dtype)
     if bitmask.dtype != torch.uint8:
         raise TypeError(f"bitmask has dtype {bitmask.dtype}; torch.uint8 is needed")
@@ -160,7 +165,7 @@ def pack_compressed(
             f"{row}; 2:4 needs exactly 2, the checkpoint is damaged"
         )
     columns = torch.stack((_FIRST.to(nibbles.device)[nibbles], _SECOND.to(nibbles.device)[nibbles]), dim=-1)
-    return _interleave(compressed.reshape(n, k // 4, 2), columns, (n, k), scale)
+    return compressed.reshape(n, k // 4, 2), columns
 
 
 def pack_dense(weight: torch.Tensor) -> DenseWeight:
@@ -177,10 +182,8 @@ def pack_dense(weight: torch.Tensor) -> DenseWeight:
     return DenseWeight(weight)
 
 
-def unpack(packed: PackedWeight | DenseWeight) -> torch.Tensor:
-    """The dense weight [N, K], bit for bit what was packed (float8 as bf16; without the scale)."""
-    if isinstance(packed, DenseWeight):
-        return packed.weight
+def deinterleave(packed: PackedWeight) -> torch.Tensor:
+    """The dense weight [N, K] of the CPU kernels' layout, bit for bit what was packed (without the scale)."""
     n, k = packed.shape
     rows, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
     data = packed.data.view(rows, chunks, chunk_bytes(packed.dtype))
@@ -200,11 +203,14 @@ def unpack(packed: PackedWeight | DenseWeight) -> torch.Tensor:
     return dense.view(rows * ROW_BLOCK, -1)[:n, :k].contiguous()
 
 
-def _interleave(
-    values: torch.Tensor, columns: torch.Tensor, shape: tuple[int, int], scale: torch.Tensor | None
+def interleave(
+    values: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor | None = None, inputs: Inputs | None = None
 ) -> PackedWeight:
-    """The layout of kept values [N, K / 4, 2] and their columns in the group (uint8, likewise)."""
-    n, k = shape
+    """The CPU kernels' layout of kept values [N, K / 4, 2] and their columns in the group (uint8, likewise).
+
+    Raises ValueError when an int8 weight has too many columns for int32 sums.
+    """
+    n, k = values.shape[0], 4 * values.shape[1]
     dtype = values.dtype
     if dtype == torch.int8 and k > MAX_INT8_COLUMNS:
         raise ValueError(f"int8 weight has {k} columns; at most {MAX_INT8_COLUMNS} fit int32 accumulation")
@@ -232,7 +238,7 @@ def _interleave(
         ordered = by_chunk.permute(0, 2, 3, 4, 1)
     body = ordered.contiguous().view(torch.uint8).view(rows, chunks, -1)
     data[..., METADATA_BYTES:] = body
-    return PackedWeight(data.view(-1), (n, k), dtype, _per_row(scale, n, dtype, values.device))
+    return PackedWeight(data.view(-1), (n, k), dtype, scale, inputs)
 
 
 def _metadata_shifts(dtype: torch.dtype) -> torch.Tensor:
@@ -243,9 +249,13 @@ def _metadata_shifts(dtype: torch.dtype) -> torch.Tensor:
     return 4 * group + 2 * value
 
 
-def _per_row(scale: torch.Tensor | None, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def per_row(scale: torch.Tensor | None, n: int, device: torch.device) -> torch.Tensor | None:
+    """A scale ([N], [N, 1] or one value) as an fp32 vector [N] on ``device``.
+
+    Raises ValueError when it has another size.
+    """
     if scale is None:
-        return torch.ones(n, device=device) if dtype == torch.int8 else None
+        return None
     if scale.numel() not in (1, n):
         raise ValueError(f"scale has shape {tuple(scale.shape)}; one value or one a row ({n}) is needed")
     return scale.detach().to(device, torch.float32).reshape(-1).expand(n).contiguous()
@@ -257,5 +267,5 @@ def _check_shape(n: int, k: int) -> None:
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in WEIGHT_DTYPES:
+    if dtype not in (*WEIGHT_DTYPES, torch.float8_e4m3fn):
         raise TypeError(f"weight has dtype {dtype}; bfloat16, float16, float32, int8 or float8_e4m3fn is needed")

@@ -2,7 +2,10 @@
 
 import torch
 
-from crepe_llm.kernels.packed import PackedWeight, unpack
+from crepe_llm.kernels.packed import Inputs, PackedWeight, deinterleave
+
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+_FP8_MIN_SCALE = 1 / (_FP8_MAX * 512)  # vLLM's: keeps a token of zeros from dividing by zero
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,9 +24,26 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, torch.where(finite, largest / 127.0, torch.nan)
 
 
+def quantize_inputs(x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations [M, K] quantized as ``inputs`` says: values in its dtype, and fp32 scales [M] (None: the static one).
+
+    The arithmetic is vLLM's, in fp32: int8 rounds halves to even, float8_e4m3fn saturates at 448.
+    """
+    if inputs.scale is None and inputs.dtype == torch.int8:
+        return quantize_per_token(x)
+    if inputs.scale is not None:
+        scaled, scale = x.float() / inputs.scale, None
+    else:
+        scale = (x.abs().amax(-1).float() / _FP8_MAX).clamp_min(_FP8_MIN_SCALE)
+        scaled = x.float() / scale[:, None]
+    if inputs.dtype == torch.int8:
+        return scaled.round().clamp(-128, 127).to(torch.int8), scale
+    return scaled.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
 def sparse_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """``x`` [M, K] times the packed weight, plus ``bias``: [M, N] in x's dtype, accumulated in fp32 or int32."""
-    weight = unpack(packed)
+    weight = deinterleave(packed)
     if packed.dtype == torch.int8:
         values, token_scale = quantize_per_token(x)
         # Sums stay below 2^53, so that fp64 gives the int32 result exactly.

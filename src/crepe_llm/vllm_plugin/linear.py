@@ -25,8 +25,6 @@ from vllm.model_executor.parameter import (
 from crepe_llm import kernels
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-_FP8_MIN_SCALE = 1 / (_FP8_MAX * 512)  # vLLM's: keeps a token of zeros from dividing by zero
 
 
 @dataclass(frozen=True)
@@ -164,18 +162,17 @@ class Sparse24LinearMethod(LinearMethodBase):
             self._check_scales("weight_scale", scale)
             if not self.scheme.per_channel:
                 scale = scale.repeat_interleave(torch.tensor(layer.logical_widths, device=scale.device))
-        if self.scheme.input == "static":
+        inputs: str | float | None = self.scheme.input
+        if inputs == "static":
             # A fused layer's parts see the same input; their scales differ only where they were calibrated apart, and
             # vLLM's dense W8A8 takes the largest, too.
-            layer.input_scale_value = float(layer.input_scale.data.max())
             self._check_scales("input_scale", layer.input_scale.data)
-            scale = scale * layer.input_scale_value
-        if self.scheme.dtype == torch.int8 and self.scheme.input != "token":
-            # The int8 kernel finds its own input scales. bfloat16 holds every int8 value exactly, at twice the bytes.
-            compressed = compressed.to(torch.bfloat16)
+            inputs = float(layer.input_scale.data.max())
+        elif inputs is None and self.scheme.dtype == torch.int8:
+            compressed = compressed.to(torch.bfloat16)  # exact; the kernels' int8 products quantize their inputs
         shape = (compressed.shape[0], 2 * compressed.shape[1])
         try:
-            packed = kernels.pack_compressed(compressed, layer.bitmask.data, shape, scale)
+            packed = kernels.pack_compressed(compressed, layer.bitmask.data, shape, scale, inputs)
         except ValueError as error:
             raise ValueError(f"damaged checkpoint: {self.name} ({', '.join(self.parts)}): {error}") from error
         for name in ("compressed", "bitmask", "shape", "weight_scale", "input_scale"):
@@ -185,16 +182,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         _return_freed_memory()
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self.scheme.input is None or (self.scheme.dtype == torch.int8 and self.scheme.input == "token"):
-            return kernels.linear(x, layer.packed, bias)
-        if self.scheme.input == "static":
-            return kernels.linear(
-                _rounded(x.float() / layer.input_scale_value, self.scheme.dtype, x.dtype), layer.packed, bias
-            )
-        # FP8, a scale a token: rounded inputs and weights are exact in x's dtype, so that the product is the FP8 one.
-        scale = (x.abs().amax(dim=-1, keepdim=True).float() / _FP8_MAX).clamp_min(_FP8_MIN_SCALE)
-        y = kernels.linear(_rounded(x.float() / scale, self.scheme.dtype, x.dtype), layer.packed) * scale
-        return (y if bias is None else y + bias).to(x.dtype)
+        return kernels.linear(x, layer.packed, bias)
 
     def _full_rows(self, layer: Any) -> list[int]:
         """The rows of each part in the checkpoint, all tensor-parallel ranks together."""
@@ -322,10 +310,3 @@ def _check_loaded(weight: torch.Tensor, layer: str, parts: Sequence[str]) -> Non
     if weight.device.type != "meta" and bool(torch.isnan(weight.data[:, 0]).any()):
         names = ", ".join(f"{part}.weight" for part in parts)
         raise ValueError(f"damaged checkpoint: {layer}: rows of {names} are missing or not numbers")
-
-
-def _rounded(x: torch.Tensor, quantized: torch.dtype | None, dtype: torch.dtype) -> torch.Tensor:
-    """``x``, fp32 and already divided by its scale, rounded to the values of int8 or float8_e4m3fn; in ``dtype``."""
-    if quantized == torch.int8:
-        return x.round().clamp(-128, 127).to(dtype)
-    return x.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(dtype)

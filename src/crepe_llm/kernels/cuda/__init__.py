@@ -1,0 +1,140 @@
+"""GPU backends: packing for them, and the operator that multiplies by what the shape's plan names.
+
+Rules of which backend may serve what are in :mod:`crepe_llm.kernels.dispatch`; measuring is in
+:mod:`crepe_llm.kernels.cuda.plans`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from crepe_llm.kernels.cuda import products
+from crepe_llm.kernels.cuda.plans import (
+    Candidate,
+    Plan,
+    PlanStore,
+    cache_path,
+    dense_copy_allowed,
+    measure,
+    warn_refused,
+)
+from crepe_llm.kernels.cuda.products import CUSPARSELT, CUTLASS, DENSE, EXPAND
+from crepe_llm.kernels.cuda.weight import CudaWeight, cutlass_metadata, metadata_words, to_dense
+from crepe_llm.kernels.packed import Inputs
+
+__all__ = ["CudaWeight", "chosen", "linear", "pack", "to_dense"]
+
+
+def pack(
+    values: torch.Tensor,
+    columns: torch.Tensor,
+    scale: torch.Tensor | None,
+    inputs: Inputs | None,
+    backends: Sequence[str],
+) -> CudaWeight:
+    """A weight from kept values [N, K / 4, 2] and their columns in the group (uint8, likewise), for ``backends``.
+
+    On a GPU the first weight of a shape and dtype is timed with each of them (seconds, not milliseconds), unless the
+    user's cache has the timings; what the plan has no use for is not kept.
+    """
+    n, groups = values.shape[:2]
+    base = CudaWeight(
+        (n, 4 * groups),
+        values.dtype,
+        values.reshape(n, 2 * groups).contiguous(),
+        metadata_words(columns),
+        scale=scale,
+        inputs=inputs,
+    )
+    if not backends:
+        return base
+    assert base.values is not None
+    device = base.values.device
+    key = _plan_key(device, base.shape, base.dtype)
+
+    def measured() -> Plan:
+        weight, usable = _prepared(base, (*backends, DENSE))
+        return measure(weight, [backend for backend in usable if backend != DENSE])
+
+    plan = _store().get_or_measure(key, measured)
+    copy = n * 4 * groups * base.dtype.itemsize
+    total = torch.cuda.get_device_properties(device).total_memory
+    with_dense = plan.wants_dense() and dense_copy_allowed(torch.cuda.memory_allocated(device), total, copy)
+    used = plan.backends(with_dense)
+    weight, _ = _prepared(base, used)
+    if with_dense and not used & {products.TRITON, EXPAND}:
+        weight = dataclasses.replace(weight, metadata=None, values=weight.values if CUTLASS in used else None)
+    return weight
+
+
+def linear(
+    x: torch.Tensor,
+    weight: CudaWeight,
+    token_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """[M, N] in ``out_dtype``; ``x`` [M, K] is quantized as the weight says, with its scales [M] in ``token_scale``."""
+    if x.shape[0] == 0:
+        return torch.empty(0, weight.shape[0], dtype=out_dtype, device=x.device)
+    return products.product(*chosen(x, weight), x, weight, token_scale, bias, out_dtype)
+
+
+def chosen(x: torch.Tensor, weight: CudaWeight) -> Candidate:
+    """The product that multiplies ``x`` [M, K] by the weight."""
+    has_dense = weight.dense is not None
+    plan = _store().get(_plan_key(x.device, weight.shape, weight.dtype)) if x.is_cuda else None
+    if plan is None or x.dtype != weight.dtype:
+        return Candidate(DENSE if has_dense else EXPAND)
+    return plan.choose(x.shape[0], has_dense)
+
+
+def _prepared(base: CudaWeight, backends: Sequence[str] | set[str]) -> tuple[CudaWeight, list[str]]:
+    """``base`` with what the backends need, and which of them that worked for."""
+    weight, usable = base, []
+    for backend in sorted(backends):
+        try:
+            if backend == CUSPARSELT:
+                weight = _with_cusparselt(weight)
+            elif backend == CUTLASS:
+                assert base.metadata is not None
+                weight = dataclasses.replace(weight, cutlass=cutlass_metadata(base.metadata, base.dtype))
+            elif backend == DENSE:
+                weight = dataclasses.replace(weight, dense=products.expanded(weight))
+        except RuntimeError as error:
+            warn_refused(backend, base.shape, base.dtype, error)
+        else:
+            usable.append(backend)
+    return weight, usable
+
+
+def _with_cusparselt(weight: CudaWeight) -> CudaWeight:
+    """Adds cuSPARSELt's compressed tensor, and drops our copy of the values where the library keeps them in our order.
+
+    Which values it keeps of a group with zeros is its own choice: so other values, none of them zero, are compressed,
+    looked for, and overwritten with the true ones.
+    """
+    assert weight.values is not None and weight.metadata is not None
+    values = weight.values
+    stand_in = torch.where(values.float() == 0, torch.ones_like(values), values)
+    compressed = torch._cslt_compress(products.expanded(dataclasses.replace(weight, values=stand_in, dense=None)))
+    kept = compressed.view(-1)[: values.numel()].view(values.shape)
+    if torch.equal(kept.view(torch.uint8), stand_in.view(torch.uint8)):
+        kept.copy_(values)
+        return dataclasses.replace(weight, cusparselt=compressed, values=kept)
+    compressed = torch._cslt_compress(products.expanded(dataclasses.replace(weight, dense=None)))
+    return dataclasses.replace(weight, cusparselt=compressed)
+
+
+@functools.cache
+def _store() -> PlanStore:
+    return PlanStore(cache_path())
+
+
+@functools.cache
+def _plan_key(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> str:
+    name = torch.cuda.get_device_name(device)
+    library = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
+    return f"{name}, torch {torch.__version__}, cuSPARSELt {library}: {shape[0]} x {shape[1]} {dtype}"

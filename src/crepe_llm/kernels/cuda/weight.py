@@ -1,0 +1,100 @@
+"""A 2:4 weight on a GPU: kept values with 2-bit columns, and what the sparse tensor cores' libraries want beside them.
+
+The columns are one int32 word a row and 8 groups of 4 (32 columns), little-endian: kept value ``v`` of group ``g`` at
+bits ``4 g + 2 v``. CUTLASS wants the same bits in another order: :func:`cutlass_metadata` and its inverse.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from crepe_llm.kernels.packed import Inputs
+
+_WORD_GROUPS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class CudaWeight:
+    """A 2:4 weight for the GPU products; made by :func:`crepe_llm.kernels.pack` from tensors on a GPU.
+
+    ``shape`` is the dense (N, K), ``dtype`` that of the kept values, ``scale`` an fp32 vector [N] that multiplies the
+    outputs, or None, and ``inputs`` how activations are quantized, or None. Each of the other tensors is there where a
+    product that was chosen needs it:
+
+    - ``values`` [N, K / 2], the kept values row by row, and ``metadata`` int32 [N, ceil(K / 32)], their columns
+    - ``cutlass``: the same columns in CUTLASS's order
+    - ``cusparselt``: cuSPARSELt's own compressed tensor, of which ``values`` may be a view
+    - ``dense`` [N, K]
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    values: torch.Tensor | None = None
+    metadata: torch.Tensor | None = None
+    cutlass: torch.Tensor | None = None
+    cusparselt: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    inputs: Inputs | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        tensors = (self.values, self.metadata, self.cutlass, self.cusparselt, self.dense, self.scale)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+        return sum(storages.values())
+
+
+def metadata_words(columns: torch.Tensor) -> torch.Tensor:
+    """int32 [N, ceil(K / 32)] from the kept values' columns in their group (uint8 [N, K / 4, 2], ascending)."""
+    n, groups = columns.shape[:2]
+    words = -(-groups // _WORD_GROUPS)
+    nibbles = columns[..., 0] | columns[..., 1] << 2
+    nibbles = torch.nn.functional.pad(nibbles, (0, words * _WORD_GROUPS - groups)).view(n, words * 4, 2)
+    return (nibbles[..., 0] | nibbles[..., 1] << 4).contiguous().view(torch.int32)
+
+
+def columns_of(metadata: torch.Tensor, k: int) -> torch.Tensor:
+    """uint8 [N, K / 4, 2]: the inverse of :func:`metadata_words`."""
+    data = metadata.contiguous().view(torch.uint8)
+    nibbles = torch.stack((data & 15, data >> 4), dim=-1).view(metadata.shape[0], -1)[:, : k // 4]
+    return torch.stack((nibbles & 3, nibbles >> 2), dim=-1)
+
+
+def to_dense(weight: CudaWeight) -> torch.Tensor:
+    """The dense weight [N, K], bit for bit what was packed (without the scale)."""
+    if weight.dense is not None:
+        return weight.dense
+    assert weight.values is not None and weight.metadata is not None
+    n, k = weight.shape
+    # Bytes and halves are scattered as integers: float8 has no scatter.
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[weight.dtype.itemsize]
+    dense = torch.zeros(n, k // 4, 4, dtype=integer, device=weight.values.device)
+    columns = columns_of(weight.metadata, k).long()
+    dense.scatter_(-1, columns, weight.values.contiguous().view(integer).view(n, k // 4, 2))
+    return dense.view(n, k).view(weight.dtype)
+
+
+def cutlass_metadata(metadata: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``metadata`` in the order that ``torch._sparse_semi_structured_mm`` reads.
+
+    int16 [N, K / 16] for 16-bit ``dtype`` (N % 32 == 0, K % 64 == 0), int32 [N, K / 32] for int8 (N % 16 == 0,
+    K % 64 == 0); the bits are those of ``torch.sparse.SparseSemiStructuredTensorCUTLASS.meta``.
+    """
+    meta = metadata if dtype == torch.int8 else metadata.contiguous().view(torch.int16)
+    n, width = meta.shape
+    if dtype == torch.int8:  # rows: 16 as [a 2][b 8] -> [b][a]; then a changes places with the column's parity
+        blocks = meta.view(n // 16, 2, 8, width // 2, 2).permute(3, 0, 2, 4, 1)
+    else:  # rows: 32 as [c 2][a 2][b 8] -> [b][c][a]; likewise
+        blocks = meta.view(n // 32, 2, 2, 8, width // 2, 2).permute(4, 0, 3, 1, 5, 2)
+    return blocks.reshape(n, width)
+
+
+def from_cutlass_metadata(meta: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`cutlass_metadata`: int32 [N, K / 32]."""
+    n, width = meta.shape
+    if meta.dtype == torch.int32:
+        blocks = meta.view(width // 2, n // 16, 8, 2, 2).permute(1, 4, 2, 0, 3)
+    else:
+        blocks = meta.view(width // 2, n // 32, 8, 2, 2, 2).permute(1, 3, 5, 2, 0, 4)
+    return blocks.reshape(n, width).view(torch.int32)

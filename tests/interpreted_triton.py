@@ -1,0 +1,102 @@
+"""The Triton kernels against fp64; test_kernels_triton.py runs this file, under Triton's interpreter without a GPU."""
+
+import pytest
+import torch
+
+from crepe_llm.kernels import reference
+from crepe_llm.kernels.cuda import triton_kernels
+from crepe_llm.kernels.cuda.triton_kernels import CONFIGS
+from crepe_llm.kernels.cuda.weight import metadata_words
+from crepe_llm.kernels.packed import Inputs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def weight(n, k, dtype, seed=0):
+    """A random 2:4 weight: dense (on the CPU), values and metadata; some kept values are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.rand(n, k // 4, 4, generator=generator).argsort(-1)[..., :2].sort(-1).values
+    values = torch.randn(n, k // 4, 2, generator=generator)
+    values *= torch.rand(values.shape, generator=generator) > 0.1
+    values = (values * 30).round().clamp(-128, 127).to(dtype) if dtype == torch.int8 else values.to(dtype)
+    dense = torch.zeros(n, k // 4, 4, dtype=torch.float64).scatter_(-1, columns, values.double()).view(n, k)
+    return dense, values.view(n, k // 2).to(DEVICE), metadata_words(columns.to(torch.uint8)).to(DEVICE)
+
+
+def check(m, n, k, dtype, x_dtype, config, with_bias=True, with_scale=True, seed=0):
+    generator = torch.Generator().manual_seed(seed + 1)
+    dense, values, metadata = weight(n, k, dtype, seed)
+    x = torch.randn(m, k, generator=generator).to(x_dtype)
+    token_scale, exact = None, x
+    if dtype.itemsize == 1:
+        exact, token_scale = reference.quantize_inputs(x, Inputs(dtype))
+    scale = torch.rand(n, generator=generator) + 0.5 if with_scale else None
+    bias = torch.randn(n, generator=generator).to(x_dtype) if with_bias else None
+    on = [None if t is None else t.to(DEVICE) for t in (scale, token_scale, bias)]
+    y = triton_kernels.decode(exact.to(DEVICE), values, metadata, *on, x_dtype, config).cpu()
+
+    row = torch.ones(n) if scale is None else scale
+    token = torch.ones(m) if token_scale is None else token_scale
+    factor = row.double() * token.double()[:, None]
+    expected, size = exact.double() @ dense.t() * factor, exact.double().abs() @ dense.abs().t() * factor.abs()
+    if bias is not None:
+        expected, size = expected + bias.double(), size + bias.double().abs()
+    tolerance = size * 2.0**-18 + expected.abs() * torch.finfo(x_dtype).eps + torch.finfo(x_dtype).smallest_normal
+    assert y.shape == (m, n) and y.dtype == x_dtype
+    assert bool(((y.double() - expected).abs() <= tolerance).all())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8, torch.float8_e4m3fn])
+def test_every_configuration(dtype, config):
+    check(5, 70, 4 * 83, dtype, dtype if dtype in FLOATS else torch.bfloat16, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 4), (3, 17, 36), (16, 16, 256), (17, 33, 520), (64, 5, 44), (70, 9, 8)]
+)
+def test_sizes_that_do_not_divide(m, n, k, dtype):
+    check(m, n, k, dtype, torch.bfloat16, CONFIGS[0], seed=m)
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_weights_and_activations_of_different_dtypes(dtype, x_dtype):
+    check(4, 20, 60, dtype, x_dtype, CONFIGS[0])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_without_bias_or_scale(with_bias, with_scale):
+    check(4, 20, 60, torch.float16, torch.float16, CONFIGS[0], with_bias, with_scale)
+
+
+def test_every_float8_number_is_read_exactly():
+    bits = torch.arange(256, dtype=torch.uint8)
+    values = torch.stack((bits, bits.flip(0)), dim=-1).reshape(256, 2).view(torch.float8_e4m3fn)
+    columns = torch.tensor([1, 2], dtype=torch.uint8).expand(256, 1, 2)
+    arguments = (values.to(DEVICE), metadata_words(columns).to(DEVICE))
+    for column, kept in ((1, values[:, 0]), (2, values[:, 1])):
+        x = torch.zeros(1, 4).index_fill_(1, torch.tensor(column), 1.0).to(torch.float8_e4m3fn)
+        y = triton_kernels.decode(x.to(DEVICE), *arguments, None, None, None, torch.float32, CONFIGS[0]).cpu()
+        other = values[:, 1] if column == 1 else values[:, 0]
+        expected = torch.where(other.float().isnan(), torch.nan, kept.float())  # 0 x NaN: a dense tile is multiplied
+        torch.testing.assert_close(y[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (19, 4 * 67), (40, 256)])
+def test_expand(n, k, dtype):
+    dense, values, metadata = weight(n, k, dtype)
+    expanded = triton_kernels.expand(values, metadata, k).cpu()
+    assert expanded.dtype == dtype and torch.equal(expanded.double(), dense)
+
+
+def test_hostile_metadata_reads_nothing_outside():
+    values = torch.randn(20, 30).to(DEVICE)
+    words = torch.randint(-(2**31), 2**31 - 1, (20, 2), dtype=torch.int32, device=DEVICE)
+    x = torch.randn(3, 60, device=DEVICE)
+    y = triton_kernels.decode(x, values, words, None, None, None, torch.float32, CONFIGS[0])
+    assert bool(torch.isfinite(y).all())
