@@ -145,12 +145,12 @@ def twins(tmp_path: Path, config: PretrainedConfig, **options: Any) -> tuple[Pat
 
 
 def linear_parameters(model: torch.nn.Module) -> dict[str, list[str]]:
-    """What is left of each linear layer after loading: its parameters' names, and its packed weight's class."""
+    """What is left of each linear layer after loading: its parameters' names, and "PackedWeight" where it has one."""
     from vllm.model_executor.layers.linear import LinearBase
 
     return {
         name: sorted([n for n, _ in module.named_parameters(recurse=False)])
-        + [type(module.packed).__name__ for _ in [0] if hasattr(module, "packed")]
+        + ["PackedWeight" for _ in [0] if hasattr(module, "packed")]
         for name, module in model.named_modules()
         if isinstance(module, LinearBase)
     }
