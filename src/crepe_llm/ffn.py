@@ -122,9 +122,15 @@ def _check(ffn: FFN, block: torch.nn.Module) -> None:
     if any(shape != (width, hidden) for shape in shapes[:-1]):
         raise ValueError(f"the FFN of {ffn.name} has an unknown shape: matrices of {shapes} do not form one")
     owner = next(m for m in block.modules() if all(any(c is member for c in m.children()) for member in members))
-    others = {} if owner is block or width == hidden else dict(owner.named_parameters())
-    for name, parameter in others.items():
-        if width in parameter.shape and not any(parameter is p for m in members for p in m.parameters()):
+    # By place, as an offloaded module makes a new parameter whenever it is asked for one.
+    others = {} if owner is block or width == hidden else dict(owner.named_modules())
+    for name, parameter in (
+        (f"{inner}.{kind}" if inner else kind, parameter)
+        for inner, module in others.items()
+        if not any(module is member for member in members)
+        for kind, parameter in module.named_parameters(recurse=False)
+    ):
+        if width in parameter.shape:
             raise ValueError(
                 f"the FFN of {ffn.name} has an unknown shape: its {name} {list(parameter.shape)} is made for the "
                 f"{width} channels, too"
