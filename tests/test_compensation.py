@@ -59,26 +59,6 @@ def test_masks_are_kept_and_nothing_becomes_nan(correct, seed, rows, columns, to
 
 
 @every_correction
-def test_without_pruning_nothing_changes(correct):
-    weight, gram, _ = layer()
-    corrected = correct(weight, torch.ones_like(weight, dtype=torch.bool), gram)
-    torch.testing.assert_close(corrected, weight, rtol=1e-5, atol=1e-6)
-
-
-@every_correction
-def test_all_pruned_rows_columns_and_dead_channels(correct):
-    weight, gram, _ = layer(dead=[3, 4])
-    weight[2] = 0
-    weight[:, 7] = 0
-    keep = keep_n_of_m(weight.abs(), 2, 4)
-    keep[1] = False
-    keep[:, 9] = False
-    corrected = correct(weight, keep, gram)
-    assert bool(corrected.isfinite().all())
-    assert bool((corrected[~keep] == 0).all())
-
-
-@every_correction
 def test_inputs_that_are_all_zero_leave_the_kept_weights_finite(correct):
     weight, gram, _ = layer()
     keep = keep_n_of_m(weight.abs(), 2, 4)
