@@ -56,6 +56,9 @@ class ChannelPermutationModifier(CalibratedModifier):
           mask_structure: "2:4"
     ```
 
+    With `residual`, whatever was trained on the hidden states of the original model, such as an adapter or a draft model
+    for speculative decoding, no longer fits.
+
     It needs a calibration epoch of its own, as oneshot's default pipeline gives it: the order of the residual stream
     depends on every block. At most the scores of one layer and a sample of rows are held at a time.
 
