@@ -56,7 +56,7 @@ class ChannelPermutationModifier(CalibratedModifier):
           mask_structure: "2:4"
     ```
 
-    With `residual`, whatever was trained on the hidden states of the original model, such as an adapter or a draft model
+    With `residual`, what was trained on the hidden states of the original model, such as an adapter or a draft model
     for speculative decoding, no longer fits.
 
     It needs a calibration epoch of its own, as oneshot's default pipeline gives it: the order of the residual stream
