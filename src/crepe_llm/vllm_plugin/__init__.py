@@ -1,7 +1,8 @@
 """Serves ``sparse-24-bitmask`` checkpoints in an unmodified vLLM, from compressed weights with sparse kernels.
 
 vLLM calls :func:`register` in every process it starts, through the entry point group ``vllm.general_plugins``.
-Checkpoints in any other format are served as if this package were not installed.
+So are checkpoints whose blocks have FFNs of different widths. Checkpoints in any other format are served as if this
+package were not installed.
 """
 
 import logging
@@ -23,6 +24,10 @@ def register() -> None:
 
         if QUANTIZATION in QUANTIZATION_METHODS:
             return
+        from vllm.model_executor.models import ModelRegistry
+
+        from crepe_llm.checkpoints import per_block as configs
+        from crepe_llm.vllm_plugin import per_block as models
         from crepe_llm.vllm_plugin.config import Sparse24Config
     except ImportError as error:
         _logger.warning(
@@ -32,3 +37,6 @@ def register() -> None:
         )
         return
     register_quantization_config(QUANTIZATION)(Sparse24Config)
+    configs.register()
+    for architecture, location in models.architectures().items():
+        ModelRegistry.register_model(architecture, location)
