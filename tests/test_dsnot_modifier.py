@@ -58,14 +58,14 @@ SCORES = {
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("pipeline", ["independent", "sequential"])
 def test_the_first_block_is_repruned_as_computed_independently(score, pipeline, tiny_model_folder, calibration_data):
-    """The first block's inputs are known: those of the pruned block in an epoch of its own, else those of the dense."""
+    """The first block's inputs are known: those of the dense block, as the work is done in the pruning's epoch."""
     folder = tiny_model_folder("llama")
     pruning, order, scores = SCORES[score]
     fields = {"max_cycles": 5, "threshold": 1e-3, "variance_exponent": 0.5}
     pruned = run(load(folder), [crepe(**pruning)], calibration_data)
     modifier = DSnoTModifier(score=order, **fields)
     repruned = linears(run(load(folder), [crepe(**pruning), modifier], calibration_data, pipeline=pipeline))
-    inputs = inputs_of(pruned if pipeline == "independent" else load(folder), calibration_data)
+    inputs = inputs_of(load(folder), calibration_data)
     for name, layer in linears(load(folder)).items():
         if ".layers.0." not in name:
             continue
@@ -154,7 +154,7 @@ def test_a_correction_behind_it_fits_the_new_mask_to_the_dense_weights(pipeline,
     correction = WeightCorrectionModifier(method="pcg")
     recipe = [crepe(), DSnoTModifier(), correction]
     corrected = linears(run(load(folder), recipe, calibration_data, pipeline=pipeline))
-    inputs = inputs_of(repruned if pipeline == "independent" else load(folder), calibration_data)
+    inputs = inputs_of(load(folder), calibration_data)
     for name, layer in linears(load(folder)).items():
         if ".layers.0." not in name:
             continue

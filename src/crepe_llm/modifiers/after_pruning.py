@@ -21,6 +21,10 @@ class AfterPruningModifier(CalibratedModifier):
 
     Subclasses implement :meth:`improve`, called once per pruned layer. The dense weight that it gets is the layer's as
     it was when the pruning modifier's calibration reached it, so behind whatever smooths or permutes in front.
+
+    Behind one CRePEModifier the work is done in that one's calibration epoch, on each block before the next is
+    calibrated. llm-compressor's own pruning modifiers know nothing of what is behind them: then there is an epoch of
+    its own (but for `pipeline="sequential"`, where all share one).
     """
 
     #: Whether the weights that are kept change: what starts from the dense weights must then not follow.
@@ -46,9 +50,20 @@ class AfterPruningModifier(CalibratedModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         self._check_order()
         super().on_initialize(state, **kwargs)
+        if len(self._pruning) == 1 and isinstance(self._pruning[0], CRePEModifier):
+            self.follow(self._pruning[0])
+            return True
         for module in self._layers:
             self.register_hook(module, self._remember, "forward_pre")  # type: ignore[arg-type]
         return True
+
+    def remember_dense(self, module: torch.nn.Module) -> None:
+        for other in self._in_front:
+            if module in other._dense:
+                self._dense[module] = other._dense[module]
+                return
+        with torch.no_grad(), align_module_device(module):
+            self._dense[module] = weight_matrix(module).detach().to("cpu", copy=True)
 
     def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
         remembered = self._dense.pop(module, None)
@@ -103,11 +118,5 @@ class AfterPruningModifier(CalibratedModifier):
             return
         # In an earlier epoch the layer may still change, to one with the same outputs for other inputs.
         at_work = {id(modifier) for modifier in active_session().lifecycle.recipe.modifiers}
-        if not any(id(modifier) in at_work for modifier in self._pruning):
-            return
-        for other in self._in_front:
-            if module in other._dense:
-                self._dense[module] = other._dense[module]
-                return
-        with torch.no_grad(), align_module_device(module):
-            self._dense[module] = weight_matrix(module).detach().to("cpu", copy=True)
+        if any(id(modifier) in at_work for modifier in self._pruning):
+            self.remember_dense(module)

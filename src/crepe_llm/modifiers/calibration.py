@@ -67,6 +67,8 @@ class CalibratedModifier(Modifier):
     _layers: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
     _statistics: dict[torch.nn.Module, InputStatistics] = PrivateAttr(default_factory=dict)
     _dataloader: Any = PrivateAttr(default=None)
+    _followers: list["CalibratedModifier"] = PrivateAttr(default_factory=list)
+    _leader: "CalibratedModifier | None" = PrivateAttr(default=None)
 
     def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
         """Change one layer, given the statistics of its inputs."""
@@ -114,8 +116,23 @@ class CalibratedModifier(Modifier):
                 self.check_layer(name, module)
         return True
 
+    def follow(self, leader: "CalibratedModifier") -> None:
+        """Compress each layer right behind another modifier of the same recipe, with the statistics that one gathers.
+
+        What follows in the model is then calibrated on what both have made of the layer, and no epoch is spent twice.
+        """
+        self._leader = leader
+        leader._followers.append(self)
+        self._layers = {module: name for module, name in self._layers.items() if module in leader._layers}
+        self.requires_calibration_data = False
+
+    def remember_dense(self, module: torch.nn.Module) -> None:
+        """Called on a follower before its leader changes a layer."""
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every layer."""
+        if self._leader is not None:
+            return
         start_recording(self._dataloader)
         for module in self._layers:
             self.register_hook(module, self._update, "forward_pre")  # type: ignore[arg-type]
@@ -124,12 +141,15 @@ class CalibratedModifier(Modifier):
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
         """Compress the layers whose calibration has just ended."""
-        for module in modules:
+        for module in modules if self._leader is None else ():
             name = self._layers.get(module)
             if name is None:
                 continue
             statistics = self._statistics.pop(module, None)
             del self._layers[module]
+            followers = [
+                (follower, follower._layers.pop(module)) for follower in self._followers if module in follower._layers
+            ]
             if statistics is None or statistics.tokens == 0:
                 if self.uncalibrated == "dense":
                     continue
@@ -146,7 +166,11 @@ class CalibratedModifier(Modifier):
             with torch.no_grad(), align_module_device(module):
                 if not bool(torch.isfinite(weight_matrix(module)).all()):
                     raise ValueError(f"the weight of {name} contains NaN or infinity: the checkpoint is damaged")
+                for follower, _ in followers:
+                    follower.remember_dense(module)
                 self.compress(name, module, statistics)
+                for follower, name_there in followers:
+                    follower.compress(name_there, module, statistics)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Stop watching."""
@@ -172,8 +196,10 @@ class CalibratedModifier(Modifier):
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         inputs = args[0]
         if module not in self._statistics:
+            name = self._layers[module]
+            gram = any(modifier.needs_gram(name) for modifier in (self, *self._followers))
             self._statistics[module] = InputStatistics(
-                input_channels(module), gram=self.needs_gram(self._layers[module]), device=get_execution_device(module)
+                input_channels(module), gram=gram, device=get_execution_device(module)
             )
         self._statistics[module].update(inputs, token_mask(self._dataloader, inputs))
 

@@ -41,13 +41,13 @@ class DSnoTModifier(AfterPruningModifier):
           score: crepe
     ```
 
-    The dense weights have to be remembered until they are used, as WeightCorrectionModifier has it, which may follow.
+    When it works, and how long dense weights are remembered, is as WeightCorrectionModifier has it, which may follow.
 
     Lifecycle:
 
     - on_initialize
         - find the layers; refuse a recipe that prunes nothing earlier, or quantizes or corrects earlier
-        - register_hook(layer, remember the dense weight before it is pruned, "forward_pre")
+        - behind one CRePEModifier, follow it; else register_hook(layer, remember the dense weight, "forward_pre")
     - on_calibration_start
         - register_hook(layer, gather input statistics, "forward_pre")
     - on_sequential_epoch_end

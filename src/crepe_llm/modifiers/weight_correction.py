@@ -38,17 +38,18 @@ class WeightCorrectionModifier(AfterPruningModifier):
           method: sparsegpt
     ```
 
-    The dense weights have to be remembered until they are used. With oneshot's default pipeline, in which every
-    modifier has a calibration epoch of its own, those are the weights of all targeted layers; with
-    `pipeline="sequential"`, in which each block is pruned and corrected before the next, only those of one block.
+    Behind one CRePEModifier each layer is corrected as soon as it is pruned, in the same calibration epoch, so that the
+    next block is calibrated on what it will get. Behind llm-compressor's own pruning modifiers there is an epoch of its
+    own, and the dense weights of all targeted layers are remembered until then; `pipeline="sequential"` makes all
+    modifiers share one, and then only those of one block are.
 
     Lifecycle:
 
     - on_initialize
         - find the layers; refuse a recipe that prunes nothing earlier, or quantizes or corrects earlier
-        - register_hook(layer, remember the dense weight before it is pruned, "forward_pre")
+        - behind one CRePEModifier, follow it; else register_hook(layer, remember the dense weight, "forward_pre")
     - on_calibration_start
-        - register_hook(layer, gather Gram matrices of inputs, "forward_pre")
+        - register_hook(layer, gather Gram matrices of inputs, "forward_pre"), unless it follows
     - on_sequential_epoch_end
         - correct the layers of the block
     - on_calibration_end
