@@ -1,0 +1,294 @@
+"""Perplexity and time of pruning methods and of what stacks with them, over calibration seeds.
+
+    python benchmarks/methods.py                                            # everything; many hours on two cores
+    python benchmarks/methods.py --structures 2:4 --models Gemma-3-270M     # a part of it
+    python benchmarks/methods.py --split valid --seeds 0 --methods CRePE    # what choices may be made on
+    python benchmarks/methods.py --report --plot docs/methods.png           # the table of what has been measured
+
+Every run is one `oneshot` of a fresh model with a recipe. Runs are appended to --results as they finish, and not
+repeated.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crepe_llm.evaluation import samples
+from crepe_llm.evaluation.perplexity import perplexity, token_windows
+from crepe_llm.importance import magnitude_scores
+from crepe_llm.masks import keep_mask
+from crepe_llm.recipe_files import recipe_path
+
+MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
+STRUCTURES = {
+    "2:4": ({"mask_structure": "2:4"}, "crepe_2of4"),
+    "4:8": ({"mask_structure": "4:8"}, "crepe_4of8"),
+    **{
+        f"{percent}%": ({"mask_structure": "0:0", "sparsity": percent / 100}, "crepe_unstructured_50")
+        for percent in (50, 60, 70, 80)
+    },
+}
+# The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
+WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
+RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}
+
+Modifiers = dict[str, dict[str, Any]]
+Method = Callable[[str], Modifiers | None]
+
+
+def crepe(structure: str) -> Modifiers:
+    """The shipped recipe for a structure, as its modifiers."""
+    fields, recipe = STRUCTURES[structure]
+    (stage,) = yaml.safe_load(recipe_path(recipe).read_text()).values()
+    return {"CRePEModifier": stage["pruning_modifiers"]["CRePEModifier"] | fields}
+
+
+def pruned_by(**fields: Any) -> Method:
+    """A method that is the CRePEModifier with other fields."""
+    return lambda structure: {"CRePEModifier": STRUCTURES[structure][0] | fields}
+
+
+def sparsegpt(structure: str) -> Modifiers:
+    """llm-compressor's own SparseGPT."""
+    fields = {"sparsity": 0.5, **STRUCTURES[structure][0], "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    return {"SparseGPTModifier": fields}
+
+
+def then(method: Method, name: str, **fields: Any) -> Method:
+    """A method with a modifier behind it."""
+
+    def modifiers(structure: str) -> Modifiers | None:
+        first = method(structure)
+        return None if first is None else first | {name: fields}
+
+    return modifiers
+
+
+def permuted(method: Method) -> Method:
+    """A method behind channel permutation, which only N:M masks profit from."""
+    return lambda structure: {"ChannelPermutationModifier": {}} | method(structure) if ":" in structure else None
+
+
+def allocated(method: Method, by: str) -> Method:
+    """A method behind an allocation of sparsity to blocks; 2:4 has no freedom for one."""
+
+    def modifiers(structure: str) -> Modifiers | None:
+        first = method(structure)
+        if first is None or structure == "2:4":
+            return None
+        sparsity = STRUCTURES[structure][0].get("sparsity", 0.5)
+        first = {
+            name: {field: value for field, value in fields.items() if field != "sparsity"}
+            if name in ("CRePEModifier", "SparseGPTModifier")
+            else fields
+            for name, fields in first.items()
+        }
+        return {"SparsityAllocationModifier": {"method": by, "sparsity": sparsity}} | first
+
+    return modifiers
+
+
+PCG = {"name": "WeightCorrectionModifier", "method": "pcg"}
+METHODS: dict[str, Method | None] = {
+    "dense": None,
+    "magnitude": None,
+    "Wanda": pruned_by(**WANDA),
+    "RIA": pruned_by(**RIA),
+    "CVR": pruned_by(score="cvr"),
+    "CRePE": crepe,
+    "SparseGPT": sparsegpt,
+    "CVR + energy": then(pruned_by(score="cvr"), "WeightCorrectionModifier", method="energy"),
+    "CRePE + energy": then(crepe, "WeightCorrectionModifier", method="energy"),
+    "CRePE + DSnoT": then(crepe, "DSnoTModifier"),
+    "CRePE + DSnoT by CRePE": then(crepe, "DSnoTModifier", score="crepe"),
+    "CRePE + permutation": permuted(crepe),
+    "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
+    "CRePE + pcg": then(crepe, **PCG),
+    "CRePE + permutation + pcg": then(permuted(crepe), **PCG),
+    "SparseGPT + pcg": then(sparsegpt, **PCG),
+    **{f"CRePE + {by}": allocated(crepe, by) for by in ("owl", "alphapruning", "dlp", "atp")},
+    **{f"CRePE + {by} + pcg": allocated(then(crepe, **PCG), by) for by in ("owl", "alphapruning", "dlp", "atp")},
+    **{
+        f"SparseGPT + {by} + pcg": allocated(then(sparsegpt, **PCG), by) for by in ("owl", "alphapruning", "dlp", "atp")
+    },
+}
+
+
+def prune_by_magnitude(model: torch.nn.Module, structure: str) -> None:
+    """Prune in place, without data."""
+    head, fields = model.get_output_embeddings(), STRUCTURES[structure][0]
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
+            scores = magnitude_scores(layer.weight)
+            layer.weight.data *= keep_mask(scores, fields.get("sparsity", 0.5), fields["mask_structure"], "matrix")
+
+
+def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The conditions of every run that the options ask for, one model after the other."""
+    common = {name: getattr(options, name) for name in ("split", "windows", "length", "tokens", "dtype")}
+    runs = []
+    for model in options.models:
+        for structure in options.structures:
+            for seed in options.seeds:
+                for method in options.methods:
+                    key = {"model": model, "method": method, "structure": structure, "seed": seed} | common
+                    recipe_of = METHODS[method]
+                    modifiers = recipe_of(structure) if recipe_of else None
+                    if method == "dense":
+                        key |= {"structure": "", "seed": None}
+                    elif recipe_of is None:
+                        key |= {"seed": None}
+                    elif modifiers is None:
+                        continue
+                    else:
+                        key |= {"recipe": {"methods_stage": {"pruning_modifiers": modifiers}}}
+                    if key not in runs:
+                        runs.append(key)
+    return runs
+
+
+def run(key: dict[str, Any]) -> dict[str, Any]:
+    """Prune and measure once."""
+    folder = MODELS[key["model"]]()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    corpus = samples.wikipedia()
+    test = token_windows(tokenizer, getattr(corpus, key["split"]), key["length"], tokens=key["tokens"])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, key["dtype"]))
+    reset_session()
+    started = time.perf_counter()
+    if "recipe" in key:
+        data = samples.calibration_windows(
+            tokenizer, corpus.train, windows=key["windows"], length=key["length"], seed=key["seed"]
+        )
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=yaml.safe_dump(key["recipe"], sort_keys=False),
+            dataset=data,
+            num_calibration_samples=key["windows"],
+            shuffle_calibration_samples=False,
+        )
+    elif key["structure"]:
+        prune_by_magnitude(model, key["structure"])
+    seconds = time.perf_counter() - started
+    head = model.get_output_embeddings()
+    layers = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+    zeros = sum(int((weight == 0).sum()) for weight in layers) / sum(weight.numel() for weight in layers)
+    if key["structure"] and abs(zeros - STRUCTURES[key["structure"]][0].get("sparsity", 0.5)) > 0.03:
+        raise RuntimeError(f"{zeros:.2%} of the weights are zero after {key}")
+    result = perplexity(model, test, corpus=corpus.name, progress=False)
+    return key | {
+        "perplexity": result.perplexity,
+        "predicted": result.tokens,
+        "seconds": round(seconds, 1),
+        "zeros": round(zeros, 6),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of earlier runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cells(records: list[dict[str, Any]], model: str, method: str, structure: str) -> list[float]:
+    """The perplexities of one cell of the table, one per seed."""
+    return [
+        record["perplexity"]
+        for record in records
+        if (record["model"], record["method"]) == (model, method) and record["structure"] in ("", structure)
+    ]
+
+
+def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Markdown: mean over seeds, and half the range between the best and the worst seed."""
+    lines = []
+    for model in options.models:
+        lines += [f"\n{model}:\n", f"| | {' | '.join(options.structures)} | seconds |"]
+        lines.append("|---" * (len(options.structures) + 2) + "|")
+        for method in options.methods:
+            row = []
+            for structure in options.structures:
+                found = cells(records, model, method, structure)
+                cell = f"{statistics.mean(found):.2f}" if found else ""
+                cell += f" ± {(max(found) - min(found)) / 2:.2f}" * (len(found) > 1)
+                row.append(cell + f" ({len(found)})" * (1 < len(found) < len(options.seeds)))
+            if any(row):
+                seconds = [r["seconds"] for r in records if (r["model"], r["method"]) == (model, method)]
+                lines.append(f"| {method} | {' | '.join(row)} | {statistics.median(seconds):.0f} |")
+    predicted = sorted({record["predicted"] for record in records})
+    lines.append(
+        f"\nPerplexity on Wikipedia {options.split} articles: {'/'.join(map(str, predicted))} tokens predicted in "
+        f"windows of {options.length}, {options.dtype}. Calibrated on {options.windows} windows of {options.length} "
+        f"tokens of other articles, seeds {', '.join(map(str, options.seeds))}: mean ± half the range. Seconds: median "
+        "over structures and seeds, pruning and calibration."
+    )
+    return "\n".join(lines)
+
+
+def draw(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Perplexity against structure, a line per method, a panel per model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(options.models), 5), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(options.models), squeeze=False)[0], options.models, strict=True):
+        for method in options.methods:
+            points = [(s, cells(records, model, method, s)) for s in options.structures]
+            points = [(s, found) for s, found in points if found]
+            if points and method != "dense":
+                axes.plot([s for s, _ in points], [statistics.mean(found) for _, found in points], "o-", label=method)
+        axes.set(title=model, yscale="log", ylabel="perplexity")
+        axes.legend(fontsize="small")
+    figure.savefig(options.plot, dpi=100)
+    print(f"\nplot: {options.plot}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
+    parser.add_argument("--split", choices=["test", "valid"], default="test", help="articles to measure on")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of every window (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the model")
+    parser.add_argument("--tokens", type=int, default=8192, help="measured on (%(default)s)")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "methods.jsonl")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--plot", type=Path, help="draw the table there")
+    options = parser.parse_args()
+    logger.remove()
+
+    runs, records = runs_of(options), read(options.results)
+    if not options.report:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        missing = [key for key in runs if not any(key.items() <= record.items() for record in records)]
+        for key in (bar := tqdm(missing, unit=" runs")):
+            bar.set_description(f"{key['model']}, {key['structure']}, {key['method']}, seed {key['seed']}")
+            records.append(run(key))
+            with options.results.open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+    wanted = [record for record in records if any(key.items() <= record.items() for key in runs)]
+    if not wanted:
+        raise SystemExit(f"{options.results} holds no run that these options ask for")
+    print(table(wanted, options))
+    if options.plot is not None:
+        draw(wanted, options)
+
+
+if __name__ == "__main__":
+    main()
