@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from crepe_llm.kernels import reference
-from crepe_llm.kernels.cuda import triton_kernels
+from crepe_llm import kernels
+from crepe_llm.kernels import cuda, reference
+from crepe_llm.kernels.cuda import plans, triton_kernels
+from crepe_llm.kernels.cuda.plans import Candidate
+from crepe_llm.kernels.cuda.products import CUSPARSELT, CUTLASS, DENSE, EXPAND, TRITON
 from crepe_llm.kernels.cuda.triton_kernels import CONFIGS
 from crepe_llm.kernels.cuda.weight import metadata_words
-from crepe_llm.kernels.packed import Inputs
+from crepe_llm.kernels.packed import Inputs, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -100,3 +103,43 @@ def test_hostile_metadata_reads_nothing_outside():
     x = torch.randn(3, 60, device=DEVICE)
     y = triton_kernels.decode(x, values, words, None, None, None, torch.float32, CONFIGS[0])
     assert bool(torch.isfinite(y).all())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_kernels_gpu.py measures for real")
+@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_packing_measures_and_linear_follows(dtype, room, tmp_path, monkeypatch):
+    """The whole way with given times: the libraries, which no CPU has, are refused with a warning."""
+    times = {(DENSE, 0): 1.0, (EXPAND, 0): 5.0, (TRITON, 0): 4.0, (TRITON, 1): 2.0, (TRITON, 2): 3.0, (TRITON, 3): 4.0}
+
+    def bench(call, **options):
+        backend, setting = call.args
+        tokens = call.keywords["x"].shape[0]
+        return 1e3 * times[backend, setting] * (5.0 if backend == DENSE and tokens == 1 else 1.0)
+
+    monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr(plans, "TOKENS", (1, 16))
+    monkeypatch.setattr(cuda, "_has_room", lambda device, copy: room)
+    store = plans.PlanStore(tmp_path / "plans.json")
+    monkeypatch.setattr(cuda, "_store", lambda: store)
+    dense = weight(64, 128, dtype)[0]
+    scale, inputs = (torch.rand(64), Inputs(dtype)) if dtype.itemsize == 1 else (None, None)
+    libraries = [CUSPARSELT] if dtype == torch.float8_e4m3fn else [CUSPARSELT, CUTLASS]
+    backends = (TRITON, *libraries)
+    with pytest.warns(RuntimeWarning, match="does not use") as caught:
+        packed = cuda.pack(*split(dense.to(dtype)), scale, inputs, backends)
+    assert sorted(str(warning.message).split()[4] for warning in caught) == libraries
+    assert (packed.dense is not None) == room and packed.cusparselt is None and packed.cutlass is None
+    assert torch.equal(kernels.unpack(packed).double(), dense)
+    monkeypatch.setattr("triton.testing.do_bench", None)  # the second of a shape is not measured
+    cuda.pack(*split(dense.to(dtype)), scale, inputs, backends)
+
+    for tokens, expected in ((1, Candidate(TRITON, 1)), (2, Candidate(DENSE) if room else Candidate(TRITON, 1))):
+        x = torch.randn(tokens, 128)
+        assert cuda.chosen(x.to(dtype), packed) == expected
+        y = kernels.linear(x.to(torch.bfloat16), packed)
+        exact, token_scale = x.to(torch.bfloat16), torch.ones(tokens)
+        if inputs is not None:
+            exact, token_scale = reference.quantize_inputs(exact, inputs)
+        wanted = exact.double() @ dense.t() * token_scale.double()[:, None] * (1 if scale is None else scale.double())
+        torch.testing.assert_close(y.double(), wanted, rtol=2.0**-7, atol=1e-3)

@@ -21,7 +21,7 @@ from crepe_llm.kernels.cuda.plans import (
     warn_refused,
 )
 from crepe_llm.kernels.cuda.products import CUSPARSELT, CUTLASS, DENSE, EXPAND
-from crepe_llm.kernels.cuda.weight import CudaWeight, cutlass_metadata, metadata_words, to_dense
+from crepe_llm.kernels.cuda.weight import INTEGERS, CudaWeight, cutlass_metadata, metadata_words, to_dense
 from crepe_llm.kernels.packed import Inputs
 
 __all__ = ["CudaWeight", "chosen", "linear", "pack", "to_dense"]
@@ -59,11 +59,14 @@ def pack(
         return measure(weight, [backend for backend in usable if backend != DENSE])
 
     plan = _store().get_or_measure(key, measured)
-    copy = n * 4 * groups * base.dtype.itemsize
-    total = torch.cuda.get_device_properties(device).total_memory
-    with_dense = plan.wants_dense() and dense_copy_allowed(torch.cuda.memory_allocated(device), total, copy)
+    with_dense = plan.wants_dense() and _has_room(device, n * 4 * groups * base.dtype.itemsize)
     used = plan.backends(with_dense)
-    weight, _ = _prepared(base, used)
+    weight, usable = _prepared(base, used)
+    if used - set(usable):
+        raise RuntimeError(
+            f"{n} x {4 * groups} {base.dtype}: {', '.join(sorted(used - set(usable)))} worked when it was measured and "
+            f"failed now (see the warning); if it is no lack of memory, remove {_store().path} to measure again"
+        )
     if with_dense and not used & {products.TRITON, EXPAND}:
         weight = dataclasses.replace(weight, metadata=None, values=weight.values if CUTLASS in used else None)
     return weight
@@ -85,10 +88,15 @@ def linear(
 def chosen(x: torch.Tensor, weight: CudaWeight) -> Candidate:
     """The product that multiplies ``x`` [M, K] by the weight."""
     has_dense = weight.dense is not None
-    plan = _store().get(_plan_key(x.device, weight.shape, weight.dtype)) if x.is_cuda else None
+    plan = _store().get(_plan_key(x.device, weight.shape, weight.dtype))
     if plan is None or x.dtype != weight.dtype:
         return Candidate(DENSE if has_dense else EXPAND)
     return plan.choose(x.shape[0], has_dense)
+
+
+def _has_room(device: torch.device, copy: int) -> bool:
+    total = torch.cuda.get_device_properties(device).total_memory
+    return dense_copy_allowed(torch.cuda.memory_allocated(device), total, copy)
 
 
 def _prepared(base: CudaWeight, backends: Sequence[str] | set[str]) -> tuple[CudaWeight, list[str]]:
@@ -118,7 +126,9 @@ def _with_cusparselt(weight: CudaWeight) -> CudaWeight:
     """
     assert weight.values is not None and weight.metadata is not None
     values = weight.values
-    stand_in = torch.where(values.float() == 0, torch.ones_like(values), values)
+    integer = INTEGERS[weight.dtype.itemsize]
+    one = torch.ones(1, dtype=weight.dtype).view(integer).item()
+    stand_in = torch.where(values.float() == 0, one, values.view(integer)).view(weight.dtype)
     compressed = torch._cslt_compress(products.expanded(dataclasses.replace(weight, values=stand_in, dense=None)))
     kept = compressed.view(-1)[: values.numel()].view(values.shape)
     if torch.equal(kept.view(torch.uint8), stand_in.view(torch.uint8)):
@@ -135,6 +145,6 @@ def _store() -> PlanStore:
 
 @functools.cache
 def _plan_key(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> str:
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     library = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
     return f"{name}, torch {torch.__version__}, cuSPARSELt {library}: {shape[0]} x {shape[1]} {dtype}"

@@ -166,8 +166,7 @@ def _dense(
     n, k = dense.shape
     if dense.dtype == torch.int8:
         if x.is_cuda and n % 8 == 0 and k % 8 == 0:  # cuBLAS's; it also refuses 16 tokens or fewer
-            padded = _pad(x, 8) if x.shape[0] > 16 else torch.nn.functional.pad(x, (0, 0, 0, 32 - x.shape[0]))
-            raw = torch._int_mm(padded, dense.t())[: x.shape[0]]
+            raw = torch._int_mm(_with_rows(x, max(24, -(-x.shape[0] // 8) * 8)), dense.t())[: x.shape[0]]
         else:
             raw = torch.nn.functional.linear(x.double(), dense.double())  # exact
     elif dense.dtype == torch.float8_e4m3fn:
@@ -206,5 +205,11 @@ def _finish(
 
 def _pad(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """``x`` with rows of zeros up to a multiple; the same tensor where none is missing."""
-    missing = -x.shape[0] % multiple
-    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+    return _with_rows(x, -(-x.shape[0] // multiple) * multiple)
+
+
+def _with_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    if rows == x.shape[0]:
+        return x
+    bits = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+    return torch.nn.functional.pad(bits, (0, 0, 0, rows - x.shape[0])).view(x.dtype)

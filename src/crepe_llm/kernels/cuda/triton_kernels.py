@@ -87,7 +87,7 @@ def _dense_tile(
     return tl.reshape(tl.join(tl.join(column_0, column_2), tl.join(column_1, column_3)), (BLOCK_N, 4 * BLOCK_G))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # no compilation for each number of tokens
 def decode_kernel(
     x,
     pairs,

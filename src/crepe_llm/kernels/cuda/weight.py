@@ -10,6 +10,8 @@ import torch
 
 from crepe_llm.kernels.packed import Inputs
 
+# Bit patterns move as integers: torch has few operations on float8.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _WORD_GROUPS = 8
 
 
@@ -67,8 +69,7 @@ def to_dense(weight: CudaWeight) -> torch.Tensor:
         return weight.dense
     assert weight.values is not None and weight.metadata is not None
     n, k = weight.shape
-    # Bytes and halves are scattered as integers: float8 has no scatter.
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[weight.dtype.itemsize]
+    integer = INTEGERS[weight.dtype.itemsize]
     dense = torch.zeros(n, k // 4, 4, dtype=integer, device=weight.values.device)
     columns = columns_of(weight.metadata, k).long()
     dense.scatter_(-1, columns, weight.values.contiguous().view(integer).view(n, k // 4, 2))
