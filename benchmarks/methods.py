@@ -66,14 +66,19 @@ def sparsegpt(structure: str) -> Modifiers:
     return {"SparseGPTModifier": fields}
 
 
-def then(method: Method, name: str, **fields: Any) -> Method:
+def then(first: Method, modifier: str, /, **fields: Any) -> Method:
     """A method with a modifier behind it."""
 
     def modifiers(structure: str) -> Modifiers | None:
-        first = method(structure)
-        return None if first is None else first | {name: fields}
+        before = first(structure)
+        return None if before is None else before | {modifier: fields}
 
     return modifiers
+
+
+def with_pcg(method: Method) -> Method:
+    """A method with least-squares weights behind it."""
+    return then(method, "WeightCorrectionModifier", method="pcg")
 
 
 def permuted(method: Method) -> Method:
@@ -100,7 +105,6 @@ def allocated(method: Method, by: str) -> Method:
     return modifiers
 
 
-PCG = {"name": "WeightCorrectionModifier", "method": "pcg"}
 METHODS: dict[str, Method | None] = {
     "dense": None,
     "magnitude": None,
@@ -115,14 +119,12 @@ METHODS: dict[str, Method | None] = {
     "CRePE + DSnoT by CRePE": then(crepe, "DSnoTModifier", score="crepe"),
     "CRePE + permutation": permuted(crepe),
     "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
-    "CRePE + pcg": then(crepe, **PCG),
-    "CRePE + permutation + pcg": then(permuted(crepe), **PCG),
-    "SparseGPT + pcg": then(sparsegpt, **PCG),
+    "CRePE + pcg": with_pcg(crepe),
+    "CRePE + permutation + pcg": with_pcg(permuted(crepe)),
+    "SparseGPT + pcg": with_pcg(sparsegpt),
     **{f"CRePE + {by}": allocated(crepe, by) for by in ("owl", "alphapruning", "dlp", "atp")},
-    **{f"CRePE + {by} + pcg": allocated(then(crepe, **PCG), by) for by in ("owl", "alphapruning", "dlp", "atp")},
-    **{
-        f"SparseGPT + {by} + pcg": allocated(then(sparsegpt, **PCG), by) for by in ("owl", "alphapruning", "dlp", "atp")
-    },
+    **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ("owl", "alphapruning", "dlp", "atp")},
+    **{f"SparseGPT + {by} + pcg": allocated(with_pcg(sparsegpt), by) for by in ("owl", "alphapruning", "dlp", "atp")},
 }
 
 

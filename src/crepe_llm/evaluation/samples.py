@@ -336,21 +336,8 @@ class _Gguf:
 def _llama_config(source: _Gguf) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        vocab_size=len(source["tokenizer.ggml.tokens"]),
-        hidden_size=source.hyperparameter("embedding_length"),
-        intermediate_size=source.hyperparameter("feed_forward_length"),
-        num_hidden_layers=source.hyperparameter("block_count"),
-        num_attention_heads=source.hyperparameter("attention.head_count"),
-        num_key_value_heads=source.hyperparameter("attention.head_count_kv"),
-        max_position_embeddings=source.hyperparameter("context_length"),
-        rms_norm_eps=source.hyperparameter("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": source.hyperparameter("rope.freq_base")},
-        bos_token_id=source["tokenizer.ggml.bos_token_id"],
-        eos_token_id=source["tokenizer.ggml.eos_token_id"],
-        pad_token_id=source["tokenizer.ggml.padding_token_id"],
-        tie_word_embeddings=True,
-    )
+    rope = {"rope_type": "default", "rope_theta": source.hyperparameter("rope.freq_base")}
+    return LlamaConfig(**_common_fields(source), rope_parameters=rope)
 
 
 def _gemma3_config(source: _Gguf) -> Any:
@@ -358,22 +345,28 @@ def _gemma3_config(source: _Gguf) -> Any:
 
     # What the GGUF does not say (the pattern of sliding layers, their rotary base) has the family's default values.
     return Gemma3TextConfig(
-        vocab_size=len(source["tokenizer.ggml.tokens"]),
-        hidden_size=source.hyperparameter("embedding_length"),
-        intermediate_size=source.hyperparameter("feed_forward_length"),
-        num_hidden_layers=source.hyperparameter("block_count"),
-        num_attention_heads=source.hyperparameter("attention.head_count"),
-        num_key_value_heads=source.hyperparameter("attention.head_count_kv"),
+        **_common_fields(source),
         head_dim=source.hyperparameter("attention.key_length"),
         query_pre_attn_scalar=source.hyperparameter("attention.key_length"),
         sliding_window=source.hyperparameter("attention.sliding_window"),
-        max_position_embeddings=source.hyperparameter("context_length"),
-        rms_norm_eps=source.hyperparameter("attention.layer_norm_rms_epsilon"),
-        bos_token_id=source["tokenizer.ggml.bos_token_id"],
-        eos_token_id=source["tokenizer.ggml.eos_token_id"],
-        pad_token_id=source["tokenizer.ggml.padding_token_id"],
-        tie_word_embeddings=True,
     )
+
+
+def _common_fields(source: _Gguf) -> dict[str, Any]:
+    return {
+        "vocab_size": len(source["tokenizer.ggml.tokens"]),
+        "hidden_size": source.hyperparameter("embedding_length"),
+        "intermediate_size": source.hyperparameter("feed_forward_length"),
+        "num_hidden_layers": source.hyperparameter("block_count"),
+        "num_attention_heads": source.hyperparameter("attention.head_count"),
+        "num_key_value_heads": source.hyperparameter("attention.head_count_kv"),
+        "max_position_embeddings": source.hyperparameter("context_length"),
+        "rms_norm_eps": source.hyperparameter("attention.layer_norm_rms_epsilon"),
+        "bos_token_id": source["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": source["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": source["tokenizer.ggml.padding_token_id"],
+        "tie_word_embeddings": True,
+    }
 
 
 def _convert_weights(source: _Gguf, config: Any) -> Any:
