@@ -1,7 +1,7 @@
 """CFSP's structured pruning: perplexity by importance and allocation, recovery fine-tuning, speed in vLLM.
 
     python benchmarks/structured.py quality                  # both models, 10, 20, 30 %, seeds 0 1 2
-    python benchmarks/structured.py recover --steps 200      # what LoRA wins back, by how ranks are shared out
+    python benchmarks/structured.py recover                  # what LoRA wins back, by how ranks are shared out
     python benchmarks/structured.py speed                    # dense beside pruned in vLLM
 
 Runs are appended to --results as they finish and not repeated; the table is printed from what is there. `quality`
@@ -11,7 +11,9 @@ for real, measures it and puts the dense matrices back.
 
 import argparse
 import json
+import shutil
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +24,19 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from crepe_llm.checkpoints import per_block
 from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
+from crepe_llm.evaluation.throughput import Case, Engine, median, run
 from crepe_llm.ffn import FFN, cut, find_blocks, find_ffns
+from crepe_llm.recovery import recover
 from crepe_llm.statistics import InputStatistics
 from crepe_llm.structured import BlockImportance, channel_importance, keep_ratios, kept_channels, kept_widths
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 METHODS = ("random", "magnitude", "wanda", "activation", "relative")
 ALLOCATIONS = ("uniform", "coarse")
+RANKS = ("important", "unimportant", "uniform")
 DTYPE = torch.bfloat16
 
 
@@ -75,17 +81,21 @@ def scores(method: str, ffn: FFN, norm: torch.Tensor | None, generator: torch.Ge
     return channel_importance(method, norm, ffn.output.weight.detach(), matrices)
 
 
+def widths_of(ffns: list[FFN], allocation: str, sparsity: float, round_to: int, seen: Calibration | None) -> list[int]:
+    """How many channels each block keeps."""
+    widths = [ffn.width for ffn in ffns]
+    if allocation == "uniform":
+        return kept_widths([1 - sparsity], widths[:1], round_to) * len(ffns)
+    return kept_widths(keep_ratios(seen.importance, sparsity), widths, round_to)
+
+
 @contextmanager
 def pruned(
     ffns: list[FFN], method: str, allocation: str, sparsity: float, round_to: int, seen: Calibration | None, seed: int
 ) -> Iterator[float]:
     """Cut the FFNs of a model meanwhile; gives the seconds that it took without the calibration."""
     started = time.perf_counter()
-    widths = [ffn.width for ffn in ffns]
-    if allocation == "uniform":
-        kept = kept_widths([1 - sparsity], widths[:1], round_to) * len(ffns)
-    else:
-        kept = kept_widths(keep_ratios(seen.importance, sparsity), widths, round_to)
+    kept = widths_of(ffns, allocation, sparsity, round_to, seen)
     dense = [(module, module.weight) for ffn in ffns for module in (*ffn.inputs, ffn.output)]
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -197,6 +207,134 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + f" ± {(max(values) - min(values)) / 2:.2f}" * (len(values) > 1)
 
 
+# Recovery
+
+
+def write_pruned(folder: Path, model_name: str, sparsity: float, allocation: str, options: argparse.Namespace) -> Path:
+    """A checkpoint cut by `activation`, if it is not there yet, calibrated with seed 0; `dense` cuts nothing."""
+    seen_by = f"{options.windows}x{options.length}"
+    made = folder / f"{model_name}-{allocation}-{sparsity:g}-{options.round_to}-{seen_by}"
+    if (made / "config.json").is_file():
+        return made
+    source = MODELS[model_name]()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPE).eval()
+    if allocation != "dense":
+        train = samples.wikipedia().train
+        data = samples.calibration_windows(tokenizer, train, windows=options.windows, length=options.length, seed=0)
+        ffns = find_ffns(model)
+        seen = Calibration(model, ffns, torch.tensor(data["input_ids"]))
+        kept = widths_of(ffns, allocation, sparsity, options.round_to, seen)
+        for ffn, count, norm in zip(ffns, kept, seen.norms, strict=True):
+            cut(ffn, kept_channels(norm, count))
+        model.config.block_importance = seen.importance
+        if len(set(kept)) == 1:
+            per_block.set_width(model, kept[0])
+        else:
+            per_block.convert(model, kept)
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    return made
+
+
+def recovery(options: argparse.Namespace) -> None:
+    """Perplexity before and after recovery for every way to share out the ranks, then the table."""
+    fields = ("windows", "length", "tokens", "round_to", "train", "rank", "batch", "learning_rate")
+    conditions = {name: getattr(options, name) for name in fields}
+    records = read(options.results)
+    corpus = samples.wikipedia()
+    for model_name in options.models:
+        for ranks in ("", *options.ranks):
+            key = {"model": model_name, "sparsity": options.sparsity, "allocation": options.allocation, "ranks": ranks}
+            key |= conditions
+            if done(records, key):
+                continue
+            print(f"{model_name}: {ranks or 'before recovery'}", file=sys.stderr, flush=True)
+            folder = write_pruned(options.folder, model_name, options.sparsity, options.allocation, options)
+            record: dict[str, Any] = dict(key)
+            if ranks:
+                target = options.folder / f"{folder.name}-{ranks}"
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir()
+                made = recover(
+                    folder,
+                    target,
+                    options.folder / f"{target.name}-work",
+                    corpus.train,
+                    length=options.length,
+                    windows=options.train,
+                    rank=options.rank,
+                    allocation=ranks,
+                    batch=options.batch,
+                    learning_rate=options.learning_rate,
+                )
+                record |= {"seconds": made.seconds, "steps": made.steps, "ranks_of_blocks": made.ranks}
+                folder = target
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval()
+            test = token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
+            measure(record, model, test, corpus.name)
+            append(options.results, record)
+            records.append(record)
+    columns = ["", *options.ranks]
+    print(f"| model | {' | '.join(name or 'before recovery' for name in columns)} | seconds |")
+    print("|---" * (2 + len(columns)) + "|")
+    for model_name in options.models:
+        mine = {"model": model_name, "sparsity": options.sparsity, "allocation": options.allocation, **conditions}
+        found = [done(records, {**mine, "ranks": ranks}) for ranks in columns]
+        seconds = [record["seconds"] for record in found if record and "seconds" in record]
+        cells = [f"{record['perplexity']:.2f}" if record else "-" for record in found]
+        print(f"| {model_name} | {' | '.join(cells)} | {statistics.median(seconds or [0.0]):.0f} |")
+    print(
+        f"\nPerplexity as above of models with {options.sparsity:.0%} of the FFN channels removed (`activation`, "
+        f"{options.allocation}), after LoRA of mean rank {options.rank} on {options.train} windows of {options.length} "
+        f"tokens of the calibration articles, {options.batch} a step, at {options.learning_rate}; by where ranks go."
+    )
+
+
+# Speed
+
+
+def speed(options: argparse.Namespace) -> None:
+    """vLLM's speed on dense and pruned checkpoints in turns, then the table."""
+    conditions = {"tokens": options.generate, "dtype": options.dtype, "threads": torch.get_num_threads()}
+    conditions |= {"round_to": options.round_to}
+    cases = [Case(prompt, streams) for prompt in (32, 512) for streams in (1, 8)]
+    kinds = [("dense", 0.0), *((kind, sparsity) for sparsity in options.sparsities for kind in options.allocations)]
+    for model_name in options.models:
+        for turn in range(options.turns):
+            for kind, sparsity in kinds:
+                print(f"{model_name}, turn {turn + 1}: {kind} {sparsity:g}", file=sys.stderr, flush=True)
+                folder = write_pruned(options.folder, model_name, sparsity, kind, options)
+                measured = run(Engine(kind, str(folder), options.dtype), cases, tokens=options.generate)
+                key = {"model": model_name, "kind": kind, "sparsity": sparsity, **conditions}
+                append(options.results, {**key, **measured})
+    records = [r for r in read(options.results) if all(r.get(k) == v for k, v in conditions.items())]
+    titles = [f"{case.prompt} + {case.streams}: {what}" for case in cases for what in ("tokens/s", "first token, s")]
+    print(f"| model | FFN channels removed | {' | '.join(titles)} | weights, MB |")
+    print("|---" * (3 + len(titles)) + "|")
+    for model_name in options.models:
+        found = {k: [r for r in records if (r["model"], r["kind"], r["sparsity"]) == (model_name, *k)] for k in kinds}
+        medians = {k: median(runs) for k, runs in found.items() if runs}
+        dense = medians.get(("dense", 0.0))
+        for (kind, sparsity), one in medians.items():
+            cells = []
+            for index, case in enumerate(one["cases"]):
+                for figure, form in (("tokens_per_s", ".1f"), ("first_token_s", ".3f")):
+                    cell = f"{case[figure]:{form}}"
+                    if dense and kind != "dense":
+                        ratio = case[figure] / dense["cases"][index][figure]
+                        cell += f" ({ratio if figure == 'tokens_per_s' else 1 / ratio:.2f}x)"
+                    cells.append(cell)
+            name = kind if kind == "dense" else f"{sparsity:.0%} {kind}"
+            print(f"| {model_name} | {name} | {' | '.join(cells)} | {one['weight_bytes'] / 1e6:.0f} |")
+    counts = sorted({len(runs) for runs in found.values() if runs})
+    print(
+        f"\nvLLM, eager, {options.dtype}, {conditions['threads']} threads; prompt tokens + streams; medians of "
+        f"{' or '.join(map(str, counts))} starts of each engine, in turns; in brackets the speed-up against dense."
+    )
+
+
 # What subcommands share
 
 
@@ -230,6 +368,32 @@ def main() -> None:
     command.add_argument("--round-to", type=int, default=8, help="widths are multiples of it (%(default)s)")
     command.add_argument("--results", type=Path, default=Path("structured.jsonl"), help="one JSON object a cell")
     command.set_defaults(run=quality)
+
+    command = subparsers.add_parser("recover", parents=[shared], help="perplexity after recovery fine-tuning")
+    command.add_argument("--sparsity", type=float, default=0.2)
+    command.add_argument("--allocation", choices=ALLOCATIONS, default="coarse")
+    command.add_argument("--ranks", nargs="+", choices=RANKS, default=list(RANKS), help="which blocks get more")
+    command.add_argument("--train", type=int, default=64, help="windows to train on (%(default)s)")
+    command.add_argument("--rank", type=int, default=8, help="mean LoRA rank (%(default)s)")
+    command.add_argument("--batch", type=int, default=4, help="windows a step (%(default)s)")
+    command.add_argument("--learning-rate", type=float, default=2e-4)
+    command.add_argument("--round-to", type=int, default=8, help="widths are multiples of it (%(default)s)")
+    command.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
+    command.add_argument(
+        "--results", type=Path, default=Path("structured_recovery.jsonl"), help="one JSON object a run"
+    )
+    command.set_defaults(run=recovery)
+
+    command = subparsers.add_parser("speed", parents=[shared], help="vLLM on dense and pruned checkpoints")
+    command.add_argument("--sparsities", nargs="+", type=float, default=[0.2, 0.3])
+    command.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
+    command.add_argument("--turns", type=int, default=3, help="starts of every engine; 0: only the table (%(default)s)")
+    command.add_argument("--generate", type=int, default=32, help="tokens a stream (%(default)s)")
+    command.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="served (%(default)s)")
+    command.add_argument("--round-to", type=int, default=128, help="widths are multiples of it (%(default)s)")
+    command.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
+    command.add_argument("--results", type=Path, default=Path("structured_speed.jsonl"), help="one JSON object a run")
+    command.set_defaults(run=speed)
 
     options = parser.parse_args()
     options.run(options)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from conftest import FAMILIES
+from conftest import FAMILIES, VOCABULARY
 from crepe_llm.ffn import find_ffns
 from crepe_llm.modifiers import CFSPModifier, CRePEModifier, WeightCorrectionModifier
 
@@ -287,6 +287,18 @@ def test_weight_correction_behind_both_corrects_the_smaller_layers(tiny_model_fo
         calibration_data,
     )
     assert len(correction.errors) == 14
+
+
+@pytest.mark.parametrize("recipe", ["cfsp_20", "cfsp_20_crepe_2of4"])
+def test_the_shipped_recipes_remove_a_fifth(recipe, tiny_model_folder, calibration_data, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = LlamaConfig(vocab_size=VOCABULARY, intermediate_size=640, num_hidden_layers=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_folder("llama")).save_pretrained(tmp_path)
+    model = prune(load(tmp_path, torch.float32), str(RECIPES / f"{recipe}.yaml"), calibration_data)
+    found = widths_and_zeros(model)
+    assert sum(width for width, _ in found) == 2 * 512 and all(width % 128 == 0 for width, _ in found)
+    assert all(set(zeros) == ({0.5} if "2of4" in recipe else {0.0}) for _, zeros in found)
 
 
 # Refusals
