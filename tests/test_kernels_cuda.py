@@ -1,5 +1,6 @@
 """What the GPU backends are, as far as a CPU can tell: layouts, rules, plans, operators."""
 
+import dataclasses
 import json
 
 import pytest
@@ -332,6 +333,45 @@ def test_library_calls_pass_torchs_own_shape_and_dtype_checks(backend, tokens, d
         x = torch.empty(tokens, k, dtype=dtype)
         y = products.product(backend, 3, x, weight, token_scale, bias, x_dtype)
         assert y.shape == (tokens, n) and y.dtype == x_dtype and y.is_contiguous()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(CUSPARSELT, d) for d in products.CUSPARSELT_LIMITS] + [(CUTLASS, d) for d in products.CUTLASS_LIMITS],
+)
+def test_scales_and_bias_around_the_libraries(backend, dtype, with_scale, with_bias, monkeypatch):
+    """CPU builds lack the libraries: products with the operators' documented meaning stand in for them."""
+    dense = sparse(64, 128, dtype)
+
+    def multiply(columns, bias, alpha, out_dtype):
+        y = dense.double() @ columns.double()
+        y = y if alpha is None else y * alpha.double()[:, None]
+        y = y if bias is None else y + bias.double()[:, None]
+        return y.to(out_dtype or dtype)
+
+    def cusparselt(compressed, columns, bias=None, alpha=None, out_dtype=None, transpose_result=False, alg_id=0):
+        assert transpose_result and alg_id == 7 and (alpha is None or alpha.shape == (64,))
+        return multiply(columns, bias, alpha, out_dtype).t()
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", cusparselt)
+    monkeypatch.setattr(
+        torch, "_sparse_semi_structured_mm", lambda w, meta, x, out_dtype=None: multiply(x, None, None, out_dtype)
+    )
+    monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", lambda bias, w, meta, x: multiply(x, bias, None, None))
+    quantized = dtype in QUANTIZED
+    x_dtype = torch.bfloat16 if quantized else dtype
+    scale = torch.rand(64) + 0.5 if with_scale or quantized else None
+    bias = torch.randn(64).to(x_dtype) if with_bias else None
+    packed = on_cpu(dense, scale, Inputs(dtype) if quantized else None)
+    packed = dataclasses.replace(packed, cutlass=packed.metadata, cusparselt=packed.values)
+    x = torch.randn(5, 128).to(x_dtype)
+    values, token_scale = reference.quantize_inputs(x, packed.inputs) if quantized else (x, None)
+    y = products.product(backend, 7, values, packed, token_scale, bias, x_dtype)
+    expected = naive(x, dense, scale, bias, packed.inputs)
+    eps = torch.finfo(x_dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=3 * eps, atol=3 * eps * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *QUANTIZED])
