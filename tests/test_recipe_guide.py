@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from llmcompressor.recipe import Recipe
 
 import crepe_llm.modifiers
 from crepe_llm.recipe_files import shipped_recipes
@@ -54,6 +55,14 @@ def test_every_modifier_recipe_and_field_is_there():
         assert {name for name, _ in rows} == own, modifier
         assert all(meaning.strip() for _, meaning in rows), modifier
     assert all(f"| `{name}` | " in GUIDE for name in shipped_recipes())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_described_and_name_modifiers_that_exist(name):
+    text = shipped_recipes()[name].read_text()
+    # `crepe recipes` shows the first line.
+    assert re.match(r"# .{20,118}\.\n", text)
+    assert Recipe.create_instance(text).modifiers
 
 
 def test_links_lead_somewhere():
