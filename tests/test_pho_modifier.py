@@ -365,7 +365,7 @@ def test_bad_places_in_a_recipe_are_refused(tiny_model_folder, calibration_data,
     with pytest.raises(ValueError, match="differs between layers"):
         refused([pho, crepe])
     pho, crepe = pair({}, {"mask_structure": {"re:.*mlp.*": "5:8", "re:.*": "3:8"}})
-    with pytest.raises(ValueError, match="mask_structure differs between layers.*give PHOSearchModifier a mask_str"):
+    with pytest.raises(ValueError, match=r"mask_structure differs between layers.*give PHOSearchModifier a mask_str"):
         refused([pho, crepe])
     pho, crepe = pair({}, {"score": "cvr"})
     with pytest.raises(ValueError, match="has score: cvr, which has none: leave PHOSearchModifier out"):
