@@ -117,6 +117,7 @@ METHODS: dict[str, Method | None] = {
     "CRePE + energy": then(crepe, "WeightCorrectionModifier", method="energy"),
     "CRePE + DSnoT": then(crepe, "DSnoTModifier"),
     "CRePE + DSnoT by CRePE": then(crepe, "DSnoTModifier", score="crepe"),
+    "CRePE + DSnoT, attention": then(crepe, "DSnoTModifier", targets=["re:.*self_attn.*_proj$"]),
     "CRePE + permutation": permuted(crepe),
     "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
     "CRePE + pcg": with_pcg(crepe),
@@ -161,19 +162,17 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     return runs
 
 
-def run(key: dict[str, Any]) -> dict[str, Any]:
-    """Prune and measure once."""
+def prune(key: dict[str, Any]) -> tuple[Any, Any, float, float]:
+    """The pruned model, its tokenizer, the seconds that pruning took, and the fraction of zeros."""
     folder = MODELS[key["model"]]()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    corpus = samples.wikipedia()
-    test = token_windows(tokenizer, getattr(corpus, key["split"]), key["length"], tokens=key["tokens"])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, key["dtype"]))
     reset_session()
     started = time.perf_counter()
     if "recipe" in key:
         data = samples.calibration_windows(
-            tokenizer, corpus.train, windows=key["windows"], length=key["length"], seed=key["seed"]
+            tokenizer, samples.wikipedia().train, windows=key["windows"], length=key["length"], seed=key["seed"]
         )
         oneshot(
             model=model,
@@ -191,6 +190,14 @@ def run(key: dict[str, Any]) -> dict[str, Any]:
     zeros = sum(int((weight == 0).sum()) for weight in layers) / sum(weight.numel() for weight in layers)
     if key["structure"] and abs(zeros - STRUCTURES[key["structure"]][0].get("sparsity", 0.5)) > 0.03:
         raise RuntimeError(f"{zeros:.2%} of the weights are zero after {key}")
+    return model, tokenizer, seconds, zeros
+
+
+def run(key: dict[str, Any]) -> dict[str, Any]:
+    """Prune and measure once."""
+    model, tokenizer, seconds, zeros = prune(key)
+    corpus = samples.wikipedia()
+    test = token_windows(tokenizer, getattr(corpus, key["split"]), key["length"], tokens=key["tokens"])
     result = perplexity(model, test, corpus=corpus.name, progress=False)
     return key | {
         "perplexity": result.perplexity,

@@ -1,0 +1,64 @@
+"""Zero-shot accuracy of 2:4 models by method, beside the dense model's.
+
+    python benchmarks/zero_shot.py                                # both models, 500 questions a task
+    python benchmarks/zero_shot.py --methods dense "CRePE + pcg" --questions 100
+
+Models are pruned as in methods.py (one seed), saved, and scored by lm-evaluation-harness. Runs are appended to
+--results as they finish, and not repeated.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from loguru import logger
+from methods import METHODS, MODELS, prune, read, runs_of
+from tqdm import tqdm
+
+from crepe_llm.evaluation import samples
+from crepe_llm.evaluation.zero_shot import zero_shot
+
+DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE", "CRePE + permutation + pcg"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
+    parser.add_argument("--questions", type=int, default=500, help="of each task, the first ones (%(default)s)")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "zero_shot.jsonl")
+    options = parser.parse_args()
+    logger.remove()
+    vars(options).update(
+        structures=["2:4"], seeds=[0], split="none", windows=16, length=512, tokens=0, dtype="bfloat16"
+    )
+    questions = {task: rows[: options.questions] for task, rows in samples.questions().items()}
+
+    records = read(options.results)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    keys = [key | {"asked": options.questions} for key in runs_of(options)]
+    for key in tqdm([k for k in keys if not any(k.items() <= r.items() for r in records)], unit=" runs"):
+        model, tokenizer, _, _ = prune(key)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(f"{folder}/model")
+            tokenizer.save_pretrained(f"{folder}/model")
+            scores = zero_shot(f"{folder}/model", questions, dtype=key["dtype"])
+        records.append(key | {"scores": scores})
+        with options.results.open("a") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+    print(f"| model | method | {' | '.join(questions)} | mean |\n|{'---|' * (len(questions) + 3)}")
+    for key in keys:
+        (record,) = (r for r in records if key.items() <= r.items())
+        scores = record["scores"].values()
+        cells = [f"{100 * score['acc']:.1f} ± {100 * score['acc_stderr']:.1f}" for score in scores]
+        mean = 100 * sum(score["acc"] for score in scores) / len(questions)
+        print(f"| {key['model']} | {key['method']} | {' | '.join(cells)} | {mean:.1f} |")
+    print(
+        f"\nAccuracy in percent ± standard error, zero-shot, the first {options.questions} questions of BoolQ (dev), PIQA "
+        "(validation) and OpenBookQA (test), lm-evaluation-harness; 2:4, calibration on 16 windows of 512 tokens, seed 0."
+    )
+
+
+if __name__ == "__main__":
+    main()
