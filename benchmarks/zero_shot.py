@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 
 from loguru import logger
-from methods import METHODS, MODELS, prune, read, runs_of
 from tqdm import tqdm
 
 from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.zero_shot import zero_shot
+from methods import METHODS, MODELS, prune, read, runs_of
 
 DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE", "CRePE + permutation + pcg"]
 
@@ -55,8 +55,9 @@ def main() -> None:
         mean = 100 * sum(score["acc"] for score in scores) / len(questions)
         print(f"| {key['model']} | {key['method']} | {' | '.join(cells)} | {mean:.1f} |")
     print(
-        f"\nAccuracy in percent ± standard error, zero-shot, the first {options.questions} questions of BoolQ (dev), PIQA "
-        "(validation) and OpenBookQA (test), lm-evaluation-harness; 2:4, calibration on 16 windows of 512 tokens, seed 0."
+        f"\nAccuracy in percent ± standard error, zero-shot, lm-evaluation-harness: the first {options.questions} "
+        "questions of BoolQ (dev), PIQA (validation) and OpenBookQA (test). 2:4, calibrated on 16 windows of 512 tokens, "
+        "seed 0."
     )
 
 
