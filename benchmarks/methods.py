@@ -119,6 +119,7 @@ METHODS: dict[str, Method | None] = {
     "CRePE + DSnoT by CRePE": then(crepe, "DSnoTModifier", score="crepe"),
     "CRePE + DSnoT, attention": then(crepe, "DSnoTModifier", targets=["re:.*self_attn.*_proj$"]),
     "CRePE + permutation": permuted(crepe),
+    "CRePE + permutation + energy": then(permuted(crepe), "WeightCorrectionModifier", method="energy"),
     "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),

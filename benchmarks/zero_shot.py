@@ -56,8 +56,8 @@ def main() -> None:
         print(f"| {key['model']} | {key['method']} | {' | '.join(cells)} | {mean:.1f} |")
     print(
         f"\nAccuracy in percent ± standard error, zero-shot, lm-evaluation-harness: the first {options.questions} "
-        "questions of BoolQ (dev), PIQA (validation) and OpenBookQA (test). 2:4, calibrated on 16 windows of 512 tokens, "
-        "seed 0."
+        "questions of BoolQ (dev), PIQA (validation) and OpenBookQA (test). 2:4, calibrated on 16 windows of 512 "
+        "tokens, seed 0."
     )
 
 
