@@ -155,7 +155,8 @@ def _pack(
         if dtype == torch.float8_e4m3fn and scheme is None:
             values = values.to(torch.bfloat16)
         backends = cuda_backends(products.capability(device), n, k, values.dtype)
-        return cuda.pack(values, columns, scale, scheme, backends)
+        with torch.cuda.device_of(values):
+            return cuda.pack(values, columns, scale, scheme, backends)
     if scheme == Inputs(torch.int8):
         scheme = None  # the kernel's own
     elif dtype in QUANTIZED_DTYPES:

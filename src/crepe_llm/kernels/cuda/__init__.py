@@ -82,7 +82,8 @@ def linear(
     """[M, N] in ``out_dtype``; ``x`` [M, K] is quantized as the weight says, with its scales [M] in ``token_scale``."""
     if x.shape[0] == 0:
         return torch.empty(0, weight.shape[0], dtype=out_dtype, device=x.device)
-    return products.product(*chosen(x, weight), x, weight, token_scale, bias, out_dtype)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return products.product(*chosen(x, weight), x, weight, token_scale, bias, out_dtype)
 
 
 def chosen(x: torch.Tensor, weight: CudaWeight) -> Candidate:
