@@ -5,8 +5,8 @@
 >>> import torch
 >>> from crepe_llm import kernels
 >>> packed = kernels.pack(torch.tensor([[0.0, 2.0, 0.0, 3.0], [1.0, 0.0, 0.0, 0.0]]))
->>> kernels.linear(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]), packed)
-tensor([[3020.,    1.]])
+>>> kernels.linear(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), packed)
+tensor([[16.,  1.]])
 """
 
 from crepe_llm.kernels.cuda.weight import CudaWeight
