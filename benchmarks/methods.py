@@ -94,10 +94,9 @@ def allocated(method: Method, by: str) -> Method:
         if first is None or structure == "2:4":
             return None
         sparsity = STRUCTURES[structure][0].get("sparsity", 0.5)
+        # The modifier that prunes waits for what the allocation finds.
         first = {
-            name: {field: value for field, value in fields.items() if field != "sparsity"}
-            if name in ("CRePEModifier", "SparseGPTModifier")
-            else fields
+            name: fields | {"sparsity": None} if name in ("CRePEModifier", "SparseGPTModifier") else fields
             for name, fields in first.items()
         }
         return {"SparsityAllocationModifier": {"method": by, "sparsity": sparsity}} | first
