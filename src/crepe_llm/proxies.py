@@ -276,6 +276,13 @@ def _row_reconstruction(pruned: PrunedSample) -> float:
     return (error / energy.clamp_min(_TINY)).pow(_ROW_POWER).mean().pow(1 / _ROW_POWER).item()
 
 
+def _balanced_reconstruction(pruned: PrunedSample) -> float:
+    error, energy = pruned.relative_errors()
+    layer = error.sum() / energy.sum().clamp_min(_TINY)
+    rows = (error / energy.clamp_min(_TINY)).square().mean().sqrt()
+    return 0.5 * math.log(max((layer * rows).item(), _TINY))
+
+
 PROXIES: Mapping[str, Proxy] = {
     proxy.name: proxy
     for proxy in (
@@ -284,6 +291,7 @@ PROXIES: Mapping[str, Proxy] = {
         Proxy("gini_kept", True, False, _gini_kept),
         Proxy("reconstruction", False, True, _reconstruction),
         Proxy("row_reconstruction", False, True, _row_reconstruction),
+        Proxy("balanced_reconstruction", False, True, _balanced_reconstruction),
     )
 }
 """By name:
@@ -291,7 +299,9 @@ PROXIES: Mapping[str, Proxy] = {
 - ``gini``: Gini index of the pruned weights' scores; our guess at the paper's proxy;
 - ``gini_all``, ``gini_kept``: of all scores, of the kept weights' scores;
 - ``reconstruction``: ||(W - W~) X||^2 / ||W X||^2 of the layer;
-- ``row_reconstruction``: the same of each row by itself, and the fourth-power mean over rows: it sees rows that starve.
+- ``row_reconstruction``: the same of each row by itself, and the fourth-power mean over rows: it sees rows that starve;
+- ``balanced_reconstruction``: half the logarithm of the layer's error times the root mean square of its rows' errors,
+  so that the mean over layers is the logarithm of a geometric mean.
 
 All but the choice of the Gini index are ours; docs/pho.md has the evidence.
 """
