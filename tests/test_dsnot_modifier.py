@@ -285,3 +285,13 @@ def test_a_layer_that_another_modifier_pruned_has_no_crepe_score(tiny_model_fold
 def test_bad_fields_are_refused_with_the_field_and_the_fix(fields, message):
     with pytest.raises(ValueError, match=message):
         DSnoTModifier(**fields)
+
+
+@pytest.mark.parametrize(("max_cycles", "most"), [(None, 1), (3, 3)])
+def test_swaps_are_in_proportion_to_the_width(max_cycles, most, tiny_model_folder, calibration_data):
+    folder = tiny_model_folder("llama")
+    before = linears(run(load(folder), [crepe()], calibration_data))
+    after = linears(run(load(folder), [crepe(), DSnoTModifier(max_cycles=max_cycles)], calibration_data))
+    name = "model.layers.0.self_attn.q_proj"
+    grown = ((after[name].weight != 0) & (before[name].weight == 0)).sum(1)
+    assert int(grown.max()) == most
