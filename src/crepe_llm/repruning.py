@@ -40,7 +40,7 @@ def dsnot(
     *,
     group: int | None = None,
     max_cycles: int = 50,
-    threshold: float = 1e-4,
+    threshold: float = 0.01,
     variance_exponent: float = 1.0,
 ) -> Repruned:
     """Grow pruned weights back and prune kept ones in their place, so that each expected output nears the dense one.

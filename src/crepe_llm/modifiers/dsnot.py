@@ -75,7 +75,7 @@ class DSnoTModifier(AfterPruningModifier):
     """
 
     max_cycles: int | None = None
-    threshold: float = 1e-4
+    threshold: float = 0.01
     variance_exponent: float = 1.0
     score: Literal["wanda", "crepe"] = "wanda"
 
