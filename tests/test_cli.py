@@ -10,7 +10,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from crepe_llm.cli import main, new_folder
+from crepe_llm.checkpoints.folders import new_folder
+from crepe_llm.cli import main
 from crepe_llm.recipe_files import recipe_path, shipped_recipes
 from test_perplexity import letters_tokenizer
 

@@ -5,13 +5,10 @@ standard library is imported inside `run`, so that `crepe --help` is instant and
 """
 
 import argparse
-import os
 import shlex
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +138,7 @@ def _add_prune(subparsers: Any) -> None:
 
 def _prune(options: argparse.Namespace) -> None:
     recipe = recipe_path(options.recipe)
-    with new_folder(options.output) as folder:
+    with _output_folder(options.output) as folder:
         try:
             from llmcompressor import oneshot
             from llmcompressor.recipe import Recipe
@@ -231,52 +228,46 @@ def _calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, l
 
 
 def _add_compress(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+    _add_conversion(
+        subparsers,
         "compress",
-        help="pack the 2:4 layers of a checkpoint",
-        description=(
-            "Convert a folder of safetensors whose linear layers hold 2:4 zeros into the sparse-24-bitmask format, one "
-            "file at a time. Layers that are not 2:4 stay as they are. The output folder is complete or absent."
-        ),
-        epilog="example:\n  crepe compress PRUNED PACKED\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "pack the 2:4 layers of a checkpoint",
+        "Convert a folder of safetensors whose linear layers hold 2:4 zeros into the sparse-24-bitmask format, one "
+        "file at a time. Layers that are not 2:4 stay as they are. The output folder is complete or absent.",
+        "crepe compress PRUNED PACKED",
     )
-    _add_folders(parser)
-    parser.set_defaults(run=_compress)
 
 
 def _add_decompress(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+    _add_conversion(
+        subparsers,
         "decompress",
-        help="unpack a 2:4 checkpoint into plain weights",
-        description=(
-            "Convert a sparse-24-bitmask checkpoint into plain weights with zeros, which every reader loads, one file "
-            "at a time. The output folder is complete or absent."
-        ),
-        epilog="example:\n  crepe decompress PACKED PLAIN\n",
+        "unpack a 2:4 checkpoint into plain weights",
+        "Convert a sparse-24-bitmask checkpoint into plain weights with zeros, which every reader loads, one file "
+        "at a time. The output folder is complete or absent.",
+        "crepe decompress PACKED PLAIN",
+    )
+
+
+def _add_conversion(subparsers: Any, name: str, summary: str, description: str, example: str) -> None:
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"example:\n  {example}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_folders(parser)
-    parser.set_defaults(run=_decompress)
-
-
-def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
     parser.add_argument("destination", metavar="OUT", type=Path, help="a folder that does not hold a model yet")
+    parser.set_defaults(run=_convert, conversion=name)
 
 
-def _compress(options: argparse.Namespace) -> None:
-    from crepe_llm.checkpoints import compress_folder
+def _convert(options: argparse.Namespace) -> None:
+    from crepe_llm.checkpoints import compress_folder, decompress_folder
 
-    layers = compress_folder(options.source, options.destination, progress=True)
-    _report_conversion(options, f"{len(layers)} layers packed")
-
-
-def _decompress(options: argparse.Namespace) -> None:
-    from crepe_llm.checkpoints import decompress_folder
-
-    layers = decompress_folder(options.source, options.destination, progress=True)
-    _report_conversion(options, f"{len(layers)} layers unpacked")
+    convert = {"compress": compress_folder, "decompress": decompress_folder}[options.conversion]
+    layers = convert(options.source, options.destination, progress=True)
+    _report_conversion(options, f"{len(layers)} layers {'un' * (convert is decompress_folder)}packed")
 
 
 def _report_conversion(options: argparse.Namespace, what: str) -> None:
@@ -414,7 +405,7 @@ def _recover(options: argparse.Namespace) -> None:
 
     texts = samples.wikipedia().train if options.sample else [options.text.read_text(encoding="utf-8")]
     work = options.output.absolute().parent / f".{options.output.name}-recovery"
-    with new_folder(options.output) as folder:
+    with _output_folder(options.output) as folder:
         result = recover(
             options.model,
             folder,
@@ -493,9 +484,8 @@ def _serve(options: argparse.Namespace) -> None:
 # What subcommands share
 
 
-@contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `destination` that takes its name if the block succeeds, and vanishes if not.
+def _output_folder(destination: Path) -> AbstractContextManager[Path]:
+    """A temporary folder beside `destination` that takes its name if the block succeeds, and vanishes if not.
 
     Raises:
         FileExistsError: `destination` is a file or a folder with something in it.
@@ -506,16 +496,9 @@ def new_folder(destination: Path) -> Iterator[Path]:
     parent = destination.absolute().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent} does not exist; create it, or give another --output")
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=parent))
-    try:
-        # mkdtemp makes folders for the owner alone; a model folder has the permissions of any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o777 & ~umask)
-        yield scratch
-        os.rename(scratch, destination)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    from crepe_llm.checkpoints.folders import new_folder
+
+    return new_folder(destination)
 
 
 def _load(name: str, dtype: str, *, on_device: bool) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Writing `sparse-24-bitmask` checkpoints: through llm-compressor's `save_pretrained`, and from folder to folder.
 
-Every checkpoint is written in a hidden folder beside its destination, flushed to disk and renamed, so that under the
-final name it is complete or absent.
+Every checkpoint goes through :func:`crepe_llm.checkpoints.folders.new_folder`, so that under its name it is complete or
+absent.
 """
 
 import functools
@@ -9,9 +9,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from crepe_llm.checkpoints.bitmask import FormatError, is_2of4, pack
+from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.checkpoints.reading import CONFIG, INDEX, PARTS, SINGLE, Checkpoint, read_config, read_folder
 
 __all__ = ["attach", "compress_folder", "decompress_folder"]
@@ -72,7 +71,7 @@ def attach(model: Any) -> None:
         options = {"quantization_format": quantization_format, "save_compressed": save_compressed, **kwargs}
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub is not supported here: save to a folder, then upload that")
-        with _new_folder(Path(save_directory), keep=True) as folder:
+        with new_folder(Path(save_directory), keep=True) as folder:
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
@@ -99,7 +98,7 @@ def compress_folder(source: str | Path, destination: str | Path, *, progress: bo
     if checkpoint.layers:
         raise FormatError(f"{source} is already packed: layer {next(iter(checkpoint.layers))} has a bitmask")
     config = read_config(source)
-    with _new_folder(destination) as folder:
+    with new_folder(destination) as folder:
         layers = _convert(checkpoint, folder, _pack_tensor, progress)
         if not layers:
             raise FormatError(f"{source} has no 2:4 layer: {_why_none(checkpoint)}")
@@ -121,7 +120,7 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
     if not checkpoint.layers:
         raise FormatError(f"{source} has no {FORMAT} layer: there is nothing to decompress")
     config = read_config(source)
-    with _new_folder(destination) as folder:
+    with new_folder(destination) as folder:
         _convert(checkpoint, folder, _unpack_tensor, progress)
         _copy_rest(checkpoint, source, folder)
         quantization = {k: v for k, v in config.get(QUANTIZATION, {}).items() if k != SPARSITY}
@@ -311,73 +310,6 @@ def _copy_rest(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
-
-
-@contextmanager
-def _new_folder(destination: Path, keep: bool = False) -> Iterator[Path]:
-    """Give a hidden folder beside `destination` that becomes it when the block ends, and vanishes if it raises.
-
-    A destination that exists may hold other files (a tokenizer, say), none of them of a name that is written. If it
-    holds a model, FileExistsError is raised: at once, or, with `keep`, after the work was kept under another name.
-    """
-    destination = Path(os.path.abspath(destination))
-    if destination.exists() and not destination.is_dir():
-        raise NotADirectoryError(f"{destination} is a file; name a folder to save to")
-    final = destination
-    if _holds_model(destination):
-        if not keep:
-            raise FileExistsError(f"{destination} already holds a model; name another folder, or remove it first")
-        count = 1
-        while final.exists():
-            final, count = destination.with_name(f"{destination.name}-{count}"), count + 1
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
-    try:
-        yield partial
-        if any(partial.iterdir()):
-            _publish(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if final != destination:
-        raise FileExistsError(f"{destination} already holds a model and was left alone; the new one is in {final}")
-
-
-def _holds_model(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        path.name == CONFIG or path.suffix in (".safetensors", ".bin") or path.name == INDEX
-        for path in folder.iterdir()
-    )
-
-
-def _publish(partial: Path, final: Path) -> None:
-    partial.chmod(0o777 & ~_umask())
-    for path in [*partial.rglob("*"), partial]:
-        _flush(path)
-    if not final.exists() or not any(final.iterdir()):
-        os.rename(partial, final)
-    else:
-        entries = sorted(partial.iterdir(), key=lambda path: path.name == CONFIG)  # what makes it a model comes last
-        taken = [path.name for path in entries if (final / path.name).exists()]
-        if taken:
-            raise FileExistsError(f"{final} already has {', '.join(taken)}; name another folder, or remove them first")
-        for path in entries:
-            os.rename(path, final / path.name)
-        _flush(final)
-    _flush(final.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from loguru import logger
 from tqdm import tqdm
 
-from crepe_llm.cli import new_folder
+from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.model_card import linear_zeros, model_card, total_zeros
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
