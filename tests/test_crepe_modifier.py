@@ -11,6 +11,7 @@ import yaml
 from llmcompressor import oneshot
 
 from conftest import FAMILIES
+from crepe_llm.modifiers import WeightCorrectionModifier
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -344,3 +345,11 @@ def test_experts_that_saw_no_token(tiny_model_folder, calibration_data):
     assert dense and sparse
     for name in sparse:
         assert bool(((experts[name].weight.view(-1, 4) != 0).sum(1) == 2).all()), name
+    # What follows CRePEModifier leaves out what it left out.
+    correction = WeightCorrectionModifier(method="pcg")
+    recipe = [crepe(uncalibrated="dense"), correction]
+    corrected = run(starved(), recipe, calibration_data, moe_calibrate_all_experts=False)
+    for name in dense:
+        assert torch.equal(linears(corrected)[name].weight, experts[name].weight), name
+        assert name not in correction.errors
+    assert set(sparse) <= set(correction.errors)
