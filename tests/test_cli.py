@@ -144,6 +144,20 @@ def test_prune_writes_a_model_that_loads_and_a_card(dense, text, tmp_path, capsy
     assert main(["evaluate", str(output), "--text", str(text), "--window", "32", "--tokens", "64"]) == 0
 
 
+def test_prune_reports_matrices_that_became_smaller(dense, text, tmp_path, capsys):
+    recipe, output = tmp_path / "cut.yaml", tmp_path / "cut"
+    fields = "{sparsity: 0.25, uniform: true, round_to: 8}"
+    recipe.write_text(f"a_stage:\n  pruning_modifiers:\n    CFSPModifier: {fields}\n")
+    command = ["prune", dense, "--recipe", recipe, "--text", text, "--samples", 4, "--length", 32, "--output", output]
+    assert main([str(argument) for argument in command]) == 0
+    # A block has 3 x 32 x 64 weights in its FFN, and 32 x (32 + 16 + 16 + 32) in its attention.
+    fewer = f"{0.25 * 6144 / (6144 + 3072):.2%}"
+    assert f"{fewer} of the linear layers' weights are removed; 0.00% of the weights" in capsys.readouterr().out
+    card = (output / "README.md").read_text()
+    assert "6 of 14 linear layers were pruned" in card and f"hold {fewer} fewer weights" in card
+    assert "| model.layers.0.mlp.up_proj | 48 x 32 | 0.00% | 0.00% |" in card
+
+
 def test_prune_calibrates_on_a_data_set(dense, tmp_path):
     data = tmp_path / "data"
     data.mkdir()

@@ -181,9 +181,12 @@ def _prune(options: argparse.Namespace) -> None:
             command=options.command_line,
         )
         (folder / "README.md").write_text(card)
+    removed = model_card.removed_weights(dense, pruned)
     print(
-        f"{options.output}: {model_card.total_zeros(pruned):.2%} of the weights of {len(pruned)} linear layers "
-        f"are zero ({model_card.total_zeros(dense):.2%} before)"
+        f"{options.output}: "
+        + f"{removed:.2%} of the linear layers' weights are removed; " * bool(removed)
+        + f"{model_card.total_zeros(pruned):.2%} of the weights of {len(pruned)} linear layers are zero "
+        f"({model_card.total_zeros(dense):.2%} before)"
     )
 
 

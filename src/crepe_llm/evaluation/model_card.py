@@ -42,6 +42,12 @@ def total_zeros(layers: Sequence[LayerZeros]) -> float:
     return sum(layer.zeros * layer.shape[0] * layer.shape[1] for layer in layers) / max(numel, 1)
 
 
+def removed_weights(dense: Sequence[LayerZeros], pruned: Sequence[LayerZeros]) -> float:
+    """The fraction of the weights of all layers together that smaller matrices no longer hold."""
+    before, after = (sum(layer.shape[0] * layer.shape[1] for layer in layers) for layers in (dense, pruned))
+    return 1 - after / max(before, 1)
+
+
 def model_card(
     *,
     base_model: str,
@@ -63,7 +69,9 @@ def model_card(
         dtype: the dtype of the weights.
         command: the command that made the model.
     """
-    changed = [pair for pair in zip(dense, pruned, strict=True) if pair[1].zeros != pair[0].zeros]
+    changed = [after for before, after in zip(dense, pruned, strict=True) if after != before]
+    removed = removed_weights(dense, pruned)
+    smaller = f"Smaller matrices hold {removed:.2%} fewer weights than the dense model's. " if removed else ""
     lines = [
         "---",
         f"base_model: {base_model}",
@@ -74,7 +82,7 @@ def model_card(
         f"# {base_model}, pruned",
         "",
         f"{len(changed)} of {len(pruned)} linear layers were pruned; of the weights of all linear layers "
-        f"{total_zeros(pruned):.2%} are zero ({total_zeros(dense):.2%} in the dense model). Made by",
+        f"{total_zeros(pruned):.2%} are zero ({total_zeros(dense):.2%} in the dense model). {smaller}Made by",
         "",
         f"    {command}",
         "",
