@@ -8,8 +8,8 @@ import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
+from compressed_tensors.utils import patch_attr
 from vllm.model_executor.models.utils import extract_layer_index
 
 from crepe_llm.checkpoints import per_block
@@ -38,7 +38,7 @@ def _model_class(name: str) -> Any:
 
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:  # noqa: N807
         make_layers = _with_widths(builder.make_layers, vllm_config.model_config.hf_config)
-        with mock.patch.object(builder, "make_layers", make_layers):
+        with patch_attr(builder, "make_layers", make_layers):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix)
 
     return type(f"PerBlock{name}", (base,), {"__init__": __init__, "__module__": __name__})
