@@ -248,7 +248,12 @@ def test_the_saved_recipe_prunes_the_same_without_measuring(
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [*((family, "crepe_owl_70") for family in FAMILIES), ("llama", "crepe_dlp_pcg_80"), ("gpt2", "crepe_dlp_pcg_80")],
+    [
+        *((family, "crepe_owl_70") for family in FAMILIES),
+        ("llama", "crepe_dlp_pcg_80"),
+        ("gpt2", "crepe_dlp_pcg_80"),
+        ("llama", "crepe_atp_pcg_70"),
+    ],
 )
 def test_shipped_recipes(family, recipe, tiny_model_folder, calibration_data, tmp_path):
     folder = tiny_model_folder(family)
@@ -260,10 +265,11 @@ def test_shipped_recipes(family, recipe, tiny_model_folder, calibration_data, tm
     sizes = {block: sum(layer.weight.numel() for layer in layers.values()) for block, layers in by_block(model).items()}
     mean = sum(found[block] * size for block, size in sizes.items()) / sum(sizes.values())
     assert mean == pytest.approx(0.7 if "70" in recipe else 0.8, abs=1e-9)
+    by_row = modifiers["CRePEModifier"]["comparison_group"] == "row"
     for name, module in linears(model).items():
-        weight = matrix(module)
-        wanted = int(weight.shape[1] * found[block_of(name)] + 1e-6)
-        assert set((weight == 0).sum(1).tolist()) == {wanted}, name
+        groups = matrix(module) if by_row else matrix(module).reshape(1, -1)
+        wanted = int(groups.shape[1] * found[block_of(name)] + 1e-6)
+        assert set((groups == 0).sum(1).tolist()) == {wanted}, name
 
 
 @pytest.mark.parametrize("method", ["owl", "alphapruning"])

@@ -35,7 +35,7 @@ class WeightCorrectionModifier(AfterPruningModifier):
         CRePEModifier:
           mask_structure: "2:4"
         WeightCorrectionModifier:
-          method: sparsegpt
+          method: pcg
     ```
 
     Behind one CRePEModifier each layer is corrected as soon as it is pruned, in the same calibration epoch, so that the
@@ -71,7 +71,7 @@ class WeightCorrectionModifier(AfterPruningModifier):
 
     changes_kept_weights: ClassVar[bool] = True
 
-    method: Literal["energy", "sparsegpt", "pcg"] = "sparsegpt"
+    method: Literal["energy", "sparsegpt", "pcg"] = "pcg"
     dampening: float = 0.01
     block_size: int = 128
     iterations: int = 10
