@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from compressed_tensors.quantization import QuantizationScheme
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -123,6 +124,16 @@ def test_behind_crepe_a_block_is_corrected_before_the_next_is_calibrated(method,
     if method == "pcg":
         expected = conjugate_gradients(dense, corrected != 0, (inputs.T @ inputs).float())
         torch.testing.assert_close(corrected, expected, rtol=1e-2, atol=5e-3)
+
+
+def test_a_saved_modifier_serves_behind_another_one_too(tiny_model_folder, calibration_data, tmp_path):
+    folder = tiny_model_folder("llama")
+    run(load(folder), [crepe(), WeightCorrectionModifier()], calibration_data, output_dir=str(tmp_path / "out"))
+    (stage,) = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()).values()
+    ((_, modifiers),) = stage.items()
+    correction = WeightCorrectionModifier(**modifiers["WeightCorrectionModifier"])
+    run(load(folder), [wanda(), correction], calibration_data)
+    assert len(correction.errors) == 14
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -53,6 +53,7 @@ class AfterPruningModifier(CalibratedModifier):
         if len(self._pruning) == 1 and isinstance(self._pruning[0], CRePEModifier):
             self.follow(self._pruning[0])
             return True
+        self.requires_calibration_data = True  # a recipe that was saved when it followed says that it does not
         for module in self._layers:
             self.register_hook(module, self._remember, "forward_pre")  # type: ignore[arg-type]
         return True
