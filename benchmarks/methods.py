@@ -233,7 +233,8 @@ def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
             for structure in options.structures:
                 found = cells(records, model, method, structure)
                 cell = f"{statistics.mean(found):.2f}" if found else ""
-                cell += f" ± {(max(found) - min(found)) / 2:.2f}" * (len(found) > 1)
+                if len(found) > 1:
+                    cell += f" ± {(max(found) - min(found)) / 2:.2f}"
                 row.append(cell + f" ({len(found)})" * (1 < len(found) < len(options.seeds)))
             if any(row):
                 seconds = [r["seconds"] for r in records if (r["model"], r["method"]) == (model, method)]
@@ -249,18 +250,21 @@ def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 
 def draw(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Perplexity against structure, a line per method, a panel per model."""
+    """A dot for each run: perplexity by method, a colour for each structure, a panel for each model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7 * len(options.models), 5), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(options.models), squeeze=False)[0], options.models, strict=True):
-        for method in options.methods:
-            points = [(s, cells(records, model, method, s)) for s in options.structures]
-            points = [(s, found) for s, found in points if found]
-            if points and method != "dense":
-                axes.plot([s for s, _ in points], [statistics.mean(found) for _, found in points], "o-", label=method)
-        axes.set(title=model, yscale="log", ylabel="perplexity")
-        axes.legend(fontsize="small")
+    methods = [m for m in options.methods if any(r["method"] == m for r in records) and m != "dense"]
+    figure = Figure(figsize=(6 * len(options.models), 1 + 0.3 * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(options.models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(panels, options.models, strict=True):
+        for structure in options.structures:
+            points = [(value, method) for method in methods for value in cells(records, model, method, structure)]
+            places = [methods.index(method) for _, method in points]
+            axes.plot([value for value, _ in points], places, "o", alpha=0.7, label=structure)
+        axes.set(title=model, xscale="log", xlabel="perplexity", yticks=range(len(methods)), yticklabels=methods)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend()
+    panels[0].invert_yaxis()
     figure.savefig(options.plot, dpi=100)
     print(f"\nplot: {options.plot}")
 
