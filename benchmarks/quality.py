@@ -1,4 +1,4 @@
-"""Perplexity of pruning methods over calibration seeds: the table of the README.
+"""Perplexity of pruning methods over calibration seeds: the 50 % columns of the README.
 
     python benchmarks/quality.py                         # both models, 2:4 and 50 %, seeds 0 1 2
     python benchmarks/quality.py --split valid --seeds 0 # what coefficients may be chosen on
@@ -19,21 +19,13 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import methods
 from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
-from crepe_llm.importance import magnitude_scores
-from crepe_llm.masks import keep_mask
 from crepe_llm.modifiers import CRePEModifier
 from crepe_llm.recipe_files import recipe_path
 
-MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
-# The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
-WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
-RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}
-STRUCTURES = {
-    "2:4": ({"mask_structure": "2:4"}, "crepe_2of4"),
-    "50%": ({"mask_structure": "0:0", "sparsity": 0.5}, "crepe_unstructured_50"),
-}
+STRUCTURES = {name: methods.STRUCTURES[name] for name in ("2:4", "50%")}
 METHODS = ("dense", "magnitude", "Wanda", "RIA", "CRePE")
 
 
@@ -48,21 +40,12 @@ def modifier(method: str, structure: str) -> CRePEModifier:
     fields, recipe = STRUCTURES[structure]
     if method == "CRePE":
         return CRePEModifier(**recipe_fields(recipe))
-    return CRePEModifier(**fields, **(WANDA if method == "Wanda" else RIA))
-
-
-def prune_by_magnitude(model: torch.nn.Module, structure: str) -> None:
-    """Prune in place, without data."""
-    head = model.get_output_embeddings()
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not head:
-            mask_structure = STRUCTURES[structure][0]["mask_structure"]
-            layer.weight.data *= keep_mask(magnitude_scores(layer.weight), 0.5, mask_structure, "matrix")
+    return CRePEModifier(**fields, **(methods.WANDA if method == "Wanda" else methods.RIA))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=methods.MODELS, default=list(methods.MODELS))
     parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
@@ -81,7 +64,7 @@ def main() -> None:
     )
     conditions = {name: getattr(options, name) for name in ("split", "windows", "length", "tokens", "dtype")}
     for model_name in options.models:
-        folder = MODELS[model_name]()
+        folder = methods.MODELS[model_name]()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         test = token_windows(tokenizer, getattr(corpus, options.split), options.length, tokens=options.tokens)
         runs = [("dense", "", None)] if "dense" in options.methods else []
@@ -98,7 +81,7 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
             started = time.perf_counter()
             if method == "magnitude":
-                prune_by_magnitude(model, structure)
+                methods.prune_by_magnitude(model, structure)
             elif method != "dense":
                 data = samples.calibration_windows(
                     tokenizer, corpus.train, windows=options.windows, length=options.length, seed=seed

@@ -32,6 +32,8 @@ def zero_shot(
     Raises:
         ImportError: lm-eval is missing.
     """
+    import torch
+
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -49,7 +51,7 @@ def zero_shot(
             model_args={"pretrained": str(model), "dtype": dtype},
             tasks=[_prefixed(task) for task in questions],
             task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-            device="cpu" if not _has_gpu() else None,
+            device="cuda" if torch.cuda.is_available() else "cpu",
             batch_size=batch_size,
             log_samples=False,
         )
@@ -83,9 +85,3 @@ def _task(task: str, data: Path) -> dict[str, Any]:
 def _prefixed(task: str) -> str:
     """A name that no task of the harness has."""
     return f"crepe_{task}"
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

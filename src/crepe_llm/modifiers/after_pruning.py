@@ -64,7 +64,9 @@ class AfterPruningModifier(CalibratedModifier):
                 self._dense[module] = other._dense[module]
                 return
         with torch.no_grad(), align_module_device(module):
-            self._dense[module] = weight_matrix(module).detach().to("cpu", copy=True)
+            weight = weight_matrix(module).detach()
+            # A follower uses it at once; an epoch of its own would hold those of the whole model on the device.
+            self._dense[module] = weight.to("cpu" if self._leader is None else weight.device, copy=True)
 
     def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
         remembered = self._dense.pop(module, None)
