@@ -7,7 +7,9 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseRows = 4, kDenseTile = 3;
+    static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseTile = 3;
+    static constexpr bool one_block(Format, int64_t) { return false; }
+    static constexpr int dense_rows(int64_t) { return 4; }
     static constexpr int64_t tile(Format format) { return format == kI8 ? 4 : 12; }
 
     // Kept value V of 8 rows from row 8 h of a group's values.
@@ -46,7 +48,7 @@ struct Isa {
             __m256i metadata[U];
             const uint8_t* group[U];
             UNROLL for (int u = 0; u < U; u++) {
-                if (half[u] == 0) prefetch<K::weight_bytes>(block[u]);
+                if (half[u] == 0) prefetch<K::weight_bytes>(block[u], chunks - c, (U - 1) / 2 * block_stride);
                 metadata[u] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block[u] + 32 * half[u]));
                 group[u] = block[u] + kMetadataBytes;
                 block[u] += K::weight_bytes;
@@ -84,7 +86,7 @@ struct Isa {
         UNROLL for (int t = 0; t < T; t++)
             acc[t] = first ? _mm256_setzero_si256() : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + t * R * kRowBlock + 8 * H));
         for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(kInt8)) {
-            if (H == 0) prefetch<chunk_bytes(kInt8)>(w);
+            if (H == 0) prefetch<chunk_bytes(kInt8)>(w, chunks - c, 0);
             __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * H));
             for (int pair = 0; pair < 4; pair++, x += 8 * T, metadata = _mm256_srli_epi32(metadata, 2)) {
                 __m256i columns = _mm256_or_si256(_mm256_and_si256(metadata, low), second);
@@ -134,7 +136,7 @@ struct Isa {
     }
 
     template <class W, class X, int R, int T>
-    static void dense(const W* w, int64_t k, const X* x, float* sums) {
+    static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
         __m256 acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm256_setzero_ps();
@@ -152,7 +154,7 @@ struct Isa {
             UNROLL for (int t = 0; t < T; t++) {
                 __m128 four = _mm_add_ps(_mm256_castps256_ps128(acc[r][t]), _mm256_extractf128_ps(acc[r][t], 1));
                 four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-                sums[t * R + r] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+                sums[t * stride + r] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
             }
     }
 };

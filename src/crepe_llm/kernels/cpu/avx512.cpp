@@ -21,7 +21,11 @@ __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
 struct Isa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
-    static constexpr int64_t kBlocks = 2, kChunkBlock = 32, kDenseRows = 4, kDenseTile = 6;
+    static constexpr int64_t kBlocks = 2, kChunkBlock = 32, kDenseTile = 8;
+    // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
+    // single chain of fp32 additions would wait for itself.)
+    static constexpr bool one_block(Format format, int64_t tokens) { return format == kPairsBf16 && tokens <= 4; }
+    static constexpr int dense_rows(int64_t tokens) { return tokens <= 6 ? 1 : 2; }
     static constexpr int64_t tile(Format format) { return format == kPairsBf16 ? 12 : format == kF32 ? 12 : CREPE_VNNI ? 10 : 6; }
 
     // Kept value V of 16 rows of a group.
@@ -62,7 +66,7 @@ struct Isa {
         for (int64_t c = 0; c < chunks; c++, w += K::weight_bytes) {
             __m512i metadata[R];
             const uint8_t* group[R];
-            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<K::weight_bytes>(w + r * block_stride), group[r] = w + r * block_stride + kMetadataBytes;
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<K::weight_bytes>(w + r * block_stride, chunks - c, (R - 1) * block_stride), group[r] = w + r * block_stride + kMetadataBytes;
             for (int g = 0; g < 8; g++, x += 4 * T) {
                 value<K, 0>(group, metadata, x, acc);
                 UNROLL for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2);
@@ -95,7 +99,7 @@ struct Isa {
         constexpr int64_t bytes = chunk_bytes(kBfloat16);
         for (int64_t c = 0; c < chunks; c++, w += bytes) {
             __m512i metadata[R];
-            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<bytes>(w + r * block_stride);
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<bytes>(w + r * block_stride, chunks - c, (R - 1) * block_stride);
             UNROLL for (int g = 0; g < 8; g++, x += 8 * T) {
                 __m512i control[R], value[R];
                 UNROLL for (int r = 0; r < R; r++) {
@@ -133,7 +137,7 @@ struct Isa {
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_si512() : load512(sums + (t * R + r) * kRowBlock);
         for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(kInt8)) {
             __m512i metadata[R];
-            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<chunk_bytes(kInt8)>(w + r * block_stride);
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<chunk_bytes(kInt8)>(w + r * block_stride, chunks - c, (R - 1) * block_stride);
             for (int pair = 0; pair < 4; pair++, x += 8 * T) {
                 __m512i columns[R], value[R];
                 UNROLL for (int r = 0; r < R; r++) {
@@ -217,7 +221,7 @@ struct Isa {
 #endif
 
     template <class W, class X, int R, int T>
-    static void dense(const W* w, int64_t k, const X* x, float* sums) {
+    static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
         constexpr int64_t step = sizeof(X) == 2 ? 32 : 16;
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
@@ -229,7 +233,7 @@ struct Isa {
         }
         if (c < k) dense_step<R, T>(w + c, k, k - c, x + c / 32 * 32 * T + c % 32, acc);
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) sums[t * R + r] = _mm512_reduce_add_ps(acc[r][t]);
+            UNROLL for (int t = 0; t < T; t++) sums[t * stride + r] = _mm512_reduce_add_ps(acc[r][t]);
     }
 };
 

@@ -5,12 +5,13 @@
 //   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
 //   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
 //   kBlocks, tile(Format)   row blocks that an inner kernel does together, and its most tokens
+//   one_block(Format, T)    whether T tokens are better done one row block at a time
 //   kChunkBlock             chunks of columns that stay in cache when there are several tiles
-//   kDenseRows, kDenseTile  the same for the dense kernel
+//   kDenseTile, dense_rows(T)  most tokens of the dense kernel, and the rows that it does together for T of them
 //   sparse<Kind, R, T>(weight, bytes from row block to row block, activations, chunks, sums, first)
 //                           adds to (or, if first, sets) sums [T][16 R]
-//   dense<W, X, R, T>(weight, k, activations, sums)
-//                           sets sums [T][R]
+//   dense<W, X, R, T>(weight, k, activations, sums, stride)
+//                           sets sums [T][R], `stride` apart from token to token
 #pragma once
 
 #include <cmath>
@@ -153,7 +154,7 @@ int64_t multiply_blocks(const Job& job, int64_t block, int64_t block_end, int64_
     const int64_t stride = job.chunks * K::weight_bytes, begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin;
     const uint8_t* w = static_cast<const uint8_t*>(job.p.weight) + block * stride + chunk * K::weight_bytes;
     const uint8_t* x = job.activations + begin * job.token_bytes + chunk * kColumnChunk * tokens * K::activation_bytes;
-    const int64_t together = block + Isa::kBlocks <= block_end ? Isa::kBlocks : 1;
+    const int64_t together = block + Isa::kBlocks <= block_end && !Isa::one_block(K::format, tokens) ? Isa::kBlocks : 1;
     if (together == Isa::kBlocks)
         sparse_tokens<K, Isa::kBlocks, Isa::tile(K::format)>(tokens, w, stride, x, chunks, sums, chunk == 0);
     else
@@ -197,32 +198,35 @@ void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int
 
 // ---- dense weights ----
 
-template <class W, class X, int R, int T>
-inline void dense_tokens(int64_t tokens, const W* w, int64_t k, const X* x, float* sums) {
+// Calls dense<R, tokens> with `tokens` as a template argument, R = dense_rows(tokens) or, where there are fewer, 1.
+// Returns R.
+template <class W, class X, int T>
+inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
     if constexpr (T > 0) {
-        if (tokens == T) return Isa::template dense<W, X, R, T>(w, k, x, sums);
-        dense_tokens<W, X, R, T - 1>(tokens, w, k, x, sums);
+        constexpr int R = Isa::dense_rows(T);
+        if (tokens != T) return dense_tokens<W, X, T - 1>(tokens, rows, w, k, x, sums, stride);
+        if (rows >= R) return Isa::template dense<W, X, R, T>(w, k, x, sums, stride), R;
+        Isa::template dense<W, X, 1, T>(w, k, x, sums, stride);
     }
+    return 1;
 }
 
 template <class W, class X>
 void multiply_dense(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
+    constexpr int64_t group = 4;  // rows that all tiles meet before the next ones are read
     const Problem& p = job.p;
     const int64_t row_end = block_end * kRowBlock < p.n ? block_end * kRowBlock : p.n;
-    for (int64_t row = block_begin * kRowBlock; row < row_end;) {
+    for (int64_t row = block_begin * kRowBlock; row < row_end; row += group) {
         const W* w = static_cast<const W*>(p.weight) + row * p.k;
-        const int64_t together = row + Isa::kDenseRows <= row_end ? Isa::kDenseRows : 1;
+        const int64_t rows = row_end - row < group ? row_end - row : group;
         for (int64_t tile = tile_begin; tile < tile_end; tile++) {
             const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin;
             const X* x = reinterpret_cast<const X*>(job.activations + begin * job.token_bytes);
-            float sums[kMaxTile * Isa::kDenseRows];  // [tokens][rows]
-            if (together > 1)
-                dense_tokens<W, X, Isa::kDenseRows, Isa::kDenseTile>(count, w, p.k, x, sums);
-            else
-                dense_tokens<W, X, 1, Isa::kDenseTile>(count, w, p.k, x, sums);
-            store(job, row, together, begin, count, sums);
+            float sums[kMaxTile * group];  // [tokens][rows]
+            for (int64_t r = 0; r < rows;)
+                r += dense_tokens<W, X, Isa::kDenseTile>(count, rows - r, w + r * p.k, p.k, x, sums + r, rows);
+            store(job, row, rows, begin, count, sums);
         }
-        row += together;
     }
 }
 

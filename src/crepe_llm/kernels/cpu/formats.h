@@ -26,16 +26,19 @@ struct Fp16 {
 
 // Asks for the next bytes of a row block while a chunk is worked on: the streams of several blocks and the activations
 // together defeat the hardware's own prefetching.
+// `left` chunks are left of the row block, `skip` bytes lie between it and the next one of this stream.
 template <int64_t Bytes>
-inline void prefetch(const uint8_t* chunk) {
-    for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + kPrefetchChunks * Bytes + line, 0, 3);
+inline void prefetch(const uint8_t* chunk, int64_t left, int64_t skip) {
+    chunk += kPrefetchChunks * Bytes + (left <= kPrefetchChunks ? skip : 0);
+    for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + line, 0, 3);
 }
 
-// The same for dense rows: while R rows are worked on, the R after them are fetched, a line at a time.
+// The same for dense rows, which lie one behind the other: asks for the line that far ahead of each of R rows.
 template <int R, class W>
 INLINE void prefetch_rows(const W* w, int64_t k, int64_t column) {
+    constexpr int64_t ahead = 8192;
     if (column * int64_t(sizeof(W)) % 64) return;
-    UNROLL for (int r = R; r < 2 * R; r++) __builtin_prefetch(reinterpret_cast<const char*>(w) + (r * k + column) * int64_t(sizeof(W)), 0, 2);
+    UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(reinterpret_cast<const char*>(w + r * k + column) + ahead, 0, 0);
 }
 
 inline float to_float(float v) { return v; }

@@ -38,7 +38,7 @@ constexpr int64_t kRowBlock = 16;     // rows of a block: packed.py, ROW_BLOCK
 constexpr int64_t kColumnChunk = 32;  // columns of a chunk: packed.py, COLUMN_CHUNK
 constexpr int64_t kMetadataBytes = 4 * kRowBlock;
 constexpr int64_t kMaxTile = 12;
-constexpr int64_t kPrefetchChunks = 6;
+constexpr int64_t kPrefetchChunks = 14;
 
 // What one instruction set brings.
 struct InstructionSet {

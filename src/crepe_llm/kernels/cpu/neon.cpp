@@ -7,7 +7,9 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseRows = 4, kDenseTile = 4;
+    static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
+    static constexpr bool one_block(Format, int64_t) { return false; }
+    static constexpr int dense_rows(int64_t) { return 4; }
     static constexpr int64_t tile(Format) { return 4; }
 
     // Kept value V of 4 rows from row 4 Q of a group's values.
@@ -105,7 +107,7 @@ struct Isa {
     }
 
     template <class W, class X, int R, int T>
-    static void dense(const W* w, int64_t k, const X* x, float* sums) {
+    static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
         float32x4_t acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = vdupq_n_f32(0);
@@ -117,7 +119,7 @@ struct Isa {
             dense_four<W, R, T>(tail[0], 4, x + c / 32 * 32 * T + c % 32, acc);
         }
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) sums[t * R + r] = vaddvq_f32(acc[r][t]);
+            UNROLL for (int t = 0; t < T; t++) sums[t * stride + r] = vaddvq_f32(acc[r][t]);
     }
 };
 

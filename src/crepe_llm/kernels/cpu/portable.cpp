@@ -5,7 +5,9 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseRows = 2, kDenseTile = 4;
+    static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
+    static constexpr bool one_block(Format, int64_t) { return false; }
+    static constexpr int dense_rows(int64_t) { return 2; }
     static constexpr int64_t tile(Format) { return 4; }
 
     template <class K, int R, int T>
@@ -58,14 +60,15 @@ struct Isa {
     }
 
     template <class W, class X, int R, int T>
-    static void dense(const W* w, int64_t k, const X* x, float* sums) {
+    static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
         float acc[T][R] = {};
         for (int64_t c = 0; c < k; c++)
             for (int r = 0; r < R; r++) {
                 float value = to_float(w[r * k + c]);
                 for (int t = 0; t < T; t++) acc[t][r] += value * to_float(x[(c / 32 * T + t) * 32 + c % 32]);
             }
-        std::memcpy(sums, acc, sizeof acc);
+        for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++) sums[t * stride + r] = acc[t][r];
     }
 };
 
