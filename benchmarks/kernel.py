@@ -30,6 +30,7 @@ import torch
 
 from crepe_llm import kernels
 from crepe_llm.kernels import cpu
+from crepe_llm.kernels.memory import on_huge_pages
 from crepe_llm.kernels.packed import COLUMN_CHUNK, ROW_BLOCK, PackedWeight
 
 SHAPES = {  # N x K of the linears
@@ -62,6 +63,11 @@ def random_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
         parts.append(kernels.pack((weight * 30).to(dtype)))
     scale = torch.full((n,), 0.01) if dtype == torch.int8 else None
     return PackedWeight(torch.cat([part.data for part in parts]), (n, k), dtype, scale)
+
+
+def as_served(data: torch.Tensor) -> torch.Tensor:
+    """A copy in memory as our vLLM plugin allocates it."""
+    return on_huge_pages(torch.empty_like(data)).copy_(data)
 
 
 def read_bandwidth(seconds: float) -> float:
@@ -198,14 +204,14 @@ def main() -> None:
     for name, (n, k) in shapes.items():
         packed = random_packed(n, k, dtype)
         number = min(256, max(2, int(1.2e8 / packed.nbytes)))
-        copies = [dataclasses.replace(packed, data=packed.data.clone()) for _ in range(number)]
+        copies = [dataclasses.replace(packed, data=as_served(packed.data)) for _ in range(number)]
         dense = [torch.randn(n, k).bfloat16() for _ in range(min(256, max(2, int(1.2e8 / (2 * n * k)))))]
         wide = [dense[0].float(), dense[-1].float()]
         for count in tokens:
             x = torch.randn(count, k).to(activations)
             calls: dict[str, Callable[[int], object]] = dense_calls(count, dense, wide)
             if arguments.dense:
-                wrapped = [kernels.pack_dense(w) for w in dense]
+                wrapped = [kernels.pack_dense(as_served(w)) for w in dense]
                 half = x.bfloat16()
                 calls["ours"] = lambda i, x=half, w=wrapped: cpu.multiply(x, w[i % len(w)], None)
             else:

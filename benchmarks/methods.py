@@ -40,6 +40,8 @@ STRUCTURES = {
         for percent in (50, 60, 70, 80)
     },
 }
+# Where PHO's searches are kept, by model, structure and calibration seed (see `filled`).
+STUDY = "recipes/studies/{model}-{structure}-seed{seed}.json"
 # The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
 WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
 RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}
@@ -53,6 +55,18 @@ def crepe(structure: str) -> Modifiers:
     fields, recipe = STRUCTURES[structure]
     (stage,) = yaml.safe_load(recipe_path(recipe).read_text()).values()
     return {"CRePEModifier": stage["pruning_modifiers"]["CRePEModifier"] | fields}
+
+
+def searched(**fields: Any) -> Method:
+    """CRePE with coefficients that PHO finds (or, with `study`, that it found for another model)."""
+
+    def modifiers(structure: str) -> Modifiers:
+        mask, recipe = STRUCTURES[structure]
+        (stage,) = yaml.safe_load(recipe_path(recipe).read_text()).values()
+        group = stage["pruning_modifiers"]["CRePEModifier"].get("comparison_group")
+        return {"PHOSearchModifier": fields, "CRePEModifier": mask | ({"comparison_group": group} if group else {})}
+
+    return modifiers
 
 
 def pruned_by(**fields: Any) -> Method:
@@ -111,6 +125,8 @@ METHODS: dict[str, Method | None] = {
     "RIA": pruned_by(**RIA),
     "CVR": pruned_by(score="cvr"),
     "CRePE": crepe,
+    "CRePE + PHO": searched(record=STUDY),
+    "CRePE + the other model's PHO": searched(study=STUDY.replace("{model}", "{other}")),
     "SparseGPT": sparsegpt,
     "CVR + energy": then(pruned_by(score="cvr"), "WeightCorrectionModifier", method="energy"),
     "CRePE + energy": then(crepe, "WeightCorrectionModifier", method="energy"),
@@ -138,6 +154,14 @@ def prune_by_magnitude(model: torch.nn.Module, structure: str) -> None:
             layer.weight.data *= keep_mask(scores, fields.get("sparsity", 0.5), fields["mask_structure"], "matrix")
 
 
+def filled(modifiers: Modifiers, **values: Any) -> Modifiers:
+    """The modifiers with {names} in their text fields replaced."""
+    return {
+        name: {key: value.format(**values) if isinstance(value, str) else value for key, value in fields.items()}
+        for name, fields in modifiers.items()
+    }
+
+
 def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The conditions of every run that the options ask for, one model after the other."""
     common = {name: getattr(options, name) for name in ("split", "windows", "length", "tokens", "dtype")}
@@ -156,6 +180,9 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                     elif modifiers is None:
                         continue
                     else:
+                        (other,) = set(MODELS) - {model}
+                        name = structure.replace(":", "of").replace("%", "")
+                        modifiers = filled(modifiers, model=model, other=other, structure=name, seed=seed)
                         key |= {"recipe": {"methods_stage": {"pruning_modifiers": modifiers}}}
                     if key not in runs:
                         runs.append(key)

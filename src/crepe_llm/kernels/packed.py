@@ -24,6 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
+from crepe_llm.kernels.memory import on_huge_pages
+
 ROW_BLOCK = 16
 COLUMN_CHUNK = 32
 METADATA_BYTES = 4 * ROW_BLOCK
@@ -220,7 +222,7 @@ def interleave(
         values = torch.nn.functional.pad(values, padding)
         # Padded values are zero, so that their columns do not matter: (0, 0) is as good as (0, 1).
         columns = torch.nn.functional.pad(columns, padding)
-    data = torch.empty(rows, chunks, chunk_bytes(dtype), dtype=torch.uint8, device=values.device)
+    data = on_huge_pages(torch.empty(rows, chunks, chunk_bytes(dtype), dtype=torch.uint8, device=values.device))
     words = torch.zeros(rows * ROW_BLOCK, chunks, dtype=torch.int32, device=values.device)
     by_chunk = columns.view(rows * ROW_BLOCK, chunks, _GROUPS, 2)
     shifts = _metadata_shifts(dtype)

@@ -23,6 +23,7 @@ from vllm.model_executor.parameter import (
 )
 
 from crepe_llm import kernels
+from crepe_llm.kernels.memory import on_huge_pages
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -274,6 +275,7 @@ class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         super().create_weights(layer, *sizes, **attributes)
+        on_huge_pages(layer.weight.data)
         _mark_unloaded(layer.weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
