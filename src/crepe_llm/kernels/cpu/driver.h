@@ -213,7 +213,7 @@ inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, int64_t k,
 
 template <class W, class X>
 void multiply_dense(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
-    constexpr int64_t group = 4;  // rows that all tiles meet before the next ones are read
+    constexpr int64_t group = 16;  // rows that all tiles meet before the next ones are read
     const Problem& p = job.p;
     const int64_t row_end = block_end * kRowBlock < p.n ? block_end * kRowBlock : p.n;
     for (int64_t row = block_begin * kRowBlock; row < row_end; row += group) {
