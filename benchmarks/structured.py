@@ -241,19 +241,22 @@ def recovery(options: argparse.Namespace) -> None:
     """Perplexity before and after recovery for every way to share out the ranks, then the table."""
     fields = ("windows", "length", "tokens", "round_to", "train", "rank", "batch", "learning_rate")
     conditions = {name: getattr(options, name) for name in fields}
+    conditions |= {"sparsity": options.sparsity, "allocation": options.allocation}
     records = read(options.results)
     corpus = samples.wikipedia()
+    runs = [("", None), *((ranks, seed) for seed in options.seeds for ranks in options.ranks)]
     for model_name in options.models:
-        for ranks in ("", *options.ranks):
-            key = {"model": model_name, "sparsity": options.sparsity, "allocation": options.allocation, "ranks": ranks}
-            key |= conditions
+        for ranks, seed in runs:
+            key = {"model": model_name, "ranks": ranks, "seed": seed, **conditions}
             if done(records, key):
                 continue
-            print(f"{model_name}: {ranks or 'before recovery'}", file=sys.stderr, flush=True)
+            print(
+                f"{model_name}: {f'{ranks}, seed {seed}' if ranks else 'before recovery'}", file=sys.stderr, flush=True
+            )
             folder = write_pruned(options.folder, model_name, options.sparsity, options.allocation, options)
             record: dict[str, Any] = dict(key)
             if ranks:
-                target = options.folder / f"{folder.name}-{ranks}"
+                target = options.folder / f"{folder.name}-{ranks}-{seed}"
                 shutil.rmtree(target, ignore_errors=True)
                 target.mkdir()
                 made = recover(
@@ -267,6 +270,7 @@ def recovery(options: argparse.Namespace) -> None:
                     allocation=ranks,
                     batch=options.batch,
                     learning_rate=options.learning_rate,
+                    seed=seed,
                 )
                 record |= {"seconds": made.seconds, "steps": made.steps, "ranks_of_blocks": made.ranks}
                 folder = target
@@ -280,15 +284,15 @@ def recovery(options: argparse.Namespace) -> None:
     print(f"| model | {' | '.join(name or 'before recovery' for name in columns)} | seconds |")
     print("|---" * (2 + len(columns)) + "|")
     for model_name in options.models:
-        mine = {"model": model_name, "sparsity": options.sparsity, "allocation": options.allocation, **conditions}
-        found = [done(records, {**mine, "ranks": ranks}) for ranks in columns]
-        seconds = [record["seconds"] for record in found if record and "seconds" in record]
-        cells = [f"{record['perplexity']:.2f}" if record else "-" for record in found]
+        mine = [r for r in records if {"model": model_name, **conditions}.items() <= r.items()]
+        seconds = [record["seconds"] for record in mine if "seconds" in record]
+        cells = [spread([record["perplexity"] for record in mine if record["ranks"] == ranks]) for ranks in columns]
         print(f"| {model_name} | {' | '.join(cells)} | {statistics.median(seconds or [0.0]):.0f} |")
     print(
         f"\nPerplexity as above of models with {options.sparsity:.0%} of the FFN channels removed (`activation`, "
         f"{options.allocation}), after LoRA of mean rank {options.rank} on {options.train} windows of {options.length} "
-        f"tokens of the calibration articles, {options.batch} a step, at {options.learning_rate}; by where ranks go."
+        f"tokens of the calibration articles, {options.batch} a step, at {options.learning_rate}; by where ranks go: "
+        f"mean ± half the range over seeds {', '.join(map(str, options.seeds))} of the training."
     )
 
 
@@ -373,6 +377,7 @@ def main() -> None:
     command.add_argument("--sparsity", type=float, default=0.2)
     command.add_argument("--allocation", choices=ALLOCATIONS, default="coarse")
     command.add_argument("--ranks", nargs="+", choices=RANKS, default=list(RANKS), help="which blocks get more")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the training")
     command.add_argument("--train", type=int, default=64, help="windows to train on (%(default)s)")
     command.add_argument("--rank", type=int, default=8, help="mean LoRA rank (%(default)s)")
     command.add_argument("--batch", type=int, default=4, help="windows a step (%(default)s)")

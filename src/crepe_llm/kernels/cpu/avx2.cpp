@@ -7,9 +7,10 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseTile = 3;
+    static constexpr bool kEvenOdd = true;
+    static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
     static constexpr bool one_block(Format, int64_t) { return false; }
-    static constexpr int dense_rows(int64_t) { return 4; }
+    static constexpr int dense_rows(int64_t) { return 1; }
     static constexpr int64_t tile(Format format) { return format == kI8 ? 4 : 12; }
 
     // Kept value V of 8 rows from row 8 h of a group's values.
@@ -118,41 +119,49 @@ struct Isa {
         }
     }
 
-    static INLINE __m256 load(const float* p) { return _mm256_loadu_ps(p); }
-    static INLINE __m256 load(const Bf16* p) {
-        __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    // 16 columns as two registers: the even and the odd columns of bf16, which a shift and a mask give; else the first and
+    // the last eight.
+    static INLINE void sixteen(const Bf16* w, __m256 (&out)[2]) {
+        __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+        out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
     }
-    static INLINE __m256 load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    static INLINE void sixteen(const Fp16* w, __m256 (&out)[2]) {
+        UNROLL for (int i = 0; i < 2; i++) out[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 8 * i)));
+    }
+    static INLINE void sixteen(const float* w, __m256 (&out)[2]) {
+        UNROLL for (int i = 0; i < 2; i++) out[i] = _mm256_loadu_ps(w + 8 * i);
+    }
 
     template <class W, int R, int T>
-    static INLINE void dense_eight(const W* w, int64_t row_stride, const float* x, __m256 (&acc)[R][T]) {
-        __m256 activations[T];
-        UNROLL for (int t = 0; t < T; t++) activations[t] = _mm256_loadu_ps(x + 32 * t);
+    static INLINE void dense_step(const W* w, int64_t row_stride, const float* x, __m256 (&acc)[R][2][T]) {
         UNROLL for (int r = 0; r < R; r++) {
-            __m256 value = load(w + r * row_stride);
-            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm256_fmadd_ps(value, activations[t], acc[r][t]);
+            __m256 value[2];
+            sixteen(w + r * row_stride, value);
+            UNROLL for (int i = 0; i < 2; i++)
+                UNROLL for (int t = 0; t < T; t++) acc[r][i][t] = _mm256_fmadd_ps(value[i], _mm256_loadu_ps(x + 32 * t + 8 * i), acc[r][i][t]);
         }
     }
 
     template <class W, class X, int R, int T>
     static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
-        __m256 acc[R][T];
+        __m256 acc[R][2][T];
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm256_setzero_ps();
+            UNROLL for (int t = 0; t < T; t++) acc[r][0][t] = acc[r][1][t] = _mm256_setzero_ps();
         int64_t c = 0;
-        for (; c + 8 <= k; c += 8) {
+        for (; c + 16 <= k; c += 16) {
             prefetch_rows<R>(w, k, c);
-            dense_eight<W, R, T>(w + c, k, x + c / 32 * 32 * T + c % 32, acc);
+            dense_step<W, R, T>(w + c, k, x + c / 32 * 32 * T + c % 32, acc);
         }
         if (c < k) {
-            W tail[R][8] = {};
+            W tail[R][16] = {};
             UNROLL for (int r = 0; r < R; r++) std::memcpy(tail[r], w + r * k + c, size_t(k - c) * sizeof(W));
-            dense_eight<W, R, T>(tail[0], 8, x + c / 32 * 32 * T + c % 32, acc);
+            dense_step<W, R, T>(tail[0], 16, x + c / 32 * 32 * T + c % 32, acc);
         }
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) {
-                __m128 four = _mm_add_ps(_mm256_castps256_ps128(acc[r][t]), _mm256_extractf128_ps(acc[r][t], 1));
+                __m256 sum = _mm256_add_ps(acc[r][0][t], acc[r][1][t]);
+                __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
                 four = _mm_add_ps(four, _mm_movehl_ps(four, four));
                 sums[t * stride + r] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
             }

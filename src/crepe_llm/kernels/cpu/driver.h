@@ -4,6 +4,7 @@
 // `Isa` is a struct with
 //   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
 //   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
+//   kEvenOdd                whether activations of dense bf16 weights come in the order that splits a register of them
 //   kBlocks, tile(Format)   row blocks that an inner kernel does together, and its most tokens
 //   one_block(Format, T)    whether T tokens are better done one row block at a time
 //   kChunkBlock             chunks of columns that stay in cache when there are several tiles
@@ -37,18 +38,21 @@ int64_t tile_tokens(const Problem& p) {
 // ---- activations ----
 
 // Writes token `t` of a tile of `tokens`: units of `unit` columns, the tile's tokens side by side in a unit.
+// With `even_odd`, of every 16 columns the 8 even ones come first, then the odd ones.
 template <class X, class Out>
-void scatter_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64_t unit, int64_t tokens, int64_t t, Out* out) {
+void scatter_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64_t unit, bool even_odd, int64_t tokens, int64_t t, Out* out) {
     for (int64_t c = 0; c < padded; c += unit) {
         Out* to = out + c * tokens + t * unit;
         int64_t valid = k - c < unit ? (k > c ? k - c : 0) : unit;
-        for (int64_t j = 0; j < valid; j++) {
-            if constexpr (std::is_same_v<Out, X>)
-                to[j] = x[(c + j) * stride];
+        for (int64_t j = 0; j < unit; j++) {
+            Out& place = to[even_odd ? (j & ~15) + 8 * (j & 1) + (j & 15) / 2 : j];
+            if (j >= valid)
+                place = Out{};
+            else if constexpr (std::is_same_v<Out, X>)
+                place = x[(c + j) * stride];
             else
-                from_float(to_float(x[(c + j) * stride]), to[j]);
+                from_float(to_float(x[(c + j) * stride]), place);
         }
-        for (int64_t j = valid; j < unit; j++) to[j] = Out{};
     }
 }
 
@@ -82,14 +86,15 @@ void convert_tile(const Job& job, int64_t tile) {
     int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, padded = job.chunks * kColumnChunk;
     uint8_t* out = job.activations + begin * job.token_bytes;
     int64_t unit = p.layout == kDense ? kColumnChunk : 4;
+    bool even_odd = Isa::kEvenOdd && p.layout == kDense && p.weight_dtype == kBfloat16;
     for (int64_t t = 0; t < tokens; t++) {
         const X* x = static_cast<const X*>(p.x) + (begin + t) * p.x_row_stride;
         if (format == kI8)
             quantize_token(x, p.x_column_stride, p.k, padded, tokens, t, out, job.token_scale + begin + t);
         else if (format == kF32)
-            scatter_token(x, p.x_column_stride, p.k, padded, unit, tokens, t, reinterpret_cast<float*>(out));
+            scatter_token(x, p.x_column_stride, p.k, padded, unit, even_odd, tokens, t, reinterpret_cast<float*>(out));
         else
-            scatter_token(x, p.x_column_stride, p.k, padded, unit, tokens, t, reinterpret_cast<Bf16*>(out));
+            scatter_token(x, p.x_column_stride, p.k, padded, unit, even_odd, tokens, t, reinterpret_cast<Bf16*>(out));
     }
 }
 
