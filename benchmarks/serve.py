@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="starts of every engine; 0: only the table (%(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="how often a started engine runs a load (%(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="that each stream generates (%(default)s)")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="concurrent streams (1 8)")
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--quick", action="store_true", help="the first model, one turn, dense and sparse bf16")
     parser.add_argument("--results", metavar="FILE", type=Path, default=Path("serve.jsonl"), help="%(default)s")
@@ -151,6 +152,7 @@ def main() -> None:
         "environment": isa,
         "tokens": options.tokens,
     }
+    cases = [case for case in CASES if case.streams in options.streams]
     for model in options.models:
         folders = dict(zip(("dense", "sparse"), MODELS[model](options.folder), strict=True))
         for turn in range(options.turns):
@@ -158,11 +160,16 @@ def main() -> None:
                 kind, dtype = name.split()
                 engine = Engine(name, str(folders[kind]), DTYPES[dtype])
                 print(f"{model}, turn {turn + 1}: {name}", file=sys.stderr, flush=True)
-                measured = run(engine, CASES, tokens=options.tokens, repeats=options.repeats)
+                measured = run(engine, cases, tokens=options.tokens, repeats=options.repeats)
                 with options.results.open("a") as results:
                     results.write(json.dumps({"model": model, "engine": name, **conditions, **measured}) + "\n")
     runs = [json.loads(line) for line in options.results.read_text().splitlines()]
-    same = [found for found in runs if all(found[key] == value for key, value in conditions.items())]
+    same = [
+        found
+        for found in runs
+        if all(found[key] == value for key, value in conditions.items())
+        and [(case["prompt"], case["streams"]) for case in found["cases"]] == [(c.prompt, c.streams) for c in cases]
+    ]
     print(json.dumps(conditions))
     for model in options.models:
         of_engine = {name: [r for r in same if (r["model"], r["engine"]) == (model, name)] for name in ENGINES}

@@ -156,6 +156,15 @@ def test_the_command_writes_a_model_or_nothing(pruned, tmp_path, capsys):
     assert "a mean rank of 0 must be positive" in capsys.readouterr().err
 
 
+def test_the_zeros_of_a_dequantised_model_do_not_make_it_sparse(pruned, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pruned())
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[:, ::5] = 0
+    model.save_pretrained(tmp_path / "dequantised")
+    letters_tokenizer(True).save_pretrained(tmp_path / "dequantised")
+    assert run(tmp_path / "dequantised", tmp_path, "a").steps > 0
+
+
 def test_sparse_quantized_and_foreign_checkpoints_are_refused(pruned, tmp_path):
     sparse = AutoModelForCausalLM.from_pretrained(pruned())
     with torch.no_grad():

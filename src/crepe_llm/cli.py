@@ -314,7 +314,7 @@ def _add_search(subparsers: Any) -> None:
     )
     parser.add_argument("--candidates", type=int, help="stop after so many candidates (200)")
     parser.add_argument("--minutes", type=float, help="stop when evaluations have taken so long")
-    parser.add_argument("--proxy", help="what stands for perplexity (row_reconstruction)")
+    parser.add_argument("--proxy", help="what stands for perplexity (balanced_reconstruction)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
     _add_calibration(parser)
     parser.set_defaults(run=_search)

@@ -306,7 +306,7 @@ PROXIES: Mapping[str, Proxy] = {
 All but the choice of the Gini index are ours; docs/pho.md has the evidence.
 """
 
-DEFAULT_PROXY = "row_reconstruction"
+DEFAULT_PROXY = "balanced_reconstruction"
 
 
 def evaluate(samples: Sequence[LayerSample], coefficients: Coefficients, mask: Mask, proxy: Proxy) -> float:
