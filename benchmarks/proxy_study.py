@@ -137,7 +137,7 @@ def draw(panels: dict[str, Any], options: argparse.Namespace) -> None:
     for axes, (title, (values, perplexities)) in zip(grid.flat, panels.items(), strict=False):
         axes.plot(values, perplexities, ".")
         axes.plot(values[0], perplexities[0], "C3.", markersize=10, label="RIA")
-        axes.set(title=title, yscale="log", ylabel="perplexity")
+        axes.set(title=title.replace(", ", "\n"), yscale="log", ylabel="perplexity")
         axes.legend()
     figure.suptitle(f"{options.model}, calibration seed {options.seed}")
     figure.savefig(options.plot, dpi=100)
