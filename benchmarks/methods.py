@@ -10,6 +10,7 @@ repeated.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -29,6 +30,7 @@ from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
 from crepe_llm.importance import magnitude_scores
 from crepe_llm.masks import keep_mask
+from crepe_llm.proxies import Coefficients
 from crepe_llm.recipe_files import recipe_path
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
@@ -60,11 +62,11 @@ def crepe(structure: str) -> Modifiers:
 def searched(**fields: Any) -> Method:
     """CRePE with coefficients that PHO finds (or, with `study`, that it found for another model)."""
 
+    coefficients = {field.name for field in dataclasses.fields(Coefficients)}
+
     def modifiers(structure: str) -> Modifiers:
-        mask, recipe = STRUCTURES[structure]
-        (stage,) = yaml.safe_load(recipe_path(recipe).read_text()).values()
-        group = stage["pruning_modifiers"]["CRePEModifier"].get("comparison_group")
-        return {"PHOSearchModifier": fields, "CRePEModifier": mask | ({"comparison_group": group} if group else {})}
+        masks = {name: value for name, value in crepe(structure)["CRePEModifier"].items() if name not in coefficients}
+        return {"PHOSearchModifier": fields, "CRePEModifier": masks}
 
     return modifiers
 

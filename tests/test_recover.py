@@ -62,6 +62,16 @@ def run(source, tmp_path, name="out", **options):
     return recover(source, tmp_path / name, tmp_path / f"{name}-work", [TEXT], **fields)
 
 
+def with_zeros(source, folder, step):
+    """A copy whose second query projection has zeros in every `step`-th column."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[:, ::step] = 0
+    model.save_pretrained(folder)
+    letters_tokenizer(True).save_pretrained(folder)
+    return folder
+
+
 def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
@@ -157,20 +167,11 @@ def test_the_command_writes_a_model_or_nothing(pruned, tmp_path, capsys):
 
 
 def test_the_zeros_of_a_dequantised_model_do_not_make_it_sparse(pruned, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(pruned())
-    with torch.no_grad():
-        model.model.layers[1].self_attn.q_proj.weight[:, ::5] = 0
-    model.save_pretrained(tmp_path / "dequantised")
-    letters_tokenizer(True).save_pretrained(tmp_path / "dequantised")
-    assert run(tmp_path / "dequantised", tmp_path, "a").steps > 0
+    assert run(with_zeros(pruned(), tmp_path / "dequantised", 5), tmp_path, "a").steps > 0
 
 
 def test_sparse_quantized_and_foreign_checkpoints_are_refused(pruned, tmp_path):
-    sparse = AutoModelForCausalLM.from_pretrained(pruned())
-    with torch.no_grad():
-        sparse.model.layers[1].self_attn.q_proj.weight[:, ::2] = 0
-    sparse.save_pretrained(tmp_path / "sparse")
-    letters_tokenizer(True).save_pretrained(tmp_path / "sparse")
+    with_zeros(pruned(), tmp_path / "sparse", 2)
     with pytest.raises(ValueError, match=r"is sparse: 50% of model\.layers\.1\.self_attn\.q_proj are zeros"):
         run(tmp_path / "sparse", tmp_path, "a")
     path = tmp_path / "sparse" / "config.json"

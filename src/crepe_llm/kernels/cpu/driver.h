@@ -218,16 +218,15 @@ inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, int64_t k,
 
 template <class W, class X>
 void multiply_dense(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
-    constexpr int64_t group = 16;  // rows that all tiles meet before the next ones are read
     const Problem& p = job.p;
-    const int64_t row_end = block_end * kRowBlock < p.n ? block_end * kRowBlock : p.n;
-    for (int64_t row = block_begin * kRowBlock; row < row_end; row += group) {
+    // All tiles meet a block of rows before the next one is read.
+    for (int64_t block = block_begin; block < block_end; block++) {
+        const int64_t row = block * kRowBlock, rows = p.n - row < kRowBlock ? p.n - row : kRowBlock;
         const W* w = static_cast<const W*>(p.weight) + row * p.k;
-        const int64_t rows = row_end - row < group ? row_end - row : group;
         for (int64_t tile = tile_begin; tile < tile_end; tile++) {
             const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin;
             const X* x = reinterpret_cast<const X*>(job.activations + begin * job.token_bytes);
-            float sums[kMaxTile * group];  // [tokens][rows]
+            float sums[kMaxTile * kRowBlock];  // [tokens][rows]
             for (int64_t r = 0; r < rows;)
                 r += dense_tokens<W, X, Isa::kDenseTile>(count, rows - r, w + r * p.k, p.k, x, sums + r, rows);
             store(job, row, rows, begin, count, sums);
