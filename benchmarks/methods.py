@@ -10,7 +10,6 @@ repeated.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
@@ -30,7 +29,6 @@ from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
 from crepe_llm.importance import magnitude_scores
 from crepe_llm.masks import keep_mask
-from crepe_llm.proxies import Coefficients
 from crepe_llm.recipe_files import recipe_path
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
@@ -60,15 +58,8 @@ def crepe(structure: str) -> Modifiers:
 
 
 def searched(**fields: Any) -> Method:
-    """CRePE with coefficients that PHO finds (or, with `study`, that it found for another model)."""
-
-    coefficients = {field.name for field in dataclasses.fields(Coefficients)}
-
-    def modifiers(structure: str) -> Modifiers:
-        masks = {name: value for name, value in crepe(structure)["CRePEModifier"].items() if name not in coefficients}
-        return {"PHOSearchModifier": fields, "CRePEModifier": masks}
-
-    return modifiers
+    """The shipped recipe behind PHO, which searches (or, with `study`, takes what it found for another model)."""
+    return lambda structure: {"PHOSearchModifier": fields} | crepe(structure)
 
 
 def pruned_by(**fields: Any) -> Method:
@@ -127,7 +118,7 @@ METHODS: dict[str, Method | None] = {
     "RIA": pruned_by(**RIA),
     "CVR": pruned_by(score="cvr"),
     "CRePE": crepe,
-    "CRePE + PHO": searched(record=STUDY),
+    "CRePE + PHO": searched(record=STUDY, verify=True),
     "CRePE + the other model's PHO": searched(study=STUDY.replace("{model}", "{other}")),
     "SparseGPT": sparsegpt,
     "CVR + energy": then(pruned_by(score="cvr"), "WeightCorrectionModifier", method="energy"),

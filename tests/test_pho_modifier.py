@@ -225,28 +225,25 @@ def test_a_result_no_better_than_ria_is_not_used(tiny_model_folder, calibration_
 
 
 def test_verification_measures_real_perplexity_and_restores_the_model(
-    tiny_model_folder, calibration_data, pair, messages, monkeypatch
+    tiny_model_folder, calibration_data, pair, tmp_path
 ):
-    # Something must beat RIA on the proxy for there to be anything to verify.
-    monkeypatch.setattr(
-        "crepe_llm.modifiers.pho.evaluate", lambda samples, c, mask, proxy: 9.0 if c == RIA else c.activation_exponent
-    )
-    plain, crepe = pair()
-    expected = run(load(tiny_model_folder("llama")), [plain, crepe], calibration_data)
-    verified, crepe = pair({"verify": True, "record": None, "candidates": 20})
-    monkeypatch.chdir(Path(plain.record).parent)
+    own = {"row": 1.0, "column": 4.0, "neighbourhood": 3.0, "kernel_size": 31, "activation_exponent": 0.85}
+    verified, crepe = pair({"verify": True, "finalists": 6}, own)
     model = run(load(tiny_model_folder("llama")), [verified, crepe], calibration_data)
-    [verdict] = [line for line in messages if "perplexity" in line]
+    study = Study.load(tmp_path / "study.json")
+    finalists = {finalist.coefficients: finalist.value for finalist in study.finalists}
+    assert len(finalists) == len(study.finalists) == 6
+    assert list(finalists)[:2] == [RIA, Coefficients(**own)]
+    assert study.best.coefficients in finalists
+    ranked = [candidate.coefficients for candidate in sorted(study.candidates, key=study.loss)]
+    assert set(list(finalists)[2:]) < set(ranked[:6])
+    # What is used has the lowest perplexity, and prunes as if it had been given by hand.
     used = Coefficients(**verified.found)
-    found, ria = (float(verdict.split(text)[0].split()[-1]) for text in (" with what", " with RIA"))
-    if found < ria:
-        assert used == Coefficients(**plain.found)
-        assert same(weights(model), weights(expected))
-    else:
-        assert used == RIA
-        by_hand = CRePEModifier(mask_structure="2:4", **vars(RIA))
-        by_ria = run(load(tiny_model_folder("llama")), [by_hand], calibration_data)
-        assert same(weights(model), weights(by_ria))
+    assert finalists[used] == min(finalists.values()) < max(finalists.values())
+    by_hand = CRePEModifier(mask_structure="2:4", **vars(used))
+    expected = run(load(tiny_model_folder("llama")), [by_hand], calibration_data)
+    assert same(weights(model), weights(expected))
+    ria = finalists[RIA]
     # RIA's perplexity, from a model pruned by dense statistics, layer by layer.
     dense = load(tiny_model_folder("llama"))
     norms = {}
@@ -273,8 +270,7 @@ def test_verification_measures_real_perplexity_and_restores_the_model(
     assert ria == pytest.approx(float(torch.tensor(total / count).exp()), abs=2e-3)
 
 
-def test_verification_refuses_a_result_that_is_worse(tiny_model_folder, calibration_data, pair, monkeypatch, messages):
-    pho, crepe = pair({"verify": True})
+def test_verification_decides_against_the_proxy(tiny_model_folder, calibration_data, pair, monkeypatch, messages):
     # A proxy that leads astray: it prefers exponents whose scores look at the inputs least.
     monkeypatch.setattr(
         "crepe_llm.modifiers.pho.evaluate", lambda samples, c, mask, proxy: 9.0 if c == RIA else c.activation_exponent
@@ -282,9 +278,41 @@ def test_verification_refuses_a_result_that_is_worse(tiny_model_folder, calibrat
     monkeypatch.setattr(
         PHOSearchModifier, "_perplexity", lambda self, model, coefficients: 10.0 if coefficients == RIA else 11.0
     )
+    pho, crepe = pair({"verify": True})
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    assert len(pho.result.finalists) == 12
     assert Coefficients(**pho.found) == RIA
-    assert any("11.000 with what was found, 10.000 with RIA" in line for line in messages)
+    assert any("no finalist has a lower perplexity than RIA's coefficients (10)" in line for line in messages)
+
+
+def test_interrupted_verification_goes_on(tiny_model_folder, calibration_data, pair, monkeypatch):
+    measure, measured = PHOSearchModifier._perplexity, []
+
+    def interrupted(self, model, coefficients):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(coefficients)
+        return measure(self, model, coefficients)
+
+    def counted(self, model, coefficients):
+        measured.append(coefficients)
+        return measure(self, model, coefficients)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PHOSearchModifier, "_perplexity", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(load(tiny_model_folder("llama")), list(pair({"verify": True, "finalists": 5})), calibration_data)
+    monkeypatch.setattr(PHOSearchModifier, "_perplexity", counted)
+    resumed, crepe = pair({"verify": True, "finalists": 5})
+    run(load(tiny_model_folder("llama")), [resumed, crepe], calibration_data)
+    whole, crepe = pair({"verify": True, "finalists": 5, "record": resumed.record + ".whole"})
+    run(load(tiny_model_folder("llama")), [whole, crepe], calibration_data)
+    # Three before the interrupt, two after it; then five of the uninterrupted run.
+    assert len(measured) == 3 + 2 + 5
+    assert [(f.coefficients, f.value) for f in resumed.result.finalists] == [
+        (f.coefficients, f.value) for f in whole.result.finalists
+    ]
+    assert resumed.found == whole.found
 
 
 def test_ctrl_c_keeps_the_study(tiny_model_folder, calibration_data, pair, monkeypatch, tmp_path, messages):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -482,9 +483,9 @@ def test_another_search_does_not_continue_a_study(tmp_path, other):
 
 def test_a_study_that_does_not_replay_is_refused(tmp_path):
     path = tmp_path / "study.json"
-    search(bowl(), study(), candidates=16, path=path)
+    search(bowl(), study(), candidates=80, path=path)
     content = json.loads(path.read_text())
-    content["candidates"][3]["value"] += 1.0
+    content["candidates"][70]["value"] -= 10.0
     path.write_text(json.dumps(content))
     with pytest.raises(StudyError, match="does not replay"):
         search(bowl(), study(), candidates=24, path=path)
@@ -539,6 +540,23 @@ def test_bad_budgets_and_names_are_refused():
         search(bowl(), study("annealing"), candidates=1)
     with pytest.raises(StudyError, match="no candidates"):
         _ = study().best
+
+
+def test_the_shortlist_is_spread_and_finalists_decide():
+    result = search(bowl(), study(), candidates=200)
+    own = Coefficients(1.0, 4.0, 3.0, 31, 0.85)
+    shortlist = result.shortlist(12, [own, RIA])
+    assert shortlist[:3] == [RIA, own, result.best.coefficients]
+    looked = sorted(result.candidates[1:65], key=result.loss)
+    assert shortlist[3:] == [candidate.coefficients for candidate in looked[:9]]
+    # The best of all crowd around one place; the shortlist does not.
+    crowd = [result.space.point(c.coefficients) for c in sorted(result.candidates, key=result.loss)[:9]]
+    assert np.std(crowd, axis=0).max() < np.std([result.space.point(c) for c in shortlist[3:]], axis=0).min()
+    assert result.shortlist(1, [own]) == shortlist[:3]
+    assert result.recommended == result.best.coefficients
+    result.finalists = [dataclasses.replace(result.reference, coefficients=c, value=v) for c, v in ((RIA, 9), (own, 8))]
+    assert result.recommended == own
+    assert "8.00  row 1, column 4" in str(result)
 
 
 def test_no_better_than_ria_is_said():

@@ -315,6 +315,7 @@ def _add_search(subparsers: Any) -> None:
     parser.add_argument("--candidates", type=int, help="stop after so many candidates (200)")
     parser.add_argument("--minutes", type=float, help="stop when evaluations have taken so long")
     parser.add_argument("--proxy", help="what stands for perplexity (balanced_reconstruction)")
+    parser.add_argument("--verify", action="store_true", help="then measure the perplexity of the best few and choose")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
     _add_calibration(parser)
     parser.set_defaults(run=_search)
@@ -329,6 +330,7 @@ def _search(options: argparse.Namespace) -> None:
     from crepe_llm.modifiers import PHOSearchModifier
 
     fields: dict[str, Any] = {"record": str(options.study), "mask_structure": options.mask_structure}
+    fields["verify"] = options.verify
     if options.sparsity is not None:
         fields |= {"mask_structure": "0:0", "sparsity": options.sparsity, "comparison_group": options.comparison_group}
     for name in ("candidates", "minutes", "proxy"):
@@ -352,8 +354,8 @@ def _search(options: argparse.Namespace) -> None:
     study = search.result
     assert study is not None and search.found is not None  # oneshot has run it
     print(study)
-    if not study.beats_reference:
-        print("No candidate is better than RIA's coefficients, so these are RIA's:")
+    if study.recommended == study.reference.coefficients:
+        print("Nothing is better than RIA's coefficients, so these are RIA's:")
     print("CRePEModifier:")
     for name, value in search.found.items():
         print(f"  {name}: {value:.4g}")

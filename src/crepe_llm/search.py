@@ -37,6 +37,9 @@ __all__ = [
 
 Optimiser = Generator[list[Coefficients], list[float], None]
 
+# How many candidates CMA-ES looks around with: a power of two, which Sobol sequences want.
+_LOOKED_AT = 64
+
 _FORMAT = 1
 
 
@@ -149,15 +152,16 @@ def random_search(space: SearchSpace, seed: int, population: int | None = None) 
 
 
 def cma_es(space: SearchSpace, seed: int, population: int | None = None) -> Optimiser:
-    """Yield generations of the covariance matrix adaptation evolution strategy, without end.
+    """Yield a look around, then generations of the covariance matrix adaptation evolution strategy, without end.
 
-    The first run starts at RIA's place in the space; a run that has converged is followed by one that starts at a
-    random place. The kernel size is an integer variable: cma keeps its spread from falling below one size.
+    The look around is 64 points of a scrambled Sobol sequence, spread evenly over the space. The first run starts at
+    the best of them; a run that has converged is followed by one that starts at a random place. The kernel size is an
+    integer variable: cma keeps its spread from falling below one size.
 
     Args:
         space: where to search.
         seed: of everything random. numpy's global generator is left as it was.
-        population: candidates per generation, at least 2; None takes 4 + floor(3 ln(dimensions)).
+        population: candidates per generation, at least 2; None takes 4 + floor(3 ln(dimensions)), and 8 to look around.
 
     Raises:
         ImportError: the package ``cma`` is missing.
@@ -183,7 +187,11 @@ def cma_es(space: SearchSpace, seed: int, population: int | None = None) -> Opti
             point[axis] = value / extent
         return point
 
-    start: list[float] = space.point(RIA)
+    spread = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed).draw(_LOOKED_AT, dtype=torch.float64).tolist()
+    losses: list[float] = []
+    for first in range(0, _LOOKED_AT, population or 8):
+        losses += yield [space.coefficients(point) for point in spread[first : first + (population or 8)]]
+    start: list[float] = spread[losses.index(min(losses))]
     while True:
         options = {
             "seed": math.nan,  # cma leaves numpy's generator alone, and uses the state that _NumpyState puts there
@@ -304,6 +312,8 @@ class Study:
         population: candidates per generation, or None for the optimiser's own.
         sample: what candidates were evaluated on (layers, rows, tokens, a fingerprint): numbers and names.
         candidates: RIA first, then generation by generation.
+        finalists: candidates with the perplexity of the model that they prune as their value, where it was measured:
+            RIA first.
         versions: of the packages that made it.
         finished: whether the budget was spent or the optimiser ended.
     """
@@ -318,6 +328,7 @@ class Study:
     population: int | None = None
     sample: dict[str, Any] = dataclasses.field(default_factory=dict)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
+    finalists: list[Candidate] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: _versions())
     finished: bool = False
 
@@ -347,9 +358,45 @@ class Study:
         return math.fsum(candidate.seconds for candidate in self.candidates)
 
     @property
+    def seconds_of_finalists(self) -> float:
+        """Time spent on their perplexities."""
+        return math.fsum(finalist.seconds for finalist in self.finalists)
+
+    @property
     def beats_reference(self) -> bool:
         """Whether the best candidate's value is strictly better than RIA's."""
         return self.loss(self.best) < self.loss(self.reference)
+
+    @property
+    def recommended(self) -> Coefficients:
+        """What to prune with: the finalist of the lowest perplexity; without finalists the best candidate, or RIA's
+        coefficients where no candidate beats them.
+
+        Raises:
+            StudyError: nothing was evaluated yet.
+        """
+        if self.finalists:
+            return min(self.finalists, key=lambda finalist: finalist.value).coefficients
+        return self.best.coefficients if self.beats_reference else self.reference.coefficients
+
+    def shortlist(self, count: int, others: Sequence[Coefficients] = ()) -> list[Coefficients]:
+        """Which candidates to measure the perplexity of: RIA, `others`, the best, and the best of the look around.
+
+        Later generations crowd around the proxy's optimum and would give many times the same mask. The look around is
+        spread over the space, so its best differ from each other. (Without CMA-ES every candidate belongs to it.)
+
+        Args:
+            count: how many, if there are as many; RIA, `others` and the best in any case.
+            others: coefficients from elsewhere, such as a recipe's own.
+
+        Raises:
+            StudyError: nothing was evaluated yet.
+        """
+        chosen = [self.reference.coefficients, *others, self.best.coefficients]
+        spread = self.candidates[1 : 1 + _LOOKED_AT] if self.optimiser == "cma" else self.candidates
+        room = count - len(set(chosen))
+        ranked = [c.coefficients for c in sorted(spread, key=self.loss) if c.coefficients not in chosen]
+        return list(dict.fromkeys([*chosen, *ranked[: max(0, room)]]))
 
     def loss(self, candidate: Candidate) -> float:
         """The candidate's value with the sign under which lower is better."""
@@ -404,12 +451,13 @@ class Study:
         try:
             content["mask"] = Mask(**content["mask"])
             content["space"] = SearchSpace(**content["space"])
-            content["candidates"] = [
-                Candidate(**{**candidate, "coefficients": Coefficients(**candidate["coefficients"])})
-                for candidate in content["candidates"]
-            ]
+            for name in ("candidates", "finalists"):
+                content[name] = [
+                    Candidate(**{**candidate, "coefficients": Coefficients(**candidate["coefficients"])})
+                    for candidate in content.get(name, [])
+                ]
             study = cls(**content)
-            if not all(math.isfinite(candidate.value) for candidate in study.candidates):
+            if not all(math.isfinite(candidate.value) for candidate in [*study.candidates, *study.finalists]):
                 raise ValueError("a candidate's value is not finite")
             return study
         except (KeyError, TypeError, ValueError) as error:
@@ -426,6 +474,10 @@ class Study:
         lines += [f"  {candidate.value:.6g}  {candidate.coefficients}" for candidate in best]
         if self.candidates:
             lines.append(f"  {self.reference.value:.6g}  RIA")
+        if self.finalists:
+            lines.append(f"perplexity of {len(self.finalists)} finalists, in {self.seconds_of_finalists:.1f} s:")
+            ranked = sorted(self.finalists, key=lambda finalist: finalist.value)
+            lines += [f"  {finalist.value:.2f}  {finalist.coefficients}" for finalist in ranked]
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
@@ -519,6 +571,7 @@ def search(
                     f"{getattr(study, name)!r}: give another file, or delete this one"
                 )
         recorded = earlier.candidates
+        study.finalists = earlier.finalists
         study.versions = earlier.versions
     replay = iter(recorded)
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,14 @@ from crepe_llm.masks import ComparisonGroup, keep_mask, parse_mask_structure
 from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.proxies import DEFAULT_PROXY, PROXIES, RIA, Coefficients, LayerSample, Mask, evaluate, sample_layers
-from crepe_llm.search import SearchSpace, Study, search
+from crepe_llm.search import Candidate, SearchSpace, Study, search
 from crepe_llm.statistics import InputStatistics
 
 __all__ = ["PHOSearchModifier"]
 
 _CANDIDATES = 200
 _VERIFICATION_SEQUENCES = 8
+_NAMES = [field.name for field in dataclasses.fields(Coefficients)]
 
 
 class PHOSearchModifier(CalibratedModifier):
@@ -63,7 +65,7 @@ class PHOSearchModifier(CalibratedModifier):
         - reduce each sampled layer of the block to its sample
     - on_calibration_end
         - remove_hooks()
-        - search, compare with RIA, hand the coefficients over
+        - search, compare with RIA or measure finalists, hand the coefficients over
     - on_finalize
         - nothing is left to do
 
@@ -78,9 +80,11 @@ class PHOSearchModifier(CalibratedModifier):
     :param record: file in which the search is recorded and from which it is resumed; one in the folder `pho_studies`,
         named after model, structure and settings, where left out
     :param study: file of an earlier study, on this or another model, to use instead of searching
-    :param verify: after searching, measure the perplexity of the model pruned with RIA's coefficients and with those
-        found, on eight sequences of the calibration data, and use what was found only if it is lower. Holds a second
-        copy of the pruned layers' weights meanwhile
+    :param verify: after searching, measure the perplexity of the pruned model on eight sequences of the calibration
+        data for a few finalists, and use the best: RIA's coefficients, the CRePEModifier's own, the search's best, and
+        the best of the candidates that it looked around with. Holds a second copy of the pruned layers' weights
+        meanwhile
+    :param finalists: how many `verify` measures
     :param found: the coefficients, in a saved recipe; nothing is searched
     :param mask_structure: as the CRePEModifier's, from which it is taken where there is one
     :param sparsity: likewise
@@ -101,6 +105,7 @@ class PHOSearchModifier(CalibratedModifier):
     record: str | None = None
     study: str | None = None
     verify: bool = False
+    finalists: int = 12
     found: dict[str, float] | None = None
     mask_structure: str | None = None
     sparsity: float | None = None
@@ -131,7 +136,7 @@ class PHOSearchModifier(CalibratedModifier):
     @model_validator(mode="after")
     def _check_search(self) -> "PHOSearchModifier":
         self._space()
-        for name in ("candidates", "minutes", "layers_per_kind", "rows"):
+        for name in ("candidates", "minutes", "layers_per_kind", "rows", "finalists"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
@@ -202,15 +207,15 @@ class PHOSearchModifier(CalibratedModifier):
         if not self.requires_calibration_data:
             return
         super().on_calibration_end(state, event, **kwargs)
-        self._search()
+        path = self._search()
         assert self._result is not None
-        chosen = self._conclude(self._result)
-        if self.verify and chosen != RIA:
-            self._verify(state.model, chosen)
+        if self.verify:
+            self._verify(state.model, self._result, path)
+        self._conclude(self._result)
         self._samples.clear()
         self._norms.clear()
 
-    def _search(self) -> None:
+    def _search(self) -> Path:
         if not self._samples:
             raise ValueError("no sampled layer saw a calibration token: calibrate with more or other text")
         proxy = PROXIES[self.proxy]
@@ -247,27 +252,32 @@ class PHOSearchModifier(CalibratedModifier):
         except KeyboardInterrupt:
             logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
             raise
+        return path
 
-    def _conclude(self, study: Study) -> Coefficients:
-        """Take what the study found, or RIA's coefficients where it found nothing better, and hand it over."""
-        chosen = study.best.coefficients if study.beats_reference else RIA
+    def _conclude(self, study: Study) -> None:
+        """Hand over what the study found, or RIA's coefficients where it found nothing better."""
         logger.info(f"PHO: {study}")
+        chosen = study.recommended
         if chosen == RIA:
-            logger.warning(
-                f"PHO: no candidate has a better {study.proxy} than RIA's coefficients "
-                f"({study.reference.value:.6g}), so RIA's are used"
-            )
+            what = "finalist has a lower perplexity" if study.finalists else f"candidate has a better {study.proxy}"
+            reference = (study.finalists or study.candidates)[0].value
+            logger.warning(f"PHO: no {what} than RIA's coefficients ({reference:.6g}), so RIA's are used")
         self._hand_over(chosen)
-        return chosen
 
-    def _verify(self, model: torch.nn.Module, chosen: Coefficients) -> None:
-        ria, found = (self._perplexity(model, coefficients) for coefficients in (RIA, chosen))
-        verdict = f"perplexity {found:.3f} with what was found, {ria:.3f} with RIA's coefficients"
-        if found < ria:
-            logger.info(f"PHO: {verdict}")
-            return
-        logger.warning(f"PHO: {verdict}: what was found is not better, so RIA's are used")
-        self._hand_over(RIA)
+    def _verify(self, model: torch.nn.Module, study: Study, path: Path) -> None:
+        """Measure the finalists that the record does not hold yet."""
+        own = [] if self._crepe is None else [Coefficients(**{name: getattr(self._crepe, name) for name in _NAMES})]
+        measured = {finalist.coefficients: finalist for finalist in study.finalists}
+        study.finalists = []
+        for coefficients in study.shortlist(self.finalists, own):
+            finalist = measured.get(coefficients)
+            if finalist is None:
+                started = time.perf_counter()
+                value = self._perplexity(model, coefficients)
+                finalist = Candidate(coefficients, value, time.perf_counter() - started, -1)
+                logger.info(f"PHO: perplexity {value:.3f}: {coefficients}")
+            study.finalists.append(finalist)
+            study.save(path)
 
     def _perplexity(self, model: torch.nn.Module, coefficients: Coefficients) -> float:
         """Perplexity of the model pruned with these coefficients, on sequences of the calibration data."""
@@ -385,8 +395,7 @@ def _coefficients(found: dict[str, float]) -> Coefficients:
     try:
         return Coefficients(**{**found, "kernel_size": int(found["kernel_size"])})  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
-        names = ", ".join(field.name for field in dataclasses.fields(Coefficients))
-        raise ValueError(f"found={found} must hold exactly {names}") from error
+        raise ValueError(f"found={found} must hold exactly {', '.join(_NAMES)}") from error
 
 
 @contextmanager
