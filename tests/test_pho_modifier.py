@@ -231,15 +231,15 @@ def test_verification_measures_real_perplexity_and_restores_the_model(
     verified, crepe = pair({"verify": True, "finalists": 6}, own)
     model = run(load(tiny_model_folder("llama")), [verified, crepe], calibration_data)
     study = Study.load(tmp_path / "study.json")
-    finalists = {finalist.coefficients: finalist.value for finalist in study.finalists}
+    finalists = {finalist.coefficients: finalist.perplexity for finalist in study.finalists}
     assert len(finalists) == len(study.finalists) == 6
-    assert list(finalists)[:2] == [RIA, Coefficients(**own)]
+    assert list(finalists)[:2] == [Coefficients(**own), RIA]
     assert study.best.coefficients in finalists
     ranked = [candidate.coefficients for candidate in sorted(study.candidates, key=study.loss)]
     assert set(list(finalists)[2:]) < set(ranked[:6])
-    # What is used has the lowest perplexity, and prunes as if it had been given by hand.
+    # What is used prunes as if it had been given by hand.
     used = Coefficients(**verified.found)
-    assert finalists[used] == min(finalists.values()) < max(finalists.values())
+    assert used == study.recommended
     by_hand = CRePEModifier(mask_structure="2:4", **vars(used))
     expected = run(load(tiny_model_folder("llama")), [by_hand], calibration_data)
     assert same(weights(model), weights(expected))
@@ -275,18 +275,22 @@ def test_verification_decides_against_the_proxy(tiny_model_folder, calibration_d
     monkeypatch.setattr(
         "crepe_llm.modifiers.pho.evaluate", lambda samples, c, mask, proxy: 9.0 if c == RIA else c.activation_exponent
     )
-    monkeypatch.setattr(
-        PHOSearchModifier, "_perplexity", lambda self, model, coefficients: 10.0 if coefficients == RIA else 11.0
-    )
-    pho, crepe = pair({"verify": True})
+    good = Coefficients(row=1.0, column=2.0, neighbourhood=0.5, kernel_size=5, activation_exponent=0.7)
+
+    def losses(self, model, coefficients):
+        return ((20.0, 31.0) if coefficients == good else (22.0, 33.0)), (10, 10)
+
+    monkeypatch.setattr(PHOSearchModifier, "_losses", losses)
+    pho, crepe = pair({"verify": True}, vars(good))
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
-    assert len(pho.result.finalists) == 12
-    assert Coefficients(**pho.found) == RIA
-    assert any("no finalist has a lower perplexity than RIA's coefficients (10)" in line for line in messages)
+    assert len(pho.result.finalists) == 8
+    assert pho.result.best.coefficients not in (good, RIA)
+    assert Coefficients(**pho.found) == good
+    assert any("no finalist is clearly better than row 1, column 2" in line for line in messages)
 
 
 def test_interrupted_verification_goes_on(tiny_model_folder, calibration_data, pair, monkeypatch):
-    measure, measured = PHOSearchModifier._perplexity, []
+    measure, measured = PHOSearchModifier._losses, []
 
     def interrupted(self, model, coefficients):
         if len(measured) == 3:
@@ -299,18 +303,18 @@ def test_interrupted_verification_goes_on(tiny_model_folder, calibration_data, p
         return measure(self, model, coefficients)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PHOSearchModifier, "_perplexity", interrupted)
+        patch.setattr(PHOSearchModifier, "_losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(load(tiny_model_folder("llama")), list(pair({"verify": True, "finalists": 5})), calibration_data)
-    monkeypatch.setattr(PHOSearchModifier, "_perplexity", counted)
+    monkeypatch.setattr(PHOSearchModifier, "_losses", counted)
     resumed, crepe = pair({"verify": True, "finalists": 5})
     run(load(tiny_model_folder("llama")), [resumed, crepe], calibration_data)
     whole, crepe = pair({"verify": True, "finalists": 5, "record": resumed.record + ".whole"})
     run(load(tiny_model_folder("llama")), [whole, crepe], calibration_data)
     # Three before the interrupt, two after it; then five of the uninterrupted run.
     assert len(measured) == 3 + 2 + 5
-    assert [(f.coefficients, f.value) for f in resumed.result.finalists] == [
-        (f.coefficients, f.value) for f in whole.result.finalists
+    assert [(f.coefficients, f.losses) for f in resumed.result.finalists] == [
+        (f.coefficients, f.losses) for f in whole.result.finalists
     ]
     assert resumed.found == whole.found
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from crepe_llm.importance import crepe_scores
 from crepe_llm.inequality import gini_index
 from crepe_llm.masks import keep_mask
 from crepe_llm.proxies import PROXIES, RIA, Coefficients, LayerSample, Mask, evaluate, prune, sample_layers
-from crepe_llm.search import OPTIMISERS, SearchSpace, Study, StudyError, search
+from crepe_llm.search import OPTIMISERS, Finalist, SearchSpace, Study, StudyError, search
 
 TWO_OF_FOUR = Mask("2:4", 0.5)
 KERNELS = (3, 5, 9)
@@ -546,7 +545,7 @@ def test_the_shortlist_is_spread_and_finalists_decide():
     result = search(bowl(), study(), candidates=200)
     own = Coefficients(1.0, 4.0, 3.0, 31, 0.85)
     shortlist = result.shortlist(12, [own, RIA])
-    assert shortlist[:3] == [RIA, own, result.best.coefficients]
+    assert shortlist[:3] == [own, RIA, result.best.coefficients]
     looked = sorted(result.candidates[1:65], key=result.loss)
     assert shortlist[3:] == [candidate.coefficients for candidate in looked[:9]]
     # The best of all crowd around one place; the shortlist does not.
@@ -554,9 +553,49 @@ def test_the_shortlist_is_spread_and_finalists_decide():
     assert np.std(crowd, axis=0).max() < np.std([result.space.point(c) for c in shortlist[3:]], axis=0).min()
     assert result.shortlist(1, [own]) == shortlist[:3]
     assert result.recommended == result.best.coefficients
-    result.finalists = [dataclasses.replace(result.reference, coefficients=c, value=v) for c, v in ((RIA, 9), (own, 8))]
+    # The third is best, but not clearly; the fourth is clearly better than the first.
+    tokens = (10, 20, 10)
+    result.finalists = [
+        Finalist(coefficients, losses, tokens, 1.0)
+        for coefficients, losses in (
+            (own, (30, 60, 30)),
+            (RIA, (31, 62, 31)),
+            (shortlist[4], (30, 61, 22)),
+            (shortlist[5], (28.0, 56.1, 27.8)),
+        )
+    ]
+    assert result.recommended == shortlist[5]
+    assert f"{math.exp(3):.2f}  {own}, to be beaten" in str(result)
+    assert ", used" in str(result).split(str(shortlist[5]))[-1]
+    result.finalists.pop()
     assert result.recommended == own
-    assert "8.00  row 1, column 4" in str(result)
+
+
+def test_finalists_are_told_apart_by_paired_differences():
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(20, 60, 16)
+    texts = generator.normal(3, 0.5, 16)  # texts differ far more than the two do
+    gains = generator.normal(0.02, 0.01, 16)
+    worse = Finalist(RIA, tuple(texts * tokens), tuple(tokens.tolist()), 0.0)
+    better = Finalist(RIA, tuple((texts - gains) * tokens), tuple(tokens.tolist()), 0.0)
+    assert better.clearly_better(worse)
+    assert not worse.clearly_better(better)
+    assert not better.clearly_better(better)
+    # Against the jackknife's standard error of the ratio.
+    differences = gains * tokens
+    left_out = np.array(
+        [(differences.sum() - d) / (tokens.sum() - t) for d, t in zip(differences, tokens, strict=True)]
+    )
+    error = np.sqrt(15 / 16 * ((left_out - left_out.mean()) ** 2).sum())
+    gain = differences.sum() / tokens.sum()
+    for factor in (0.9, 1.1):  # a finalist whose gain is a little below, above twice that error
+        shift = gain - 2 * error * factor
+        shifted = Finalist(RIA, tuple((texts - gains + shift) * tokens), tuple(tokens.tolist()), 0.0)
+        assert shifted.clearly_better(worse) == (factor > 1)
+    one = Finalist(RIA, (1.0,), (9,), 0.0)
+    assert not one.clearly_better(Finalist(RIA, (2.0,), (9,), 0.0))
+    with pytest.raises(ValueError, match="2 losses"):
+        Finalist(RIA, (1.0, 2.0), (9,), 0.0)
 
 
 def test_no_better_than_ria_is_said():

@@ -26,6 +26,7 @@ from crepe_llm.proxies import RIA, Coefficients, Mask
 __all__ = [
     "OPTIMISERS",
     "Candidate",
+    "Finalist",
     "SearchSpace",
     "Study",
     "StudyError",
@@ -297,6 +298,48 @@ class Candidate:
     generation: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Finalist:
+    """A candidate that the model was pruned with, and how well the model then predicts some sequences of text.
+
+    Attributes:
+        coefficients: what was tried.
+        losses: of each sequence, the summed negative log-likelihood of its tokens but the first, in nats.
+        tokens: of each sequence, how many tokens were predicted.
+        seconds: wall time of pruning and measuring.
+    """
+
+    coefficients: Coefficients
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    seconds: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "losses", tuple(self.losses))
+        object.__setattr__(self, "tokens", tuple(self.tokens))
+        if not len(self.losses) == len(self.tokens) > 0 or min(self.tokens) < 1:
+            raise ValueError(f"a finalist has {len(self.losses)} losses, and predicted {self.tokens} tokens")
+
+    @property
+    def perplexity(self) -> float:
+        """Over all sequences."""
+        return math.exp(math.fsum(self.losses) / sum(self.tokens))
+
+    def clearly_better(self, other: "Finalist") -> bool:
+        """Whether the mean loss per token is lower by more than twice the standard error of the difference.
+
+        The difference is taken sequence by sequence, since texts differ more from each other than masks do. One
+        sequence decides nothing.
+        """
+        sequences, tokens = len(self.losses), sum(self.tokens)
+        if sequences < 2 or self.tokens != other.tokens:
+            return False
+        gains = [theirs - own for own, theirs in zip(self.losses, other.losses, strict=True)]
+        gain = math.fsum(gains) / tokens
+        squares = math.fsum((g - gain * t) ** 2 for g, t in zip(gains, self.tokens, strict=True))
+        return gain > 2 * math.sqrt(squares * sequences / (sequences - 1)) / tokens
+
+
 @dataclasses.dataclass
 class Study:
     """The record of one search: what was searched where and how, and every candidate.
@@ -312,8 +355,7 @@ class Study:
         population: candidates per generation, or None for the optimiser's own.
         sample: what candidates were evaluated on (layers, rows, tokens, a fingerprint): numbers and names.
         candidates: RIA first, then generation by generation.
-        finalists: candidates with the perplexity of the model that they prune as their value, where it was measured:
-            RIA first.
+        finalists: those that were measured on the pruned model, if any: first the one that the others must beat.
         versions: of the packages that made it.
         finished: whether the budget was spent or the optimiser ended.
     """
@@ -328,7 +370,7 @@ class Study:
     population: int | None = None
     sample: dict[str, Any] = dataclasses.field(default_factory=dict)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
-    finalists: list[Candidate] = dataclasses.field(default_factory=list)
+    finalists: list[Finalist] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: _versions())
     finished: bool = False
 
@@ -358,41 +400,38 @@ class Study:
         return math.fsum(candidate.seconds for candidate in self.candidates)
 
     @property
-    def seconds_of_finalists(self) -> float:
-        """Time spent on their perplexities."""
-        return math.fsum(finalist.seconds for finalist in self.finalists)
-
-    @property
     def beats_reference(self) -> bool:
         """Whether the best candidate's value is strictly better than RIA's."""
         return self.loss(self.best) < self.loss(self.reference)
 
     @property
     def recommended(self) -> Coefficients:
-        """What to prune with: the finalist of the lowest perplexity; without finalists the best candidate, or RIA's
-        coefficients where no candidate beats them.
+        """What to prune with: of the finalists that are clearly better than the first, the one of the lowest
+        perplexity, or the first; without finalists the best candidate, or RIA's coefficients where none beats them.
 
         Raises:
             StudyError: nothing was evaluated yet.
         """
         if self.finalists:
-            return min(self.finalists, key=lambda finalist: finalist.value).coefficients
+            first = self.finalists[0]
+            better = [finalist for finalist in self.finalists if finalist.clearly_better(first)]
+            return min(better, key=lambda finalist: finalist.perplexity, default=first).coefficients
         return self.best.coefficients if self.beats_reference else self.reference.coefficients
 
     def shortlist(self, count: int, others: Sequence[Coefficients] = ()) -> list[Coefficients]:
-        """Which candidates to measure the perplexity of: RIA, `others`, the best, and the best of the look around.
+        """Which candidates to measure the perplexity of: `others`, RIA, the best, and the best of the look around.
 
         Later generations crowd around the proxy's optimum and would give many times the same mask. The look around is
         spread over the space, so its best differ from each other. (Without CMA-ES every candidate belongs to it.)
 
         Args:
-            count: how many, if there are as many; RIA, `others` and the best in any case.
+            count: how many, if there are as many; `others`, RIA and the best in any case.
             others: coefficients from elsewhere, such as a recipe's own.
 
         Raises:
             StudyError: nothing was evaluated yet.
         """
-        chosen = [self.reference.coefficients, *others, self.best.coefficients]
+        chosen = [*others, self.reference.coefficients, self.best.coefficients]
         spread = self.candidates[1 : 1 + _LOOKED_AT] if self.optimiser == "cma" else self.candidates
         room = count - len(set(chosen))
         ranked = [c.coefficients for c in sorted(spread, key=self.loss) if c.coefficients not in chosen]
@@ -451,13 +490,14 @@ class Study:
         try:
             content["mask"] = Mask(**content["mask"])
             content["space"] = SearchSpace(**content["space"])
-            for name in ("candidates", "finalists"):
+            for name, kind in (("candidates", Candidate), ("finalists", Finalist)):
                 content[name] = [
-                    Candidate(**{**candidate, "coefficients": Coefficients(**candidate["coefficients"])})
-                    for candidate in content.get(name, [])
+                    kind(**{**entry, "coefficients": Coefficients(**entry["coefficients"])})
+                    for entry in content.get(name, [])
                 ]
             study = cls(**content)
-            if not all(math.isfinite(candidate.value) for candidate in [*study.candidates, *study.finalists]):
+            values = [candidate.value for candidate in study.candidates]
+            if not all(map(math.isfinite, values + [loss for f in study.finalists for loss in f.losses])):
                 raise ValueError("a candidate's value is not finite")
             return study
         except (KeyError, TypeError, ValueError) as error:
@@ -475,9 +515,12 @@ class Study:
         if self.candidates:
             lines.append(f"  {self.reference.value:.6g}  RIA")
         if self.finalists:
-            lines.append(f"perplexity of {len(self.finalists)} finalists, in {self.seconds_of_finalists:.1f} s:")
-            ranked = sorted(self.finalists, key=lambda finalist: finalist.value)
-            lines += [f"  {finalist.value:.2f}  {finalist.coefficients}" for finalist in ranked]
+            seconds = math.fsum(finalist.seconds for finalist in self.finalists)
+            lines.append(f"perplexity of {len(self.finalists)} finalists, in {seconds:.1f} s:")
+            for finalist in sorted(self.finalists, key=lambda finalist: finalist.perplexity):
+                note = ", to be beaten" if finalist == self.finalists[0] else ""
+                note += ", used" if finalist.coefficients == self.recommended else ""
+                lines.append(f"  {finalist.perplexity:.2f}  {finalist.coefficients}{note}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:

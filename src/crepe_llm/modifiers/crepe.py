@@ -39,11 +39,11 @@ class CRePEModifier(CalibratedModifier):
       pruning_modifiers:
         CRePEModifier:
           mask_structure: "2:4"
-          row: 0.64
-          column: 2.1
-          neighbourhood: 0.54
+          row: 1.0
+          column: 7.0
+          neighbourhood: 6.0
           kernel_size: 31
-          activation_exponent: 0.98
+          activation_exponent: 0.85
     ```
 
     Lifecycle:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import time
 import zlib
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from crepe_llm.masks import ComparisonGroup, keep_mask, parse_mask_structure
 from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.proxies import DEFAULT_PROXY, PROXIES, RIA, Coefficients, LayerSample, Mask, evaluate, sample_layers
-from crepe_llm.search import Candidate, SearchSpace, Study, search
+from crepe_llm.search import Finalist, SearchSpace, Study, search
 from crepe_llm.statistics import InputStatistics
 
 __all__ = ["PHOSearchModifier"]
@@ -81,9 +80,10 @@ class PHOSearchModifier(CalibratedModifier):
         named after model, structure and settings, where left out
     :param study: file of an earlier study, on this or another model, to use instead of searching
     :param verify: after searching, measure the perplexity of the pruned model on eight sequences of the calibration
-        data for a few finalists, and use the best: RIA's coefficients, the CRePEModifier's own, the search's best, and
-        the best of the candidates that it looked around with. Holds a second copy of the pruned layers' weights
-        meanwhile
+        data for a few finalists: the CRePEModifier's own coefficients, RIA's, the search's best, and the best of the
+        candidates that it looked around with. One that is better than the CRePEModifier's own (without a
+        CRePEModifier: RIA's) by more than twice the standard error of the difference is used. Holds a second copy of
+        the pruned layers' weights meanwhile
     :param finalists: how many `verify` measures
     :param found: the coefficients, in a saved recipe; nothing is searched
     :param mask_structure: as the CRePEModifier's, from which it is taken where there is one
@@ -105,7 +105,7 @@ class PHOSearchModifier(CalibratedModifier):
     record: str | None = None
     study: str | None = None
     verify: bool = False
-    finalists: int = 12
+    finalists: int = 8
     found: dict[str, float] | None = None
     mask_structure: str | None = None
     sparsity: float | None = None
@@ -258,10 +258,14 @@ class PHOSearchModifier(CalibratedModifier):
         """Hand over what the study found, or RIA's coefficients where it found nothing better."""
         logger.info(f"PHO: {study}")
         chosen = study.recommended
-        if chosen == RIA:
-            what = "finalist has a lower perplexity" if study.finalists else f"candidate has a better {study.proxy}"
-            reference = (study.finalists or study.candidates)[0].value
-            logger.warning(f"PHO: no {what} than RIA's coefficients ({reference:.6g}), so RIA's are used")
+        if study.finalists:
+            if chosen == study.finalists[0].coefficients:
+                logger.warning(f"PHO: no finalist is clearly better than {chosen}, so these are used")
+        elif chosen == RIA:
+            logger.warning(
+                f"PHO: no candidate has a better {study.proxy} than RIA's coefficients "
+                f"({study.reference.value:.6g}), so RIA's are used"
+            )
         self._hand_over(chosen)
 
     def _verify(self, model: torch.nn.Module, study: Study, path: Path) -> None:
@@ -273,25 +277,24 @@ class PHOSearchModifier(CalibratedModifier):
             finalist = measured.get(coefficients)
             if finalist is None:
                 started = time.perf_counter()
-                value = self._perplexity(model, coefficients)
-                finalist = Candidate(coefficients, value, time.perf_counter() - started, -1)
-                logger.info(f"PHO: perplexity {value:.3f}: {coefficients}")
+                losses, tokens = self._losses(model, coefficients)
+                finalist = Finalist(coefficients, losses, tokens, time.perf_counter() - started)
+                logger.info(f"PHO: perplexity {finalist.perplexity:.3f}: {coefficients}")
             study.finalists.append(finalist)
             study.save(path)
 
-    def _perplexity(self, model: torch.nn.Module, coefficients: Coefficients) -> float:
-        """Perplexity of the model pruned with these coefficients, on sequences of the calibration data."""
+    def _losses(self, model: torch.nn.Module, coefficients: Coefficients) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Of the model pruned with these coefficients, the summed loss on sequences of the calibration data, and how
+        many tokens of each it predicted."""
         from crepe_llm.evaluation.perplexity import perplexity
 
-        total, count = 0.0, 0
+        measured = []
         with self._pruned(coefficients), _working_head(model), HooksMixin.disable_hooks():
             for sequence in self._sequences():
-                measured = perplexity(model, sequence[None], corpus="calibration", progress=False)
-                total += measured.nll * measured.tokens
-                count += measured.tokens
-        if not count:
+                measured.append(perplexity(model, sequence[None], corpus="calibration", progress=False))
+        if not measured:
             raise ValueError("verify: true needs a calibration sequence of at least two tokens, and there is none")
-        return math.exp(total / count)
+        return tuple(each.nll * each.tokens for each in measured), tuple(each.tokens for each in measured)
 
     @contextmanager
     def _pruned(self, coefficients: Coefficients) -> Iterator[None]:
