@@ -42,6 +42,7 @@ STRUCTURES = {
 }
 # Where PHO's searches are kept, by model, structure and calibration seed (see `filled`).
 STUDY = "recipes/studies/{model}-{structure}-seed{seed}.json"
+BY_PROXY = STUDY.replace(".json", "-proxy.json")
 # The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
 WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
 RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}
@@ -120,6 +121,8 @@ METHODS: dict[str, Method | None] = {
     "CRePE": crepe,
     "CRePE + PHO": searched(record=STUDY, verify=True),
     "CRePE + the other model's PHO": searched(study=STUDY.replace("{model}", "{other}")),
+    "CRePE + PHO, not verified": searched(record=BY_PROXY),
+    "CRePE + the other model's PHO, not verified": searched(study=BY_PROXY.replace("{model}", "{other}")),
     "SparseGPT": sparsegpt,
     "CVR + energy": then(pruned_by(score="cvr"), "WeightCorrectionModifier", method="energy"),
     "CRePE + energy": then(crepe, "WeightCorrectionModifier", method="energy"),

@@ -74,8 +74,10 @@ def main() -> None:
     print(f"\nsearch: {study}")
     found = study.best.coefficients if study.beats_reference else RIA
     print(f"\nperplexity on {options.tokens} test tokens of {bench.corpus.name}, windows of 512:")
+    tested = {}
     for name, coefficients in (("found", found), ("RIA", RIA), ("Wanda", WANDA)):
-        print(f"  {name:<6} {perplexity(coefficients, bench.corpus.test):.2f}", flush=True)
+        tested[name] = perplexity(coefficients, bench.corpus.test)
+        print(f"  {name:<6} {tested[name]:.2f}", flush=True)
 
     multiply = sum(sample.rows.numel() * sample.weight.shape[1] ** 2 for sample in bench.samples)
     kinds = [shape for shape, count in LLAMA_2_7B.items() for _ in range(count)]
@@ -105,11 +107,18 @@ def main() -> None:
             path=path,
             progress=lambda now: print(f"hill climb: {now.candidates[-1]}", flush=True),
         )
-        print(
-            f"\nhill climb: {climb}\n  test perplexity of its best "
-            f"{perplexity(climb.best.coefficients, bench.corpus.test):.2f}; "
-            f"{climb.seconds:.0f} s, {climb.seconds / study.seconds:.0f} times the search"
-        )
+        print(f"\nhill climb: {climb}\nits successive bests, with their test perplexity:")
+        best, spent = climb.reference, 0.0
+        for candidate in climb.candidates:
+            spent += candidate.seconds
+            if candidate != climb.reference and climb.loss(candidate) >= climb.loss(best):
+                continue
+            best = candidate
+            reached = perplexity(best.coefficients, bench.corpus.test)
+            print(f"  {spent:5.0f} s, {spent / study.seconds:3.0f} times the search: {reached:.2f}", flush=True)
+            if reached <= tested["found"]:
+                print("  which is as good as what the search found")
+                break
 
 
 if __name__ == "__main__":
