@@ -450,6 +450,14 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
     run(load(folder), recipe, calibration_data)
     assert recipe[0].found == vars(chosen)
 
+    # The same study, verified: the candidates stay, the finalists come.
+    capsys.readouterr()
+    assert main([*arguments, "--verify"]) == 0
+    verified = Study.load(study)
+    assert verified.candidates == recorded.candidates
+    assert [finalist.coefficients for finalist in verified.finalists] == recorded.shortlist(8)
+    assert "perplexity of 8 finalists" in capsys.readouterr().out
+
     assert main([*arguments[:-4], "--study", str(study), "--seed", "1"]) == 2
     assert "was made with sample=" in capsys.readouterr().err
     assert main([*arguments[:-4], "--study", str(study), "--proxy", "luck"]) == 2
