@@ -15,14 +15,10 @@ import json
 from pathlib import Path
 
 from crepe_llm.proxies import RIA, Coefficients
-from pho_common import MODELS, Bench, parse_mask
+from methods import read
+from pho_common import MODELS, WANDA, Bench, parse_mask
 
 RESULTS = Path(__file__).parent / "results" / "coefficients.jsonl"
-WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)
-
-
-def read() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def parse(text: str) -> Coefficients:
@@ -31,7 +27,7 @@ def parse(text: str) -> Coefficients:
 
 
 def measure(options: argparse.Namespace) -> None:
-    records = read()
+    records = read(RESULTS)
     for seed in options.seeds:
         bench = None
         for mask in options.masks:
@@ -59,7 +55,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    records = read()
+    records = read(RESULTS)
     for mask in dict.fromkeys(record["mask"] for record in records):
         table: dict[Coefficients, dict[tuple[str, int, int], float]] = {}
         for record in records:

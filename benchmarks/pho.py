@@ -9,6 +9,7 @@ hill climb starts at RIA and lowers validation perplexity; its study is saved af
 """
 
 import argparse
+import math
 import statistics
 import time
 from pathlib import Path
@@ -17,10 +18,9 @@ import torch
 
 from crepe_llm.proxies import DEFAULT_PROXY, PROXIES, RIA, Coefficients, evaluate
 from crepe_llm.search import Study, search
-from pho_common import LAYERS_PER_KIND, MODELS, ROWS, Bench, parse_mask
+from pho_common import LAYERS_PER_KIND, MODELS, ROWS, WANDA, Bench, parse_mask
 
 RESULTS = Path(__file__).parent / "results"
-WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 
@@ -72,10 +72,9 @@ def main() -> None:
         candidates=options.candidates,
     )
     print(f"\nsearch: {study}")
-    found = study.best.coefficients if study.beats_reference else RIA
     print(f"\nperplexity on {options.tokens} test tokens of {bench.corpus.name}, windows of 512:")
     tested = {}
-    for name, coefficients in (("found", found), ("RIA", RIA), ("Wanda", WANDA)):
+    for name, coefficients in (("found", study.recommended), ("RIA", RIA), ("Wanda", WANDA)):
         tested[name] = perplexity(coefficients, bench.corpus.test)
         print(f"  {name:<6} {tested[name]:.2f}", flush=True)
 
@@ -108,13 +107,13 @@ def main() -> None:
             progress=lambda now: print(f"hill climb: {now.candidates[-1]}", flush=True),
         )
         print(f"\nhill climb: {climb}\nits successive bests, with their test perplexity:")
-        best, spent = climb.reference, 0.0
+        best, spent = math.inf, 0.0
         for candidate in climb.candidates:
             spent += candidate.seconds
-            if candidate != climb.reference and climb.loss(candidate) >= climb.loss(best):
+            if climb.loss(candidate) >= best:
                 continue
-            best = candidate
-            reached = perplexity(best.coefficients, bench.corpus.test)
+            best = climb.loss(candidate)
+            reached = perplexity(candidate.coefficients, bench.corpus.test)
             print(f"  {spent:5.0f} s, {spent / study.seconds:3.0f} times the search: {reached:.2f}", flush=True)
             if reached <= tested["found"]:
                 print("  which is as good as what the search found")

@@ -17,6 +17,7 @@ from crepe_llm.search import SearchSpace
 from crepe_llm.statistics import InputStatistics
 
 MODELS = {"smollm2": samples.smollm2, "gemma3": samples.gemma3}
+WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)
 WINDOW = 512
 LAYERS_PER_KIND, ROWS = 4, 96  # PHOSearchModifier's defaults
 

@@ -23,10 +23,9 @@ from scipy.stats import spearmanr
 
 from crepe_llm.proxies import PROXIES, RIA, Coefficients, evaluate
 from crepe_llm.search import SearchSpace
-from pho_common import MODELS, Bench, parse_mask
+from pho_common import MODELS, WANDA, Bench, parse_mask
 
 RESULTS = Path(__file__).parent / "results" / "proxy_study"
-WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)
 
 
 def configurations(count: int) -> list[Coefficients]:

@@ -329,8 +329,11 @@ def _search(options: argparse.Namespace) -> None:
     from crepe_llm.evaluation import samples
     from crepe_llm.modifiers import PHOSearchModifier
 
-    fields: dict[str, Any] = {"record": str(options.study), "mask_structure": options.mask_structure}
-    fields["verify"] = options.verify
+    fields: dict[str, Any] = {
+        "record": str(options.study),
+        "mask_structure": options.mask_structure,
+        "verify": options.verify,
+    }
     if options.sparsity is not None:
         fields |= {"mask_structure": "0:0", "sparsity": options.sparsity, "comparison_group": options.comparison_group}
     for name in ("candidates", "minutes", "proxy"):

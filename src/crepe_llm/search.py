@@ -190,8 +190,9 @@ def cma_es(space: SearchSpace, seed: int, population: int | None = None) -> Opti
 
     spread = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed).draw(_LOOKED_AT, dtype=torch.float64).tolist()
     losses: list[float] = []
-    for first in range(0, _LOOKED_AT, population or 8):
-        losses += yield [space.coefficients(point) for point in spread[first : first + (population or 8)]]
+    size = population or 8
+    for first in range(0, _LOOKED_AT, size):
+        losses += yield [space.coefficients(point) for point in spread[first : first + size]]
     start: list[float] = spread[losses.index(min(losses))]
     while True:
         options = {
@@ -515,11 +516,11 @@ class Study:
         if self.candidates:
             lines.append(f"  {self.reference.value:.6g}  RIA")
         if self.finalists:
-            seconds = math.fsum(finalist.seconds for finalist in self.finalists)
+            seconds, used = math.fsum(finalist.seconds for finalist in self.finalists), self.recommended
             lines.append(f"perplexity of {len(self.finalists)} finalists, in {seconds:.1f} s:")
             for finalist in sorted(self.finalists, key=lambda finalist: finalist.perplexity):
                 note = ", to be beaten" if finalist == self.finalists[0] else ""
-                note += ", used" if finalist.coefficients == self.recommended else ""
+                note += ", used" if finalist.coefficients == used else ""
                 lines.append(f"  {finalist.perplexity:.2f}  {finalist.coefficients}{note}")
         return "\n".join(lines)
 
