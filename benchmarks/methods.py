@@ -47,6 +47,8 @@ BY_PROXY = STUDY.replace(".json", "-proxy.json")
 WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
 RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}
 
+ALLOCATIONS = ("owl", "alphapruning", "dlp", "atp")
+
 Modifiers = dict[str, dict[str, Any]]
 Method = Callable[[str], Modifiers | None]
 
@@ -87,6 +89,11 @@ def then(first: Method, modifier: str, /, **fields: Any) -> Method:
 def with_pcg(method: Method) -> Method:
     """A method with least-squares weights behind it."""
     return then(method, "WeightCorrectionModifier", method="pcg")
+
+
+def with_admm(method: Method) -> Method:
+    """A method whose layers ADMM prunes again, step by step."""
+    return then(method, "ADMMModifier")
 
 
 def permuted(method: Method) -> Method:
@@ -135,9 +142,12 @@ METHODS: dict[str, Method | None] = {
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),
     "SparseGPT + pcg": with_pcg(sparsegpt),
-    **{f"CRePE + {by}": allocated(crepe, by) for by in ("owl", "alphapruning", "dlp", "atp")},
-    **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ("owl", "alphapruning", "dlp", "atp")},
-    **{f"SparseGPT + {by} + pcg": allocated(with_pcg(sparsegpt), by) for by in ("owl", "alphapruning", "dlp", "atp")},
+    "CRePE + admm": with_admm(crepe),
+    "CRePE + permutation + admm": with_admm(permuted(crepe)),
+    **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
+    **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
+    **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by) for by in ALLOCATIONS},
+    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt), "atp"),
 }
 
 

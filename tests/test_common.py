@@ -243,6 +243,7 @@ def test_repruning_of_zeros_is_never_nan_and_of_full_masks_nothing(reprune, stru
 # The smallest recipe in which each modifier works. A new modifier brings its line.
 TWO_OF_FOUR = {"mask_structure": "2:4"}
 RECIPES = {
+    "ADMMModifier": {"CRePEModifier": TWO_OF_FOUR, "ADMMModifier": {}},
     "CFSPModifier": {"CFSPModifier": {"sparsity": 0.25, "round_to": 4}},
     "ChannelPermutationModifier": {"ChannelPermutationModifier": {}, "CRePEModifier": TWO_OF_FOUR},
     "CRePEModifier": {"CRePEModifier": TWO_OF_FOUR},

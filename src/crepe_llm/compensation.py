@@ -130,6 +130,7 @@ def conjugate_gradients(
     keep: torch.Tensor,
     gram: torch.Tensor,
     *,
+    start: torch.Tensor | None = None,
     dampening: float = 0.01,
     iterations: int = 10,
     tolerance: float = 1e-3,
@@ -137,12 +138,14 @@ def conjugate_gradients(
     """Least-squares weights on the mask: the kept weights whose outputs come closest to the dense layer's.
 
     Each row is a problem of its own, and all rows are solved together by conjugate gradients preconditioned with the
-    diagonal, from the dense values of what is kept. Every iteration lowers every row's dampened error.
+    diagonal, from the dense values of what is kept or from other ones. Every iteration lowers every row's dampened
+    error.
 
     Args:
         dense: [d_out, d_in], any floating dtype.
         keep: bool [d_out, d_in], False where the result must be zero.
         gram: [d_in, d_in], X^T X up to a positive factor, symmetric; not changed.
+        start: [d_out, d_in], the values to start from, of which those outside the mask count as zero; not changed.
         dampening: added to the diagonal of `gram`, as a fraction of its mean.
         iterations: at most so many; each costs a product of `dense` and `gram`.
         tolerance: a row is done when its preconditioned residual has shrunk to this fraction.
@@ -159,7 +162,9 @@ def conjugate_gradients(
     hessian = _dampened(gram, dampening)
     diagonal = hessian.diagonal()
     original = dense.float()
-    solution = original.masked_fill(~keep, 0)
+    if start is not None:
+        _check(start, keep, None)
+    solution = (original if start is None else start.float()).masked_fill(~keep, 0)
     residual = ((original - solution) @ hessian).masked_fill_(~keep, 0)
     direction = residual / diagonal
     size = (residual * direction).sum(dim=1, keepdim=True)

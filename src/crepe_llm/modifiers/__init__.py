@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise ImportError('crepe_llm.modifiers needs llm-compressor: pip install "crepe-llm[compress]"') from error
 
+from crepe_llm.modifiers.admm import ADMMModifier
 from crepe_llm.modifiers.allocation import SparsityAllocationModifier
 from crepe_llm.modifiers.cfsp import CFSPModifier
 from crepe_llm.modifiers.crepe import CRePEModifier
@@ -19,6 +20,7 @@ from crepe_llm.modifiers.sparse_checkpoint import SparseCheckpointModifier
 from crepe_llm.modifiers.weight_correction import WeightCorrectionModifier
 
 __all__ = [
+    "ADMMModifier",
     "CFSPModifier",
     "CRePEModifier",
     "ChannelPermutationModifier",

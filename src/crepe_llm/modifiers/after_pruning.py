@@ -1,4 +1,4 @@
-"""What modifiers that work on the masks of an earlier modifier share: the dense weights, and where they may stand."""
+"""What modifiers behind one that prunes share: dense weights, where they may stand, how new weights are judged."""
 
 from typing import Any, ClassVar
 
@@ -7,13 +7,15 @@ from compressed_tensors.utils import align_module_device
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from loguru import logger
 from pydantic import PrivateAttr
 
-from crepe_llm.modifiers.calibration import CalibratedModifier, weight_matrix
+from crepe_llm.compensation import output_error
+from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.statistics import InputStatistics
 
-__all__ = ["AfterPruningModifier"]
+__all__ = ["AfterPruningModifier", "ReconstructionModifier"]
 
 
 class AfterPruningModifier(CalibratedModifier):
@@ -123,3 +125,83 @@ class AfterPruningModifier(CalibratedModifier):
         at_work = {id(modifier) for modifier in active_session().lifecycle.recipe.modifiers}
         if any(id(modifier) in at_work for modifier in self._pruning):
             self.remember_dense(module)
+
+
+class ReconstructionModifier(AfterPruningModifier):
+    """Base of those that give pruned layers new weights, whose outputs come closer to the dense layer's.
+
+    Subclasses implement :meth:`reconstruct`, called once per pruned layer, and have a field `dampening`. A layer whose
+    output error on the calibration data does not become smaller is left as it was, and a table says so.
+    """
+
+    changes_kept_weights: ClassVar[bool] = True
+
+    dampening: float = 0.01
+
+    _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
+    _left: list[str] = PrivateAttr(default_factory=list)
+
+    def reconstruct(
+        self, name: str, dense: torch.Tensor, keep: torch.Tensor, statistics: InputStatistics
+    ) -> torch.Tensor:
+        """New weights for a layer with this dense weight and this mask (all [d_out, d_in])."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """What the table of errors says that has been done."""
+        raise NotImplementedError
+
+    @property
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """For each pruned layer its squared output error, relative to the squared outputs, before and after."""
+        return dict(self._errors)
+
+    def needs_gram(self, name: str) -> bool:
+        return True
+
+    def improve(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        weight: torch.Tensor,
+        dense: torch.Tensor,
+        keep: torch.Tensor,
+        statistics: InputStatistics,
+    ) -> None:
+        gram = statistics.gram
+        assert gram is not None  # needs_gram
+        total = output_error(dense, torch.zeros_like(dense), gram).sum().item()
+        before = output_error(dense, weight, gram).sum().item()
+        try:
+            changed = self.reconstruct(name, dense, keep, statistics).to(weight.dtype)
+        except torch.linalg.LinAlgError:
+            logger.warning(
+                f"{name} is left as it was: the Gram matrix of its inputs is not positive definite with "
+                f"dampening={self.dampening}; raise it, or calibrate with more text"
+            )
+            changed = weight
+        after = output_error(dense, changed, gram).sum().item()
+        # Not `after >= before`, which NaN would pass.
+        if after < before:
+            set_weight_matrix(module, changed)
+        else:
+            self._left.append(name)
+            after = before
+        self._errors[name] = (before / total, after / total) if total else (0.0, 0.0)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        super().on_finalize(state, **kwargs)
+        logger.info(self._table())
+        return True
+
+    def _table(self) -> str:
+        width = max(map(len, self._errors))
+        lines = [f"{'layer':<{width}}  before   after"]
+        for name, (before, after) in self._errors.items():
+            mark = "  left as it was" * (name in self._left)
+            lines.append(f"{name:<{width}}  {before:6.2%}  {after:6.2%}{mark}")
+        return (
+            f"Squared output error of {len(self._errors)} layers, relative to their outputs, before and after "
+            f"{self.label}:\n" + "\n".join(lines)
+        )

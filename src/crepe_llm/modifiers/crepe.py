@@ -165,9 +165,7 @@ class CRePEModifier(CalibratedModifier):
 
     def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
         weight = weight_matrix(module)
-        text, structure = self.structure_of(name)
-        sparsity = structure[0] / structure[1] if structure else self._sparsity_of(name)
-        keep = keep_mask(self.scores(name, weight, statistics), sparsity, text, self.comparison_group)
+        keep = self.mask(name, self.scores(name, weight, statistics))
         self._realised[name] = (weight.shape, 1 - keep.count_nonzero().item() / keep.numel())
         set_weight_matrix(module, weight.masked_fill(~keep, 0))
 
@@ -203,6 +201,12 @@ class CRePEModifier(CalibratedModifier):
         )
         original = weight[rows.argsort()][:, columns.argsort()]
         return self._scores(original, statistics.reordered(columns.argsort()))[rows][:, columns]
+
+    def mask(self, name: str, scores: torch.Tensor) -> torch.Tensor:
+        """What of a layer is kept by given scores: bool, both [d_out, d_in]."""
+        text, structure = self.structure_of(name)
+        sparsity = structure[0] / structure[1] if structure else self._sparsity_of(name)
+        return keep_mask(scores, sparsity, text, self.comparison_group)
 
     def _scores(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
         if self.score == "cvr":

@@ -1,22 +1,19 @@
 """Weight correction under a fixed mask as a modifier."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
-from llmcompressor.core import State
-from loguru import logger
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
-from crepe_llm.compensation import conjugate_gradients, energy_compensation, output_error, sparsegpt_update
-from crepe_llm.modifiers.after_pruning import AfterPruningModifier
-from crepe_llm.modifiers.calibration import set_weight_matrix
+from crepe_llm.compensation import conjugate_gradients, energy_compensation, sparsegpt_update
+from crepe_llm.modifiers.after_pruning import ReconstructionModifier
 from crepe_llm.statistics import InputStatistics
 
 __all__ = ["WeightCorrectionModifier"]
 
 
-class WeightCorrectionModifier(AfterPruningModifier):
+class WeightCorrectionModifier(ReconstructionModifier):
     """
     Modifier that changes the weights which an earlier modifier of the recipe has kept, so that each layer's outputs
     come closer to those of the dense layer. Masks stay exactly as they are. `crepe_llm.compensation` has the methods:
@@ -69,16 +66,10 @@ class WeightCorrectionModifier(AfterPruningModifier):
         as it is (`dense`)
     """
 
-    changes_kept_weights: ClassVar[bool] = True
-
     method: Literal["energy", "sparsegpt", "pcg"] = "pcg"
-    dampening: float = 0.01
     block_size: int = 128
     iterations: int = 10
     clamp: list[float] = Field(default_factory=lambda: [0.5, 2.0])
-
-    _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
-    _kept: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "WeightCorrectionModifier":
@@ -92,62 +83,16 @@ class WeightCorrectionModifier(AfterPruningModifier):
         return self
 
     @property
-    def errors(self) -> dict[str, tuple[float, float]]:
-        """For each pruned layer its squared output error, relative to the squared outputs, before and after."""
-        return dict(self._errors)
+    def label(self) -> str:
+        return f"`{self.method}`"
 
-    def needs_gram(self, name: str) -> bool:
-        return True
-
-    def improve(
-        self,
-        name: str,
-        module: torch.nn.Module,
-        weight: torch.Tensor,
-        dense: torch.Tensor,
-        keep: torch.Tensor,
-        statistics: InputStatistics,
-    ) -> None:
-        gram = statistics.gram
-        assert gram is not None  # needs_gram
-        total = output_error(dense, torch.zeros_like(dense), gram).sum().item()
-        before = output_error(dense, weight, gram).sum().item()
-        try:
-            corrected = self._corrected(dense, keep, gram).to(weight.dtype)
-        except torch.linalg.LinAlgError:
-            logger.warning(
-                f"{name} is left as it was: the Gram matrix of its inputs is not positive definite with "
-                f"dampening={self.dampening}; raise it, or calibrate with more text"
-            )
-            corrected = weight
-        after = output_error(dense, corrected, gram).sum().item()
-        # Not `after >= before`, which NaN would pass.
-        if after < before:
-            set_weight_matrix(module, corrected)
-        else:
-            self._kept.append(name)
-            after = before
-        self._errors[name] = (before / total, after / total) if total else (0.0, 0.0)
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        super().on_finalize(state, **kwargs)
-        logger.info(self._table())
-        return True
-
-    def _corrected(self, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    def reconstruct(
+        self, name: str, dense: torch.Tensor, keep: torch.Tensor, statistics: InputStatistics
+    ) -> torch.Tensor:
         if self.method == "energy":
             return energy_compensation(dense, keep, clamp=(self.clamp[0], self.clamp[1]))
+        gram = statistics.gram
+        assert gram is not None  # needs_gram
         if self.method == "sparsegpt":
             return sparsegpt_update(dense, keep, gram, dampening=self.dampening, block_size=self.block_size)
         return conjugate_gradients(dense, keep, gram, dampening=self.dampening, iterations=self.iterations)
-
-    def _table(self) -> str:
-        width = max(map(len, self._errors))
-        lines = [f"{'layer':<{width}}  before   after"]
-        for name, (before, after) in self._errors.items():
-            mark = "  left as it was" * (name in self._kept)
-            lines.append(f"{name:<{width}}  {before:6.2%}  {after:6.2%}{mark}")
-        return (
-            f"Squared output error of {len(self._errors)} layers, relative to their outputs, before and after "
-            f"`{self.method}`:\n" + "\n".join(lines)
-        )
