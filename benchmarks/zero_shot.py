@@ -19,7 +19,7 @@ from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.zero_shot import zero_shot
 from methods import METHODS, MODELS, prune, read, runs_of
 
-DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE + PHO", "CRePE + permutation + pcg"]
+DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE + PHO", "CRePE + permutation + admm"]
 
 
 def main() -> None:

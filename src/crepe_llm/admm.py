@@ -75,6 +75,22 @@ def admm(
         raise ValueError(f"penalty={penalty} must be positive and dampening={dampening} not negative")
     if not 1 <= rounds <= iterations:
         raise ValueError(f"rounds={rounds} must be at least 1 and at most iterations={iterations}")
+    keep, weight = _alternated(dense, gram, scores, mask, dampening, penalty, rounds, iterations)
+    weight = conjugate_gradients(dense, keep, gram, start=weight, dampening=dampening, iterations=refinement)
+    return Reconstruction(keep, weight)
+
+
+def _alternated(
+    dense: torch.Tensor,
+    gram: torch.Tensor,
+    scores: Callable[[torch.Tensor], torch.Tensor],
+    mask: Callable[[torch.Tensor], torch.Tensor],
+    dampening: float,
+    penalty: float,
+    rounds: int,
+    iterations: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask and the weights before refinement. A function of its own, so that its matrices are gone after it."""
     norms = gram.float().diagonal().sqrt()
     norms = torch.where(norms > 0, norms, 1)  # A channel that is never active; nothing depends on its weights.
     hessian = gram.float() / norms / norms[:, None]
@@ -90,17 +106,17 @@ def admm(
     for iteration in range(1, iterations + 1):
         dual += weight
         if iteration <= rounds:
+            del weight
             found = scores(dual / norms)
             keep = mask(found)
             if iteration < rounds:
                 keep = _in_part(found, keep, 1 - (1 - iteration / rounds) ** 3)
+            del found
         weight = dual.masked_fill(~keep, 0)
         dual -= weight
         if iteration < iterations:
             weight = torch.addmm(target, weight - dual, inverse)
-    weight /= norms
-    weight = conjugate_gradients(dense, keep, gram, start=weight, dampening=dampening, iterations=refinement)
-    return Reconstruction(keep, weight)
+    return keep, weight.div_(norms)
 
 
 def _in_part(scores: torch.Tensor, keep: torch.Tensor, share: float) -> torch.Tensor:

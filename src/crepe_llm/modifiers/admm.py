@@ -34,8 +34,8 @@ class ADMMModifier(ReconstructionModifier):
     ```
 
     Each layer is worked on as soon as it is pruned, in the CRePEModifier's calibration epoch, so that the next block is
-    calibrated on what it will get. In memory is, beside the layer's Gram matrix and two more of its size, about eight
-    fp32 copies of the one weight.
+    calibrated on what it will get. In memory are, beside the Gram matrix and two more of its size, at most about ten
+    fp32 copies of one layer's weight at a time.
 
     Lifecycle:
 
