@@ -49,6 +49,9 @@ RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0
 
 ALLOCATIONS = ("owl", "alphapruning", "dlp", "atp")
 
+# Of perplexities, in the plot.
+LARGEST_DRAWN = 2000
+
 Modifiers = dict[str, dict[str, Any]]
 Method = Callable[[str], Modifiers | None]
 
@@ -265,9 +268,10 @@ def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
             row = []
             for structure in options.structures:
                 found = cells(records, model, method, structure)
-                cell = f"{statistics.mean(found):.2f}" if found else ""
+                digits = 2 if found and statistics.mean(found) < 1000 else 0
+                cell = f"{statistics.mean(found):.{digits}f}" if found else ""
                 if len(found) > 1:
-                    cell += f" ± {(max(found) - min(found)) / 2:.2f}"
+                    cell += f" ± {(max(found) - min(found)) / 2:.{digits}f}"
                 row.append(cell + f" ({len(found)})" * (1 < len(found) < len(options.seeds)))
             if any(row):
                 seconds = [r["seconds"] for r in records if (r["model"], r["method"]) == (model, method)]
@@ -283,7 +287,10 @@ def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 
 def draw(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """A dot for each run: perplexity by method, a colour for each structure, a panel for each model."""
+    """A dot for each run: perplexity by method, a colour for each structure, a panel for each model.
+
+    What is beyond 2000, where no text is left of any use, is drawn as an arrow at the edge.
+    """
     from matplotlib.figure import Figure
 
     methods = [m for m in options.methods if any(r["method"] == m for r in records) and m != "dense"]
@@ -292,12 +299,16 @@ def draw(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
     for axes, model in zip(panels, options.models, strict=True):
         for structure in options.structures:
             points = [(value, method) for method in methods for value in cells(records, model, method, structure)]
-            places = [methods.index(method) for _, method in points]
-            axes.plot([value for value, _ in points], places, "o", alpha=0.7, label=structure)
+            near = [(value, methods.index(method)) for value, method in points if value <= LARGEST_DRAWN]
+            far = [(LARGEST_DRAWN, methods.index(method)) for value, method in points if value > LARGEST_DRAWN]
+            (dots,) = axes.plot(*zip(*near, strict=True), "o", alpha=0.7, label=structure) if near else (None,)
+            if far:
+                same = {"color": dots.get_color()} if dots else {"label": structure}
+                axes.plot(*zip(*far, strict=True), ">", alpha=0.7, **same)
         axes.set(title=model, xscale="log", xlabel="perplexity", yticks=range(len(methods)), yticklabels=methods)
         axes.grid(axis="y", alpha=0.3)
-        axes.legend()
     panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(options.structures))
     figure.savefig(options.plot, dpi=100)
     print(f"\nplot: {options.plot}")
 
@@ -306,7 +317,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    # Those that tell about PHO only (docs/pho.md) are measured where they are named.
+    named = [method for method in METHODS if not method.endswith(("the other model's PHO", "not verified"))]
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=named)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
     parser.add_argument("--split", choices=["test", "valid"], default="test", help="articles to measure on")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")
