@@ -250,10 +250,9 @@ def test_the_saved_recipe_prunes_the_same_without_measuring(
     ("family", "recipe"),
     [
         *((family, "crepe_owl_70") for family in FAMILIES),
-        ("llama", "crepe_dlp_pcg_80"),
-        ("gpt2", "crepe_dlp_pcg_80"),
-        ("llama", "crepe_atp_pcg_70"),
         ("llama", "crepe_atp_admm_70"),
+        ("llama", "crepe_atp_admm_80"),
+        ("gpt2", "crepe_atp_admm_80"),
     ],
 )
 def test_shipped_recipes(family, recipe, tiny_model_folder, calibration_data, tmp_path):
