@@ -289,7 +289,7 @@ def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
 def draw(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """A dot for each run: perplexity by method, a colour for each structure, a panel for each model.
 
-    What is beyond 2000, where no text is left of any use, is drawn as an arrow at the edge.
+    What is beyond LARGEST_DRAWN, where no text is of any use, is drawn as an arrow at the edge.
     """
     from matplotlib.figure import Figure
 

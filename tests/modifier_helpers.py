@@ -1,5 +1,6 @@
 """What the tests of modifiers share: running a recipe on a tiny model, and looking at what it did from outside."""
 
+import pytest
 import torch
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
@@ -44,6 +45,14 @@ def matrix(module):
     """The weight as [d_out, d_in]."""
     weight = module.weight.detach()
     return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def refused(model, recipe, data, message, **kwargs):
+    """The recipe is refused with the message, and no weight has changed."""
+    before = {name: module.weight.clone() for name, module in linears(model).items()}
+    with pytest.raises(ValueError, match=message):
+        run(model, recipe, data, **kwargs)
+    assert all(torch.equal(before[name], module.weight) for name, module in linears(model).items())
 
 
 def inputs_of(model, data):

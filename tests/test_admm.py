@@ -13,11 +13,11 @@ from crepe_llm.importance import wanda_scores
 from crepe_llm.masks import keep_mask
 
 
-def a_layer(seed=0, rows=12, columns=32, tokens=300, noise=0.5, dtype=torch.float32):
+def a_layer(seed=0, rows=12, columns=32, tokens=300, dtype=torch.float32):
     """Inputs of few factors and some noise, as those of language models are."""
     generator = torch.Generator().manual_seed(seed)
     factors = torch.randn(tokens, 6, generator=generator) @ torch.randn(6, columns, generator=generator)
-    inputs = factors + noise * torch.randn(tokens, columns, generator=generator)
+    inputs = factors + 0.5 * torch.randn(tokens, columns, generator=generator)
     return torch.randn(rows, columns, generator=generator).to(dtype), inputs.T @ inputs
 
 

@@ -16,7 +16,7 @@ from crepe_llm.modifiers import (
     SparsityAllocationModifier,
     WeightCorrectionModifier,
 )
-from modifier_helpers import OFFLOADED, inputs_of, linears, load, matrix, run
+from modifier_helpers import OFFLOADED, inputs_of, linears, load, matrix, refused, run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 METHODS = ["owl", "alphapruning", "dlp", "atp", "uniform"]
@@ -331,14 +331,6 @@ def test_the_plot_and_the_table(tiny_model_folder, calibration_data, tmp_path, m
     for block, sparsity in modifier.found.items():
         (line,) = [line for line in table.splitlines() if line.startswith(f"{block} ")]
         assert f"{sparsity:.2%}" in line and f"{modifier.measures[block]:.6g}" in line
-
-
-def refused(model, recipe, data, message, **kwargs):
-    """The recipe is refused with the message, and no weight has changed."""
-    before = {name: module.weight.clone() for name, module in linears(model).items()}
-    with pytest.raises(ValueError, match=message):
-        run(model, recipe, data, **kwargs)
-    assert all(torch.equal(before[name], module.weight) for name, module in linears(model).items())
 
 
 @pytest.mark.parametrize(

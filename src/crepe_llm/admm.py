@@ -102,7 +102,6 @@ def _alternated(
     target = target @ inverse
     inverse *= penalty
     dual = torch.zeros_like(weight)
-    keep = torch.ones_like(weight, dtype=torch.bool)
     for iteration in range(1, iterations + 1):
         dual += weight
         if iteration <= rounds:

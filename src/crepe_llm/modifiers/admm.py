@@ -90,10 +90,8 @@ class ADMMModifier(ReconstructionModifier):
         return pruning
 
     def reconstruct(
-        self, name: str, dense: torch.Tensor, keep: torch.Tensor, statistics: InputStatistics
+        self, name: str, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor, statistics: InputStatistics
     ) -> torch.Tensor:
-        gram = statistics.gram
-        assert gram is not None  # needs_gram
         return admm(
             dense,
             gram,

@@ -142,9 +142,9 @@ class ReconstructionModifier(AfterPruningModifier):
     _left: list[str] = PrivateAttr(default_factory=list)
 
     def reconstruct(
-        self, name: str, dense: torch.Tensor, keep: torch.Tensor, statistics: InputStatistics
+        self, name: str, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor, statistics: InputStatistics
     ) -> torch.Tensor:
-        """New weights for a layer with this dense weight and this mask (all [d_out, d_in])."""
+        """New weights [d_out, d_in] for a layer of this dense weight and mask, with the Gram matrix of its inputs."""
         raise NotImplementedError
 
     @property
@@ -174,7 +174,7 @@ class ReconstructionModifier(AfterPruningModifier):
         total = output_error(dense, torch.zeros_like(dense), gram).sum().item()
         before = output_error(dense, weight, gram).sum().item()
         try:
-            changed = self.reconstruct(name, dense, keep, statistics).to(weight.dtype)
+            changed = self.reconstruct(name, dense, keep, gram, statistics).to(weight.dtype)
         except torch.linalg.LinAlgError:
             logger.warning(
                 f"{name} is left as it was: the Gram matrix of its inputs is not positive definite with "

@@ -87,12 +87,10 @@ class WeightCorrectionModifier(ReconstructionModifier):
         return f"`{self.method}`"
 
     def reconstruct(
-        self, name: str, dense: torch.Tensor, keep: torch.Tensor, statistics: InputStatistics
+        self, name: str, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor, statistics: InputStatistics
     ) -> torch.Tensor:
         if self.method == "energy":
             return energy_compensation(dense, keep, clamp=(self.clamp[0], self.clamp[1]))
-        gram = statistics.gram
-        assert gram is not None  # needs_gram
         if self.method == "sparsegpt":
             return sparsegpt_update(dense, keep, gram, dampening=self.dampening, block_size=self.block_size)
         return conjugate_gradients(dense, keep, gram, dampening=self.dampening, iterations=self.iterations)
