@@ -94,9 +94,9 @@ def with_pcg(method: Method) -> Method:
     return then(method, "WeightCorrectionModifier", method="pcg")
 
 
-def with_admm(method: Method) -> Method:
+def with_admm(method: Method, asymmetric: float = 0.25) -> Method:
     """A method whose layers ADMM prunes again, step by step."""
-    return then(method, "ADMMModifier")
+    return then(method, "ADMMModifier", asymmetric_calibration=asymmetric)
 
 
 def permuted(method: Method) -> Method:
@@ -145,11 +145,15 @@ METHODS: dict[str, Method | None] = {
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),
     "SparseGPT + pcg": with_pcg(sparsegpt),
+    "CRePE + pcg, asymmetric": then(crepe, "WeightCorrectionModifier", method="pcg", asymmetric_calibration=0.25),
     "CRePE + admm": with_admm(crepe),
+    "CRePE + admm, symmetric": with_admm(crepe, 0.0),
     "CRePE + permutation + admm": with_admm(permuted(crepe)),
+    "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), 0.0),
     **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by) for by in ALLOCATIONS},
+    "CRePE + atp + admm, symmetric": allocated(with_admm(crepe, 0.0), "atp"),
     "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt), "atp"),
 }
 

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepe_llm.compensation import conjugate_gradients, energy_compensation, output_error, sparsegpt_update
+from crepe_llm.compensation import (
+    asymmetric_target,
+    conjugate_gradients,
+    energy_compensation,
+    output_error,
+    sparsegpt_update,
+)
 from crepe_llm.importance import wanda_scores
 from crepe_llm.masks import keep_n_of_m, keep_unstructured
 
@@ -34,6 +40,38 @@ def test_output_error_is_the_squared_distance_of_the_outputs():
     expected = ((inputs @ weight.T - inputs @ changed.T) ** 2).sum(0)
     torch.testing.assert_close(output_error(weight, changed, gram), expected, rtol=1e-4, atol=1e-3)
     assert bool((output_error(weight, weight, gram) == 0).all())
+
+
+def test_the_asymmetric_target_is_the_least_squares_solution():
+    """All of it, undamped: no weight has outputs on the given inputs closer to the dense layer's on its own."""
+    weight, gram, inputs = layer()
+    own = inputs + 0.3 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(5))
+    expected = torch.linalg.lstsq(inputs.double(), own.double() @ weight.double().T).solution.T
+    found = asymmetric_target(weight, gram, own.T @ inputs, share=1.0, dampening=1e-7)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+    part = asymmetric_target(weight, gram, own.T @ inputs, share=0.25, dampening=1e-7)
+    torch.testing.assert_close(part, weight + 0.25 * (found - weight))
+
+
+def test_the_asymmetric_target_is_damped_towards_the_weight():
+    """By the normal equations of what the docstring says is minimised."""
+    weight, gram, inputs = layer()
+    own = inputs.roll(1, 0)
+    damping = 0.05 * gram.diagonal().mean()
+    found = asymmetric_target(weight, gram, own.T @ inputs, share=1.0, dampening=0.05)
+    gradient = (found @ inputs.T - weight @ own.T) @ inputs + damping * (found - weight)
+    assert float(gradient.norm() / (weight @ own.T @ inputs).norm()) < 1e-4
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=25, deadline=None)
+def test_without_an_error_in_the_inputs_the_asymmetric_target_is_the_weight(seed, share, dtype):
+    weight, gram, _ = layer(seed, dead=[3])
+    weight = weight.to(dtype)
+    before = gram.clone()
+    assert torch.equal(asymmetric_target(weight, gram, gram, share=share), weight.float())
+    assert torch.equal(asymmetric_target(weight, gram, gram.flip(0), share=0.0), weight.float())
+    assert torch.equal(gram, before)
 
 
 @every_correction
@@ -185,6 +223,8 @@ def test_an_indefinite_gram_matrix_is_an_error():
     weight, gram, _ = layer()
     with pytest.raises(torch.linalg.LinAlgError):
         sparsegpt_update(weight, weight > 0, -gram)
+    with pytest.raises(torch.linalg.LinAlgError):
+        asymmetric_target(weight, -gram, gram, share=1.0)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +232,7 @@ def test_an_indefinite_gram_matrix_is_an_error():
     [
         (lambda w, k, g: sparsegpt_update(w, k, g[:4, :4]), r"gram must be \[d_in, d_in\], \[16, 16\]"),
         (lambda w, k, g: conjugate_gradients(w, k[:2], g), r"\[6, 16\].*\[2, 16\] must both be"),
+        (lambda w, k, g: asymmetric_target(w, g, g[:4], share=1.0), r"gram must be .* got \[4, 16\]"),
         (lambda w, k, g: output_error(w[0], w[0], g), r"must both be \[d_out, d_in\]"),
         (lambda w, k, g: energy_compensation(w, k, clamp=(2.0, 0.5)), "clamp=.*the smaller first"),
     ],

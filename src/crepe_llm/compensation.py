@@ -3,12 +3,13 @@
 Every update is a pure function of the dense weight [d_out, d_in] and a boolean mask of what is kept, returns fp32
 weights that are zero outside the mask, and computes in fp32 whatever the weight's dtype. Those that look at
 activations take the Gram matrix X^T X [d_in, d_in] of the layer's inputs, up to a positive factor, and lower the
-squared error of the layer's outputs, which :func:`output_error` measures.
+squared error of the layer's outputs, which :func:`output_error` measures. :func:`asymmetric_target` is what they may
+take for the dense weight where the inputs are not the dense model's.
 """
 
 import torch
 
-__all__ = ["conjugate_gradients", "energy_compensation", "output_error", "sparsegpt_update"]
+__all__ = ["asymmetric_target", "conjugate_gradients", "energy_compensation", "output_error", "sparsegpt_update"]
 
 
 def output_error(dense: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -29,6 +30,43 @@ def output_error(dense: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor)
     difference = dense.float() - changed.float()
     # A sum of rounded products can come out below zero where the error is nearly none.
     return (difference @ gram.float()).mul_(difference).sum(dim=1).clamp_min_(0)
+
+
+def asymmetric_target(
+    dense: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, *, share: float, dampening: float = 0.01
+) -> torch.Tensor:
+    """The dense weight, changed to make up for a share of what earlier pruning has done to the layer's inputs.
+
+    With X the inputs that the layer is given, X0 those that it has in the dense model, H = X^T X and C = X0^T X,
+
+        W + share W (C - H) (H + dampening mean(diag H) I)^-1
+
+    which for a share of 1 has the outputs on X that are closest to the dense model's, ‖X0 W^T - X V^T‖² + the damped
+    distance to W. All of it overfits where there are few calibration tokens.
+
+    Args:
+        dense: [d_out, d_in], any floating dtype; computed with in fp32.
+        gram: [d_in, d_in], H; not changed.
+        cross: [d_in, d_in], C, of the same tokens.
+        share: from 0, the dense weight itself, to 1.
+        dampening: added to the diagonal of H, as a fraction of its mean.
+
+    Returns:
+        fp32 [d_out, d_in].
+
+    Raises:
+        ValueError: if the shapes do not fit.
+        torch.linalg.LinAlgError: if the dampened `gram` is not positive definite.
+
+    Source: the asymmetric calibration of GPTAQ, arXiv 2504.02692, there of quantized weights; as a target that any
+    method may fit, and with a share, it is ours.
+    """
+    _check(dense, dense, gram)
+    _check(dense, dense, cross)
+    weight = dense.float()
+    factor = torch.linalg.cholesky(_dampened(gram, dampening))
+    shift = torch.cholesky_solve((cross.float() - gram.float()).T @ weight.T, factor).T
+    return weight + share * shift
 
 
 def energy_compensation(

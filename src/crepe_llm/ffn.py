@@ -57,8 +57,8 @@ def find_blocks(model: Any) -> dict[str, torch.nn.Module]:
     lists = [module for module in decoder.children() if isinstance(module, torch.nn.ModuleList) and len(module)]
     if len(lists) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(lists)} lists of blocks in its {type(decoder).__name__} where one is "
-            "expected: its FFNs cannot be found"
+            f"{type(model).__name__} has {len(lists)} lists of decoder blocks in its {type(decoder).__name__} where "
+            "one is expected"
         )
     return {name_of[block]: block for block in lists[0]}
 

@@ -21,6 +21,10 @@ class ADMMModifier(ReconstructionModifier):
     paper's and what is ours). Better than WeightCorrectionModifier's methods, whose mask is the dense weights', most of
     all where much is pruned, and slower.
 
+    With `asymmetric_calibration` a layer's weights make up, too, for a share of what pruning the blocks in front of it
+    has done to its inputs; see `crepe_llm.compensation.asymmetric_target`. It takes a second Gram matrix for each
+    layer of a block, one hidden state for each calibration token, and one more pass through the dense model.
+
     A layer whose output error on the calibration data does not become smaller is left as it was.
 
     Sample yaml:
@@ -56,6 +60,7 @@ class ADMMModifier(ReconstructionModifier):
     :param penalty: how strongly weights are drawn to the mask, relative to the (normalised) energy of the inputs
     :param dampening: added to the diagonal of the Gram matrix, as a fraction of its mean
     :param refinement: iterations of conjugate gradients on the mask that is found
+    :param asymmetric_calibration: the share, from 0 to 1, of the error in its inputs that a layer makes up for
     :param targets: layers to work on, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
@@ -66,6 +71,7 @@ class ADMMModifier(ReconstructionModifier):
     iterations: int = 20
     penalty: float = 1.0
     refinement: int = 10
+    asymmetric_calibration: float = 0.25
 
     @model_validator(mode="after")
     def _check_fields(self) -> "ADMMModifier":

@@ -8,11 +8,13 @@ from llmcompressor.core import State, active_session
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from loguru import logger
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, field_validator
 
-from crepe_llm.compensation import output_error
+from crepe_llm.compensation import asymmetric_target, output_error
+from crepe_llm.ffn import find_blocks
 from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.dense_inputs import DenseInputs
 from crepe_llm.statistics import InputStatistics
 
 __all__ = ["AfterPruningModifier", "ReconstructionModifier"]
@@ -130,21 +132,31 @@ class AfterPruningModifier(CalibratedModifier):
 class ReconstructionModifier(AfterPruningModifier):
     """Base of those that give pruned layers new weights, whose outputs come closer to the dense layer's.
 
-    Subclasses implement :meth:`reconstruct`, called once per pruned layer, and have a field `dampening`. A layer whose
-    output error on the calibration data does not become smaller is left as it was, and a table says so.
+    Subclasses implement :meth:`reconstruct`, called once per pruned layer, and have the fields `dampening` and
+    `asymmetric_calibration`. A layer whose output error on the calibration data does not become smaller is left as it
+    was, and a table says so.
     """
 
     changes_kept_weights: ClassVar[bool] = True
 
     dampening: float = 0.01
+    asymmetric_calibration: float = 0.0
 
+    _dense_inputs: DenseInputs | None = PrivateAttr(default=None)
     _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
-    _left: list[str] = PrivateAttr(default_factory=list)
+    _marks: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("asymmetric_calibration")
+    @classmethod
+    def _check_asymmetric_calibration(cls, value: float) -> float:
+        if not 0 <= value <= 1:
+            raise ValueError(f"asymmetric_calibration={value} must be from 0 to 1: it is a share, such as 0.25")
+        return value
 
     def reconstruct(
         self, name: str, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor, statistics: InputStatistics
     ) -> torch.Tensor:
-        """New weights [d_out, d_in] for a layer of this dense weight and mask, with the Gram matrix of its inputs."""
+        """New weights [d_out, d_in] on this mask, to come close to a dense weight by the Gram matrix of the inputs."""
         raise NotImplementedError
 
     @property
@@ -160,6 +172,28 @@ class ReconstructionModifier(AfterPruningModifier):
     def needs_gram(self, name: str) -> bool:
         return True
 
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        super().on_initialize(state, **kwargs)
+        if self.asymmetric_calibration and self._leader is None:
+            raise ValueError(
+                f"asymmetric_calibration={self.asymmetric_calibration} needs layers that are dense when they are "
+                f"calibrated, so in front of {type(self).__name__} one CRePEModifier and no other that prunes, not "
+                f"{' and '.join(type(modifier).__name__ for modifier in self._pruning)}: leave it out"
+            )
+        return True
+
+    def watch_too(self, model: torch.nn.Module) -> None:
+        if not self.asymmetric_calibration:
+            return
+        try:
+            blocks = list(find_blocks(model).values())
+        except ValueError as error:
+            raise ValueError(
+                f"asymmetric_calibration={self.asymmetric_calibration} runs the model block by block, and {error}: "
+                "set `asymmetric_calibration: 0`"
+            ) from error
+        self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader)
+
     def improve(
         self,
         name: str,
@@ -171,22 +205,29 @@ class ReconstructionModifier(AfterPruningModifier):
     ) -> None:
         gram = statistics.gram
         assert gram is not None  # needs_gram
-        total = output_error(dense, torch.zeros_like(dense), gram).sum().item()
-        before = output_error(dense, weight, gram).sum().item()
+        cross = None if self._dense_inputs is None else self._dense_inputs.pop(module)
+        target = dense
+        if self._dense_inputs is not None and self._dense_inputs.is_routed(module):
+            self._marks[name] = "gets some tokens only: no asymmetric calibration"
         try:
-            changed = self.reconstruct(name, dense, keep, gram, statistics).to(weight.dtype)
+            if cross is not None:
+                share = self.asymmetric_calibration
+                target = asymmetric_target(dense, gram, cross, share=share, dampening=self.dampening)
+            changed = self.reconstruct(name, target, keep, gram, statistics).to(weight.dtype)
         except torch.linalg.LinAlgError:
             logger.warning(
                 f"{name} is left as it was: the Gram matrix of its inputs is not positive definite with "
                 f"dampening={self.dampening}; raise it, or calibrate with more text"
             )
             changed = weight
-        after = output_error(dense, changed, gram).sum().item()
+        total, before, after = (
+            output_error(target, other, gram).sum().item() for other in (torch.zeros_like(target), weight, changed)
+        )
         # Not `after >= before`, which NaN would pass.
         if after < before:
             set_weight_matrix(module, changed)
         else:
-            self._left.append(name)
+            self._marks[name] = "left as it was"
             after = before
         self._errors[name] = (before / total, after / total) if total else (0.0, 0.0)
 
@@ -199,8 +240,7 @@ class ReconstructionModifier(AfterPruningModifier):
         width = max(map(len, self._errors))
         lines = [f"{'layer':<{width}}  before   after"]
         for name, (before, after) in self._errors.items():
-            mark = "  left as it was" * (name in self._left)
-            lines.append(f"{name:<{width}}  {before:6.2%}  {after:6.2%}{mark}")
+            lines.append(f"{name:<{width}}  {before:6.2%}  {after:6.2%}  {self._marks.get(name, '')}".rstrip())
         return (
             f"Squared output error of {len(self._errors)} layers, relative to their outputs, before and after "
             f"{self.label}:\n" + "\n".join(lines)

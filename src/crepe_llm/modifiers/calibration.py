@@ -21,6 +21,8 @@ from crepe_llm.statistics import InputStatistics
 
 __all__ = [
     "CalibratedModifier",
+    "block_inputs",
+    "block_outputs",
     "input_channels",
     "set_weight_matrix",
     "start_recording",
@@ -44,6 +46,16 @@ def weight_matrix(module: torch.nn.Module) -> torch.Tensor:
 def set_weight_matrix(module: torch.nn.Module, weight: torch.Tensor) -> None:
     """Overwrite the module's weight, wherever it is kept, with one given as [d_out, d_in]."""
     update_offload_parameter(module, "weight", weight.T if is_transposed(module) else weight)
+
+
+def block_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among a decoder block's arguments."""
+    return cast(torch.Tensor, args[0] if args else kwargs["hidden_states"])
+
+
+def block_outputs(output: Any) -> torch.Tensor:
+    """The hidden states that a decoder block returns, alone or first of several things."""
+    return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 class CalibratedModifier(Modifier):
@@ -129,6 +141,9 @@ class CalibratedModifier(Modifier):
     def remember_dense(self, module: torch.nn.Module) -> None:
         """Called on a follower before its leader changes a layer."""
 
+    def watch_too(self, model: torch.nn.Module) -> None:
+        """Called on a follower when its leader has begun to watch; hooks that it registers are removed for it."""
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every layer."""
         if self._leader is not None:
@@ -136,6 +151,8 @@ class CalibratedModifier(Modifier):
         start_recording(self._dataloader)
         for module in self._layers:
             self.register_hook(module, self._update, "forward_pre")  # type: ignore[arg-type]
+        for follower in self._followers:
+            follower.watch_too(state.model)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
@@ -189,7 +206,9 @@ class CalibratedModifier(Modifier):
         return True
 
     def _stop_watching(self) -> None:
-        if self._hooks:
+        for follower in self._followers:
+            follower.remove_hooks()
+        if self._hooks and self._leader is None:
             self.remove_hooks()
             stop_recording(self._dataloader)
 

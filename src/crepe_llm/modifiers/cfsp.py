@@ -14,7 +14,14 @@ from pydantic import PrivateAttr, field_validator
 
 from crepe_llm.checkpoints import attach, per_block
 from crepe_llm.ffn import FFN, cut, find_blocks, find_ffns
-from crepe_llm.modifiers.calibration import start_recording, stop_recording, token_mask, weight_matrix
+from crepe_llm.modifiers.calibration import (
+    block_inputs,
+    block_outputs,
+    start_recording,
+    stop_recording,
+    token_mask,
+    weight_matrix,
+)
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.statistics import InputStatistics
 from crepe_llm.structured import (
@@ -165,9 +172,8 @@ class CFSPModifier(Modifier):
                 )
 
     def _see_block(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs = args[0] if args else kwargs["hidden_states"]
-        outputs = output[0] if isinstance(output, tuple) else output
-        self._turns[block].update(inputs, outputs, token_mask(self._dataloader, inputs))
+        inputs = block_inputs(args, kwargs)
+        self._turns[block].update(inputs, block_outputs(output), token_mask(self._dataloader, inputs))
 
     def _see_channels(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         self._statistics[module].update(args[0], token_mask(self._dataloader, args[0]))

@@ -60,6 +60,8 @@ class WeightCorrectionModifier(ReconstructionModifier):
     :param block_size: for `sparsegpt`, columns whose updates are gathered into one product; changes only the speed
     :param iterations: for `pcg`, the most iterations
     :param clamp: for `energy`, the smallest and the largest scale
+    :param asymmetric_calibration: for `sparsegpt` and `pcg` behind one CRePEModifier, the share, from 0 to 1, of the
+        error in its inputs that a layer makes up for, as in ADMMModifier
     :param targets: layers to correct, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
@@ -78,6 +80,11 @@ class WeightCorrectionModifier(ReconstructionModifier):
         for name in ("block_size", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.method == "energy" and self.asymmetric_calibration:
+            raise ValueError(
+                f"asymmetric_calibration={self.asymmetric_calibration} is for methods that look at inputs, and energy "
+                "does not: leave it out, or set `method: pcg`"
+            )
         if len(self.clamp) != 2 or not 0 < self.clamp[0] <= self.clamp[1]:
             raise ValueError(f"clamp={self.clamp} must be two positive numbers, the smaller first")
         return self

@@ -1,0 +1,117 @@
+"""What the dense model would feed layers, beside what they are fed behind pruned ones."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from compressed_tensors.utils import get_execution_device
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+
+from crepe_llm.modifiers.calibration import block_inputs, block_outputs, input_channels, token_mask
+
+__all__ = ["DenseInputs"]
+
+
+class DenseInputs:
+    """Products of each layer's inputs in the dense model with those that it is given, summed over calibration tokens.
+
+    Each decoder block is run once more on every batch while it is dense itself: on what the dense blocks in front of it
+    have made of the batch. One hidden state per calibration token is kept for that, on the CPU. In front of the first
+    block with one of the layers nothing has been pruned, so there, and in that block, nothing is run.
+
+    Args:
+        owner: whose hooks these are; removing them is its work.
+        layers: linear layers to watch; those outside of `blocks` are left out.
+        blocks: the model's decoder blocks, in order.
+        dataloader: that records attention masks (:func:`crepe_llm.modifiers.calibration.start_recording`).
+    """
+
+    def __init__(
+        self, owner: Modifier, layers: Iterable[torch.nn.Module], blocks: list[torch.nn.Module], dataloader: Any
+    ) -> None:
+        block_of = {module: block for block in blocks for module in block.modules()}
+        self._block_of = {module: block_of[module] for module in layers if module in block_of}
+        self._dataloader = dataloader
+        self._cross: dict[torch.nn.Module, torch.Tensor] = {}
+        self._routed: set[torch.nn.Module] = set()
+        self._reached: set[torch.nn.Module] = set()
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._given: dict[torch.nn.Module, list[torch.Tensor]] = {}
+        self._tokens = 0
+        self._replaying = False
+        places = [blocks.index(block) for block in self._block_of.values()]
+        watched = blocks[min(places) : max(places) + 1] if places else []
+        self._last = watched[-1] if watched else None
+        for block in watched:
+            owner.register_hook(block, self._see_block, "forward", with_kwargs=True)  # type: ignore[arg-type]
+        self._handles = {
+            owner.register_hook(layer, self._see_inputs, "forward_pre")  # type: ignore[arg-type]
+            for layer in self._block_of
+        }
+
+    def pop(self, module: torch.nn.Module) -> torch.Tensor | None:
+        """fp32 [d_in, d_in], the sum over tokens of (dense input) (given input)^T; None where the two are the same.
+
+        None, too, where :meth:`is_routed`.
+
+        Raises:
+            ValueError: if the layer's block was never run as a whole.
+        """
+        block = self._block_of.get(module)
+        if block is not None and block not in self._reached:
+            raise ValueError(
+                "asymmetric_calibration runs whole decoder blocks, and these are calibrated in parts: leave out "
+                "sequential_targets, or set `asymmetric_calibration: 0`"
+            )
+        cross = self._cross.pop(module, None)
+        return None if self.is_routed(module) else cross
+
+    def is_routed(self, module: torch.nn.Module) -> bool:
+        """Whether the layer is an expert to which only some tokens go: the dense model may route others to it."""
+        return module in self._routed
+
+    def _see_block(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._reached.add(block)
+        batch = active_session().state.current_batch_idx
+        given = block_inputs(args, kwargs)
+        dense = self._hidden.pop(batch, None)
+        if dense is not None:
+            args, kwargs = _with_inputs(dense.to(given), args, kwargs)
+            self._tokens = given.shape[:-1].numel()
+            self._replaying = True
+            try:
+                with HooksMixin.disable_hooks(keep=self._handles), torch.no_grad():
+                    output = block(*args, **kwargs)
+            finally:
+                self._replaying = False
+        self._given.clear()
+        if block is not self._last:
+            self._hidden[batch] = block_outputs(output).to("cpu")
+
+    def _see_inputs(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._replaying:
+            self._given.setdefault(layer, []).append(args[0])
+            return
+        dense, earlier = args[0], self._given.get(layer)
+        given = earlier.pop(0) if earlier else None
+        if given is None or given.shape != dense.shape or dense.shape[:-1].numel() != self._tokens:
+            self._routed.add(layer)
+            return
+        mask = token_mask(self._dataloader, dense)
+        rows = [tokens.reshape(-1, input_channels(layer)) for tokens in (dense, given)]
+        if mask is not None:
+            rows = [tokens[mask.reshape(-1).to(tokens.device, torch.bool)] for tokens in rows]
+        product = rows[0].float().T @ rows[1].float()
+        if layer in self._cross:
+            self._cross[layer] += product
+        else:
+            self._cross[layer] = product.to(get_execution_device(layer))
+
+
+def _with_inputs(
+    hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -1,0 +1,179 @@
+"""Asymmetric calibration through llm-compressor's own oneshot: what layers are fitted to, as computed from outside."""
+
+import pytest
+import torch
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers.pruning import WandaPruningModifier
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import FAMILIES
+from crepe_llm.compensation import conjugate_gradients
+from crepe_llm.ffn import find_blocks
+from crepe_llm.modifiers import ADMMModifier, CRePEModifier, WeightCorrectionModifier
+from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, refused, run
+
+
+class Watched(WeightCorrectionModifier):
+    """Remembers what each layer was to come close to."""
+
+    def reconstruct(self, name, dense, keep, gram, statistics):
+        seen[name] = dense.clone()
+        return super().reconstruct(name, dense, keep, gram, statistics)
+
+
+seen: dict[str, torch.Tensor] = {}
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    seen.clear()
+
+
+def deep(folder, blocks):
+    """The family with more blocks, the same each time."""
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=blocks, layer_types=None)
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def expected_targets(dense, pruned, data, share, dampening=0.01):
+    """In fp64, and each block's inputs from a model of which the blocks in front are the pruned ones."""
+    targets = {}
+    dense_inputs = inputs_of(dense, data)
+    mixed_blocks, pruned_blocks = find_blocks(dense), find_blocks(pruned)
+    for block, module in mixed_blocks.items():
+        inputs = inputs_of(dense, data)  # `dense` by now has the pruned blocks in front of this one
+        for name, layer in linears(dense).items():
+            if not name.startswith(f"{block}."):
+                continue
+            weight, x, x0 = matrix(layer).double(), inputs[name], dense_inputs[name]
+            gram = x.T @ x
+            damped = gram + dampening * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+            targets[name] = weight + share * weight @ (x0.T @ x - gram) @ torch.linalg.inv(damped)
+        module.load_state_dict(pruned_blocks[block].state_dict())
+    return targets
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pipeline", ["independent", "sequential"])
+def test_targets_are_those_computed_from_outside(family, pipeline, tiny_model_folder, calibration_data):
+    """Padding left out (the windows have some)."""
+    folder = tiny_model_folder(family)
+    pruning = crepe(mask_structure="6:8")
+    pruned = run(load(folder), [pruning, Watched(asymmetric_calibration=0.7)], calibration_data, pipeline=pipeline)
+    expected = expected_targets(load(folder), pruned, calibration_data, 0.7)
+    dense = linears(load(folder))
+    assert set(seen) == set(expected) == set(dense)
+    for name, target in expected.items():
+        torch.testing.assert_close(seen[name].double(), target, rtol=1e-3, atol=1e-4)
+    moved = {name for name in dense if not torch.equal(seen[name], matrix(dense[name]))}
+    first = next(iter(find_blocks(load(folder))))
+    assert moved == {name for name in dense if not name.startswith(f"{first}.")}
+
+
+@pytest.mark.parametrize("targets", [["Linear"], ["re:.*layers.[12].*proj"]])
+def test_the_dense_stream_goes_on_from_block_to_block(targets, tiny_model_folder, calibration_data):
+    """Also past blocks that are not pruned, and from the first that is."""
+    folder = tiny_model_folder("llama")
+    recipe = [crepe(mask_structure="6:8", targets=targets), Watched(asymmetric_calibration=1.0)]
+    pruned = run(deep(folder, 4), recipe, calibration_data)
+    expected = expected_targets(deep(folder, 4), pruned, calibration_data, 1.0)
+    assert len(seen) == (28 if targets == ["Linear"] else 14)
+    for name, target in seen.items():
+        torch.testing.assert_close(target.double(), expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_the_model_comes_closer_to_dense(tiny_model_folder, calibration_data):
+    """On its calibration data, where all of the error is to be made up for."""
+    folder = tiny_model_folder("llama")
+    ids = torch.tensor(calibration_data["input_ids"])[1:3]
+    with torch.no_grad():
+        wanted = deep(folder, 4)(ids).logits
+        errors = []
+        for share in (0.0, 1.0):
+            recipe = [CRePEModifier(sparsity=0.75), ADMMModifier(asymmetric_calibration=share)]
+            model = run(deep(folder, 4), recipe, calibration_data)
+            errors.append(float((model(ids).logits - wanted).square().mean()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_errors_are_those_to_the_targets_and_hooks_are_gone(tiny_model_folder, calibration_data):
+    folder = tiny_model_folder("llama")
+    modifier = Watched(asymmetric_calibration=1.0)
+    model = run(load(folder), [crepe(), modifier], calibration_data)
+    name = "model.layers.1.mlp.up_proj"
+    model.model.layers[1].load_state_dict(load(folder).model.layers[1].state_dict())
+    x = inputs_of(model, calibration_data)[name]
+    keep = (
+        matrix(linears(run(load(folder), [crepe(), Watched(asymmetric_calibration=1.0)], calibration_data))[name]) != 0
+    )
+    target = seen[name].double()
+    found = conjugate_gradients(target, keep, x.T @ x).double()
+    distance = ((x @ found.T - x @ target.T) ** 2).sum() / ((x @ target.T) ** 2).sum()
+    assert modifier.errors[name][1] == pytest.approx(float(distance), rel=1e-2)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_offloaded_weights(tiny_model_folder, calibration_data, tmp_path):
+    folder = tiny_model_folder("llama")
+    recipe = [crepe(), ADMMModifier(asymmetric_calibration=0.5)]
+    expected = linears(run(load(folder), recipe, calibration_data))
+    recipe = [crepe(), ADMMModifier(asymmetric_calibration=0.5)]
+    offloaded = run(load(folder, device_map=OFFLOADED, offload_folder=str(tmp_path)), recipe, calibration_data)
+    for name, module in linears(offloaded).items():
+        torch.testing.assert_close(module.weight.detach().cpu(), expected[name].weight.detach())
+
+
+def test_experts_that_get_some_tokens_only_are_fitted_without_and_named(tiny_model_folder, calibration_data, messages):
+    model = load(tiny_model_folder("mixtral"))
+    linearize_moe(model)
+    recipe = [crepe(uncalibrated="dense", ignore=["lm_head", "re:.*gate$"]), Watched(asymmetric_calibration=1.0)]
+    run(model, recipe, calibration_data, moe_calibrate_all_experts=False)
+    (table,) = [message for message in messages if "Squared output error" in message]
+    marked = [line.split()[0] for line in table.splitlines() if "gets some tokens only" in line]
+    assert marked and all(".layers.1." in name and ".experts." in name for name in marked)
+    dense = load(tiny_model_folder("mixtral"))
+    linearize_moe(dense)
+    assert all(torch.equal(seen[name], linears(dense)[name].weight) for name in marked)
+    assert not torch.equal(seen["model.layers.1.self_attn.q_proj"], dense.model.layers[1].self_attn.q_proj.weight)
+
+
+def test_blocks_in_parts_are_refused(tiny_model_folder, calibration_data):
+    with pytest.raises(
+        ValueError, match=r"calibrated in parts: leave out sequential_targets.*asymmetric_calibration: 0"
+    ):
+        run(
+            load(tiny_model_folder("llama")), [crepe(), ADMMModifier()], calibration_data, sequential_targets=["Linear"]
+        )
+    recipe = [crepe(), ADMMModifier(asymmetric_calibration=0)]
+    run(load(tiny_model_folder("llama")), recipe, calibration_data, sequential_targets=["Linear"])
+
+
+def test_a_model_without_one_list_of_blocks_is_refused(tiny_model_folder, calibration_data):
+    model = load(tiny_model_folder("llama"))
+    model.model.more = torch.nn.ModuleList([torch.nn.Identity()])
+    message = r"has 2 lists of decoder blocks .*: set `asymmetric_calibration: 0`"
+    refused(model, [crepe(), ADMMModifier()], calibration_data, message)
+
+
+def test_behind_other_pruning_it_is_refused(tiny_model_folder, calibration_data):
+    wanda = WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
+    recipe = [wanda, WeightCorrectionModifier(asymmetric_calibration=0.25)]
+    message = "one CRePEModifier and no other that prunes, not WandaPruningModifier: leave it out"
+    refused(load(tiny_model_folder("llama")), recipe, calibration_data, message)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ADMMModifier(asymmetric_calibration=1.5), r"asymmetric_calibration=1\.5 must be from 0 to 1"),
+        (lambda: ADMMModifier(asymmetric_calibration=float("nan")), "asymmetric_calibration=nan must be from 0 to 1"),
+        (
+            lambda: WeightCorrectionModifier(method="energy", asymmetric_calibration=0.5),
+            "energy does not: leave it out",
+        ),
+    ],
+)
+def test_bad_fields_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
