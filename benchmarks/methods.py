@@ -29,6 +29,7 @@ from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
 from crepe_llm.importance import magnitude_scores
 from crepe_llm.masks import keep_mask
+from crepe_llm.modifiers.after_pruning import DEFAULT_SHARE
 from crepe_llm.recipe_files import recipe_path
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
@@ -89,12 +90,12 @@ def then(first: Method, modifier: str, /, **fields: Any) -> Method:
     return modifiers
 
 
-def with_pcg(method: Method) -> Method:
+def with_pcg(method: Method, asymmetric: float = DEFAULT_SHARE) -> Method:
     """A method with least-squares weights behind it."""
-    return then(method, "WeightCorrectionModifier", method="pcg")
+    return then(method, "WeightCorrectionModifier", method="pcg", asymmetric_calibration=asymmetric)
 
 
-def with_admm(method: Method, asymmetric: float = 0.25) -> Method:
+def with_admm(method: Method, asymmetric: float = DEFAULT_SHARE) -> Method:
     """A method whose layers ADMM prunes again, step by step."""
     return then(method, "ADMMModifier", asymmetric_calibration=asymmetric)
 
@@ -144,8 +145,9 @@ METHODS: dict[str, Method | None] = {
     "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),
-    "SparseGPT + pcg": with_pcg(sparsegpt),
-    "CRePE + pcg, asymmetric": then(crepe, "WeightCorrectionModifier", method="pcg", asymmetric_calibration=0.25),
+    "CRePE + pcg, symmetric": with_pcg(crepe, 0.0),
+    "CRePE + permutation + pcg, symmetric": with_pcg(permuted(crepe), 0.0),
+    "SparseGPT + pcg": with_pcg(sparsegpt, 0.0),
     "CRePE + admm": with_admm(crepe),
     "CRePE + admm, symmetric": with_admm(crepe, 0.0),
     "CRePE + permutation + admm": with_admm(permuted(crepe)),
@@ -154,7 +156,8 @@ METHODS: dict[str, Method | None] = {
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by) for by in ALLOCATIONS},
     "CRePE + atp + admm, symmetric": allocated(with_admm(crepe, 0.0), "atp"),
-    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt), "atp"),
+    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, 0.0), "atp"),
+    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, 0.0), "atp"),
 }
 
 

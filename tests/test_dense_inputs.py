@@ -156,9 +156,26 @@ def test_a_model_without_one_list_of_blocks_is_refused(tiny_model_folder, calibr
     refused(model, [crepe(), ADMMModifier()], calibration_data, message)
 
 
+def wanda():
+    return WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("pruning", "method", "share"),
+    [(crepe, "pcg", 0.25), (crepe, "sparsegpt", 0.25), (wanda, "pcg", 0.0), (crepe, "energy", 0.0)],
+)
+def test_left_out_it_is_a_quarter_where_it_is_possible(pruning, method, share, tiny_model_folder, calibration_data):
+    folder = tiny_model_folder("llama")
+    run(load(folder), [pruning(), Watched(method=method)], calibration_data)
+    found = dict(seen)
+    run(load(folder), [pruning(), Watched(method=method, asymmetric_calibration=share)], calibration_data)
+    assert len(found) == 14 and all(torch.equal(found[name], seen[name]) for name in seen)
+    name = "model.layers.1.mlp.up_proj"
+    assert torch.equal(found[name], load(folder).model.layers[1].mlp.up_proj.weight) == (share == 0)
+
+
 def test_behind_other_pruning_it_is_refused(tiny_model_folder, calibration_data):
-    wanda = WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
-    recipe = [wanda, WeightCorrectionModifier(asymmetric_calibration=0.25)]
+    recipe = [wanda(), WeightCorrectionModifier(asymmetric_calibration=0.25)]
     message = "one CRePEModifier and no other that prunes, not WandaPruningModifier: leave it out"
     refused(load(tiny_model_folder("llama")), recipe, calibration_data, message)
 

@@ -60,7 +60,8 @@ class ADMMModifier(ReconstructionModifier):
     :param penalty: how strongly weights are drawn to the mask, relative to the (normalised) energy of the inputs
     :param dampening: added to the diagonal of the Gram matrix, as a fraction of its mean
     :param refinement: iterations of conjugate gradients on the mask that is found
-    :param asymmetric_calibration: the share, from 0 to 1, of the error in its inputs that a layer makes up for
+    :param asymmetric_calibration: the share, from 0 to 1, of the error in its inputs that a layer makes up for; 0.25
+        where it is left out
     :param targets: layers to work on, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
@@ -71,7 +72,6 @@ class ADMMModifier(ReconstructionModifier):
     iterations: int = 20
     penalty: float = 1.0
     refinement: int = 10
-    asymmetric_calibration: float = 0.25
 
     @model_validator(mode="after")
     def _check_fields(self) -> "ADMMModifier":

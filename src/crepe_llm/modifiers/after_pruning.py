@@ -17,7 +17,10 @@ from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.dense_inputs import DenseInputs
 from crepe_llm.statistics import InputStatistics
 
-__all__ = ["AfterPruningModifier", "ReconstructionModifier"]
+__all__ = ["DEFAULT_SHARE", "AfterPruningModifier", "ReconstructionModifier"]
+
+#: Of asymmetric calibration, where it is possible and the recipe does not say. Chosen on validation text.
+DEFAULT_SHARE = 0.25
 
 
 class AfterPruningModifier(CalibratedModifier):
@@ -140,16 +143,17 @@ class ReconstructionModifier(AfterPruningModifier):
     changes_kept_weights: ClassVar[bool] = True
 
     dampening: float = 0.01
-    asymmetric_calibration: float = 0.0
+    asymmetric_calibration: float | None = None
 
+    _share: float = PrivateAttr(default=0.0)
     _dense_inputs: DenseInputs | None = PrivateAttr(default=None)
     _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
     _marks: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @field_validator("asymmetric_calibration")
     @classmethod
-    def _check_asymmetric_calibration(cls, value: float) -> float:
-        if not 0 <= value <= 1:
+    def _check_asymmetric_calibration(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value <= 1:
             raise ValueError(f"asymmetric_calibration={value} must be from 0 to 1: it is a share, such as 0.25")
         return value
 
@@ -165,6 +169,11 @@ class ReconstructionModifier(AfterPruningModifier):
         raise NotImplementedError
 
     @property
+    def fits_outputs(self) -> bool:
+        """Whether :meth:`reconstruct` looks at the Gram matrix."""
+        return True
+
+    @property
     def errors(self) -> dict[str, tuple[float, float]]:
         """For each pruned layer its squared output error, relative to the squared outputs, before and after."""
         return dict(self._errors)
@@ -174,7 +183,11 @@ class ReconstructionModifier(AfterPruningModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)
-        if self.asymmetric_calibration and self._leader is None:
+        if self.asymmetric_calibration is not None:
+            self._share = self.asymmetric_calibration
+        elif self._leader is not None and self.fits_outputs:
+            self._share = DEFAULT_SHARE
+        if self._share and self._leader is None:
             raise ValueError(
                 f"asymmetric_calibration={self.asymmetric_calibration} needs layers that are dense when they are "
                 f"calibrated, so in front of {type(self).__name__} one CRePEModifier and no other that prunes, not "
@@ -183,13 +196,13 @@ class ReconstructionModifier(AfterPruningModifier):
         return True
 
     def watch_too(self, model: torch.nn.Module) -> None:
-        if not self.asymmetric_calibration:
+        if not self._share:
             return
         try:
             blocks = list(find_blocks(model).values())
         except ValueError as error:
             raise ValueError(
-                f"asymmetric_calibration={self.asymmetric_calibration} runs the model block by block, and {error}: "
+                f"asymmetric_calibration={self._share} runs the model block by block, and {error}: "
                 "set `asymmetric_calibration: 0`"
             ) from error
         self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader)
@@ -211,8 +224,7 @@ class ReconstructionModifier(AfterPruningModifier):
             self._marks[name] = "gets some tokens only: no asymmetric calibration"
         try:
             if cross is not None:
-                share = self.asymmetric_calibration
-                target = asymmetric_target(dense, gram, cross, share=share, dampening=self.dampening)
+                target = asymmetric_target(dense, gram, cross, share=self._share, dampening=self.dampening)
             changed = self.reconstruct(name, target, keep, gram, statistics).to(weight.dtype)
         except torch.linalg.LinAlgError:
             logger.warning(

@@ -22,6 +22,11 @@ class WeightCorrectionModifier(ReconstructionModifier):
     - `sparsegpt`: SparseGPT's update, column by column (https://arxiv.org/abs/2301.00774)
     - `pcg`: least squares on the mask by conjugate gradients, as ALPS does (https://arxiv.org/abs/2406.07831)
 
+    What `sparsegpt` and `pcg` fit makes up, too, for a share of what pruning the blocks in front of it has done to its
+    inputs (`asymmetric_calibration`, see `crepe_llm.compensation.asymmetric_target`), where that is known: behind one
+    CRePEModifier. It takes a second Gram matrix for each layer of a block, one hidden state for each calibration token,
+    and one more pass through the dense model.
+
     A layer whose output error on the calibration data does not become smaller is left as it was.
 
     Sample yaml:
@@ -60,8 +65,8 @@ class WeightCorrectionModifier(ReconstructionModifier):
     :param block_size: for `sparsegpt`, columns whose updates are gathered into one product; changes only the speed
     :param iterations: for `pcg`, the most iterations
     :param clamp: for `energy`, the smallest and the largest scale
-    :param asymmetric_calibration: for `sparsegpt` and `pcg` behind one CRePEModifier, the share, from 0 to 1, of the
-        error in its inputs that a layer makes up for, as in ADMMModifier
+    :param asymmetric_calibration: for `sparsegpt` and `pcg`, the share, from 0 to 1, of the error in its inputs that a
+        layer makes up for. Where it is left out, 0.25 behind one CRePEModifier, and 0 behind llm-compressor's own
     :param targets: layers to correct, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
@@ -92,6 +97,10 @@ class WeightCorrectionModifier(ReconstructionModifier):
     @property
     def label(self) -> str:
         return f"`{self.method}`"
+
+    @property
+    def fits_outputs(self) -> bool:
+        return self.method != "energy"
 
     def reconstruct(
         self, name: str, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor, statistics: InputStatistics
