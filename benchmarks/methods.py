@@ -142,6 +142,9 @@ METHODS: dict[str, Method | None] = {
     "CRePE + DSnoT, attention": then(crepe, "DSnoTModifier", targets=["re:.*self_attn.*_proj$"]),
     "CRePE + permutation": permuted(crepe),
     "CRePE + permutation + energy": then(permuted(crepe), "WeightCorrectionModifier", method="energy"),
+    "CRePE + permutation + DSnoT + energy": then(
+        then(permuted(crepe), "DSnoTModifier"), "WeightCorrectionModifier", method="energy"
+    ),
     "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),

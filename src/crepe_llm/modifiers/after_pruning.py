@@ -175,7 +175,7 @@ class ReconstructionModifier(AfterPruningModifier):
 
     @property
     def errors(self) -> dict[str, tuple[float, float]]:
-        """For each pruned layer its squared output error, relative to the squared outputs, before and after."""
+        """For each pruned layer the squared error of its outputs, relative to those aimed at, before and after."""
         return dict(self._errors)
 
     def needs_gram(self, name: str) -> bool:
@@ -218,13 +218,9 @@ class ReconstructionModifier(AfterPruningModifier):
     ) -> None:
         gram = statistics.gram
         assert gram is not None  # needs_gram
-        cross = None if self._dense_inputs is None else self._dense_inputs.pop(module)
         target = dense
-        if self._dense_inputs is not None and self._dense_inputs.is_routed(module):
-            self._marks[name] = "gets some tokens only: no asymmetric calibration"
         try:
-            if cross is not None:
-                target = asymmetric_target(dense, gram, cross, share=self._share, dampening=self.dampening)
+            target = self._target(name, module, dense, gram)
             changed = self.reconstruct(name, target, keep, gram, statistics).to(weight.dtype)
         except torch.linalg.LinAlgError:
             logger.warning(
@@ -247,6 +243,17 @@ class ReconstructionModifier(AfterPruningModifier):
         super().on_finalize(state, **kwargs)
         logger.info(self._table())
         return True
+
+    def _target(self, name: str, module: torch.nn.Module, dense: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+        """The weight to whose outputs the layer's shall come close."""
+        if self._dense_inputs is None:
+            return dense
+        cross = self._dense_inputs.pop(module)
+        if self._dense_inputs.is_routed(module):
+            self._marks[name] = "gets some tokens only: no asymmetric calibration"
+        if cross is None:
+            return dense
+        return asymmetric_target(dense, gram, cross, share=self._share, dampening=self.dampening)
 
     def _table(self) -> str:
         width = max(map(len, self._errors))
