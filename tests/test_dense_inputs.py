@@ -1,4 +1,6 @@
-"""Asymmetric calibration through llm-compressor's own oneshot: what layers are fitted to, as computed from outside."""
+"""Asymmetric and true sequential calibration through llm-compressor's own oneshot, as computed from outside."""
+
+import re
 
 import pytest
 import torch
@@ -14,14 +16,15 @@ from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix,
 
 
 class Watched(WeightCorrectionModifier):
-    """Remembers what each layer was to come close to."""
+    """Remembers what each layer was to come close to, and by which Gram matrix."""
 
     def reconstruct(self, name, dense, keep, gram, statistics):
-        seen[name] = dense.clone()
+        seen[name], gathered[name] = dense.clone(), gram.clone()
         return super().reconstruct(name, dense, keep, gram, statistics)
 
 
 seen: dict[str, torch.Tensor] = {}
+gathered: dict[str, torch.Tensor] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +117,16 @@ def test_errors_are_those_to_the_targets_and_hooks_are_gone(tiny_model_folder, c
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_offloaded_weights(tiny_model_folder, calibration_data, tmp_path):
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_offloaded_weights(true_sequential, tiny_model_folder, calibration_data, tmp_path):
     folder = tiny_model_folder("llama")
-    recipe = [crepe(), ADMMModifier(asymmetric_calibration=0.5)]
-    expected = linears(run(load(folder), recipe, calibration_data))
-    recipe = [crepe(), ADMMModifier(asymmetric_calibration=0.5)]
-    offloaded = run(load(folder, device_map=OFFLOADED, offload_folder=str(tmp_path)), recipe, calibration_data)
-    for name, module in linears(offloaded).items():
+
+    def recipe():
+        return [crepe(), ADMMModifier(asymmetric_calibration=0.5, true_sequential=true_sequential)]
+
+    expected = linears(run(load(folder), recipe(), calibration_data))
+    offloaded = load(folder, device_map=OFFLOADED, offload_folder=str(tmp_path))
+    for name, module in linears(run(offloaded, recipe(), calibration_data)).items():
         torch.testing.assert_close(module.weight.detach().cpu(), expected[name].weight.detach())
 
 
@@ -138,6 +144,83 @@ def test_experts_that_get_some_tokens_only_are_fitted_without_and_named(tiny_mod
     assert not torch.equal(seen["model.layers.1.self_attn.q_proj"], dense.model.layers[1].self_attn.q_proj.weight)
 
 
+def in_turn(dense, pruned, data, share, dampening=0.01):
+    """What the layers come close to, and their Gram matrices, each layer calibrated on what is in front of it."""
+    targets, grams = {}, {}
+    dense_inputs = inputs_of(dense, data)  # in the order of calls
+    replacements, layers = linears(pruned), linears(dense)
+    for name in dense_inputs:
+        if name in targets:
+            continue
+        alike = [other for other in dense_inputs if torch.equal(dense_inputs[other], dense_inputs[name])]
+        x, x0 = inputs_of(dense, data)[name], dense_inputs[name]
+        gram = x.T @ x
+        damped = gram + dampening * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        for other in alike:
+            weight = matrix(layers[other]).double()
+            grams[other] = gram
+            targets[other] = weight + share * weight @ (x0.T @ x - gram) @ torch.linalg.inv(damped)
+        for other in alike:
+            layers[other].load_state_dict(replacements[other].state_dict())
+    return targets, grams
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_true_sequential_calibrates_each_layer_on_what_is_pruned_in_its_block(
+    family, share, tiny_model_folder, calibration_data
+):
+    """Batches of two sizes, with padding."""
+    folder = tiny_model_folder(family)
+    recipe = [crepe(mask_structure="6:8"), Watched(asymmetric_calibration=share, true_sequential=True)]
+    pruned = run(load(folder), recipe, calibration_data, batch_size=5)
+    targets, grams = in_turn(load(folder), pruned, calibration_data, share)
+    assert set(seen) == set(targets)
+    for name, target in targets.items():
+        torch.testing.assert_close(gathered[name].double(), grams[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(seen[name].double(), target, rtol=1e-3, atol=1e-3)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pruned.modules())
+
+
+def test_true_sequential_masks_by_what_is_pruned_in_front(tiny_model_folder, calibration_data):
+    """CRePE's own statistics are the new ones, too."""
+    folder = tiny_model_folder("llama")
+    norms = {}
+
+    class Scored(CRePEModifier):
+        def scores(self, name, weight, statistics):
+            norms[name] = statistics.norm.double()
+            return super().scores(name, weight, statistics)
+
+    recipe = [Scored(mask_structure="6:8"), Watched(true_sequential=True)]
+    pruned = run(load(folder), recipe, calibration_data)
+    _, grams = in_turn(load(folder), pruned, calibration_data, 0.25)
+    for name, norm in norms.items():
+        torch.testing.assert_close(norm, grams[name].diagonal().sqrt(), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_calibrated_again_together(tiny_model_folder, calibration_data):
+    model = load(tiny_model_folder("mixtral"))
+    linearize_moe(model)
+    order = []
+
+    class Scored(CRePEModifier):
+        def scores(self, name, weight, statistics):
+            order.append(name)
+            return super().scores(name, weight, statistics)
+
+    recipe = [
+        Scored(mask_structure="2:4", uncalibrated="dense", ignore=["lm_head", "re:.*gate$"]),
+        WeightCorrectionModifier(true_sequential=True),
+    ]
+    run(model, recipe, calibration_data, moe_calibrate_all_experts=False)
+    kinds = [re.sub(r"experts\.\d+\.", "", name.split("layers.1.")[1]) for name in order if "layers.1." in name]
+    groups = [{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {"self_attn.o_proj"}]
+    expected = [*groups, {"mlp.gate_proj", "mlp.up_proj"}, {"mlp.down_proj"}]
+    places = [next(place for place, group in enumerate(expected) if kind in group) for kind in kinds]
+    assert places == sorted(places) and set(places) == {0, 1, 2, 3} and places.count(2) > 2
+
+
 def test_blocks_in_parts_are_refused(tiny_model_folder, calibration_data):
     with pytest.raises(
         ValueError, match=r"calibrated in parts: leave out sequential_targets.*asymmetric_calibration: 0"
@@ -147,12 +230,15 @@ def test_blocks_in_parts_are_refused(tiny_model_folder, calibration_data):
         )
     recipe = [crepe(), ADMMModifier(asymmetric_calibration=0)]
     run(load(tiny_model_folder("llama")), recipe, calibration_data, sequential_targets=["Linear"])
+    recipe = [crepe(), ADMMModifier(asymmetric_calibration=0, true_sequential=True)]
+    with pytest.raises(ValueError, match=r"calibrated in parts: leave out sequential_targets.*true_sequential: false"):
+        run(load(tiny_model_folder("llama")), recipe, calibration_data, sequential_targets=["Linear"])
 
 
 def test_a_model_without_one_list_of_blocks_is_refused(tiny_model_folder, calibration_data):
     model = load(tiny_model_folder("llama"))
     model.model.more = torch.nn.ModuleList([torch.nn.Identity()])
-    message = r"has 2 lists of decoder blocks .*: set `asymmetric_calibration: 0`"
+    message = r"has 2 lists of decoder blocks .*: set `asymmetric_calibration: 0` and `true_sequential: false`"
     refused(model, [crepe(), ADMMModifier()], calibration_data, message)
 
 
@@ -174,9 +260,13 @@ def test_left_out_it_is_a_quarter_where_it_is_possible(pruning, method, share, t
     assert torch.equal(found[name], load(folder).model.layers[1].mlp.up_proj.weight) == (share == 0)
 
 
-def test_behind_other_pruning_it_is_refused(tiny_model_folder, calibration_data):
-    recipe = [wanda(), WeightCorrectionModifier(asymmetric_calibration=0.25)]
-    message = "one CRePEModifier and no other that prunes, not WandaPruningModifier: leave it out"
+@pytest.mark.parametrize("fields", [{"asymmetric_calibration": 0.25}, {"true_sequential": True}])
+def test_behind_other_pruning_they_are_refused(fields, tiny_model_folder, calibration_data):
+    ((name, value),) = fields.items()
+    message = (
+        f"{name}={value} needs .* one CRePEModifier and no other that prunes, not WandaPruningModifier: leave it out"
+    )
+    recipe = [wanda(), WeightCorrectionModifier(**fields)]
     refused(load(tiny_model_folder("llama")), recipe, calibration_data, message)
 
 

@@ -9,6 +9,7 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from loguru import logger
 from pydantic import PrivateAttr, field_validator
+from torch.utils.hooks import RemovableHandle
 
 from crepe_llm.compensation import asymmetric_target, output_error
 from crepe_llm.ffn import find_blocks
@@ -144,6 +145,7 @@ class ReconstructionModifier(AfterPruningModifier):
 
     dampening: float = 0.01
     asymmetric_calibration: float | None = None
+    true_sequential: bool = False
 
     _share: float = PrivateAttr(default=0.0)
     _dense_inputs: DenseInputs | None = PrivateAttr(default=None)
@@ -187,25 +189,35 @@ class ReconstructionModifier(AfterPruningModifier):
             self._share = self.asymmetric_calibration
         elif self._leader is not None and self.fits_outputs:
             self._share = DEFAULT_SHARE
-        if self._share and self._leader is None:
+        for name, value in (("asymmetric_calibration", self._share), ("true_sequential", self.true_sequential)):
+            if not value or self._leader is not None:
+                continue
             raise ValueError(
-                f"asymmetric_calibration={self.asymmetric_calibration} needs layers that are dense when they are "
+                f"{name}={value} needs layers that are dense when they are "
                 f"calibrated, so in front of {type(self).__name__} one CRePEModifier and no other that prunes, not "
                 f"{' and '.join(type(modifier).__name__ for modifier in self._pruning)}: leave it out"
             )
         return True
 
     def watch_too(self, model: torch.nn.Module) -> None:
-        if not self._share:
+        if not (self._share or self.true_sequential):
             return
         try:
             blocks = list(find_blocks(model).values())
         except ValueError as error:
             raise ValueError(
-                f"asymmetric_calibration={self._share} runs the model block by block, and {error}: "
-                "set `asymmetric_calibration: 0`"
+                f"asymmetric_calibration={self._share} and true_sequential={self.true_sequential} run the model block "
+                f"by block, and {error}: set `asymmetric_calibration: 0` and `true_sequential: false`"
             ) from error
-        self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader)
+        if self._share:
+            again = self.true_sequential
+            self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader, again=again)
+        if self.true_sequential:
+            assert self._leader is not None  # on_initialize
+            self._leader.calibrate_in_turn(blocks)
+
+    def watch_again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
+        return self._dense_inputs.again(layers) if self._dense_inputs is not None else set()
 
     def improve(
         self,

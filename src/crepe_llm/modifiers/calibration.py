@@ -14,9 +14,11 @@ from compressed_tensors.utils import (
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr
+from torch.utils.hooks import RemovableHandle
 
 from crepe_llm.checkpoints import attach
 from crepe_llm.ffn import is_transposed
+from crepe_llm.modifiers.block_replay import BlockReplay
 from crepe_llm.statistics import InputStatistics
 
 __all__ = [
@@ -81,6 +83,8 @@ class CalibratedModifier(Modifier):
     _dataloader: Any = PrivateAttr(default=None)
     _followers: list["CalibratedModifier"] = PrivateAttr(default_factory=list)
     _leader: "CalibratedModifier | None" = PrivateAttr(default=None)
+    _handles: dict[torch.nn.Module, RemovableHandle] = PrivateAttr(default_factory=dict)
+    _replay: BlockReplay | None = PrivateAttr(default=None)
 
     def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
         """Change one layer, given the statistics of its inputs."""
@@ -144,13 +148,25 @@ class CalibratedModifier(Modifier):
     def watch_too(self, model: torch.nn.Module) -> None:
         """Called on a follower when its leader has begun to watch; hooks that it registers are removed for it."""
 
+    def calibrate_in_turn(self, blocks: list[torch.nn.Module]) -> None:
+        """Compress each block's layers one group after the other, each calibrated on what those in front became."""
+        self._replay = self._replay or BlockReplay(self, self._layers, blocks)
+
+    def watch_again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
+        """Forget the inputs of these layers, and learn them anew by these hooks when their block is run again."""
+        for layer in layers:
+            self._statistics.pop(layer, None)
+        return {self._handles[layer] for layer in layers if layer in self._handles}
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every layer."""
         if self._leader is not None:
             return
         start_recording(self._dataloader)
-        for module in self._layers:
-            self.register_hook(module, self._update, "forward_pre")  # type: ignore[arg-type]
+        self._handles = {
+            module: self.register_hook(module, self._update, "forward_pre")  # type: ignore[arg-type]
+            for module in self._layers
+        }
         for follower in self._followers:
             follower.watch_too(state.model)
 
@@ -158,36 +174,42 @@ class CalibratedModifier(Modifier):
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
         """Compress the layers whose calibration has just ended."""
-        for module in modules if self._leader is None else ():
-            name = self._layers.get(module)
-            if name is None:
-                continue
-            statistics = self._statistics.pop(module, None)
-            del self._layers[module]
-            followers = [
-                (follower, follower._layers.pop(module)) for follower in self._followers if module in follower._layers
-            ]
-            if statistics is None or statistics.tokens == 0:
-                if self.uncalibrated == "dense":
-                    continue
-                raise ValueError(
-                    f"{name} never saw a calibration token, so its inputs are unknown: calibrate with more or other "
-                    "text, add it to `ignore`, or set `uncalibrated: dense` to leave such layers unpruned"
-                )
-            if not bool(torch.isfinite(statistics.square_sum).all()):
-                channels = (~torch.isfinite(statistics.square_sum)).nonzero().flatten().tolist()
-                raise ValueError(
-                    f"the inputs of {name} are NaN or infinite in {len(channels)} channels, first {channels[:5]}: "
-                    "the model overflows on this data; load it with dtype=float32 or bfloat16"
-                )
-            with torch.no_grad(), align_module_device(module):
-                if not bool(torch.isfinite(weight_matrix(module)).all()):
-                    raise ValueError(f"the weight of {name} contains NaN or infinity: the checkpoint is damaged")
-                for follower, _ in followers:
-                    follower.remember_dense(module)
-                self.compress(name, module, statistics)
-                for follower, name_there in followers:
-                    follower.compress(name_there, module, statistics)
+        ended = [module for module in modules if module in self._layers] if self._leader is None else []
+        for block, layers in self._replay.steps(ended) if self._replay is not None else [(None, ended)]:
+            if block is not None:
+                assert self._replay is not None
+                hooks = {handle for modifier in (self, *self._followers) for handle in modifier.watch_again(layers)}
+                self._replay.run(block, hooks)
+            for module in layers:
+                self._compress(module)
+
+    def _compress(self, module: torch.nn.Module) -> None:
+        name = self._layers.pop(module)
+        statistics = self._statistics.pop(module, None)
+        followers = [
+            (follower, follower._layers.pop(module)) for follower in self._followers if module in follower._layers
+        ]
+        if statistics is None or statistics.tokens == 0:
+            if self.uncalibrated == "dense":
+                return
+            raise ValueError(
+                f"{name} never saw a calibration token, so its inputs are unknown: calibrate with more or other "
+                "text, add it to `ignore`, or set `uncalibrated: dense` to leave such layers unpruned"
+            )
+        if not bool(torch.isfinite(statistics.square_sum).all()):
+            channels = (~torch.isfinite(statistics.square_sum)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"the inputs of {name} are NaN or infinite in {len(channels)} channels, first {channels[:5]}: "
+                "the model overflows on this data; load it with dtype=float32 or bfloat16"
+            )
+        with torch.no_grad(), align_module_device(module):
+            if not bool(torch.isfinite(weight_matrix(module)).all()):
+                raise ValueError(f"the weight of {name} contains NaN or infinity: the checkpoint is damaged")
+            for follower, _ in followers:
+                follower.remember_dense(module)
+            self.compress(name, module, statistics)
+            for follower, name_there in followers:
+                follower.compress(name_there, module, statistics)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Stop watching."""

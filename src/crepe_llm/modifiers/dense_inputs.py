@@ -8,6 +8,7 @@ from compressed_tensors.utils import get_execution_device
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from torch.utils.hooks import RemovableHandle
 
 from crepe_llm.modifiers.calibration import block_inputs, block_outputs, input_channels, token_mask
 
@@ -26,10 +27,17 @@ class DenseInputs:
         layers: linear layers to watch; those outside of `blocks` are left out.
         blocks: the model's decoder blocks, in order.
         dataloader: that records attention masks (:func:`crepe_llm.modifiers.calibration.start_recording`).
+        again: whether :meth:`again` may be called; the dense inputs of a block's layers are then kept, on the CPU.
     """
 
     def __init__(
-        self, owner: Modifier, layers: Iterable[torch.nn.Module], blocks: list[torch.nn.Module], dataloader: Any
+        self,
+        owner: Modifier,
+        layers: Iterable[torch.nn.Module],
+        blocks: list[torch.nn.Module],
+        dataloader: Any,
+        *,
+        again: bool = False,
     ) -> None:
         block_of = {module: block for block in blocks for module in block.modules()}
         self._block_of = {module: block_of[module] for module in layers if module in block_of}
@@ -39,7 +47,9 @@ class DenseInputs:
         self._reached: set[torch.nn.Module] = set()
         self._hidden: dict[int, torch.Tensor] = {}
         self._given: dict[torch.nn.Module, list[torch.Tensor]] = {}
-        self._tokens = 0
+        self._dense: dict[torch.nn.Module, dict[int, torch.Tensor]] | None = {} if again else None
+        self._again: set[torch.nn.Module] = set()
+        self._tokens: dict[int, int] = {}
         self._replaying = False
         places = [blocks.index(block) for block in self._block_of.values()]
         watched = blocks[min(places) : max(places) + 1] if places else []
@@ -47,9 +57,17 @@ class DenseInputs:
         for block in watched:
             owner.register_hook(block, self._see_block, "forward", with_kwargs=True)  # type: ignore[arg-type]
         self._handles = {
-            owner.register_hook(layer, self._see_inputs, "forward_pre")  # type: ignore[arg-type]
+            layer: owner.register_hook(layer, self._see_inputs, "forward_pre")  # type: ignore[arg-type]
             for layer in self._block_of
         }
+
+    def again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
+        """Forget what these layers were given, and learn it anew by these hooks when their block is run again."""
+        layers = [layer for layer in layers if layer in self._block_of]
+        for layer in layers:
+            self._cross.pop(layer, None)
+        self._again.update(layers)
+        return {self._handles[layer] for layer in layers}
 
     def pop(self, module: torch.nn.Module) -> torch.Tensor | None:
         """fp32 [d_in, d_in], the sum over tokens of (dense input) (given input)^T; None where the two are the same.
@@ -65,6 +83,8 @@ class DenseInputs:
                 "asymmetric_calibration runs whole decoder blocks, and these are calibrated in parts: leave out "
                 "sequential_targets, or set `asymmetric_calibration: 0`"
             )
+        if self._dense is not None:
+            self._dense.pop(module, None)
         cross = self._cross.pop(module, None)
         return None if self.is_routed(module) else cross
 
@@ -77,26 +97,41 @@ class DenseInputs:
         batch = active_session().state.current_batch_idx
         given = block_inputs(args, kwargs)
         dense = self._hidden.pop(batch, None)
+        self._tokens[batch] = given.shape[:-1].numel()
         if dense is not None:
             args, kwargs = _with_inputs(dense.to(given), args, kwargs)
-            self._tokens = given.shape[:-1].numel()
             self._replaying = True
             try:
-                with HooksMixin.disable_hooks(keep=self._handles), torch.no_grad():
+                with HooksMixin.disable_hooks(keep=set(self._handles.values())), torch.no_grad():
                     output = block(*args, **kwargs)
             finally:
                 self._replaying = False
+        elif self._dense is not None:
+            for layer, inputs in self._given.items():
+                self._dense.setdefault(layer, {})[batch] = inputs[0].to("cpu")
         self._given.clear()
         if block is not self._last:
             self._hidden[batch] = block_outputs(output).to("cpu")
 
     def _see_inputs(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._replaying:
+        batch = active_session().state.current_batch_idx
+        if self._replaying:
+            earlier = self._given.get(layer)
+            self._add(layer, batch, args[0], earlier.pop(0) if earlier else None)
+            if self._dense is not None:
+                self._dense.setdefault(layer, {})[batch] = args[0].to("cpu")
+        elif layer in self._again:
+            assert self._dense is not None  # again=True
+            dense = self._dense.get(layer, {}).get(batch)
+            self._add(layer, batch, None if dense is None else dense.to(args[0]), args[0])
+        else:
             self._given.setdefault(layer, []).append(args[0])
+
+    def _add(self, layer: torch.nn.Module, batch: int, dense: torch.Tensor | None, given: torch.Tensor | None) -> None:
+        if dense is None or given is None:
+            self._routed.add(layer)
             return
-        dense, earlier = args[0], self._given.get(layer)
-        given = earlier.pop(0) if earlier else None
-        if given is None or given.shape != dense.shape or dense.shape[:-1].numel() != self._tokens:
+        if given.shape != dense.shape or dense.shape[:-1].numel() != self._tokens[batch]:
             self._routed.add(layer)
             return
         mask = token_mask(self._dataloader, dense)

@@ -1,0 +1,92 @@
+"""Running a decoder block again, once some of its layers have changed, to calibrate those behind them."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from compressed_tensors.utils import get_execution_device
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+__all__ = ["BlockReplay"]
+
+
+class BlockReplay:
+    """Remembers the batches that decoder blocks are calibrated on, and runs a block on them again.
+
+    A block's batches are kept on the CPU until its layers are done.
+
+    Args:
+        owner: whose hooks these are; removing them is its work.
+        layers: linear layers, by which blocks are divided; those outside of `blocks` have no part in it.
+        blocks: the model's decoder blocks.
+    """
+
+    def __init__(self, owner: Modifier, layers: Iterable[torch.nn.Module], blocks: list[torch.nn.Module]) -> None:
+        inside = {module: (block, name) for block in blocks for name, module in block.named_modules()}
+        self._block_of = {layer: inside[layer][0] for layer in layers if layer in inside}
+        # Experts of a block count as one.
+        self._kind_of = {layer: re.sub(r"\.\d+\.", ".*.", inside[layer][1]) for layer in self._block_of}
+        self._groups: dict[torch.nn.Module, dict[str, int]] = {}
+        self._batches: dict[torch.nn.Module, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
+        for block in dict.fromkeys(self._block_of.values()):
+            owner.register_hook(block, self._see_block, "forward", with_kwargs=True)  # type: ignore[arg-type]
+        for layer in self._block_of:
+            owner.register_hook(layer, self._see_inputs, "forward_pre")  # type: ignore[arg-type]
+
+    def steps(self, modules: list[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module | None, list[torch.nn.Module]]]:
+        """The given layers in the order in which the model calls them, those with the same inputs together.
+
+        Each group comes with the block to run again before it is worked on, or with None where nothing in front of it
+        in its block has been worked on since the block was calibrated.
+
+        Raises:
+            ValueError: if a block was never run as a whole.
+        """
+        rest = [module for module in modules if module not in self._block_of]
+        if rest:
+            yield None, rest
+        for block in dict.fromkeys(self._block_of[module] for module in modules if module in self._block_of):
+            if block not in self._groups:
+                raise ValueError(
+                    "true_sequential runs whole decoder blocks, and these are calibrated in parts: leave out "
+                    "sequential_targets, or set `true_sequential: false`"
+                )
+            layers: dict[int, list[torch.nn.Module]] = {}
+            for module in modules:
+                if self._block_of.get(module) is block:
+                    # Experts that no token reached come last.
+                    place = self._groups[block].get(self._kind_of[module], len(self._groups[block]))
+                    layers.setdefault(place, []).append(module)
+            for index, place in enumerate(sorted(layers)):
+                yield block if index else None, layers[place]
+            del self._batches[block], self._groups[block]
+
+    def run(self, block: torch.nn.Module, keep: set[RemovableHandle]) -> None:
+        """Run a block on all of its batches again, with these hooks only."""
+        device = get_execution_device(block)
+        batches = self._batches[block].items()
+        with HooksMixin.disable_hooks(keep=keep), torch.no_grad():
+            for batch, (args, kwargs) in tqdm(batches, desc="Calibrating again", leave=False):
+                active_session().state.current_batch_idx = batch
+                block(*send_to_device(args, device), **send_to_device(kwargs, device))
+
+    def _see_inputs(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self._calls.append((layer, args[0]))
+
+    def _see_block(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        batch = active_session().state.current_batch_idx
+        self._batches.setdefault(block, {})[batch] = send_to_device((args, kwargs), "cpu")
+        groups = self._groups.setdefault(block, {})
+        for place, (layer, inputs) in enumerate(self._calls):
+            kind = self._kind_of[layer]
+            if kind not in groups:
+                same = [self._kind_of[other] for other, others in self._calls[:place] if others is inputs]
+                groups[kind] = groups[same[0]] if same else len(set(groups.values()))
+        self._calls.clear()
