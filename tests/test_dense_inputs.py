@@ -30,6 +30,7 @@ gathered: dict[str, torch.Tensor] = {}
 @pytest.fixture(autouse=True)
 def forget():
     seen.clear()
+    gathered.clear()
 
 
 def deep(folder, blocks):
@@ -39,7 +40,14 @@ def deep(folder, blocks):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def expected_targets(dense, pruned, data, share, dampening=0.01):
+def target_of(weight, x, x0, share, dampening=0.01):
+    """By the normal equations, in fp64."""
+    gram = x.T @ x
+    damped = gram + dampening * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return weight + share * weight @ (x0.T @ x - gram) @ torch.linalg.inv(damped)
+
+
+def expected_targets(dense, pruned, data, share):
     """In fp64, and each block's inputs from a model of which the blocks in front are the pruned ones."""
     targets = {}
     dense_inputs = inputs_of(dense, data)
@@ -49,10 +57,7 @@ def expected_targets(dense, pruned, data, share, dampening=0.01):
         for name, layer in linears(dense).items():
             if not name.startswith(f"{block}."):
                 continue
-            weight, x, x0 = matrix(layer).double(), inputs[name], dense_inputs[name]
-            gram = x.T @ x
-            damped = gram + dampening * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-            targets[name] = weight + share * weight @ (x0.T @ x - gram) @ torch.linalg.inv(damped)
+            targets[name] = target_of(matrix(layer).double(), inputs[name], dense_inputs[name], share)
         module.load_state_dict(pruned_blocks[block].state_dict())
     return targets
 
@@ -144,7 +149,7 @@ def test_experts_that_get_some_tokens_only_are_fitted_without_and_named(tiny_mod
     assert not torch.equal(seen["model.layers.1.self_attn.q_proj"], dense.model.layers[1].self_attn.q_proj.weight)
 
 
-def in_turn(dense, pruned, data, share, dampening=0.01):
+def in_turn(dense, pruned, data, share):
     """What the layers come close to, and their Gram matrices, each layer calibrated on what is in front of it."""
     targets, grams = {}, {}
     dense_inputs = inputs_of(dense, data)  # in the order of calls
@@ -154,12 +159,9 @@ def in_turn(dense, pruned, data, share, dampening=0.01):
             continue
         alike = [other for other in dense_inputs if torch.equal(dense_inputs[other], dense_inputs[name])]
         x, x0 = inputs_of(dense, data)[name], dense_inputs[name]
-        gram = x.T @ x
-        damped = gram + dampening * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
         for other in alike:
-            weight = matrix(layers[other]).double()
-            grams[other] = gram
-            targets[other] = weight + share * weight @ (x0.T @ x - gram) @ torch.linalg.inv(damped)
+            grams[other] = x.T @ x
+            targets[other] = target_of(matrix(layers[other]).double(), x, x0, share)
         for other in alike:
             layers[other].load_state_dict(replacements[other].state_dict())
     return targets, grams

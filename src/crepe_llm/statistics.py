@@ -2,7 +2,26 @@
 
 import torch
 
-__all__ = ["InputStatistics"]
+__all__ = ["InputStatistics", "counted_tokens"]
+
+
+def counted_tokens(inputs: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The inputs [..., d_in] as rows [tokens, d_in], padding left out.
+
+    Args:
+        inputs: [..., d_in].
+        token_mask: [...] (the leading shape of `inputs`) or the same number of entries flat; zero entries are padding.
+            None counts every token.
+
+    Raises:
+        ValueError: if the mask has another number of entries.
+    """
+    tokens = inputs.detach().reshape(-1, inputs.shape[-1])
+    if token_mask is None:
+        return tokens
+    if token_mask.numel() != len(tokens):
+        raise ValueError(f"token_mask has {token_mask.numel()} entries for {len(tokens)} tokens")
+    return tokens[token_mask.reshape(-1).to(tokens.device, torch.bool)]
 
 
 class InputStatistics:
@@ -63,19 +82,14 @@ class InputStatistics:
 
         Args:
             inputs: [..., d_in], any floating dtype.
-            token_mask: [...] (the leading shape of `inputs`) or the same number of entries flat; zero entries are
-                padding and left out. None counts every token.
+            token_mask: of :func:`counted_tokens`.
 
         Raises:
             ValueError: if a shape does not fit.
         """
         if inputs.shape[-1] != self.channels:
             raise ValueError(f"inputs have {inputs.shape[-1]} channels, the statistics {self.channels}")
-        tokens = inputs.detach().reshape(-1, self.channels)
-        if token_mask is not None:
-            if token_mask.numel() != len(tokens):
-                raise ValueError(f"token_mask has {token_mask.numel()} entries for {len(tokens)} tokens")
-            tokens = tokens[token_mask.reshape(-1).to(tokens.device, torch.bool)]
+        tokens = counted_tokens(inputs, token_mask)
         if not len(tokens):
             return
         dtype = torch.promote_types(tokens.dtype, torch.float32)

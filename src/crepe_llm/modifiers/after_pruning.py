@@ -147,7 +147,6 @@ class ReconstructionModifier(AfterPruningModifier):
     asymmetric_calibration: float | None = None
     true_sequential: bool = False
 
-    _share: float = PrivateAttr(default=0.0)
     _dense_inputs: DenseInputs | None = PrivateAttr(default=None)
     _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
     _marks: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -176,6 +175,12 @@ class ReconstructionModifier(AfterPruningModifier):
         return True
 
     @property
+    def _share(self) -> float:
+        if self.asymmetric_calibration is not None:
+            return self.asymmetric_calibration
+        return DEFAULT_SHARE if self._leader is not None and self.fits_outputs else 0.0
+
+    @property
     def errors(self) -> dict[str, tuple[float, float]]:
         """For each pruned layer the squared error of its outputs, relative to those aimed at, before and after."""
         return dict(self._errors)
@@ -185,18 +190,13 @@ class ReconstructionModifier(AfterPruningModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)
-        if self.asymmetric_calibration is not None:
-            self._share = self.asymmetric_calibration
-        elif self._leader is not None and self.fits_outputs:
-            self._share = DEFAULT_SHARE
         for name, value in (("asymmetric_calibration", self._share), ("true_sequential", self.true_sequential)):
-            if not value or self._leader is not None:
-                continue
-            raise ValueError(
-                f"{name}={value} needs layers that are dense when they are "
-                f"calibrated, so in front of {type(self).__name__} one CRePEModifier and no other that prunes, not "
-                f"{' and '.join(type(modifier).__name__ for modifier in self._pruning)}: leave it out"
-            )
+            if value and self._leader is None:
+                raise ValueError(
+                    f"{name}={value} needs layers that are dense when they are calibrated, so in front of "
+                    f"{type(self).__name__} one CRePEModifier and no other that prunes, not "
+                    f"{' and '.join(type(modifier).__name__ for modifier in self._pruning)}: leave it out"
+                )
         return True
 
     def watch_too(self, model: torch.nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Running a decoder block again, once some of its layers have changed, to calibrate those behind them."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,18 +40,20 @@ class BlockReplay:
         for layer in self._block_of:
             owner.register_hook(layer, self._see_inputs, "forward_pre")  # type: ignore[arg-type]
 
-    def steps(self, modules: list[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module | None, list[torch.nn.Module]]]:
+    def steps(
+        self, modules: list[torch.nn.Module], watch: Callable[[list[torch.nn.Module]], set[RemovableHandle]]
+    ) -> Iterator[list[torch.nn.Module]]:
         """The given layers in the order in which the model calls them, those with the same inputs together.
 
-        Each group comes with the block to run again before it is worked on, or with None where nothing in front of it
-        in its block has been worked on since the block was calibrated.
+        Before each group but the first of a block, that block is run on all of its batches again, with the hooks only
+        that `watch` gives for the group.
 
         Raises:
             ValueError: if a block was never run as a whole.
         """
         rest = [module for module in modules if module not in self._block_of]
         if rest:
-            yield None, rest
+            yield rest
         for block in dict.fromkeys(self._block_of[module] for module in modules if module in self._block_of):
             if block not in self._groups:
                 raise ValueError(
@@ -65,11 +67,12 @@ class BlockReplay:
                     place = self._groups[block].get(self._kind_of[module], len(self._groups[block]))
                     layers.setdefault(place, []).append(module)
             for index, place in enumerate(sorted(layers)):
-                yield block if index else None, layers[place]
+                if index:
+                    self._run(block, watch(layers[place]))
+                yield layers[place]
             del self._batches[block], self._groups[block]
 
-    def run(self, block: torch.nn.Module, keep: set[RemovableHandle]) -> None:
-        """Run a block on all of its batches again, with these hooks only."""
+    def _run(self, block: torch.nn.Module, keep: set[RemovableHandle]) -> None:
         device = get_execution_device(block)
         batches = self._batches[block].items()
         with HooksMixin.disable_hooks(keep=keep), torch.no_grad():

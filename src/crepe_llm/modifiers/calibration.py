@@ -175,13 +175,12 @@ class CalibratedModifier(Modifier):
     ) -> None:
         """Compress the layers whose calibration has just ended."""
         ended = [module for module in modules if module in self._layers] if self._leader is None else []
-        for block, layers in self._replay.steps(ended) if self._replay is not None else [(None, ended)]:
-            if block is not None:
-                assert self._replay is not None
-                hooks = {handle for modifier in (self, *self._followers) for handle in modifier.watch_again(layers)}
-                self._replay.run(block, hooks)
+        for layers in [ended] if self._replay is None else self._replay.steps(ended, self._all_watch_again):
             for module in layers:
                 self._compress(module)
+
+    def _all_watch_again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
+        return {handle for modifier in (self, *self._followers) for handle in modifier.watch_again(layers)}
 
     def _compress(self, module: torch.nn.Module) -> None:
         name = self._layers.pop(module)

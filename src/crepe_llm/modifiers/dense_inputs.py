@@ -10,7 +10,8 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch.utils.hooks import RemovableHandle
 
-from crepe_llm.modifiers.calibration import block_inputs, block_outputs, input_channels, token_mask
+from crepe_llm.modifiers.calibration import block_inputs, block_outputs, token_mask
+from crepe_llm.statistics import counted_tokens
 
 __all__ = ["DenseInputs"]
 
@@ -128,17 +129,16 @@ class DenseInputs:
             self._given.setdefault(layer, []).append(args[0])
 
     def _add(self, layer: torch.nn.Module, batch: int, dense: torch.Tensor | None, given: torch.Tensor | None) -> None:
-        if dense is None or given is None:
-            self._routed.add(layer)
-            return
-        if given.shape != dense.shape or dense.shape[:-1].numel() != self._tokens[batch]:
+        if (
+            dense is None
+            or given is None
+            or given.shape != dense.shape
+            or dense.shape[:-1].numel() != self._tokens[batch]
+        ):
             self._routed.add(layer)
             return
         mask = token_mask(self._dataloader, dense)
-        rows = [tokens.reshape(-1, input_channels(layer)) for tokens in (dense, given)]
-        if mask is not None:
-            rows = [tokens[mask.reshape(-1).to(tokens.device, torch.bool)] for tokens in rows]
-        product = rows[0].float().T @ rows[1].float()
+        product = counted_tokens(dense, mask).float().T @ counted_tokens(given, mask).float()
         if layer in self._cross:
             self._cross[layer] += product
         else:
