@@ -90,14 +90,15 @@ def then(first: Method, modifier: str, /, **fields: Any) -> Method:
     return modifiers
 
 
-def with_pcg(method: Method, asymmetric: float = DEFAULT_SHARE, **fields: Any) -> Method:
+def with_pcg(method: Method, *, asymmetric: float = DEFAULT_SHARE, in_turn: bool = True) -> Method:
     """A method with least-squares weights behind it."""
-    return then(method, "WeightCorrectionModifier", method="pcg", asymmetric_calibration=asymmetric, **fields)
+    fields = {"asymmetric_calibration": asymmetric, "true_sequential": in_turn}
+    return then(method, "WeightCorrectionModifier", method="pcg", **fields)
 
 
-def with_admm(method: Method, asymmetric: float = DEFAULT_SHARE, **fields: Any) -> Method:
+def with_admm(method: Method, *, asymmetric: float = DEFAULT_SHARE, in_turn: bool = True) -> Method:
     """A method whose layers ADMM prunes again, step by step."""
-    return then(method, "ADMMModifier", asymmetric_calibration=asymmetric, **fields)
+    return then(method, "ADMMModifier", asymmetric_calibration=asymmetric, true_sequential=in_turn)
 
 
 def permuted(method: Method) -> Method:
@@ -148,22 +149,24 @@ METHODS: dict[str, Method | None] = {
     "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),
-    "CRePE + pcg, symmetric": with_pcg(crepe, 0.0),
-    "CRePE + pcg, true sequential": with_pcg(crepe, true_sequential=True),
-    "CRePE + permutation + pcg, symmetric": with_pcg(permuted(crepe), 0.0),
-    "SparseGPT + pcg": with_pcg(sparsegpt, 0.0),
+    "SparseGPT + pcg": with_pcg(sparsegpt, asymmetric=0.0, in_turn=False),
     "CRePE + admm": with_admm(crepe),
-    "CRePE + admm, symmetric": with_admm(crepe, 0.0),
     "CRePE + permutation + admm": with_admm(permuted(crepe)),
-    "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), 0.0),
-    "CRePE + permutation + admm, true sequential": with_admm(permuted(crepe), true_sequential=True),
     **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by) for by in ALLOCATIONS},
-    "CRePE + atp + admm, symmetric": allocated(with_admm(crepe, 0.0), "atp"),
-    "CRePE + atp + admm, true sequential": allocated(with_admm(crepe, true_sequential=True), "atp"),
-    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, 0.0), "atp"),
-    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, 0.0), "atp"),
+    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, asymmetric=0.0, in_turn=False), "atp"),
+    # What asymmetric calibration and calibrating layer after layer are worth.
+    "CRePE + pcg, by block": with_pcg(crepe, in_turn=False),
+    "CRePE + pcg, symmetric": with_pcg(crepe, asymmetric=0.0, in_turn=False),
+    "CRePE + permutation + pcg, symmetric": with_pcg(permuted(crepe), asymmetric=0.0, in_turn=False),
+    "CRePE + admm, by block": with_admm(crepe, in_turn=False),
+    "CRePE + admm, symmetric": with_admm(crepe, asymmetric=0.0, in_turn=False),
+    "CRePE + permutation + admm, by block": with_admm(permuted(crepe), in_turn=False),
+    "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), asymmetric=0.0, in_turn=False),
+    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, asymmetric=0.0, in_turn=False), "atp"),
+    "CRePE + atp + admm, by block": allocated(with_admm(crepe, in_turn=False), "atp"),
+    "CRePE + atp + admm, symmetric": allocated(with_admm(crepe, asymmetric=0.0, in_turn=False), "atp"),
 }
 
 
