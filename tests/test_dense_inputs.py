@@ -1,6 +1,7 @@
 """Asymmetric and true sequential calibration through llm-compressor's own oneshot, as computed from outside."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from conftest import FAMILIES
 from crepe_llm.compensation import conjugate_gradients
 from crepe_llm.ffn import find_blocks
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, WeightCorrectionModifier
+from crepe_llm.modifiers.dense_inputs import DenseInputs
+from crepe_llm.statistics import InputStatistics
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, refused, run
 
 
@@ -68,7 +71,12 @@ def test_targets_are_those_computed_from_outside(family, pipeline, tiny_model_fo
     """Padding left out (the windows have some)."""
     folder = tiny_model_folder(family)
     pruning = crepe(mask_structure="6:8")
-    pruned = run(load(folder), [pruning, Watched(asymmetric_calibration=0.7)], calibration_data, pipeline=pipeline)
+    pruned = run(
+        load(folder),
+        [pruning, Watched(asymmetric_calibration=0.7, true_sequential=False)],
+        calibration_data,
+        pipeline=pipeline,
+    )
     expected = expected_targets(load(folder), pruned, calibration_data, 0.7)
     dense = linears(load(folder))
     assert set(seen) == set(expected) == set(dense)
@@ -83,7 +91,7 @@ def test_targets_are_those_computed_from_outside(family, pipeline, tiny_model_fo
 def test_the_dense_stream_goes_on_from_block_to_block(targets, tiny_model_folder, calibration_data):
     """Also past blocks that are not pruned, and from the first that is."""
     folder = tiny_model_folder("llama")
-    recipe = [crepe(mask_structure="6:8", targets=targets), Watched(asymmetric_calibration=1.0)]
+    recipe = [crepe(mask_structure="6:8", targets=targets), Watched(asymmetric_calibration=1.0, true_sequential=False)]
     pruned = run(deep(folder, 4), recipe, calibration_data)
     expected = expected_targets(deep(folder, 4), pruned, calibration_data, 1.0)
     assert len(seen) == (28 if targets == ["Linear"] else 14)
@@ -107,7 +115,7 @@ def test_the_model_comes_closer_to_dense(tiny_model_folder, calibration_data):
 
 def test_errors_are_those_to_the_targets_and_hooks_are_gone(tiny_model_folder, calibration_data):
     folder = tiny_model_folder("llama")
-    modifier = Watched(asymmetric_calibration=1.0)
+    modifier = Watched(asymmetric_calibration=1.0, true_sequential=False)
     model = run(load(folder), [crepe(), modifier], calibration_data)
     name = "model.layers.1.mlp.up_proj"
     model.model.layers[1].load_state_dict(load(folder).model.layers[1].state_dict())
@@ -135,14 +143,20 @@ def test_offloaded_weights(true_sequential, tiny_model_folder, calibration_data,
         torch.testing.assert_close(module.weight.detach().cpu(), expected[name].weight.detach())
 
 
-def test_experts_that_get_some_tokens_only_are_fitted_without_and_named(tiny_model_folder, calibration_data, messages):
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_experts_that_get_some_tokens_only_are_fitted_without_and_named(
+    true_sequential, tiny_model_folder, calibration_data, messages
+):
+    """In the first block, too, where attention is pruned before them."""
     model = load(tiny_model_folder("mixtral"))
     linearize_moe(model)
-    recipe = [crepe(uncalibrated="dense", ignore=["lm_head", "re:.*gate$"]), Watched(asymmetric_calibration=1.0)]
+    correction = Watched(asymmetric_calibration=1.0, true_sequential=true_sequential)
+    recipe = [crepe(uncalibrated="dense", ignore=["lm_head", "re:.*gate$"]), correction]
     run(model, recipe, calibration_data, moe_calibrate_all_experts=False)
     (table,) = [message for message in messages if "Squared output error" in message]
     marked = [line.split()[0] for line in table.splitlines() if "gets some tokens only" in line]
-    assert marked and all(".layers.1." in name and ".experts." in name for name in marked)
+    assert marked and all(".experts." in name for name in marked)
+    assert any(".layers.0." in name for name in marked) == true_sequential
     dense = load(tiny_model_folder("mixtral"))
     linearize_moe(dense)
     assert all(torch.equal(seen[name], linears(dense)[name].weight) for name in marked)
@@ -201,6 +215,27 @@ def test_true_sequential_masks_by_what_is_pruned_in_front(tiny_model_folder, cal
         torch.testing.assert_close(norm, grams[name].diagonal().sqrt(), rtol=1e-4, atol=1e-5)
 
 
+def test_no_batch_is_gathered_twice(tiny_model_folder, calibration_data, monkeypatch):
+    """A layer behind pruned ones of its block is not watched before those are pruned."""
+    gathered = Counter()
+
+    def counting(name, original):
+        def count(*args):
+            gathered[name] += 1
+            return original(*args)
+
+        return count
+
+    monkeypatch.setattr(InputStatistics, "update", counting("given", InputStatistics.update))
+    monkeypatch.setattr(DenseInputs, "_add", counting("dense", DenseInputs._add))
+    model = load(tiny_model_folder("llama"))
+    run(model, [crepe(), WeightCorrectionModifier()], calibration_data, batch_size=1)
+    first = sum(name.split(".")[-1] in ("q_proj", "k_proj", "v_proj") for name in linears(model)) // 2
+    windows = len(calibration_data)
+    # In front of the first layers of the first block nothing is pruned.
+    assert gathered == {"given": 14 * windows, "dense": (14 - first) * windows}
+
+
 def test_experts_are_calibrated_again_together(tiny_model_folder, calibration_data):
     model = load(tiny_model_folder("mixtral"))
     linearize_moe(model)
@@ -224,17 +259,16 @@ def test_experts_are_calibrated_again_together(tiny_model_folder, calibration_da
 
 
 def test_blocks_in_parts_are_refused(tiny_model_folder, calibration_data):
-    with pytest.raises(
-        ValueError, match=r"calibrated in parts: leave out sequential_targets.*asymmetric_calibration: 0"
-    ):
-        run(
-            load(tiny_model_folder("llama")), [crepe(), ADMMModifier()], calibration_data, sequential_targets=["Linear"]
+    off = {"asymmetric_calibration": 0, "true_sequential": False}
+    for kept in off:
+        recipe = [crepe(), ADMMModifier(**{name: value for name, value in off.items() if name != kept})]
+        message = (
+            "calibrated in parts: leave out sequential_targets.*`true_sequential: false` and `asymmetric_cal.*: 0`"
         )
-    recipe = [crepe(), ADMMModifier(asymmetric_calibration=0)]
+        with pytest.raises(ValueError, match=message):
+            run(load(tiny_model_folder("llama")), recipe, calibration_data, sequential_targets=["Linear"])
+    recipe = [crepe(), ADMMModifier(**off)]
     run(load(tiny_model_folder("llama")), recipe, calibration_data, sequential_targets=["Linear"])
-    recipe = [crepe(), ADMMModifier(asymmetric_calibration=0, true_sequential=True)]
-    with pytest.raises(ValueError, match=r"calibrated in parts: leave out sequential_targets.*true_sequential: false"):
-        run(load(tiny_model_folder("llama")), recipe, calibration_data, sequential_targets=["Linear"])
 
 
 def test_a_model_without_one_list_of_blocks_is_refused(tiny_model_folder, calibration_data):
@@ -249,15 +283,28 @@ def wanda():
 
 
 @pytest.mark.parametrize(
-    ("pruning", "method", "share"),
-    [(crepe, "pcg", 0.25), (crepe, "sparsegpt", 0.25), (wanda, "pcg", 0.0), (crepe, "energy", 0.0)],
+    ("pruning", "method", "share", "in_turn"),
+    [
+        (crepe, "pcg", 0.25, True),
+        (crepe, "sparsegpt", 0.25, True),
+        (wanda, "pcg", 0.0, False),
+        (crepe, "energy", 0.0, False),
+    ],
 )
-def test_left_out_it_is_a_quarter_where_it_is_possible(pruning, method, share, tiny_model_folder, calibration_data):
+def test_left_out_both_are_used_where_that_is_possible(
+    pruning, method, share, in_turn, tiny_model_folder, calibration_data
+):
     folder = tiny_model_folder("llama")
     run(load(folder), [pruning(), Watched(method=method)], calibration_data)
-    found = dict(seen)
-    run(load(folder), [pruning(), Watched(method=method, asymmetric_calibration=share)], calibration_data)
-    assert len(found) == 14 and all(torch.equal(found[name], seen[name]) for name in seen)
+    found, by = dict(seen), dict(gathered)
+    explicit = Watched(method=method, asymmetric_calibration=share, true_sequential=in_turn)
+    run(load(folder), [pruning(), explicit], calibration_data)
+    assert len(found) == 14
+    assert all(torch.equal(found[name], seen[name]) and torch.equal(by[name], gathered[name]) for name in seen)
+    if pruning is crepe:
+        run(load(folder), [pruning(), Watched(method=method, true_sequential=not in_turn)], calibration_data)
+        name = "model.layers.0.mlp.down_proj"
+        assert not torch.equal(by[name], gathered[name])
     name = "model.layers.1.mlp.up_proj"
     assert torch.equal(found[name], load(folder).model.layers[1].mlp.up_proj.weight) == (share == 0)
 

@@ -74,7 +74,7 @@ def test_the_first_block_is_corrected_as_computed_independently(method, by, tiny
     """The first block's inputs are known: those of the pruned block in an epoch of its own, else those of the dense."""
     folder = tiny_model_folder("llama")
     pruned = run(load(folder), [by()], calibration_data)
-    correction = WeightCorrectionModifier(method=method)
+    correction = WeightCorrectionModifier(method=method, true_sequential=False)
     corrected = linears(run(load(folder), [by(), correction], calibration_data))
     inputs = inputs_of(pruned if by is wanda else load(folder), calibration_data)
     for name, dense in linears(load(folder)).items():
@@ -174,7 +174,7 @@ def test_what_is_dense_is_what_was_pruned(tiny_model_folder, calibration_data):
     smooth = {"smoothing_strength": 0.8}
     smoothed = run(load(folder), [SmoothQuantModifier(**smooth)], calibration_data)
     pruned = run(load(folder), [SmoothQuantModifier(**smooth), crepe()], calibration_data)
-    correction = WeightCorrectionModifier(method="pcg")
+    correction = WeightCorrectionModifier(method="pcg", true_sequential=False)
     run(load(folder), [SmoothQuantModifier(**smooth), crepe(), correction], calibration_data)
     inputs = inputs_of(smoothed, calibration_data)
     for name, dense in linears(smoothed).items():

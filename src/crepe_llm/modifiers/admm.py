@@ -63,8 +63,8 @@ class ADMMModifier(ReconstructionModifier):
     :param asymmetric_calibration: the share, from 0 to 1, of the error in its inputs that a layer makes up for; 0.25
         where it is left out
     :param true_sequential: calibrate each layer of a decoder block on what the pruned layers in front of it in that
-        block give it, not on what the dense ones do. The block is run on all calibration data again for it, three times
-        in most models, and its and its layers' inputs are kept on the CPU until it is done
+        block give it (the default), not on what the dense ones do. The block is run on all calibration data again for
+        it, three times in most models, and its and its layers' inputs are kept on the CPU until it is done
     :param targets: layers to work on, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it

@@ -145,7 +145,7 @@ class ReconstructionModifier(AfterPruningModifier):
 
     dampening: float = 0.01
     asymmetric_calibration: float | None = None
-    true_sequential: bool = False
+    true_sequential: bool | None = None
 
     _dense_inputs: DenseInputs | None = PrivateAttr(default=None)
     _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
@@ -181,6 +181,12 @@ class ReconstructionModifier(AfterPruningModifier):
         return DEFAULT_SHARE if self._leader is not None and self.fits_outputs else 0.0
 
     @property
+    def _in_turn(self) -> bool:
+        if self.true_sequential is not None:
+            return self.true_sequential
+        return self._leader is not None and self.fits_outputs
+
+    @property
     def errors(self) -> dict[str, tuple[float, float]]:
         """For each pruned layer the squared error of its outputs, relative to those aimed at, before and after."""
         return dict(self._errors)
@@ -190,7 +196,7 @@ class ReconstructionModifier(AfterPruningModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)
-        for name, value in (("asymmetric_calibration", self._share), ("true_sequential", self.true_sequential)):
+        for name, value in (("asymmetric_calibration", self._share), ("true_sequential", self._in_turn)):
             if value and self._leader is None:
                 raise ValueError(
                     f"{name}={value} needs layers that are dense when they are calibrated, so in front of "
@@ -200,21 +206,21 @@ class ReconstructionModifier(AfterPruningModifier):
         return True
 
     def watch_too(self, model: torch.nn.Module) -> None:
-        if not (self._share or self.true_sequential):
+        if not (self._share or self._in_turn):
             return
         try:
             blocks = list(find_blocks(model).values())
         except ValueError as error:
             raise ValueError(
-                f"asymmetric_calibration={self._share} and true_sequential={self.true_sequential} run the model block "
+                f"asymmetric_calibration={self._share} and true_sequential={self._in_turn} run the model block "
                 f"by block, and {error}: set `asymmetric_calibration: 0` and `true_sequential: false`"
             ) from error
-        if self._share:
-            again = self.true_sequential
-            self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader, again=again)
-        if self.true_sequential:
+        deferral = {}
+        if self._in_turn:
             assert self._leader is not None  # on_initialize
-            self._leader.calibrate_in_turn(blocks)
+            deferral["is_deferred"] = self._leader.calibrate_in_turn(blocks).is_deferred
+        if self._share:
+            self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader, **deferral)
 
     def watch_again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
         return self._dense_inputs.again(layers) if self._dense_inputs is not None else set()

@@ -13,13 +13,20 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-__all__ = ["BlockReplay"]
+__all__ = ["CALIBRATED_IN_PARTS", "BlockReplay"]
+
+#: What is said where a block was never run as a whole.
+CALIBRATED_IN_PARTS = (
+    "true_sequential and asymmetric_calibration run whole decoder blocks, and these are calibrated in parts: leave out "
+    "sequential_targets, or set `true_sequential: false` and `asymmetric_calibration: 0`"
+)
 
 
 class BlockReplay:
     """Remembers the batches that decoder blocks are calibrated on, and runs a block on them again.
 
-    A block's batches are kept on the CPU until its layers are done.
+    A block's batches are kept on the CPU until its layers are done. Layers with the same inputs are one group, and what
+    groups but the first are given before the block is run again is of no use (:meth:`is_deferred`).
 
     Args:
         owner: whose hooks these are; removing them is its work.
@@ -34,11 +41,18 @@ class BlockReplay:
         self._kind_of = {layer: re.sub(r"\.\d+\.", ".*.", inside[layer][1]) for layer in self._block_of}
         self._groups: dict[torch.nn.Module, dict[str, int]] = {}
         self._batches: dict[torch.nn.Module, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
+        self._calls: list[tuple[str, torch.Tensor]] = []
+        self._running = False
         for block in dict.fromkeys(self._block_of.values()):
             owner.register_hook(block, self._see_block, "forward", with_kwargs=True)  # type: ignore[arg-type]
         for layer in self._block_of:
-            owner.register_hook(layer, self._see_inputs, "forward_pre")  # type: ignore[arg-type]
+            # In front of the hooks that ask is_deferred.
+            owner.register_hook(layer, self._see_inputs, "forward_pre", prepend=True)  # type: ignore[arg-type]
+
+    def is_deferred(self, layer: torch.nn.Module) -> bool:
+        """Whether what the layer is given now does not count, as its block will be run again for it."""
+        block = self._block_of.get(layer)
+        return block is not None and not self._running and self._groups.get(block, {}).get(self._kind_of[layer], 0) > 0
 
     def steps(
         self, modules: list[torch.nn.Module], watch: Callable[[list[torch.nn.Module]], set[RemovableHandle]]
@@ -55,41 +69,41 @@ class BlockReplay:
         if rest:
             yield rest
         for block in dict.fromkeys(self._block_of[module] for module in modules if module in self._block_of):
-            if block not in self._groups:
-                raise ValueError(
-                    "true_sequential runs whole decoder blocks, and these are calibrated in parts: leave out "
-                    "sequential_targets, or set `true_sequential: false`"
-                )
+            if block not in self._batches:
+                raise ValueError(CALIBRATED_IN_PARTS)
+            groups = self._groups.pop(block, {})
             layers: dict[int, list[torch.nn.Module]] = {}
             for module in modules:
                 if self._block_of.get(module) is block:
                     # Experts that no token reached come last.
-                    place = self._groups[block].get(self._kind_of[module], len(self._groups[block]))
+                    place = groups.get(self._kind_of[module], len(groups))
                     layers.setdefault(place, []).append(module)
-            for index, place in enumerate(sorted(layers)):
-                if index:
+            for place in sorted(layers):
+                if place:
                     self._run(block, watch(layers[place]))
                 yield layers[place]
-            del self._batches[block], self._groups[block]
+            del self._batches[block]
 
     def _run(self, block: torch.nn.Module, keep: set[RemovableHandle]) -> None:
         device = get_execution_device(block)
         batches = self._batches[block].items()
-        with HooksMixin.disable_hooks(keep=keep), torch.no_grad():
-            for batch, (args, kwargs) in tqdm(batches, desc="Calibrating again", leave=False):
-                active_session().state.current_batch_idx = batch
-                block(*send_to_device(args, device), **send_to_device(kwargs, device))
+        self._running = True
+        try:
+            with HooksMixin.disable_hooks(keep=keep), torch.no_grad():
+                for batch, (args, kwargs) in tqdm(batches, desc="Calibrating again", leave=False):
+                    active_session().state.current_batch_idx = batch
+                    block(*send_to_device(args, device), **send_to_device(kwargs, device))
+        finally:
+            self._running = False
 
     def _see_inputs(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        self._calls.append((layer, args[0]))
+        kind, groups = self._kind_of[layer], self._groups.setdefault(self._block_of[layer], {})
+        if kind not in groups:
+            same = [other for other, inputs in self._calls if inputs is args[0]]
+            groups[kind] = groups[same[0]] if same else len(set(groups.values()))
+        self._calls.append((kind, args[0]))
 
     def _see_block(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         batch = active_session().state.current_batch_idx
         self._batches.setdefault(block, {})[batch] = send_to_device((args, kwargs), "cpu")
-        groups = self._groups.setdefault(block, {})
-        for place, (layer, inputs) in enumerate(self._calls):
-            kind = self._kind_of[layer]
-            if kind not in groups:
-                same = [self._kind_of[other] for other, others in self._calls[:place] if others is inputs]
-                groups[kind] = groups[same[0]] if same else len(set(groups.values()))
         self._calls.clear()

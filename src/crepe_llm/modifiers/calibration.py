@@ -148,14 +148,13 @@ class CalibratedModifier(Modifier):
     def watch_too(self, model: torch.nn.Module) -> None:
         """Called on a follower when its leader has begun to watch; hooks that it registers are removed for it."""
 
-    def calibrate_in_turn(self, blocks: list[torch.nn.Module]) -> None:
+    def calibrate_in_turn(self, blocks: list[torch.nn.Module]) -> BlockReplay:
         """Compress each block's layers one group after the other, each calibrated on what those in front became."""
-        self._replay = self._replay or BlockReplay(self, self._layers, blocks)
+        self._replay = BlockReplay(self, self._layers, blocks)
+        return self._replay
 
     def watch_again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
-        """Forget the inputs of these layers, and learn them anew by these hooks when their block is run again."""
-        for layer in layers:
-            self._statistics.pop(layer, None)
+        """What these deferred layers are given is learnt by these hooks, when their block is run again."""
         return {self._handles[layer] for layer in layers if layer in self._handles}
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -234,6 +233,8 @@ class CalibratedModifier(Modifier):
             stop_recording(self._dataloader)
 
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if self._replay is not None and self._replay.is_deferred(module):
+            return
         inputs = args[0]
         if module not in self._statistics:
             name = self._layers[module]

@@ -1,6 +1,6 @@
 """What the dense model would feed layers, beside what they are fed behind pruned ones."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch.utils.hooks import RemovableHandle
 
+from crepe_llm.modifiers.block_replay import CALIBRATED_IN_PARTS
 from crepe_llm.modifiers.calibration import block_inputs, block_outputs, token_mask
 from crepe_llm.statistics import counted_tokens
 
@@ -28,7 +29,8 @@ class DenseInputs:
         layers: linear layers to watch; those outside of `blocks` are left out.
         blocks: the model's decoder blocks, in order.
         dataloader: that records attention masks (:func:`crepe_llm.modifiers.calibration.start_recording`).
-        again: whether :meth:`again` may be called; the dense inputs of a block's layers are then kept, on the CPU.
+        is_deferred: asked whether a layer's products are learnt when its block is run again (:meth:`again`), not now;
+            its dense inputs are kept until then, on the CPU.
     """
 
     def __init__(
@@ -37,8 +39,7 @@ class DenseInputs:
         layers: Iterable[torch.nn.Module],
         blocks: list[torch.nn.Module],
         dataloader: Any,
-        *,
-        again: bool = False,
+        is_deferred: Callable[[torch.nn.Module], bool] = lambda layer: False,
     ) -> None:
         block_of = {module: block for block in blocks for module in block.modules()}
         self._block_of = {module: block_of[module] for module in layers if module in block_of}
@@ -48,7 +49,8 @@ class DenseInputs:
         self._reached: set[torch.nn.Module] = set()
         self._hidden: dict[int, torch.Tensor] = {}
         self._given: dict[torch.nn.Module, list[torch.Tensor]] = {}
-        self._dense: dict[torch.nn.Module, dict[int, torch.Tensor]] | None = {} if again else None
+        self._is_deferred = is_deferred
+        self._dense: dict[torch.nn.Module, dict[int, torch.Tensor]] = {}
         self._again: set[torch.nn.Module] = set()
         self._tokens: dict[int, int] = {}
         self._replaying = False
@@ -63,10 +65,8 @@ class DenseInputs:
         }
 
     def again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
-        """Forget what these layers were given, and learn it anew by these hooks when their block is run again."""
+        """What these deferred layers are given is learnt by these hooks, when their block is run again."""
         layers = [layer for layer in layers if layer in self._block_of]
-        for layer in layers:
-            self._cross.pop(layer, None)
         self._again.update(layers)
         return {self._handles[layer] for layer in layers}
 
@@ -80,12 +80,8 @@ class DenseInputs:
         """
         block = self._block_of.get(module)
         if block is not None and block not in self._reached:
-            raise ValueError(
-                "asymmetric_calibration runs whole decoder blocks, and these are calibrated in parts: leave out "
-                "sequential_targets, or set `asymmetric_calibration: 0`"
-            )
-        if self._dense is not None:
-            self._dense.pop(module, None)
+            raise ValueError(CALIBRATED_IN_PARTS)
+        self._dense.pop(module, None)
         cross = self._cross.pop(module, None)
         return None if self.is_routed(module) else cross
 
@@ -107,24 +103,22 @@ class DenseInputs:
                     output = block(*args, **kwargs)
             finally:
                 self._replaying = False
-        elif self._dense is not None:
-            for layer, inputs in self._given.items():
-                self._dense.setdefault(layer, {})[batch] = inputs[0].to("cpu")
         self._given.clear()
         if block is not self._last:
             self._hidden[batch] = block_outputs(output).to("cpu")
 
     def _see_inputs(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
         batch = active_session().state.current_batch_idx
-        if self._replaying:
-            earlier = self._given.get(layer)
-            self._add(layer, batch, args[0], earlier.pop(0) if earlier else None)
-            if self._dense is not None:
-                self._dense.setdefault(layer, {})[batch] = args[0].to("cpu")
-        elif layer in self._again:
-            assert self._dense is not None  # again=True
+        if layer in self._again:
             dense = self._dense.get(layer, {}).get(batch)
             self._add(layer, batch, None if dense is None else dense.to(args[0]), args[0])
+        elif self._is_deferred(layer):
+            # In the first block nothing is replayed, as what it is given is what the dense one is.
+            if self._replaying or batch not in self._hidden:
+                self._dense.setdefault(layer, {})[batch] = args[0].to("cpu")
+        elif self._replaying:
+            earlier = self._given.get(layer)
+            self._add(layer, batch, args[0], earlier.pop(0) if earlier else None)
         else:
             self._given.setdefault(layer, []).append(args[0])
 

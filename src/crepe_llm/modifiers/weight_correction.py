@@ -68,7 +68,8 @@ class WeightCorrectionModifier(ReconstructionModifier):
     :param asymmetric_calibration: for `sparsegpt` and `pcg`, the share, from 0 to 1, of the error in its inputs that a
         layer makes up for. Where it is left out, 0.25 behind one CRePEModifier, and 0 behind llm-compressor's own
     :param true_sequential: calibrate each layer of a decoder block on what the pruned layers in front of it in that
-        block give it, not on what the dense ones do, as in ADMMModifier; behind one CRePEModifier
+        block give it, not on what the dense ones do, as in ADMMModifier. Where it is left out, true for `sparsegpt` and
+        `pcg` behind one CRePEModifier, else false
     :param targets: layers to correct, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
