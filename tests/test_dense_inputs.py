@@ -215,6 +215,20 @@ def test_true_sequential_masks_by_what_is_pruned_in_front(tiny_model_folder, cal
         torch.testing.assert_close(norm, grams[name].diagonal().sqrt(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_basic_pipeline_changes_what_is_within_a_block_only(tiny_model_folder, calibration_data):
+    """Its blocks are calibrated on what the dense model gives them, and pruned when all have been."""
+    folder = tiny_model_folder("llama")
+    pruned = run(load(folder), [crepe(mask_structure="6:8"), Watched()], calibration_data, pipeline="basic")
+    assert len(gathered) == 14
+    for place, block in enumerate(pruned.model.layers):
+        one_pruned = load(folder)
+        one_pruned.model.layers[place].load_state_dict(block.state_dict())
+        _, grams = in_turn(load(folder), one_pruned, calibration_data, 0.25)
+        for name in gathered:
+            if f".layers.{place}." in name:
+                torch.testing.assert_close(gathered[name].double(), grams[name], rtol=1e-3, atol=1e-4)
+
+
 def test_no_batch_is_gathered_twice(tiny_model_folder, calibration_data, monkeypatch):
     """A layer behind pruned ones of its block is not watched before those are pruned."""
     gathered = Counter()

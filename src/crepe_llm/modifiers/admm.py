@@ -64,7 +64,8 @@ class ADMMModifier(ReconstructionModifier):
         where it is left out
     :param true_sequential: calibrate each layer of a decoder block on what the pruned layers in front of it in that
         block give it (the default), not on what the dense ones do. The block is run on all calibration data again for
-        it, three times in most models, and its and its layers' inputs are kept on the CPU until it is done
+        it, three times in most models, and its and its layers' inputs are kept on the CPU until it is done (those of
+        all blocks with `pipeline="basic"`)
     :param targets: layers to work on, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
