@@ -335,7 +335,9 @@ def main() -> None:
     parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
     # Those that tell about PHO only (docs/pho.md) are measured where they are named.
     named = [method for method in METHODS if not method.endswith(("the other model's PHO", "not verified"))]
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=named, metavar="METHOD", help="of: %(choices)s")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=named, metavar="METHOD", help="of: %(choices)s"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
     parser.add_argument("--split", choices=["test", "valid"], default="test", help="articles to measure on")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")

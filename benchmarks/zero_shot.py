@@ -25,7 +25,9 @@ DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE + PHO", "CRePE + permutation + 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT, metavar="METHOD", help="of: %(choices)s")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=DEFAULT, metavar="METHOD", help="of: %(choices)s"
+    )
     parser.add_argument("--questions", type=int, default=500, help="of each task, the first ones (%(default)s)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "zero_shot.jsonl")
     options = parser.parse_args()
