@@ -90,6 +90,10 @@ def then(first: Method, modifier: str, /, **fields: Any) -> Method:
     return modifiers
 
 
+# Fields of the two below: without asymmetric calibration, and block by block.
+SYMMETRIC: dict[str, Any] = {"asymmetric": 0.0, "in_turn": False}
+
+
 def with_pcg(method: Method, *, asymmetric: float = DEFAULT_SHARE, in_turn: bool = True) -> Method:
     """A method with least-squares weights behind it."""
     fields = {"asymmetric_calibration": asymmetric, "true_sequential": in_turn}
@@ -149,24 +153,24 @@ METHODS: dict[str, Method | None] = {
     "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),
-    "SparseGPT + pcg": with_pcg(sparsegpt, asymmetric=0.0, in_turn=False),
+    "SparseGPT + pcg": with_pcg(sparsegpt, **SYMMETRIC),
     "CRePE + admm": with_admm(crepe),
     "CRePE + permutation + admm": with_admm(permuted(crepe)),
     **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by) for by in ALLOCATIONS},
-    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, asymmetric=0.0, in_turn=False), "atp"),
+    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, **SYMMETRIC), "atp"),
     # What asymmetric calibration and calibrating layer after layer are worth.
     "CRePE + pcg, by block": with_pcg(crepe, in_turn=False),
-    "CRePE + pcg, symmetric": with_pcg(crepe, asymmetric=0.0, in_turn=False),
-    "CRePE + permutation + pcg, symmetric": with_pcg(permuted(crepe), asymmetric=0.0, in_turn=False),
+    "CRePE + pcg, symmetric": with_pcg(crepe, **SYMMETRIC),
+    "CRePE + permutation + pcg, symmetric": with_pcg(permuted(crepe), **SYMMETRIC),
     "CRePE + admm, by block": with_admm(crepe, in_turn=False),
-    "CRePE + admm, symmetric": with_admm(crepe, asymmetric=0.0, in_turn=False),
+    "CRePE + admm, symmetric": with_admm(crepe, **SYMMETRIC),
     "CRePE + permutation + admm, by block": with_admm(permuted(crepe), in_turn=False),
-    "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), asymmetric=0.0, in_turn=False),
-    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, asymmetric=0.0, in_turn=False), "atp"),
+    "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), **SYMMETRIC),
+    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, **SYMMETRIC), "atp"),
     "CRePE + atp + admm, by block": allocated(with_admm(crepe, in_turn=False), "atp"),
-    "CRePE + atp + admm, symmetric": allocated(with_admm(crepe, asymmetric=0.0, in_turn=False), "atp"),
+    "CRePE + atp + admm, symmetric": allocated(with_admm(crepe, **SYMMETRIC), "atp"),
 }
 
 

@@ -231,11 +231,11 @@ def test_the_basic_pipeline_changes_what_is_within_a_block_only(tiny_model_folde
 
 def test_no_batch_is_gathered_twice(tiny_model_folder, calibration_data, monkeypatch):
     """A layer behind pruned ones of its block is not watched before those are pruned."""
-    gathered = Counter()
+    counted = Counter()
 
     def counting(name, original):
         def count(*args):
-            gathered[name] += 1
+            counted[name] += 1
             return original(*args)
 
         return count
@@ -247,7 +247,7 @@ def test_no_batch_is_gathered_twice(tiny_model_folder, calibration_data, monkeyp
     first = sum(name.split(".")[-1] in ("q_proj", "k_proj", "v_proj") for name in linears(model)) // 2
     windows = len(calibration_data)
     # In front of the first layers of the first block nothing is pruned.
-    assert gathered == {"given": 14 * windows, "dense": (14 - first) * windows}
+    assert counted == {"given": 14 * windows, "dense": (14 - first) * windows}
 
 
 def test_experts_are_calibrated_again_together(tiny_model_folder, calibration_data):

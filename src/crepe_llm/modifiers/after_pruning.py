@@ -175,16 +175,19 @@ class ReconstructionModifier(AfterPruningModifier):
         return True
 
     @property
+    def _profits(self) -> bool:
+        """Whether the model is run again for better inputs where the recipe does not say."""
+        return self._leader is not None and self.fits_outputs
+
+    @property
     def _share(self) -> float:
         if self.asymmetric_calibration is not None:
             return self.asymmetric_calibration
-        return DEFAULT_SHARE if self._leader is not None and self.fits_outputs else 0.0
+        return DEFAULT_SHARE if self._profits else 0.0
 
     @property
     def _in_turn(self) -> bool:
-        if self.true_sequential is not None:
-            return self.true_sequential
-        return self._leader is not None and self.fits_outputs
+        return self._profits if self.true_sequential is None else self.true_sequential
 
     @property
     def errors(self) -> dict[str, tuple[float, float]]:
@@ -215,12 +218,11 @@ class ReconstructionModifier(AfterPruningModifier):
                 f"asymmetric_calibration={self._share} and true_sequential={self._in_turn} run the model block "
                 f"by block, and {error}: set `asymmetric_calibration: 0` and `true_sequential: false`"
             ) from error
-        deferral = {}
+        assert self._leader is not None  # on_initialize
         if self._in_turn:
-            assert self._leader is not None  # on_initialize
-            deferral["is_deferred"] = self._leader.calibrate_in_turn(blocks).is_deferred
+            self._leader.calibrate_in_turn(blocks)
         if self._share:
-            self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader, **deferral)
+            self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader, self._leader.is_deferred)
 
     def watch_again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
         return self._dense_inputs.again(layers) if self._dense_inputs is not None else set()

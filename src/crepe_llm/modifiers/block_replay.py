@@ -42,7 +42,6 @@ class BlockReplay:
         self._groups: dict[torch.nn.Module, dict[str, int]] = {}
         self._batches: dict[torch.nn.Module, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._calls: list[tuple[str, torch.Tensor]] = []
-        self._running = False
         for block in dict.fromkeys(self._block_of.values()):
             owner.register_hook(block, self._see_block, "forward", with_kwargs=True)  # type: ignore[arg-type]
         for layer in self._block_of:
@@ -52,7 +51,7 @@ class BlockReplay:
     def is_deferred(self, layer: torch.nn.Module) -> bool:
         """Whether what the layer is given now does not count, as its block will be run again for it."""
         block = self._block_of.get(layer)
-        return block is not None and not self._running and self._groups.get(block, {}).get(self._kind_of[layer], 0) > 0
+        return block is not None and self._groups.get(block, {}).get(self._kind_of[layer], 0) > 0
 
     def steps(
         self, modules: list[torch.nn.Module], watch: Callable[[list[torch.nn.Module]], set[RemovableHandle]]
@@ -71,7 +70,7 @@ class BlockReplay:
         for block in dict.fromkeys(self._block_of[module] for module in modules if module in self._block_of):
             if block not in self._batches:
                 raise ValueError(CALIBRATED_IN_PARTS)
-            groups = self._groups.pop(block, {})
+            groups = self._groups.pop(block, {})  # from here on nothing is deferred
             layers: dict[int, list[torch.nn.Module]] = {}
             for module in modules:
                 if self._block_of.get(module) is block:
@@ -87,14 +86,10 @@ class BlockReplay:
     def _run(self, block: torch.nn.Module, keep: set[RemovableHandle]) -> None:
         device = get_execution_device(block)
         batches = self._batches[block].items()
-        self._running = True
-        try:
-            with HooksMixin.disable_hooks(keep=keep), torch.no_grad():
-                for batch, (args, kwargs) in tqdm(batches, desc="Calibrating again", leave=False):
-                    active_session().state.current_batch_idx = batch
-                    block(*send_to_device(args, device), **send_to_device(kwargs, device))
-        finally:
-            self._running = False
+        with HooksMixin.disable_hooks(keep=keep), torch.no_grad():
+            for batch, (args, kwargs) in tqdm(batches, desc="Calibrating again", leave=False):
+                active_session().state.current_batch_idx = batch
+                block(*send_to_device(args, device), **send_to_device(kwargs, device))
 
     def _see_inputs(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
         kind, groups = self._kind_of[layer], self._groups.setdefault(self._block_of[layer], {})

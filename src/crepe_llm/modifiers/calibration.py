@@ -148,10 +148,13 @@ class CalibratedModifier(Modifier):
     def watch_too(self, model: torch.nn.Module) -> None:
         """Called on a follower when its leader has begun to watch; hooks that it registers are removed for it."""
 
-    def calibrate_in_turn(self, blocks: list[torch.nn.Module]) -> BlockReplay:
+    def calibrate_in_turn(self, blocks: list[torch.nn.Module]) -> None:
         """Compress each block's layers one group after the other, each calibrated on what those in front became."""
         self._replay = BlockReplay(self, self._layers, blocks)
-        return self._replay
+
+    def is_deferred(self, layer: torch.nn.Module) -> bool:
+        """Whether what the layer is given now does not count, as its block will be run again for it."""
+        return self._replay is not None and self._replay.is_deferred(layer)
 
     def watch_again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
         """What these deferred layers are given is learnt by these hooks, when their block is run again."""
@@ -233,7 +236,7 @@ class CalibratedModifier(Modifier):
             stop_recording(self._dataloader)
 
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if self._replay is not None and self._replay.is_deferred(module):
+        if self.is_deferred(module):
             return
         inputs = args[0]
         if module not in self._statistics:

@@ -39,7 +39,7 @@ class DenseInputs:
         layers: Iterable[torch.nn.Module],
         blocks: list[torch.nn.Module],
         dataloader: Any,
-        is_deferred: Callable[[torch.nn.Module], bool] = lambda layer: False,
+        is_deferred: Callable[[torch.nn.Module], bool],
     ) -> None:
         block_of = {module: block for block in blocks for module in block.modules()}
         self._block_of = {module: block_of[module] for module in layers if module in block_of}
