@@ -142,11 +142,13 @@ METHODS: dict[str, Method | None] = {
     "SparseGPT": sparsegpt,
     "CVR + energy": then(pruned_by(score="cvr"), "WeightCorrectionModifier", method="energy"),
     "CRePE + energy": then(crepe, "WeightCorrectionModifier", method="energy"),
+    "CRePE + mean": then(crepe, "WeightCorrectionModifier", method="mean"),
     "CRePE + DSnoT": then(crepe, "DSnoTModifier"),
     "CRePE + DSnoT by CRePE": then(crepe, "DSnoTModifier", score="crepe"),
     "CRePE + DSnoT, attention": then(crepe, "DSnoTModifier", targets=["re:.*self_attn.*_proj$"]),
     "CRePE + permutation": permuted(crepe),
     "CRePE + permutation + energy": then(permuted(crepe), "WeightCorrectionModifier", method="energy"),
+    "CRePE + permutation + mean": then(permuted(crepe), "WeightCorrectionModifier", method="mean"),
     "CRePE + permutation + DSnoT + energy": then(
         then(permuted(crepe), "DSnoTModifier"), "WeightCorrectionModifier", method="energy"
     ),
@@ -159,7 +161,6 @@ METHODS: dict[str, Method | None] = {
     **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by) for by in ALLOCATIONS},
-    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, **SYMMETRIC), "atp"),
     # What asymmetric calibration and calibrating layer after layer are worth.
     "CRePE + pcg, by block": with_pcg(crepe, in_turn=False),
     "CRePE + pcg, symmetric": with_pcg(crepe, **SYMMETRIC),
@@ -168,9 +169,6 @@ METHODS: dict[str, Method | None] = {
     "CRePE + admm, symmetric": with_admm(crepe, **SYMMETRIC),
     "CRePE + permutation + admm, by block": with_admm(permuted(crepe), in_turn=False),
     "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), **SYMMETRIC),
-    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, **SYMMETRIC), "atp"),
-    "CRePE + atp + admm, by block": allocated(with_admm(crepe, in_turn=False), "atp"),
-    "CRePE + atp + admm, symmetric": allocated(with_admm(crepe, **SYMMETRIC), "atp"),
 }
 
 

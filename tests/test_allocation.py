@@ -103,7 +103,7 @@ def test_alpha_pruning_by_the_papers_formula():
 def test_atp_is_the_papers_line():
     assert atp(5, 0.7, 0.05) == pytest.approx([0.7 - 0.05 * 4 / 2 + 0.05 * block for block in range(5)])
     assert atp(1, 0.7) == [0.7]
-    assert atp(3, 0.7) == pytest.approx([0.55, 0.7, 0.85])
+    assert atp(3, 0.7) == pytest.approx([0.6625, 0.7, 0.7375])
     with pytest.raises(ValueError, match=r"slope of 0\.5 takes 3 blocks.*use at most 0\.3"):
         atp(3, 0.7, 0.5)
 

@@ -159,6 +159,9 @@ def test_measures_of_blocks_are_never_nan(measure, dtype):
 # A dense weight, a mask and the inputs' statistics, to the weight after a correction or re-pruning.
 CORRECTIONS = {
     "energy_compensation": lambda dense, keep, seen: compensation.energy_compensation(dense, keep),
+    "mean_compensation": lambda dense, keep, seen: compensation.mean_compensation(
+        dense, keep, seen.mean, seen.variance
+    ),
     "sparsegpt_update": lambda dense, keep, seen: compensation.sparsegpt_update(dense, keep, seen.gram),
     "conjugate_gradients": lambda dense, keep, seen: compensation.conjugate_gradients(dense, keep, seen.gram),
 }

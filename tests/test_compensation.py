@@ -9,6 +9,7 @@ from crepe_llm.compensation import (
     asymmetric_target,
     conjugate_gradients,
     energy_compensation,
+    mean_compensation,
     output_error,
     sparsegpt_update,
 )
@@ -28,6 +29,10 @@ def layer(seed=0, rows=6, columns=16, tokens=64, dead=()):
 
 CORRECTIONS = {
     "energy": lambda weight, keep, gram, **fields: energy_compensation(weight, keep, **fields),
+    # Any means do that have no larger squares than the inputs.
+    "mean": lambda weight, keep, gram: mean_compensation(
+        weight, keep, gram.diagonal().sqrt() / 2, gram.diagonal() * 3 / 4
+    ),
     "sparsegpt": sparsegpt_update,
     "pcg": conjugate_gradients,
 }
@@ -208,6 +213,44 @@ def test_energy_of_columns_is_matched_where_means_are_zero():
     assert torch.equal(energy_compensation(weight, keep, rows=False, columns=False), weight * keep)
 
 
+@pytest.mark.parametrize("dampening", [0.01, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_compensation_is_least_squares_without_covariances(dampening, dtype):
+    weight, _, inputs = layer(rows=9, columns=24, tokens=100, dead=[3])
+    weight = weight.to(dtype)
+    inputs[:, 7] = 2  # which has a mean only
+    mean, variance = inputs.double().mean(0), inputs.double().var(0, correction=0)
+    damping = dampening * inputs.double().square().mean()
+    gram = torch.diag(variance + damping) + mean.outer(mean)
+    for keep in (keep_n_of_m(weight.float().abs(), 2, 4), keep_unstructured(weight.float().abs(), 0.7)):
+        found = mean_compensation(weight, keep, mean, variance, dampening=dampening)
+        torch.testing.assert_close(found.double(), exact(weight, keep, gram, 0.0), rtol=1e-4, atol=1e-4)
+
+
+def test_mean_compensation_restores_means_and_lowers_the_error():
+    """Of inputs that do not vary together, which are what it takes them for."""
+    weight, _, _ = layer(rows=9, columns=32)
+    inputs = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1)) + 2
+    mean, variance, gram = inputs.mean(0), inputs.var(0, correction=0), inputs.T @ inputs
+    keep = keep_unstructured(weight.abs(), 0.5)
+    found = mean_compensation(weight, keep, mean, variance)
+    lost, left = ((weight - changed) @ mean for changed in (weight * keep, found))
+    assert bool((left.abs() < 0.05 * lost.abs()).all())
+    best = conjugate_gradients(weight, keep, gram, iterations=50)
+    before, after, least = (output_error(weight, changed, gram) for changed in (weight * keep, found, best))
+    assert bool((after < before).all()) and bool((after < 1.02 * least).all())
+
+
+def test_mean_compensation_does_nothing_without_means_or_with_nothing_pruned():
+    weight, _, inputs = layer()
+    keep = keep_n_of_m(weight.abs(), 2, 4)
+    variance = inputs.var(0, correction=0)
+    assert torch.equal(mean_compensation(weight, keep, torch.zeros(16), variance), weight * keep)
+    everything = torch.ones_like(keep)
+    assert torch.equal(mean_compensation(weight, everything, inputs.mean(0), variance), weight)
+    assert not mean_compensation(weight, ~everything, inputs.mean(0), variance).any()
+
+
 def test_an_all_pruned_column_stays_pruned_and_scales_are_clamped():
     weight, _, _ = layer(rows=40, columns=8)
     weight -= weight.mean(0)
@@ -235,6 +278,8 @@ def test_an_indefinite_gram_matrix_is_an_error():
         (lambda w, k, g: asymmetric_target(w, g, g[:4], share=1.0), r"gram must be .* got \[4, 16\]"),
         (lambda w, k, g: output_error(w[0], w[0], g), r"must both be \[d_out, d_in\]"),
         (lambda w, k, g: energy_compensation(w, k, clamp=(2.0, 0.5)), "clamp=.*the smaller first"),
+        (lambda w, k, g: mean_compensation(w, k, g[0, :4], g[0]), r"mean must be \[d_in\], \[16\], got \[4\]"),
+        (lambda w, k, g: mean_compensation(w, k, g[0], g), r"variance must be \[d_in\], \[16\], got \[16, 16\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

@@ -303,6 +303,7 @@ def wanda():
         (crepe, "sparsegpt", 0.25, True),
         (wanda, "pcg", 0.0, False),
         (crepe, "energy", 0.0, False),
+        (crepe, "mean", 0.0, False),
     ],
 )
 def test_left_out_both_are_used_where_that_is_possible(

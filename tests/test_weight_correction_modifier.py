@@ -9,11 +9,11 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
 from conftest import FAMILIES
-from crepe_llm.compensation import conjugate_gradients, energy_compensation, sparsegpt_update
+from crepe_llm.compensation import conjugate_gradients, energy_compensation, mean_compensation, sparsegpt_update
 from crepe_llm.modifiers import CRePEModifier, PHOSearchModifier, WeightCorrectionModifier
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, refused, run
 
-METHODS = ["energy", "sparsegpt", "pcg"]
+METHODS = ["energy", "mean", "sparsegpt", "pcg"]
 
 
 def wanda(**fields):
@@ -47,8 +47,8 @@ def test_masks_stay_and_no_layer_gets_worse(family, method, tiny_model_folder, c
         error_before, error_after = correction.errors[name]
         assert 0 < error_after <= error_before, name
         assert (error_after < error_before) == (not torch.equal(matrix(layers[name]), before)), name
-    # Random weights on random inputs have hardly lost energy to make up for, see the next test.
-    assert method == "energy" or changed == len(layers)
+    # Random weights on random inputs have hardly lost energy, and seldom a mean, to make up for: see the next tests.
+    assert method in ("energy", "mean") or changed == len(layers)
 
 
 def test_energy_compensation_where_it_helps(tiny_model_folder, calibration_data):
@@ -68,6 +68,18 @@ def test_energy_compensation_where_it_helps(tiny_model_folder, calibration_data)
     torch.testing.assert_close(projection.weight.detach(), expected)
 
 
+def test_mean_compensation_where_it_helps(tiny_model_folder, calibration_data):
+    """Inputs that are nearly constant: their mean is nearly all that outputs lose."""
+    model = load(tiny_model_folder("llama"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(torch.linspace(1, 2, 32))
+    correction = WeightCorrectionModifier(method="mean")
+    run(model, [crepe(), correction], calibration_data)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        before, after = correction.errors[f"model.layers.0.self_attn.{name}"]
+        assert after < 0.2 * before
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("by", [crepe, wanda])
 def test_the_first_block_is_corrected_as_computed_independently(method, by, tiny_model_folder, calibration_data):
@@ -81,12 +93,12 @@ def test_the_first_block_is_corrected_as_computed_independently(method, by, tiny
         if ".layers.0." not in name:
             continue
         weight, masked = dense.weight.detach(), linears(pruned)[name].weight.detach()
-        gram = (inputs[name].T @ inputs[name]).float()
         update = {
-            "energy": lambda w, k, g: energy_compensation(w, k),
-            "sparsegpt": sparsegpt_update,
-            "pcg": conjugate_gradients,
-        }[method](weight, masked != 0, gram)
+            "energy": lambda w, k, x: energy_compensation(w, k),
+            "mean": lambda w, k, x: mean_compensation(w, k, x.mean(0), x.var(0, correction=0)),
+            "sparsegpt": lambda w, k, x: sparsegpt_update(w, k, (x.T @ x).float()),
+            "pcg": lambda w, k, x: conjugate_gradients(w, k, (x.T @ x).float()),
+        }[method](weight, masked != 0, inputs[name])
         before, after = (relative_error(inputs[name], weight, changed) for changed in (masked, update))
         expected = update if after < before else masked
         # Rounding decides in which iteration a row is done, hence the tolerance.

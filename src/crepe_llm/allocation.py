@@ -113,8 +113,8 @@ def atp(blocks: int, sparsity: float, slope: float | None = None) -> list[float]
     Args:
         blocks: how many there are.
         sparsity: the mean of the result.
-        slope: beta of the paper, what each block is pruned more than its predecessor; half of the largest that keeps
-            all sparsities between 0 and 1 where left out, which is our choice: the paper searches for it.
+        slope: beta of the paper, what each block is pruned more than its predecessor; an eighth of the largest that
+            keeps all sparsities between 0 and 1 where left out, which is our choice: the paper searches for it.
 
     Returns:
         One sparsity per block.
@@ -127,7 +127,7 @@ def atp(blocks: int, sparsity: float, slope: float | None = None) -> list[float]
     if blocks == 1:
         return [sparsity]
     largest = 2 * min(sparsity, 1 - sparsity) / (blocks - 1)
-    slope = largest / 2 if slope is None else slope
+    slope = largest / 8 if slope is None else slope
     if not 0 <= slope <= largest * (1 + 1e-9):
         raise ValueError(
             f"a slope of {slope} takes {blocks} blocks of mean sparsity {sparsity} out of [0, 1]: "

@@ -2,14 +2,21 @@
 
 Every update is a pure function of the dense weight [d_out, d_in] and a boolean mask of what is kept, returns fp32
 weights that are zero outside the mask, and computes in fp32 whatever the weight's dtype. Those that look at
-activations take the Gram matrix X^T X [d_in, d_in] of the layer's inputs, up to a positive factor, and lower the
-squared error of the layer's outputs, which :func:`output_error` measures. :func:`asymmetric_target` is what they may
-take for the dense weight where the inputs are not the dense model's.
+activations lower the squared error of the layer's outputs, which :func:`output_error` measures. For that they take the
+Gram matrix X^T X [d_in, d_in] of the layer's inputs, up to a positive factor, or each channel's mean and variance.
+:func:`asymmetric_target` is what they may take for the dense weight where the inputs are not the dense model's.
 """
 
 import torch
 
-__all__ = ["asymmetric_target", "conjugate_gradients", "energy_compensation", "output_error", "sparsegpt_update"]
+__all__ = [
+    "asymmetric_target",
+    "conjugate_gradients",
+    "energy_compensation",
+    "mean_compensation",
+    "output_error",
+    "sparsegpt_update",
+]
 
 
 def output_error(dense: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -117,6 +124,52 @@ def energy_compensation(
         scale = torch.where(energy > 0, (energy / (remaining + epsilon * energy)).sqrt_().clamp_(*clamp), 1)
         changed = centred.mul_(scale).add_(mean).masked_fill_(~keep, 0)
     return changed
+
+
+def mean_compensation(
+    dense: torch.Tensor,
+    keep: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    *,
+    dampening: float = 0.01,
+) -> torch.Tensor:
+    """Give each row's kept weights what the pruned ones added to the mean of its output.
+
+    Least squares as if channels did not vary together: with m the means, v the variances, D = diag(v) + dampening
+    mean(v + m²) I, and so D + m m^T in the place of the Gram matrix, the change of a row's kept weights k that
+    minimises the squared error of its outputs has the closed form
+
+        d_k = m_k / D_kk * (sum over pruned j of w_j m_j) / (1 + sum over kept i of m_i² / D_ii)
+
+    Args:
+        dense: [d_out, d_in], any floating dtype.
+        keep: bool [d_out, d_in], False where the result must be zero.
+        mean: [d_in], of each input channel over tokens.
+        variance: [d_in], likewise, biased.
+        dampening: added to the variances, as a fraction of the mean of all squared inputs.
+
+    Returns:
+        fp32 [d_out, d_in]. Where all means are zero, the kept weights as they are.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Source: ours. That the mean of what is lost is worth restoring is FLAP's, arXiv 2312.11983, which adds it to biases;
+    the layers of most language models have none.
+    """
+    _check(dense, keep, None)
+    for name, given in (("mean", mean), ("variance", variance)):
+        if given.shape != dense.shape[1:]:
+            raise ValueError(f"{name} must be [d_in], {list(dense.shape[1:])}, got {list(given.shape)}")
+    means, spread = mean.double(), variance.double()
+    spread = spread + dampening * (spread + means.square()).mean()
+    # Channels are all zero where not even that is above zero.
+    per_unit = torch.where(spread > 0, means / spread, 0)
+    original, kept = dense.float(), keep.float()
+    lost = original.masked_fill(keep, 0) @ means.float()
+    share = lost / (1 + kept @ (means * per_unit).float())
+    return (original + share[:, None] * per_unit.float()).masked_fill_(~keep, 0)
 
 
 def sparsegpt_update(

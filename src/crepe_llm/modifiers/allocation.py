@@ -103,7 +103,7 @@ class SparsityAllocationModifier(CalibratedModifier):
     :param statistic: for `dlp`, the typical score: `median` (the paper's text; where left out) or `mean` (its code)
     :param tail: for `alphapruning`, where the tail of a spectrum begins: `peak` (where left out) or `middle`
     :param slope: for `atp`, beta of the paper: how much more each block is pruned than the one before it; where left
-        out, half of the largest possible
+        out, an eighth of the largest possible
     :param low: smallest sparsity of a block
     :param high: largest sparsity of a block
     :param plot: file for a plot of the sparsities (needs matplotlib)

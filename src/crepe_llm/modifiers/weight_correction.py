@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from crepe_llm.compensation import conjugate_gradients, energy_compensation, sparsegpt_update
+from crepe_llm.compensation import conjugate_gradients, energy_compensation, mean_compensation, sparsegpt_update
 from crepe_llm.modifiers.after_pruning import ReconstructionModifier
 from crepe_llm.statistics import InputStatistics
 
@@ -19,6 +19,7 @@ class WeightCorrectionModifier(ReconstructionModifier):
     come closer to those of the dense layer. Masks stay exactly as they are. `crepe_llm.compensation` has the methods:
 
     - `energy`: rescales columns and rows to regain their energy (https://arxiv.org/abs/2602.07375)
+    - `mean`: gives the kept weights what the pruned ones added to the mean of each output (ours)
     - `sparsegpt`: SparseGPT's update, column by column (https://arxiv.org/abs/2301.00774)
     - `pcg`: least squares on the mask by conjugate gradients, as ALPS does (https://arxiv.org/abs/2406.07831)
 
@@ -59,9 +60,9 @@ class WeightCorrectionModifier(ReconstructionModifier):
     - on_finalize
         - log every layer's output error before and after
 
-    :param method: `energy`, `sparsegpt` or `pcg`
+    :param method: `energy`, `mean`, `sparsegpt` or `pcg`
     :param dampening: for `sparsegpt` and `pcg`, what is added to the diagonal of the Gram matrix, as a fraction of its
-        mean
+        mean; for `mean`, what is added to the variances, likewise
     :param block_size: for `sparsegpt`, columns whose updates are gathered into one product; changes only the speed
     :param iterations: for `pcg`, the most iterations
     :param clamp: for `energy`, the smallest and the largest scale
@@ -76,7 +77,7 @@ class WeightCorrectionModifier(ReconstructionModifier):
         as it is (`dense`)
     """
 
-    method: Literal["energy", "sparsegpt", "pcg"] = "pcg"
+    method: Literal["energy", "mean", "sparsegpt", "pcg"] = "pcg"
     block_size: int = 128
     iterations: int = 10
     clamp: list[float] = Field(default_factory=lambda: [0.5, 2.0])
@@ -88,10 +89,10 @@ class WeightCorrectionModifier(ReconstructionModifier):
         for name in ("block_size", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.method == "energy" and self.asymmetric_calibration:
+        if self.asymmetric_calibration and not self.fits_outputs:
             raise ValueError(
-                f"asymmetric_calibration={self.asymmetric_calibration} is for methods that look at inputs, and energy "
-                "does not: leave it out, or set `method: pcg`"
+                f"asymmetric_calibration={self.asymmetric_calibration} is for methods that fit the Gram matrix of a "
+                f"layer's inputs, and {self.method} does not: leave it out, or set `method: pcg`"
             )
         if len(self.clamp) != 2 or not 0 < self.clamp[0] <= self.clamp[1]:
             raise ValueError(f"clamp={self.clamp} must be two positive numbers, the smaller first")
@@ -103,13 +104,15 @@ class WeightCorrectionModifier(ReconstructionModifier):
 
     @property
     def fits_outputs(self) -> bool:
-        return self.method != "energy"
+        return self.method in ("sparsegpt", "pcg")
 
     def reconstruct(
         self, name: str, dense: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor, statistics: InputStatistics
     ) -> torch.Tensor:
         if self.method == "energy":
             return energy_compensation(dense, keep, clamp=(self.clamp[0], self.clamp[1]))
+        if self.method == "mean":
+            return mean_compensation(dense, keep, statistics.mean, statistics.variance, dampening=self.dampening)
         if self.method == "sparsegpt":
             return sparsegpt_update(dense, keep, gram, dampening=self.dampening, block_size=self.block_size)
         return conjugate_gradients(dense, keep, gram, dampening=self.dampening, iterations=self.iterations)
