@@ -110,8 +110,11 @@ def permuted(method: Method) -> Method:
     return lambda structure: {"ChannelPermutationModifier": {}} | method(structure) if ":" in structure else None
 
 
-def allocated(method: Method, by: str) -> Method:
-    """A method behind an allocation of sparsity to blocks; 2:4 has no freedom for one."""
+def allocated(method: Method, by: str, *, gently: bool = False) -> Method:
+    """A method behind an allocation of sparsity to blocks; 2:4 has no freedom for one.
+
+    Gently is with an eighth of atp's largest spread, which is best where weights make up for what goes.
+    """
 
     def modifiers(structure: str) -> Modifiers | None:
         first = method(structure)
@@ -123,7 +126,8 @@ def allocated(method: Method, by: str) -> Method:
             name: fields | {"sparsity": None} if name in ("CRePEModifier", "SparseGPTModifier") else fields
             for name, fields in first.items()
         }
-        return {"SparsityAllocationModifier": {"method": by, "sparsity": sparsity}} | first
+        spread = {"spread": round(min(sparsity, 1 - sparsity) / 8, 6)} if gently else {}
+        return {"SparsityAllocationModifier": {"method": by, "sparsity": sparsity} | spread} | first
 
     return modifiers
 
@@ -160,7 +164,8 @@ METHODS: dict[str, Method | None] = {
     "CRePE + permutation + admm": with_admm(permuted(crepe)),
     **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
-    **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by) for by in ALLOCATIONS},
+    **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by, gently=by == "atp") for by in ALLOCATIONS},
+    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, **SYMMETRIC), "atp"),
     # What asymmetric calibration and calibrating layer after layer are worth.
     "CRePE + pcg, by block": with_pcg(crepe, in_turn=False),
     "CRePE + pcg, symmetric": with_pcg(crepe, **SYMMETRIC),
@@ -169,6 +174,10 @@ METHODS: dict[str, Method | None] = {
     "CRePE + admm, symmetric": with_admm(crepe, **SYMMETRIC),
     "CRePE + permutation + admm, by block": with_admm(permuted(crepe), in_turn=False),
     "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), **SYMMETRIC),
+    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, **SYMMETRIC), "atp"),
+    "CRePE + steep atp + admm": allocated(with_admm(crepe), "atp"),
+    "CRePE + steep atp + admm, by block": allocated(with_admm(crepe, in_turn=False), "atp"),
+    "CRePE + steep atp + admm, symmetric": allocated(with_admm(crepe, **SYMMETRIC), "atp"),
 }
 
 

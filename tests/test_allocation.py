@@ -103,9 +103,17 @@ def test_alpha_pruning_by_the_papers_formula():
 def test_atp_is_the_papers_line():
     assert atp(5, 0.7, 0.05) == pytest.approx([0.7 - 0.05 * 4 / 2 + 0.05 * block for block in range(5)])
     assert atp(1, 0.7) == [0.7]
-    assert atp(3, 0.7) == pytest.approx([0.6625, 0.7, 0.7375])
+    assert atp(1, 0.7, spread=0.1) == [0.7]
+    assert atp(3, 0.7) == pytest.approx([0.55, 0.7, 0.85])
+    for blocks in (2, 5, 30):
+        found = atp(blocks, 0.7, spread=0.1)
+        assert found == pytest.approx(atp(blocks, 0.7, 0.2 / (blocks - 1))) and found[-1] == pytest.approx(0.8)
     with pytest.raises(ValueError, match=r"slope of 0\.5 takes 3 blocks.*use at most 0\.3"):
         atp(3, 0.7, 0.5)
+    with pytest.raises(ValueError, match=r"spread=0\.25 takes blocks of mean sparsity 0\.8.*use at most 0\.2$"):
+        atp(3, 0.8, spread=0.25)
+    with pytest.raises(ValueError, match=r"slope=0\.1 and spread=0\.1 say the same"):
+        atp(3, 0.8, 0.1, spread=0.1)
 
 
 @pytest.mark.parametrize("tail", ["peak", "middle"])

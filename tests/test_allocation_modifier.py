@@ -161,9 +161,10 @@ def test_alphapruning_needs_no_data(tail, deep_folder, calibration_data, message
     assert order == sorted(modifier.measures, key=modifier.measures.get)
 
 
-def test_masks_per_row_follow_the_blocks_sparsity(llama_of, calibration_data):
+@pytest.mark.parametrize("fields", [{"slope": 0.02}, {"spread": 0.1}])
+def test_masks_per_row_follow_the_blocks_sparsity(fields, llama_of, calibration_data):
     """Eleven blocks, as layers.1 and layers.10 are names that begin alike."""
-    modifier = allocation("atp", slope=0.02)
+    modifier = allocation("atp", **fields)
     model = run(load(llama_of(11)), [modifier, crepe(comparison_group="row")], calibration_data)
     for place, (block, layers) in enumerate(by_block(model).items()):
         assert modifier.found[block] == pytest.approx(0.7 + 0.02 * (place - 5))
@@ -362,6 +363,7 @@ def test_the_plot_and_the_table(tiny_model_folder, calibration_data, tmp_path, m
         (lambda: [allocation(), wanda(targets="Linear")], "targets=Linear .* matches no layer"),
         (lambda: [allocation("atp"), wanda(targets=["LlamaModel"])], "match a module with 2 decoder layers"),
         (lambda: [allocation("atp", slope=0.7), crepe()], r"slope of 0\.7 takes 2 blocks.*use at most 0\.6"),
+        (lambda: [allocation("atp", spread=0.4), crepe()], r"spread=0\.4 takes blocks of mean .* use at most 0\.3"),
         (lambda: [allocation(found={"model.layers.0": 0.7}), crepe()], "remove `found` to allocate anew"),
         (
             lambda: [
@@ -405,7 +407,11 @@ def test_damaged_weights_are_refused_by_layer(tiny_model_folder, calibration_dat
     [
         ({"method": "magic"}, "method"),
         ({"method": "dlp", "threshold": 5.0}, r"threshold=5\.0 is for owl, and method: dlp has no use for it: drop it"),
-        ({"method": "atp", "spread": 0.1}, "spread=0.1 is for owl and alphapruning and dlp, and method: atp"),
+        (
+            {"method": "uniform", "spread": 0.1},
+            "spread=0.1 is for owl and alphapruning and dlp and atp, and method: uni",
+        ),
+        ({"method": "atp", "spread": 0.1, "slope": 0.01}, r"slope=0\.01 and spread=0\.1 say the same in two ways"),
         ({"method": "owl", "slope": 0.1}, "slope=0.1 is for atp"),
         ({"method": "owl", "statistic": "mean"}, "statistic=mean is for dlp"),
         ({"method": "uniform", "tail": "peak"}, "tail=peak is for alphapruning"),

@@ -107,33 +107,41 @@ def alpha_pruning(
     return [ratio * sparsity * sum(parameters) / weighted for ratio in ratios]
 
 
-def atp(blocks: int, sparsity: float, slope: float | None = None) -> list[float]:
+def atp(blocks: int, sparsity: float, slope: float | None = None, *, spread: float | None = None) -> list[float]:
     """Prune each block by the same amount more than the one before it.
 
     Args:
         blocks: how many there are.
         sparsity: the mean of the result.
-        slope: beta of the paper, what each block is pruned more than its predecessor; an eighth of the largest that
-            keeps all sparsities between 0 and 1 where left out, which is our choice: the paper searches for it.
+        slope: beta of the paper, what each block is pruned more than its predecessor.
+        spread: the same as half of the range of the result, which says as much in models of any depth. Where both are
+            left out, half of the largest that keeps all sparsities between 0 and 1, which is our choice: the paper
+            searches for it.
 
     Returns:
         One sparsity per block.
 
     Raises:
-        ValueError: if the slope is negative or too large.
+        ValueError: if both are given, or the one given is negative or too large.
 
-    Source: ATP, ICML 2025 (OpenReview otNB7BzsiR).
+    Source: ATP, ICML 2025 (OpenReview otNB7BzsiR), without `spread`.
     """
-    if blocks == 1:
-        return [sparsity]
-    largest = 2 * min(sparsity, 1 - sparsity) / (blocks - 1)
-    slope = largest / 8 if slope is None else slope
-    if not 0 <= slope <= largest * (1 + 1e-9):
+    if slope is not None and spread is not None:
+        raise ValueError(f"slope={slope} and spread={spread} say the same in two ways: give one of them")
+    largest = min(sparsity, 1 - sparsity)
+    half = (blocks - 1) / 2
+    if slope is not None:
+        spread = slope * half
+    elif spread is None:
+        spread = largest / 2
+    if not 0 <= spread <= largest * (1 + 1e-9):
         raise ValueError(
             f"a slope of {slope} takes {blocks} blocks of mean sparsity {sparsity} out of [0, 1]: "
-            f"use at most {largest:.4g}"
+            f"use at most {largest / half:.4g}"
+            if slope is not None
+            else f"spread={spread} takes blocks of mean sparsity {sparsity} out of [0, 1]: use at most {largest:.4g}"
         )
-    return [sparsity + slope * (block - (blocks - 1) / 2) for block in range(blocks)]
+    return [sparsity + spread * (block / half - 1) if half else sparsity for block in range(blocks)]
 
 
 def tail_exponent(weight: torch.Tensor, tail: Literal["peak", "middle"] = "peak") -> float:

@@ -39,7 +39,7 @@ _KNOBS = {
     "owl": ("threshold", "spread"),
     "alphapruning": ("spread", "tail"),
     "dlp": ("spread", "statistic"),
-    "atp": ("slope",),
+    "atp": ("slope", "spread"),
     "uniform": (),
 }
 _CALIBRATED = ("owl", "dlp")
@@ -98,12 +98,12 @@ class SparsityAllocationModifier(CalibratedModifier):
     :param method: `owl`, `alphapruning`, `dlp`, `atp` or `uniform`
     :param sparsity: fraction to prune of all weights of the layers that the modifier behind prunes
     :param threshold: for `owl`, M of the paper: an outlier is above so many times the mean score; 5 where left out
-    :param spread: for `owl` (lambda, 0.08 where left out) and `dlp` (alpha, 0.15), half of the range of the sparsities;
-        for `alphapruning` (epsilon, 0.3) the same, relative to their mean
+    :param spread: for `owl` (lambda, 0.08 where left out), `dlp` (alpha, 0.15) and `atp` (half of what is possible),
+        half of the range of the sparsities; for `alphapruning` (epsilon, 0.3) the same, relative to their mean
     :param statistic: for `dlp`, the typical score: `median` (the paper's text; where left out) or `mean` (its code)
     :param tail: for `alphapruning`, where the tail of a spectrum begins: `peak` (where left out) or `middle`
-    :param slope: for `atp`, beta of the paper: how much more each block is pruned than the one before it; where left
-        out, an eighth of the largest possible
+    :param slope: for `atp`, in the place of `spread`, beta of the paper: how much more each block is pruned than the
+        one before it
     :param low: smallest sparsity of a block
     :param high: largest sparsity of a block
     :param plot: file for a plot of the sparsities (needs matplotlib)
@@ -158,6 +158,8 @@ class SparsityAllocationModifier(CalibratedModifier):
                 raise ValueError(f"{name}={value} is for {users}, and method: {self.method} has no use for it: drop it")
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number of at least 0")
+        if self.slope is not None and self.spread is not None:
+            raise ValueError(f"slope={self.slope} and spread={self.spread} say the same in two ways: give one of them")
         if not 0 <= self.low <= self.sparsity <= self.high < 1:
             raise ValueError(
                 f"low={self.low}, sparsity={self.sparsity} and high={self.high} must ascend between 0 and 1"
@@ -373,7 +375,7 @@ class SparsityAllocationModifier(CalibratedModifier):
             case "alphapruning":
                 sparsities = alpha_pruning(measures, sizes, sparsity, **self._given("spread"))
             case "atp":
-                sparsities = atp(len(sizes), sparsity, **self._given("slope"))
+                sparsities = atp(len(sizes), sparsity, **self._given("slope"), **self._given("spread"))
             case "uniform":
                 sparsities = [sparsity] * len(sizes)
         low, high = self.low, self.high
