@@ -90,14 +90,18 @@ def then(first: Method, modifier: str, /, **fields: Any) -> Method:
     return modifiers
 
 
+def corrected(method: Method, by: str, **fields: Any) -> Method:
+    """A method with weight correction under its mask behind it."""
+    return then(method, "WeightCorrectionModifier", method=by, **fields)
+
+
 # Fields of the two below: without asymmetric calibration, and block by block.
 SYMMETRIC: dict[str, Any] = {"asymmetric": 0.0, "in_turn": False}
 
 
 def with_pcg(method: Method, *, asymmetric: float = DEFAULT_SHARE, in_turn: bool = True) -> Method:
     """A method with least-squares weights behind it."""
-    fields = {"asymmetric_calibration": asymmetric, "true_sequential": in_turn}
-    return then(method, "WeightCorrectionModifier", method="pcg", **fields)
+    return corrected(method, "pcg", asymmetric_calibration=asymmetric, true_sequential=in_turn)
 
 
 def with_admm(method: Method, *, asymmetric: float = DEFAULT_SHARE, in_turn: bool = True) -> Method:
@@ -144,19 +148,17 @@ METHODS: dict[str, Method | None] = {
     "CRePE + PHO, not verified": searched(record=BY_PROXY),
     "CRePE + the other model's PHO, not verified": searched(study=BY_PROXY.replace("{model}", "{other}")),
     "SparseGPT": sparsegpt,
-    "CVR + energy": then(pruned_by(score="cvr"), "WeightCorrectionModifier", method="energy"),
-    "CRePE + energy": then(crepe, "WeightCorrectionModifier", method="energy"),
-    "CRePE + mean": then(crepe, "WeightCorrectionModifier", method="mean"),
+    "CVR + energy": corrected(pruned_by(score="cvr"), "energy"),
+    "CRePE + energy": corrected(crepe, "energy"),
+    "CRePE + mean": corrected(crepe, "mean"),
     "CRePE + DSnoT": then(crepe, "DSnoTModifier"),
     "CRePE + DSnoT by CRePE": then(crepe, "DSnoTModifier", score="crepe"),
     "CRePE + DSnoT, attention": then(crepe, "DSnoTModifier", targets=["re:.*self_attn.*_proj$"]),
     "CRePE + permutation": permuted(crepe),
-    "CRePE + permutation + energy": then(permuted(crepe), "WeightCorrectionModifier", method="energy"),
-    "CRePE + permutation + mean": then(permuted(crepe), "WeightCorrectionModifier", method="mean"),
-    "CRePE + permutation + DSnoT + energy": then(
-        then(permuted(crepe), "DSnoTModifier"), "WeightCorrectionModifier", method="energy"
-    ),
-    "CRePE + sparsegpt": then(crepe, "WeightCorrectionModifier", method="sparsegpt"),
+    "CRePE + permutation + energy": corrected(permuted(crepe), "energy"),
+    "CRePE + permutation + mean": corrected(permuted(crepe), "mean"),
+    "CRePE + permutation + DSnoT + energy": corrected(then(permuted(crepe), "DSnoTModifier"), "energy"),
+    "CRePE + sparsegpt": corrected(crepe, "sparsegpt"),
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),
     "SparseGPT + pcg": with_pcg(sparsegpt, **SYMMETRIC),
