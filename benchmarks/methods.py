@@ -95,18 +95,34 @@ def corrected(method: Method, by: str, **fields: Any) -> Method:
     return then(method, "WeightCorrectionModifier", method=by, **fields)
 
 
-# Fields of the two below: without asymmetric calibration, and block by block.
-SYMMETRIC: dict[str, Any] = {"asymmetric": 0.0, "in_turn": False}
+# How the three below gather inputs: as they do where the recipe does not say, and with ever less of that.
+HABITS: dict[str, Any] = {
+    "asymmetric_calibration": DEFAULT_SHARE,
+    "true_sequential": True,
+    "token_weighting": "{weighting}",
+}
+REWEIGHTED = HABITS | {"token_weighting": "{other_weighting}"}
+ALIKE = HABITS | {"token_weighting": "uniform"}
+BY_BLOCK = ALIKE | {"true_sequential": False}
+SYMMETRIC = BY_BLOCK | {"asymmetric_calibration": 0.0}
+
+# By what modifiers do of themselves in a model's family, and the other way.
+WEIGHTINGS = {"SmolLM2-135M-Instruct": ("uniform", "relative"), "Gemma-3-270M": ("relative", "uniform")}
 
 
-def with_pcg(method: Method, *, asymmetric: float = DEFAULT_SHARE, in_turn: bool = True) -> Method:
+def with_sparsegpt(method: Method, habits: dict[str, Any] = HABITS) -> Method:
+    """A method with SparseGPT's update under its mask behind it."""
+    return corrected(method, "sparsegpt", **habits)
+
+
+def with_pcg(method: Method, habits: dict[str, Any] = HABITS) -> Method:
     """A method with least-squares weights behind it."""
-    return corrected(method, "pcg", asymmetric_calibration=asymmetric, true_sequential=in_turn)
+    return corrected(method, "pcg", **habits)
 
 
-def with_admm(method: Method, *, asymmetric: float = DEFAULT_SHARE, in_turn: bool = True) -> Method:
+def with_admm(method: Method, habits: dict[str, Any] = HABITS) -> Method:
     """A method whose layers ADMM prunes again, step by step."""
-    return then(method, "ADMMModifier", asymmetric_calibration=asymmetric, true_sequential=in_turn)
+    return then(method, "ADMMModifier", **habits)
 
 
 def permuted(method: Method) -> Method:
@@ -158,28 +174,33 @@ METHODS: dict[str, Method | None] = {
     "CRePE + permutation + energy": corrected(permuted(crepe), "energy"),
     "CRePE + permutation + mean": corrected(permuted(crepe), "mean"),
     "CRePE + permutation + DSnoT + energy": corrected(then(permuted(crepe), "DSnoTModifier"), "energy"),
-    "CRePE + sparsegpt": corrected(crepe, "sparsegpt"),
+    "CRePE + sparsegpt": with_sparsegpt(crepe),
     "CRePE + pcg": with_pcg(crepe),
     "CRePE + permutation + pcg": with_pcg(permuted(crepe)),
-    "SparseGPT + pcg": with_pcg(sparsegpt, **SYMMETRIC),
+    "SparseGPT + pcg": with_pcg(sparsegpt, SYMMETRIC),
     "CRePE + admm": with_admm(crepe),
     "CRePE + permutation + admm": with_admm(permuted(crepe)),
     **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by, gently=by == "atp") for by in ALLOCATIONS},
-    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, **SYMMETRIC), "atp"),
+    "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, SYMMETRIC), "atp"),
     # What asymmetric calibration and calibrating layer after layer are worth.
-    "CRePE + pcg, by block": with_pcg(crepe, in_turn=False),
-    "CRePE + pcg, symmetric": with_pcg(crepe, **SYMMETRIC),
-    "CRePE + permutation + pcg, symmetric": with_pcg(permuted(crepe), **SYMMETRIC),
-    "CRePE + admm, by block": with_admm(crepe, in_turn=False),
-    "CRePE + admm, symmetric": with_admm(crepe, **SYMMETRIC),
-    "CRePE + permutation + admm, by block": with_admm(permuted(crepe), in_turn=False),
-    "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), **SYMMETRIC),
-    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, **SYMMETRIC), "atp"),
-    "CRePE + steep atp + admm": allocated(with_admm(crepe), "atp"),
-    "CRePE + steep atp + admm, by block": allocated(with_admm(crepe, in_turn=False), "atp"),
-    "CRePE + steep atp + admm, symmetric": allocated(with_admm(crepe, **SYMMETRIC), "atp"),
+    "CRePE + sparsegpt, other weighting": with_sparsegpt(crepe, REWEIGHTED),
+    "CRePE + pcg, other weighting": with_pcg(crepe, REWEIGHTED),
+    "CRePE + pcg, by block": with_pcg(crepe, BY_BLOCK),
+    "CRePE + pcg, symmetric": with_pcg(crepe, SYMMETRIC),
+    "CRePE + permutation + pcg, symmetric": with_pcg(permuted(crepe), SYMMETRIC),
+    "CRePE + admm, other weighting": with_admm(crepe, REWEIGHTED),
+    "CRePE + admm, by block": with_admm(crepe, BY_BLOCK),
+    "CRePE + admm, symmetric": with_admm(crepe, SYMMETRIC),
+    "CRePE + permutation + admm, other weighting": with_admm(permuted(crepe), REWEIGHTED),
+    "CRePE + permutation + admm, by block": with_admm(permuted(crepe), BY_BLOCK),
+    "CRePE + permutation + admm, symmetric": with_admm(permuted(crepe), SYMMETRIC),
+    "CRePE + atp + pcg, symmetric": allocated(with_pcg(crepe, SYMMETRIC), "atp"),
+    "CRePE + atp + admm, other weighting": allocated(with_admm(crepe, REWEIGHTED), "atp", gently=True),
+    "CRePE + steep atp + admm": allocated(with_admm(crepe, ALIKE), "atp"),
+    "CRePE + steep atp + admm, by block": allocated(with_admm(crepe, BY_BLOCK), "atp"),
+    "CRePE + steep atp + admm, symmetric": allocated(with_admm(crepe, SYMMETRIC), "atp"),
 }
 
 
@@ -220,7 +241,16 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                     else:
                         (other,) = set(MODELS) - {model}
                         name = structure.replace(":", "of").replace("%", "")
-                        modifiers = filled(modifiers, model=model, other=other, structure=name, seed=seed)
+                        weighting, other_weighting = WEIGHTINGS[model]
+                        modifiers = filled(
+                            modifiers,
+                            model=model,
+                            other=other,
+                            structure=name,
+                            seed=seed,
+                            weighting=weighting,
+                            other_weighting=other_weighting,
+                        )
                         key |= {"recipe": {"methods_stage": {"pruning_modifiers": modifiers}}}
                     if key not in runs:
                         runs.append(key)

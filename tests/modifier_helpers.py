@@ -47,6 +47,12 @@ def matrix(module):
     return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
+def output_norms(module, x):
+    """fp64 [tokens, 1] of inputs [tokens, d_in]: dividing inputs by these makes errors of outputs relative ones."""
+    bias = 0 if module.bias is None else module.bias.detach().double()
+    return (x @ matrix(module).double().T + bias).norm(dim=1, keepdim=True)
+
+
 def refused(model, recipe, data, message, **kwargs):
     """The recipe is refused with the message, and no weight has changed."""
     before = {name: module.weight.clone() for name, module in linears(model).items()}

@@ -11,7 +11,7 @@ from crepe_llm.importance import crepe_scores
 from crepe_llm.masks import keep_mask
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, DSnoTModifier, WeightCorrectionModifier
 from crepe_llm.recipe_files import recipe_path
-from modifier_helpers import crepe, inputs_of, linears, load, matrix, refused, run
+from modifier_helpers import crepe, inputs_of, linears, load, matrix, output_norms, refused, run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -29,17 +29,22 @@ def test_layers_are_n_of_m_and_closer_than_with_pcg_alone(family, tiny_model_fol
     assert chosen < fixed
 
 
-@pytest.mark.parametrize("fields", [{}, {"rounds": 3, "iterations": 5, "penalty": 0.5, "dampening": 0.1}])
-def test_the_first_block_is_pruned_as_computed_independently(fields, tiny_model_folder, calibration_data):
+@pytest.mark.parametrize(
+    ("fields", "weighting"),
+    [({}, "uniform"), ({"rounds": 3, "iterations": 5, "penalty": 0.5, "dampening": 0.1}, "relative")],
+)
+def test_the_first_block_is_pruned_as_computed_independently(fields, weighting, tiny_model_folder, calibration_data):
     """The first block's inputs are the dense model's."""
     folder = tiny_model_folder("llama")
-    modifier = ADMMModifier(true_sequential=False, **fields)
+    modifier = ADMMModifier(true_sequential=False, token_weighting=weighting, **fields)
     layers = linears(run(load(folder), [crepe(), modifier], calibration_data))
     inputs = inputs_of(load(folder), calibration_data)
     for name, module in linears(load(folder)).items():
         if ".layers.0." not in name:
             continue
         dense, x = module.weight.detach(), inputs[name]
+        if weighting == "relative":
+            x = x / output_norms(module, x)
         gram = (x.T @ x).float()
         norm = gram.diagonal().sqrt()
 

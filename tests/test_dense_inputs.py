@@ -15,7 +15,7 @@ from crepe_llm.ffn import find_blocks
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, WeightCorrectionModifier
 from crepe_llm.modifiers.dense_inputs import DenseInputs
 from crepe_llm.statistics import InputStatistics
-from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, refused, run
+from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, output_norms, refused, run
 
 
 class Watched(WeightCorrectionModifier):
@@ -50,7 +50,7 @@ def target_of(weight, x, x0, share, dampening=0.01):
     return weight + share * weight @ (x0.T @ x - gram) @ torch.linalg.inv(damped)
 
 
-def expected_targets(dense, pruned, data, share):
+def expected_targets(dense, pruned, data, share, weighting="uniform"):
     """In fp64, and each block's inputs from a model of which the blocks in front are the pruned ones."""
     targets = {}
     dense_inputs = inputs_of(dense, data)
@@ -60,24 +60,26 @@ def expected_targets(dense, pruned, data, share):
         for name, layer in linears(dense).items():
             if not name.startswith(f"{block}."):
                 continue
-            targets[name] = target_of(matrix(layer).double(), inputs[name], dense_inputs[name], share)
+            x, x0 = inputs[name], dense_inputs[name]
+            sizes = output_norms(layer, x) if weighting == "relative" else 1
+            targets[name] = target_of(matrix(layer).double(), x / sizes, x0 / sizes, share)
         module.load_state_dict(pruned_blocks[block].state_dict())
     return targets
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("pipeline", ["independent", "sequential"])
-def test_targets_are_those_computed_from_outside(family, pipeline, tiny_model_folder, calibration_data):
+@pytest.mark.parametrize(("pipeline", "weighting"), [("independent", "relative"), ("sequential", "uniform")])
+def test_targets_are_those_computed_from_outside(family, pipeline, weighting, tiny_model_folder, calibration_data):
     """Padding left out (the windows have some)."""
     folder = tiny_model_folder(family)
     pruning = crepe(mask_structure="6:8")
     pruned = run(
         load(folder),
-        [pruning, Watched(asymmetric_calibration=0.7, true_sequential=False)],
+        [pruning, Watched(asymmetric_calibration=0.7, true_sequential=False, token_weighting=weighting)],
         calibration_data,
         pipeline=pipeline,
     )
-    expected = expected_targets(load(folder), pruned, calibration_data, 0.7)
+    expected = expected_targets(load(folder), pruned, calibration_data, 0.7, weighting)
     dense = linears(load(folder))
     assert set(seen) == set(expected) == set(dense)
     for name, target in expected.items():
@@ -163,7 +165,7 @@ def test_experts_that_get_some_tokens_only_are_fitted_without_and_named(
     assert not torch.equal(seen["model.layers.1.self_attn.q_proj"], dense.model.layers[1].self_attn.q_proj.weight)
 
 
-def in_turn(dense, pruned, data, share):
+def in_turn(dense, pruned, data, share, weighting="uniform"):
     """What the layers come close to, and their Gram matrices, each layer calibrated on what is in front of it."""
     targets, grams = {}, {}
     dense_inputs = inputs_of(dense, data)  # in the order of calls
@@ -174,23 +176,24 @@ def in_turn(dense, pruned, data, share):
         alike = [other for other in dense_inputs if torch.equal(dense_inputs[other], dense_inputs[name])]
         x, x0 = inputs_of(dense, data)[name], dense_inputs[name]
         for other in alike:
-            grams[other] = x.T @ x
-            targets[other] = target_of(matrix(layers[other]).double(), x, x0, share)
+            sizes = output_norms(layers[other], x) if weighting == "relative" else 1
+            grams[other] = (x / sizes).T @ (x / sizes)
+            targets[other] = target_of(matrix(layers[other]).double(), x / sizes, x0 / sizes, share)
         for other in alike:
             layers[other].load_state_dict(replacements[other].state_dict())
     return targets, grams
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("share", [0.0, 0.6])
+@pytest.mark.parametrize(("share", "weighting"), [(0.0, "relative"), (0.6, "relative"), (0.6, "uniform")])
 def test_true_sequential_calibrates_each_layer_on_what_is_pruned_in_its_block(
-    family, share, tiny_model_folder, calibration_data
+    family, share, weighting, tiny_model_folder, calibration_data
 ):
     """Batches of two sizes, with padding."""
     folder = tiny_model_folder(family)
-    recipe = [crepe(mask_structure="6:8"), Watched(asymmetric_calibration=share, true_sequential=True)]
-    pruned = run(load(folder), recipe, calibration_data, batch_size=5)
-    targets, grams = in_turn(load(folder), pruned, calibration_data, share)
+    correction = Watched(asymmetric_calibration=share, true_sequential=True, token_weighting=weighting)
+    pruned = run(load(folder), [crepe(mask_structure="6:8"), correction], calibration_data, batch_size=5)
+    targets, grams = in_turn(load(folder), pruned, calibration_data, share, weighting)
     assert set(seen) == set(targets)
     for name, target in targets.items():
         torch.testing.assert_close(gathered[name].double(), grams[name], rtol=1e-3, atol=1e-4)
@@ -200,7 +203,7 @@ def test_true_sequential_calibrates_each_layer_on_what_is_pruned_in_its_block(
 
 def test_true_sequential_masks_by_what_is_pruned_in_front(tiny_model_folder, calibration_data):
     """CRePE's own statistics are the new ones, too."""
-    folder = tiny_model_folder("llama")
+    folder = tiny_model_folder("gemma3")
     norms = {}
 
     class Scored(CRePEModifier):
@@ -210,7 +213,7 @@ def test_true_sequential_masks_by_what_is_pruned_in_front(tiny_model_folder, cal
 
     recipe = [Scored(mask_structure="6:8"), Watched(true_sequential=True)]
     pruned = run(load(folder), recipe, calibration_data)
-    _, grams = in_turn(load(folder), pruned, calibration_data, 0.25)
+    _, grams = in_turn(load(folder), pruned, calibration_data, 0.25, "relative")
     for name, norm in norms.items():
         torch.testing.assert_close(norm, grams[name].diagonal().sqrt(), rtol=1e-4, atol=1e-5)
 
@@ -297,23 +300,25 @@ def wanda():
 
 
 @pytest.mark.parametrize(
-    ("pruning", "method", "share", "in_turn"),
+    ("family", "pruning", "method", "share", "in_turn", "weighting"),
     [
-        (crepe, "pcg", 0.25, True),
-        (crepe, "sparsegpt", 0.25, True),
-        (wanda, "pcg", 0.0, False),
-        (crepe, "energy", 0.0, False),
-        (crepe, "mean", 0.0, False),
+        ("llama", crepe, "pcg", 0.25, True, "uniform"),
+        ("gemma3", crepe, "pcg", 0.25, True, "relative"),
+        ("llama", crepe, "sparsegpt", 0.25, True, "uniform"),
+        ("gemma3", crepe, "sparsegpt", 0.25, True, "relative"),
+        ("gemma3", wanda, "pcg", 0.0, False, "uniform"),
+        ("llama", crepe, "energy", 0.0, False, "uniform"),
+        ("gemma3", crepe, "mean", 0.0, False, "uniform"),
     ],
 )
-def test_left_out_both_are_used_where_that_is_possible(
-    pruning, method, share, in_turn, tiny_model_folder, calibration_data
+def test_left_out_all_are_used_where_that_is_possible(
+    family, pruning, method, share, in_turn, weighting, tiny_model_folder, calibration_data
 ):
-    folder = tiny_model_folder("llama")
+    folder = tiny_model_folder(family)
     run(load(folder), [pruning(), Watched(method=method)], calibration_data)
     found, by = dict(seen), dict(gathered)
-    explicit = Watched(method=method, asymmetric_calibration=share, true_sequential=in_turn)
-    run(load(folder), [pruning(), explicit], calibration_data)
+    explicit = {"asymmetric_calibration": share, "true_sequential": in_turn, "token_weighting": weighting}
+    run(load(folder), [pruning(), Watched(method=method, **explicit)], calibration_data)
     assert len(found) == 14
     assert all(torch.equal(found[name], seen[name]) and torch.equal(by[name], gathered[name]) for name in seen)
     if pruning is crepe:
@@ -343,6 +348,11 @@ def test_behind_other_pruning_they_are_refused(fields, tiny_model_folder, calibr
             lambda: WeightCorrectionModifier(method="energy", asymmetric_calibration=0.5),
             "energy does not: leave it out",
         ),
+        (
+            lambda: WeightCorrectionModifier(method="mean", token_weighting="relative"),
+            "token_weighting=relative is .* mean does not: leave it out",
+        ),
+        (lambda: ADMMModifier(token_weighting="absolute"), "token_weighting"),
     ],
 )
 def test_bad_fields_are_refused(make, message):

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepe_llm.statistics import InputStatistics
+from crepe_llm.statistics import InputStatistics, relative_weights, token_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -47,6 +47,55 @@ def test_padding_tokens_are_left_out(mask_shape):
     assert masked.tokens == expected.tokens == 7
     for name in ("sum", "square_sum", "gram"):
         assert torch.equal(getattr(masked, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_token_counts_as_often_as_its_weight_says(dtype):
+    inputs, weights = torch.randn(2, 5, 3).to(dtype), torch.randint(4, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    weighted, repeated = InputStatistics(3, gram=True), InputStatistics(3, gram=True)
+    for half in (0, 1):
+        weighted.update(inputs[half], mask[half], weights[half].float())
+    repeated.update(inputs[mask.bool()].repeat_interleave(weights[mask.bool()], dim=0))
+    assert weighted.tokens == 7 and weighted.weight == repeated.weight == int(weights[mask.bool()].sum())
+    for name in ("sum", "square_sum", "gram", "mean", "variance"):
+        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-5, atol=1e-5)
+    merged = weighted.reordered(torch.arange(3))
+    merged.merge(repeated)
+    torch.testing.assert_close(merged.mean, repeated.mean, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_count_nothing_leave_no_mean():
+    statistics = InputStatistics(3)
+    statistics.update(torch.randn(4, 3), token_weights=torch.zeros(4))
+    assert statistics.mean.tolist() == statistics.variance.tolist() == [0, 0, 0]
+
+
+def test_products_of_two_inputs_of_each_token():
+    first, second, weights = torch.randn(7, 3), torch.randn(7, 3), torch.rand(7)
+    expected = sum(w * torch.outer(x, y) for w, x, y in zip(weights, first, second, strict=True))
+    torch.testing.assert_close(token_products(first, second, token_weights=weights), expected)
+    with pytest.raises(ValueError, match="token_mask has 6 entries for 7 tokens"):
+        token_products(first, second, torch.ones(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weighted_by_its_outputs_an_error_is_relative(dtype):
+    """Huge outputs do not overflow."""
+    outputs = (torch.randn(2, 4, 300) * torch.tensor([0.1, 1.0, 20.0, 3e3])[:, None]).to(dtype)
+    weights = relative_weights(outputs)
+    assert weights.dtype == torch.float32
+    energies = weights.double() * outputs.double().square().sum(-1)
+    torch.testing.assert_close(energies, torch.ones(2, 4, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_tokens_without_outputs_do_not_decide_a_fit():
+    outputs = torch.ones(6, 4)
+    outputs[2], outputs[4] = 0, 1e-20
+    weights = relative_weights(outputs)
+    torch.testing.assert_close(weights, torch.tensor([0.25, 0.25, 0.0, 0.25, 2500.0, 0.25]))
+    assert relative_weights(torch.zeros(3, 4)).tolist() == [0, 0, 0]
+    assert relative_weights(torch.zeros(0, 4)).tolist() == []
 
 
 def test_long_sums_of_bf16_do_not_stall():

@@ -17,7 +17,7 @@ through every norm over all of it, weights permuted along. That is what a family
 
 from collections.abc import Iterable
 
-__all__ = ["AXES", "FAMILIES", "block_of", "module_axes"]
+__all__ = ["AXES", "FAMILIES", "block_of", "module_axes", "normalises_outputs"]
 
 AXES = ("mlp", "attention", "residual")
 
@@ -61,6 +61,14 @@ FAMILIES: dict[str, dict[str, Axes]] = {
     "qwen3": _LLAMA | _QUERY_KEY_NORMS,
     "smollm3": _LLAMA,
 }
+
+
+def normalises_outputs(model_type: str) -> bool:
+    """Whether models of a family normalise what attention and feed-forward give before it is added to the residual.
+
+    False of a family that is not in :data:`FAMILIES`.
+    """
+    return _FEEDFORWARD_NORMS.keys() <= FAMILIES.get(model_type, {}).keys()
 
 
 def module_axes(model_type: str, parameters: Iterable[str]) -> dict[str, Axes]:

@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["InputStatistics", "counted_tokens"]
+__all__ = ["InputStatistics", "counted_tokens", "relative_weights", "token_products"]
 
 
 def counted_tokens(inputs: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,6 +24,52 @@ def counted_tokens(inputs: torch.Tensor, token_mask: torch.Tensor | None = None)
     return tokens[token_mask.reshape(-1).to(tokens.device, torch.bool)]
 
 
+def token_products(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    token_mask: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sum over tokens of x y^T, for inputs x and y of the same tokens.
+
+    Args:
+        first: [..., d_in], x.
+        second: [..., d_in], y.
+        token_mask: of :func:`counted_tokens`.
+        token_weights: [...], at least 0, how much each token counts; None for 1.
+
+    Returns:
+        fp32 [d_in, d_in].
+
+    Raises:
+        ValueError: if a shape does not fit.
+    """
+    x, y = (counted_tokens(inputs, token_mask).float() for inputs in (first, second))
+    if token_weights is not None:
+        x = x * counted_tokens(token_weights[..., None], token_mask)
+    return x.T @ y
+
+
+def relative_weights(outputs: torch.Tensor) -> torch.Tensor:
+    """Weights of tokens by which each one's squared error counts relative to its squared outputs, 1 / ‖y_t‖².
+
+    Args:
+        outputs: [..., d_out], what a layer gives for each token.
+
+    Returns:
+        fp32 [...]; 0 for a token whose outputs are all zero. The squares of smaller outputs than a hundredth of the
+        median token's count as that.
+
+    Source: weights of tokens in the Gram matrix are RSQ's (arXiv 2503.01820), there by attention. These are ours, for
+    models that normalise what a layer gives: a few tokens with huge outputs would decide its fit, though the norm
+    behind it makes all tokens alike again.
+    """
+    energy = outputs.detach().float().square().sum(dim=-1)
+    active = energy > 0
+    floor = energy[active].median() * 1e-4 if bool(active.any()) else 1
+    return torch.where(active, 1 / energy.clamp_min(floor), 0)
+
+
 class InputStatistics:
     """Per-channel sums of a layer's inputs, gathered batch by batch and mergeable across devices or processes.
 
@@ -36,6 +82,7 @@ class InputStatistics:
 
     Attributes:
         tokens: number of tokens seen.
+        weight: what they count together: as many, where no weights were given. All sums are weighted.
         sum: fp64 [d_in], sum over tokens of x.
         square_sum: fp64 [d_in], sum over tokens of x^2.
         gram: fp32 [d_in, d_in], sum over tokens of x x^T, or None.
@@ -43,6 +90,7 @@ class InputStatistics:
 
     def __init__(self, channels: int, *, gram: bool = False, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
+        self.weight = 0.0
         self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.gram = torch.zeros(channels, channels, device=device) if gram else None
@@ -65,7 +113,7 @@ class InputStatistics:
             ValueError: if no token was seen.
         """
         self._require_tokens()
-        return self.sum / self.tokens
+        return self.sum / self.weight if self.weight else self.sum
 
     @property
     def variance(self) -> torch.Tensor:
@@ -75,14 +123,20 @@ class InputStatistics:
             ValueError: if no token was seen.
         """
         self._require_tokens()
-        return (self.square_sum / self.tokens - self.mean.square()).clamp_min_(0)
+        return (self.square_sum / self.weight - self.mean.square()).clamp_min_(0) if self.weight else self.square_sum
 
-    def update(self, inputs: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
+    def update(
+        self,
+        inputs: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             inputs: [..., d_in], any floating dtype.
             token_mask: of :func:`counted_tokens`.
+            token_weights: [...] (the leading shape of `inputs`), at least 0: how much each token counts; None for 1.
 
         Raises:
             ValueError: if a shape does not fit.
@@ -94,7 +148,14 @@ class InputStatistics:
             return
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         self.tokens += len(tokens)
-        self.sum += tokens.sum(dim=0, dtype=dtype).to(self.sum)
+        if token_weights is None:
+            self.weight += len(tokens)
+            self.sum += tokens.sum(dim=0, dtype=dtype).to(self.sum)
+        else:
+            weights = counted_tokens(token_weights[..., None], token_mask).to(dtype)
+            self.weight += weights.sum(dtype=torch.float64).item()
+            self.sum += (tokens * weights).sum(dim=0, dtype=dtype).to(self.sum)
+            tokens = tokens * weights.sqrt()
         self.square_sum += torch.linalg.vector_norm(tokens, dim=0, dtype=dtype).to(self.square_sum).square_()
         if self.gram is not None:
             tokens = tokens.to(dtype)
@@ -111,6 +172,7 @@ class InputStatistics:
         if (other.gram is None) != (self.gram is None):
             raise ValueError("cannot merge statistics with a Gram matrix and statistics without")
         self.tokens += other.tokens
+        self.weight += other.weight
         self.sum += other.sum.to(self.sum)
         self.square_sum += other.square_sum.to(self.square_sum)
         if self.gram is not None and other.gram is not None:
@@ -119,7 +181,7 @@ class InputStatistics:
     def reordered(self, order: torch.Tensor) -> "InputStatistics":
         """The statistics of a layer whose input channel p is channel ``order[p]`` of this one (int64 [d_in])."""
         result = InputStatistics(self.channels, device=self.sum.device)
-        result.tokens = self.tokens
+        result.tokens, result.weight = self.tokens, self.weight
         order = order.to(self.sum.device)
         result.sum, result.square_sum = self.sum[order], self.square_sum[order]
         if self.gram is not None:

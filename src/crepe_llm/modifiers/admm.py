@@ -66,6 +66,10 @@ class ADMMModifier(ReconstructionModifier):
         block give it (the default), not on what the dense ones do. The block is run on all calibration data again for
         it, three times in most models, and its and its layers' inputs are kept on the CPU until it is done (those of
         all blocks with `pipeline="basic"`)
+    :param token_weighting: how much each token of the calibration data counts, in fit and scores: `uniform`, or by
+        the error of a layer's outputs relative to their size (`relative`, see `crepe_llm.statistics.relative_weights`).
+        Where it is left out, `relative` in families that normalise what attention and feed-forward give (Gemma 2 and 3,
+        OLMo 2 and 3), `uniform` in others
     :param targets: layers to work on, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it

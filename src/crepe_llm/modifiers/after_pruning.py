@@ -1,6 +1,6 @@
 """What modifiers behind one that prunes share: dense weights, where they may stand, how new weights are judged."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.utils import align_module_device
@@ -11,12 +11,13 @@ from loguru import logger
 from pydantic import PrivateAttr, field_validator
 from torch.utils.hooks import RemovableHandle
 
+from crepe_llm.architectures import normalises_outputs
 from crepe_llm.compensation import asymmetric_target, output_error
 from crepe_llm.ffn import find_blocks
-from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
+from crepe_llm.modifiers.calibration import CalibratedModifier, linear_outputs, set_weight_matrix, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.dense_inputs import DenseInputs
-from crepe_llm.statistics import InputStatistics
+from crepe_llm.statistics import InputStatistics, relative_weights
 
 __all__ = ["DEFAULT_SHARE", "AfterPruningModifier", "ReconstructionModifier"]
 
@@ -146,7 +147,9 @@ class ReconstructionModifier(AfterPruningModifier):
     dampening: float = 0.01
     asymmetric_calibration: float | None = None
     true_sequential: bool | None = None
+    token_weighting: Literal["uniform", "relative"] | None = None
 
+    _normalises_outputs: bool = PrivateAttr(default=False)
     _dense_inputs: DenseInputs | None = PrivateAttr(default=None)
     _errors: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
     _marks: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -176,7 +179,7 @@ class ReconstructionModifier(AfterPruningModifier):
 
     @property
     def _profits(self) -> bool:
-        """Whether the model is run again for better inputs where the recipe does not say."""
+        """Whether inputs are gathered in the ways that are better and dearer, where the recipe does not say."""
         return self._leader is not None and self.fits_outputs
 
     @property
@@ -190,6 +193,12 @@ class ReconstructionModifier(AfterPruningModifier):
         return self._profits if self.true_sequential is None else self.true_sequential
 
     @property
+    def _is_relative(self) -> bool:
+        if self.token_weighting is not None:
+            return self.token_weighting == "relative"
+        return self._profits and self._normalises_outputs
+
+    @property
     def errors(self) -> dict[str, tuple[float, float]]:
         """For each pruned layer the squared error of its outputs, relative to those aimed at, before and after."""
         return dict(self._errors)
@@ -197,8 +206,12 @@ class ReconstructionModifier(AfterPruningModifier):
     def needs_gram(self, name: str) -> bool:
         return True
 
+    def token_weights(self, module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
+        return relative_weights(linear_outputs(module, inputs)) if self._is_relative else None
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)
+        self._normalises_outputs = normalises_outputs(state.model.config.model_type)
         for name, value in (("asymmetric_calibration", self._share), ("true_sequential", self._in_turn)):
             if value and self._leader is None:
                 raise ValueError(
@@ -222,7 +235,9 @@ class ReconstructionModifier(AfterPruningModifier):
         if self._in_turn:
             self._leader.calibrate_in_turn(blocks)
         if self._share:
-            self._dense_inputs = DenseInputs(self, self._layers, blocks, self._dataloader, self._leader.is_deferred)
+            self._dense_inputs = DenseInputs(
+                self, self._layers, blocks, self._dataloader, self._leader.is_deferred, self.token_weights
+            )
 
     def watch_again(self, layers: list[torch.nn.Module]) -> set[RemovableHandle]:
         return self._dense_inputs.again(layers) if self._dense_inputs is not None else set()

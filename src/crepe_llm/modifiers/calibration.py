@@ -26,6 +26,7 @@ __all__ = [
     "block_inputs",
     "block_outputs",
     "input_channels",
+    "linear_outputs",
     "set_weight_matrix",
     "start_recording",
     "stop_recording",
@@ -48,6 +49,12 @@ def weight_matrix(module: torch.nn.Module) -> torch.Tensor:
 def set_weight_matrix(module: torch.nn.Module, weight: torch.Tensor) -> None:
     """Overwrite the module's weight, wherever it is kept, with one given as [d_out, d_in]."""
     update_offload_parameter(module, "weight", weight.T if is_transposed(module) else weight)
+
+
+def linear_outputs(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """What a linear layer gives for inputs [..., d_in], its hooks not called."""
+    bias = cast(torch.Tensor | None, getattr(module, "bias", None))
+    return torch.nn.functional.linear(inputs.detach(), weight_matrix(module).detach(), bias)
 
 
 def block_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -97,6 +104,10 @@ class CalibratedModifier(Modifier):
     def needs_gram(self, name: str) -> bool:
         """Whether the statistics of one layer's inputs include their Gram matrix."""
         return False
+
+    def token_weights(self, module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
+        """How much each token [...] of a layer's inputs [..., d_in] counts for that; None where all count alike."""
+        return None
 
     def check_layer(self, name: str, module: torch.nn.Module) -> None:
         """Raise ValueError if the layer cannot be compressed as the fields ask; called before any calibration."""
@@ -238,14 +249,15 @@ class CalibratedModifier(Modifier):
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if self.is_deferred(module):
             return
-        inputs = args[0]
+        inputs, name = args[0], self._layers[module]
+        # At most one: each that fits outputs starts from the dense weights, so there is no second one behind it.
+        fitting = next((modifier for modifier in (self, *self._followers) if modifier.needs_gram(name)), None)
         if module not in self._statistics:
-            name = self._layers[module]
-            gram = any(modifier.needs_gram(name) for modifier in (self, *self._followers))
             self._statistics[module] = InputStatistics(
-                input_channels(module), gram=gram, device=get_execution_device(module)
+                input_channels(module), gram=fitting is not None, device=get_execution_device(module)
             )
-        self._statistics[module].update(inputs, token_mask(self._dataloader, inputs))
+        weights = None if fitting is None else fitting.token_weights(module, inputs)
+        self._statistics[module].update(inputs, token_mask(self._dataloader, inputs), weights)
 
 
 def start_recording(dataloader: Any) -> None:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from crepe_llm.modifiers.block_replay import CALIBRATED_IN_PARTS
 from crepe_llm.modifiers.calibration import block_inputs, block_outputs, token_mask
-from crepe_llm.statistics import counted_tokens
+from crepe_llm.statistics import token_products
 
 __all__ = ["DenseInputs"]
 
@@ -31,6 +31,7 @@ class DenseInputs:
         dataloader: that records attention masks (:func:`crepe_llm.modifiers.calibration.start_recording`).
         is_deferred: asked whether a layer's products are learnt when its block is run again (:meth:`again`), not now;
             its dense inputs are kept until then, on the CPU.
+        token_weights: what each token counts in the products of a layer, by the inputs that it is given.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class DenseInputs:
         blocks: list[torch.nn.Module],
         dataloader: Any,
         is_deferred: Callable[[torch.nn.Module], bool],
+        token_weights: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor | None],
     ) -> None:
         block_of = {module: block for block in blocks for module in block.modules()}
         self._block_of = {module: block_of[module] for module in layers if module in block_of}
@@ -50,6 +52,7 @@ class DenseInputs:
         self._hidden: dict[int, torch.Tensor] = {}
         self._given: dict[torch.nn.Module, list[torch.Tensor]] = {}
         self._is_deferred = is_deferred
+        self._token_weights = token_weights
         self._dense: dict[torch.nn.Module, dict[int, torch.Tensor]] = {}
         self._again: set[torch.nn.Module] = set()
         self._tokens: dict[int, int] = {}
@@ -132,7 +135,7 @@ class DenseInputs:
             self._routed.add(layer)
             return
         mask = token_mask(self._dataloader, dense)
-        product = counted_tokens(dense, mask).float().T @ counted_tokens(given, mask).float()
+        product = token_products(dense, given, mask, self._token_weights(layer, given))
         if layer in self._cross:
             self._cross[layer] += product
         else:

@@ -71,6 +71,9 @@ class WeightCorrectionModifier(ReconstructionModifier):
     :param true_sequential: calibrate each layer of a decoder block on what the pruned layers in front of it in that
         block give it, not on what the dense ones do, as in ADMMModifier. Where it is left out, true for `sparsegpt` and
         `pcg` behind one CRePEModifier, else false
+    :param token_weighting: for `sparsegpt` and `pcg`, how much each token of the calibration data counts, as in
+        ADMMModifier: `uniform` or `relative`, to the outputs that the layer has when it is calibrated. Where it is left
+        out, behind one CRePEModifier as there, and behind llm-compressor's own `uniform`
     :param targets: layers to correct, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
@@ -93,6 +96,11 @@ class WeightCorrectionModifier(ReconstructionModifier):
             raise ValueError(
                 f"asymmetric_calibration={self.asymmetric_calibration} is for methods that fit the Gram matrix of a "
                 f"layer's inputs, and {self.method} does not: leave it out, or set `method: pcg`"
+            )
+        if self.token_weighting == "relative" and not self.fits_outputs:
+            raise ValueError(
+                "token_weighting=relative is for methods that fit the Gram matrix of a layer's inputs, and "
+                f"{self.method} does not: leave it out, or set `method: pcg`"
             )
         if len(self.clamp) != 2 or not 0 < self.clamp[0] <= self.clamp[1]:
             raise ValueError(f"clamp={self.clamp} must be two positive numbers, the smaller first")
