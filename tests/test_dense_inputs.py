@@ -329,6 +329,17 @@ def test_left_out_all_are_used_where_that_is_possible(
     assert torch.equal(found[name], load(folder).model.layers[1].mlp.up_proj.weight) == (share == 0)
 
 
+def test_behind_other_pruning_tokens_are_weighted_by_what_the_layer_has_become(tiny_model_folder, calibration_data):
+    folder = tiny_model_folder("gemma3")
+    pruned = run(load(folder), [wanda()], calibration_data)
+    run(load(folder), [wanda(), Watched(token_weighting="relative")], calibration_data)
+    inputs = inputs_of(pruned, calibration_data)
+    for name, layer in linears(pruned).items():
+        if ".layers.0." in name:
+            x = inputs[name] / output_norms(layer, inputs[name])
+            torch.testing.assert_close(gathered[name].double(), x.T @ x, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("fields", [{"asymmetric_calibration": 0.25}, {"true_sequential": True}])
 def test_behind_other_pruning_they_are_refused(fields, tiny_model_folder, calibration_data):
     ((name, value),) = fields.items()

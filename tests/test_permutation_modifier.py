@@ -15,7 +15,7 @@ from pydantic import PrivateAttr
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from crepe_llm.architectures import AXES, FAMILIES
+from crepe_llm.architectures import AXES, FAMILIES, normalises_outputs
 from crepe_llm.checkpoints import is_2of4
 from crepe_llm.importance import crepe_scores
 from crepe_llm.modifiers import (
@@ -118,6 +118,21 @@ class Watched(ChannelPermutationModifier):
             return {"logits": model(input_ids=IDS).logits} | {
                 n: m.weight.detach().clone() for n, m in linears(model).items()
             }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_normalised_may_be_of_any_size(family, folder_of):
+    model = load(folder_of(family), torch.float64)
+    with torch.no_grad(), Fp64():
+        expected = model(IDS).logits
+        for name, layer in linears(model).items():
+            if name.endswith(("o_proj", "down_proj")):
+                layer.weight.mul_(100)
+        found = model(IDS).logits
+    # But for the norms' epsilon.
+    same = torch.allclose(found, expected, rtol=0.01, atol=0.01 * float(expected.std()))
+    assert same == normalises_outputs(family)
+    assert not normalises_outputs("gpt2")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
