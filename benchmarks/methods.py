@@ -106,8 +106,11 @@ ALIKE = HABITS | {"token_weighting": "uniform"}
 BY_BLOCK = ALIKE | {"true_sequential": False}
 SYMMETRIC = BY_BLOCK | {"asymmetric_calibration": 0.0}
 
-# By what modifiers do of themselves in a model's family, and the other way.
-WEIGHTINGS = {"SmolLM2-135M-Instruct": ("uniform", "relative"), "Gemma-3-270M": ("relative", "uniform")}
+# What modifiers do of themselves in a model's family, and the other way.
+WEIGHTINGS = {
+    "SmolLM2-135M-Instruct": {"weighting": "uniform", "other_weighting": "relative"},
+    "Gemma-3-270M": {"weighting": "relative", "other_weighting": "uniform"},
+}
 
 
 def with_sparsegpt(method: Method, habits: dict[str, Any] = HABITS) -> Method:
@@ -184,7 +187,7 @@ METHODS: dict[str, Method | None] = {
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by, gently=by == "atp") for by in ALLOCATIONS},
     "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, SYMMETRIC), "atp"),
-    # What asymmetric calibration and calibrating layer after layer are worth.
+    # What weights of tokens, asymmetric calibration and calibrating layer after layer are worth.
     "CRePE + sparsegpt, other weighting": with_sparsegpt(crepe, REWEIGHTED),
     "CRePE + pcg, other weighting": with_pcg(crepe, REWEIGHTED),
     "CRePE + pcg, by block": with_pcg(crepe, BY_BLOCK),
@@ -241,16 +244,8 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                     else:
                         (other,) = set(MODELS) - {model}
                         name = structure.replace(":", "of").replace("%", "")
-                        weighting, other_weighting = WEIGHTINGS[model]
-                        modifiers = filled(
-                            modifiers,
-                            model=model,
-                            other=other,
-                            structure=name,
-                            seed=seed,
-                            weighting=weighting,
-                            other_weighting=other_weighting,
-                        )
+                        names = {"model": model, "other": other, "structure": name, "seed": seed}
+                        modifiers = filled(modifiers, **names, **WEIGHTINGS[model])
                         key |= {"recipe": {"methods_stage": {"pruning_modifiers": modifiers}}}
                     if key not in runs:
                         runs.append(key)

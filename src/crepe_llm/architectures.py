@@ -1,4 +1,6 @@
-"""Which channels the modules of a decoder share: what has to be known of a family to permute its channels exactly.
+"""Which channels the modules of a decoder share, and which norms are between: what has to be known of a family.
+
+It is there to permute a model's channels exactly, and to know whether the size of a layer's outputs matters.
 
 For each module a family's table names the axes of its weight as stored: (output channels, input channels) of a linear
 layer, (vocabulary, channels) of an embedding, (channels,) of a norm. A bias has the first axis. Modules that have an

@@ -137,9 +137,8 @@ class AfterPruningModifier(CalibratedModifier):
 class ReconstructionModifier(AfterPruningModifier):
     """Base of those that give pruned layers new weights, whose outputs come closer to the dense layer's.
 
-    Subclasses implement :meth:`reconstruct`, called once per pruned layer, and have the fields `dampening` and
-    `asymmetric_calibration`. A layer whose output error on the calibration data does not become smaller is left as it
-    was, and a table says so.
+    Subclasses implement :meth:`reconstruct`, called once per pruned layer. A layer whose output error on the
+    calibration data does not become smaller is left as it was, and a table says so.
     """
 
     changes_kept_weights: ClassVar[bool] = True

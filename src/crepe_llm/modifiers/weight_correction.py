@@ -92,16 +92,13 @@ class WeightCorrectionModifier(ReconstructionModifier):
         for name in ("block_size", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.asymmetric_calibration and not self.fits_outputs:
-            raise ValueError(
-                f"asymmetric_calibration={self.asymmetric_calibration} is for methods that fit the Gram matrix of a "
-                f"layer's inputs, and {self.method} does not: leave it out, or set `method: pcg`"
-            )
-        if self.token_weighting == "relative" and not self.fits_outputs:
-            raise ValueError(
-                "token_weighting=relative is for methods that fit the Gram matrix of a layer's inputs, and "
-                f"{self.method} does not: leave it out, or set `method: pcg`"
-            )
+        for name, nothing in (("asymmetric_calibration", 0), ("token_weighting", "uniform")):
+            value = getattr(self, name)
+            if value not in (None, nothing) and not self.fits_outputs:
+                raise ValueError(
+                    f"{name}={value} is for methods that fit the Gram matrix of a layer's inputs, and {self.method} "
+                    "does not: leave it out, or set `method: pcg`"
+                )
         if len(self.clamp) != 2 or not 0 < self.clamp[0] <= self.clamp[1]:
             raise ValueError(f"clamp={self.clamp} must be two positive numbers, the smaller first")
         return self
