@@ -5,7 +5,7 @@ python benchmarks/masked_gptq.py
 
 import torch
 
-from crepe_llm.masked_gptq import masked_gptq
+from crepe_llm.functional.masked_gptq import masked_gptq
 
 ROWS, COLUMNS, TOKENS, BITS, DAMPENING = 256, 512, 4000, 4, 0.01
 

@@ -25,12 +25,12 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
-from crepe_llm.importance import magnitude_scores
-from crepe_llm.masks import keep_mask
+from crepe_llm.functional.masks import keep_mask
+from crepe_llm.functional.scores import magnitude_scores
 from crepe_llm.modifiers.after_pruning import DEFAULT_SHARE
 from crepe_llm.recipe_files import recipe_path
+from crepe_llm.samples import samples
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 STRUCTURES = {

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from crepe_llm.proxies import DEFAULT_PROXY, PROXIES, RIA, Coefficients, evaluate
-from crepe_llm.search import Study, search
+from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, RIA, Coefficients, evaluate
+from crepe_llm.search.search import Study, search
 from pho_common import LAYERS_PER_KIND, MODELS, ROWS, WANDA, Bench, parse_mask
 
 RESULTS = Path(__file__).parent / "results"

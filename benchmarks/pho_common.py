@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
-from crepe_llm.importance import crepe_scores
-from crepe_llm.masks import keep_mask
-from crepe_llm.proxies import Coefficients, LayerSample, Mask, sample_layers
-from crepe_llm.search import SearchSpace
-from crepe_llm.statistics import InputStatistics
+from crepe_llm.functional.masks import keep_mask
+from crepe_llm.functional.scores import crepe_scores
+from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.samples import samples
+from crepe_llm.search.fitness import Coefficients, LayerSample, Mask, sample_layers
+from crepe_llm.search.search import SearchSpace
 
 MODELS = {"smollm2": samples.smollm2, "gemma3": samples.gemma3}
 WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)

@@ -46,8 +46,8 @@ def run_oneshot(method: str, windows: int, length: int) -> dict[str, float]:
     from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from crepe_llm.evaluation import samples
     from crepe_llm.recipe_files import recipe_path
+    from crepe_llm.samples import samples
 
     logger.remove()
     upstream = {"sparsity": 0.5, "mask_structure": "2:4", "ignore": ["re:.*lm_head"]}
@@ -71,8 +71,8 @@ def layer_cases(rows: int, columns: int) -> dict[str, Callable[[], object]]:
     import torch
     from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
 
-    from crepe_llm.importance import crepe_scores
-    from crepe_llm.masks import keep_mask
+    from crepe_llm.functional.masks import keep_mask
+    from crepe_llm.functional.scores import crepe_scores
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(columns, rows, bias=False)

@@ -23,9 +23,9 @@ from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm.checkpoints import attach, is_2of4, read_folder
-from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
 from crepe_llm.recipe_files import recipe_path
+from crepe_llm.samples import samples
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 QUANTIZATIONS = {

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from crepe_llm.checkpoints import compress_folder
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.evaluation.throughput import Case, Engine, median, run
-from crepe_llm.importance import magnitude_scores
-from crepe_llm.masks import keep_mask
+from crepe_llm.functional.masks import keep_mask
+from crepe_llm.functional.scores import magnitude_scores
 
 CASES = [Case(prompt, streams) for prompt in (32, 512) for streams in (1, 8)]
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CREPE_CPU_ISA", "OMP_NUM_THREADS")
@@ -59,7 +59,7 @@ def one_billion(folder: Path) -> tuple[Path, Path]:
 
 def smollm2(folder: Path) -> tuple[Path, Path]:
     """SmolLM2-135M pruned to 2:4 by magnitude, in bf16: dense and sparse folder."""
-    from crepe_llm.evaluation import samples
+    from crepe_llm.samples import samples
 
     dense, sparse = folder / "smollm2-dense", folder / "smollm2-sparse"
     if not (dense / "config.json").is_file():

@@ -24,14 +24,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crepe_llm.checkpoints import per_block
-from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
 from crepe_llm.evaluation.throughput import Case, Engine, median, run
-from crepe_llm.ffn import FFN, cut, find_blocks, find_ffns
-from crepe_llm.recovery import recover
-from crepe_llm.statistics import InputStatistics
-from crepe_llm.structured import BlockImportance, channel_importance, keep_ratios, kept_channels, kept_widths
+from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.functional.structured import BlockImportance, channel_importance, keep_ratios, kept_channels, kept_widths
+from crepe_llm.models import per_block
+from crepe_llm.models.ffn import FFN, cut, find_blocks, find_ffns
+from crepe_llm.samples import samples
+from crepe_llm.training.recovery import recover
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 METHODS = ("random", "magnitude", "wanda", "activation", "relative")

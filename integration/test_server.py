@@ -60,7 +60,7 @@ def environment() -> dict[str, str]:
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    started = [sys.executable, "-m", "crepe_llm.cli", "serve", str(folder), "--served-model-name", "m"]
+    started = [sys.executable, "-m", "crepe_llm", "serve", str(folder), "--served-model-name", "m"]
     return [*started, "--dtype", "float32", "--max-model-len", "256", "--enforce-eager", *options]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from crepe_llm.checkpoints.bitmask import DTYPES
+from crepe_llm.checkpoints.formats.bitmask import DTYPES
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 

@@ -111,9 +111,9 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
-import crepe_llm.checkpoints, crepe_llm.cli, crepe_llm.kernels
-from crepe_llm.importance import crepe_scores
-from crepe_llm.masks import keep_mask
+import crepe_llm.checkpoints, crepe_llm.cli.main, crepe_llm.kernels
+from crepe_llm.functional.scores import crepe_scores
+from crepe_llm.functional.masks import keep_mask
 
 assert keep_mask(crepe_scores(torch.rand(4, 8), torch.ones(8)), 0.5, "2:4").sum() == 16
 try:

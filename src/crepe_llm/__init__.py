@@ -30,7 +30,7 @@ def _register_loader() -> None:
 
 
 def _register_per_block() -> None:
-    from crepe_llm.checkpoints.per_block import register
+    from crepe_llm.models.per_block import register
 
     register()
 

@@ -1,6 +1,6 @@
 """The 2:4 checkpoint format `sparse-24-bitmask`: packing, saving and loading."""
 
-from crepe_llm.checkpoints.bitmask import FormatError, is_2of4, pack, read_shape, unpack, validate_bitmask
+from crepe_llm.checkpoints.formats.bitmask import FormatError, is_2of4, pack, read_shape, unpack, validate_bitmask
 from crepe_llm.checkpoints.reading import Checkpoint, SparseLayer, StoredTensor, read_files, read_folder
 from crepe_llm.checkpoints.saving import attach, compress_folder, decompress_folder
 

@@ -16,7 +16,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from crepe_llm.checkpoints.bitmask import FormatError, unpack
+from crepe_llm.checkpoints.formats.bitmask import FormatError, unpack
 from crepe_llm.checkpoints.reading import PARTS, Checkpoint, read_files
 
 __all__ = ["Sparse24HfQuantizer", "UnpackSparse24", "register"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from crepe_llm.checkpoints.bitmask import FormatError, read_shape, unpack, validate_bitmask
+from crepe_llm.checkpoints.formats.bitmask import FormatError, read_shape, unpack, validate_bitmask
 
 __all__ = ["Checkpoint", "SparseLayer", "StoredTensor", "read_config", "read_files", "read_folder"]
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from crepe_llm.checkpoints.bitmask import FormatError, is_2of4, pack
 from crepe_llm.checkpoints.folders import new_folder
+from crepe_llm.checkpoints.formats.bitmask import FormatError, is_2of4, pack
 from crepe_llm.checkpoints.reading import CONFIG, INDEX, PARTS, SINGLE, Checkpoint, read_config, read_folder
 
 __all__ = ["attach", "compress_folder", "decompress_folder"]
@@ -54,7 +54,7 @@ def attach(model: Any) -> None:
     """
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 
-    from crepe_llm.checkpoints.per_block import write_config
+    from crepe_llm.models.per_block import write_config
 
     modify_save_pretrained(model)
     save = model.save_pretrained

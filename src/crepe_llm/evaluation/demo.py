@@ -19,12 +19,12 @@ from loguru import logger
 from tqdm import tqdm
 
 from crepe_llm.checkpoints.folders import new_folder
-from crepe_llm.evaluation import samples
 from crepe_llm.evaluation.model_card import linear_zeros, model_card, total_zeros
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
-from crepe_llm.importance import magnitude_scores
-from crepe_llm.masks import keep_mask
+from crepe_llm.functional.masks import keep_mask
+from crepe_llm.functional.scores import magnitude_scores
 from crepe_llm.recipe_files import recipe_path
+from crepe_llm.samples import samples
 
 _WINDOWS, _LENGTH = 16, 512
 

@@ -5,10 +5,10 @@ import math
 import torch
 from pydantic import model_validator
 
-from crepe_llm.admm import admm
+from crepe_llm.functional.admm import admm
+from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers.after_pruning import ReconstructionModifier
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.statistics import InputStatistics
 
 __all__ = ["ADMMModifier"]
 
@@ -17,13 +17,13 @@ class ADMMModifier(ReconstructionModifier):
     """
     Modifier that prunes the layers of the CRePEModifier in front of it again, step by step, to the same structure and
     sparsity: between steps the kept weights make up for what is lost, and by their new values and that modifier's score
-    the mask is chosen anew (ADMM-Grad, https://arxiv.org/abs/2401.02938; see `crepe_llm.admm.admm` for what is the
-    paper's and what is ours). Better than WeightCorrectionModifier's methods, whose mask is the dense weights', most of
-    all where much is pruned, and slower.
+    the mask is chosen anew (ADMM-Grad, https://arxiv.org/abs/2401.02938; see `crepe_llm.functional.admm.admm` for what
+    is the paper's and what is ours). Better than WeightCorrectionModifier's methods, whose mask is the dense weights',
+    most of all where much is pruned, and slower.
 
     With `asymmetric_calibration` a layer's weights make up, too, for a share of what pruning the blocks in front of it
-    has done to its inputs; see `crepe_llm.compensation.asymmetric_target`. It takes a second Gram matrix for each
-    layer of a block, one hidden state for each calibration token, and one more pass through the dense model.
+    has done to its inputs; see `crepe_llm.functional.compensation.asymmetric_target`. It takes a second Gram matrix
+    for each layer of a block, one hidden state for each calibration token, and one more pass through the dense model.
 
     A layer whose output error on the calibration data does not become smaller is left as it was.
 
@@ -67,9 +67,9 @@ class ADMMModifier(ReconstructionModifier):
         it, three times in most models, and its and its layers' inputs are kept on the CPU until it is done (those of
         all blocks with `pipeline="basic"`)
     :param token_weighting: how much each token of the calibration data counts, in fit and scores: `uniform`, or by
-        the error of a layer's outputs relative to their size (`relative`, see `crepe_llm.statistics.relative_weights`).
-        Where it is left out, `relative` in families that normalise what attention and feed-forward give (Gemma 2 and 3,
-        OLMo 2 and 3), `uniform` in others
+        the error of a layer's outputs relative to their size (`relative`, see
+        `crepe_llm.functional.statistics.relative_weights`). Where it is left out, `relative` in families that
+        normalise what attention and feed-forward give (Gemma 2 and 3, OLMo 2 and 3), `uniform` in others
     :param targets: layers to work on, by class name, exact name or `re:` pattern; defaults to all linear layers
     :param ignore: layers to leave alone, likewise; defaults to lm_head
     :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it

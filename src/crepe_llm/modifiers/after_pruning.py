@@ -11,13 +11,13 @@ from loguru import logger
 from pydantic import PrivateAttr, field_validator
 from torch.utils.hooks import RemovableHandle
 
-from crepe_llm.architectures import normalises_outputs
-from crepe_llm.compensation import asymmetric_target, output_error
-from crepe_llm.ffn import find_blocks
+from crepe_llm.functional.compensation import asymmetric_target, output_error
+from crepe_llm.functional.statistics import InputStatistics, relative_weights
+from crepe_llm.models.channels import normalises_outputs
+from crepe_llm.models.ffn import find_blocks
 from crepe_llm.modifiers.calibration import CalibratedModifier, linear_outputs, set_weight_matrix, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.dense_inputs import DenseInputs
-from crepe_llm.statistics import InputStatistics, relative_weights
 
 __all__ = ["DEFAULT_SHARE", "AfterPruningModifier", "ReconstructionModifier"]
 

@@ -15,7 +15,7 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from pydantic import PrivateAttr, field_validator, model_validator
 
-from crepe_llm.allocation import (
+from crepe_llm.functional.allocation import (
     alpha_pruning,
     atp,
     dlp,
@@ -27,11 +27,11 @@ from crepe_llm.allocation import (
     typical_score,
     water_fill,
 )
-from crepe_llm.importance import wanda_scores
-from crepe_llm.masks import parse_mask_structure
+from crepe_llm.functional.masks import parse_mask_structure
+from crepe_llm.functional.scores import wanda_scores
+from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers.calibration import CalibratedModifier, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.statistics import InputStatistics
 
 __all__ = ["SparsityAllocationModifier"]
 
@@ -48,7 +48,7 @@ _CALIBRATED = ("owl", "dlp")
 class SparsityAllocationModifier(CalibratedModifier):
     """
     Modifier that chooses how much of each decoder block the modifier behind it prunes, so that the whole model is
-    pruned to a target. It changes no weight. `crepe_llm.allocation` has the methods:
+    pruned to a target. It changes no weight. `crepe_llm.functional.allocation` has the methods:
 
     - `owl`: less of blocks with more outliers among Wanda's scores (https://arxiv.org/abs/2310.05175)
     - `alphapruning`: less of blocks with heavier-tailed spectra, without data (https://arxiv.org/abs/2410.10912)
@@ -417,7 +417,7 @@ class SparsityAllocationModifier(CalibratedModifier):
             self._pruning.sparsity = None
 
     def _given(self, name: str) -> dict[str, Any]:
-        """The argument for a function of `crepe_llm.allocation`, which has the default, if the field is set."""
+        """The argument for a function of `functional.allocation`, which has the default, if the field is set."""
         value = getattr(self, name)
         return {} if value is None else {name: value}
 

@@ -17,9 +17,9 @@ from pydantic import Field, PrivateAttr
 from torch.utils.hooks import RemovableHandle
 
 from crepe_llm.checkpoints import attach
-from crepe_llm.ffn import is_transposed
+from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.models.ffn import is_transposed
 from crepe_llm.modifiers.block_replay import BlockReplay
-from crepe_llm.statistics import InputStatistics
 
 __all__ = [
     "CalibratedModifier",

@@ -12,8 +12,18 @@ from llmcompressor.modifiers.quantization.quantization.mixin import Quantization
 from loguru import logger
 from pydantic import PrivateAttr, field_validator
 
-from crepe_llm.checkpoints import attach, per_block
-from crepe_llm.ffn import FFN, cut, find_blocks, find_ffns
+from crepe_llm.checkpoints import attach
+from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.functional.structured import (
+    BlockImportance,
+    ChannelImportance,
+    channel_importance,
+    keep_ratios,
+    kept_channels,
+    kept_widths,
+)
+from crepe_llm.models import per_block
+from crepe_llm.models.ffn import FFN, cut, find_blocks, find_ffns
 from crepe_llm.modifiers.calibration import (
     block_inputs,
     block_outputs,
@@ -23,15 +33,6 @@ from crepe_llm.modifiers.calibration import (
     weight_matrix,
 )
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.statistics import InputStatistics
-from crepe_llm.structured import (
-    BlockImportance,
-    ChannelImportance,
-    channel_importance,
-    keep_ratios,
-    kept_channels,
-    kept_widths,
-)
 
 __all__ = ["CFSPModifier"]
 
@@ -40,7 +41,7 @@ class CFSPModifier(Modifier):
     """
     Modifier that removes FFN channels by CFSP (https://arxiv.org/abs/2409.13199): blocks that turn the hidden state
     more keep more channels, and each block keeps those that score highest. The matrices become smaller, so that any
-    hardware runs the model faster. See `crepe_llm.structured` for the formulas.
+    hardware runs the model faster. See `crepe_llm.functional.structured` for the formulas.
 
     Sample yaml:
 

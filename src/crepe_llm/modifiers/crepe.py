@@ -9,10 +9,10 @@ from llmcompressor.core import State
 from loguru import logger
 from pydantic import PrivateAttr, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from crepe_llm.importance import check_coefficients, crepe_scores, cvr_scores
-from crepe_llm.masks import ComparisonGroup, keep_mask, parse_mask_structure
+from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
+from crepe_llm.functional.scores import check_coefficients, crepe_scores, cvr_scores
+from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers.calibration import CalibratedModifier, input_channels, set_weight_matrix, weight_matrix
-from crepe_llm.statistics import InputStatistics
 
 __all__ = ["CRePEModifier"]
 
@@ -26,11 +26,11 @@ class CRePEModifier(CalibratedModifier):
     """
     Modifier that prunes linear layers in one shot by CRePE (our reading of https://arxiv.org/abs/2606.01544):
     each weight is scored relative to its row, its column and its K x K neighbourhood, times the norm of its input
-    channel to a power. See `crepe_llm.importance.crepe_scores` for the formula; RIA and Wanda are special cases.
+    channel to a power. See `crepe_llm.functional.scores.crepe_scores` for the formula; RIA and Wanda are special cases.
 
     With `score: cvr` it prunes by column-variance reweighting (https://arxiv.org/abs/2602.07375) instead: each weight
     by its magnitude, relative to the standard deviation of its column to the power of `alpha`, times the square root of
-    that of its input channel; see `crepe_llm.importance.cvr_scores`.
+    that of its input channel; see `crepe_llm.functional.scores.cvr_scores`.
 
     Sample yaml:
 

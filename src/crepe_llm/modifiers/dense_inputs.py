@@ -10,9 +10,9 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch.utils.hooks import RemovableHandle
 
+from crepe_llm.functional.statistics import token_products
 from crepe_llm.modifiers.block_replay import CALIBRATED_IN_PARTS
 from crepe_llm.modifiers.calibration import block_inputs, block_outputs, token_mask
-from crepe_llm.statistics import token_products
 
 __all__ = ["DenseInputs"]
 

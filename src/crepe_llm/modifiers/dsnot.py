@@ -9,13 +9,13 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifier
 from loguru import logger
 from pydantic import PrivateAttr, model_validator
 
-from crepe_llm.importance import wanda_scores
-from crepe_llm.masks import parse_mask_structure
+from crepe_llm.functional.masks import parse_mask_structure
+from crepe_llm.functional.repruning import dsnot
+from crepe_llm.functional.scores import wanda_scores
+from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers.after_pruning import AfterPruningModifier
 from crepe_llm.modifiers.calibration import set_weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.repruning import dsnot
-from crepe_llm.statistics import InputStatistics
 
 __all__ = ["DSnoTModifier"]
 
@@ -27,7 +27,8 @@ class DSnoTModifier(AfterPruningModifier):
     """
     Modifier that swaps weights which an earlier modifier of the recipe has pruned for weights it has kept, so that each
     output of a layer comes closer to the dense layer's in the mean over the calibration tokens (DSnoT,
-    https://arxiv.org/abs/2310.08915; see `crepe_llm.repruning.dsnot` for what is the paper's and what is ours).
+    https://arxiv.org/abs/2310.08915; see `crepe_llm.functional.repruning.dsnot` for what is the paper's and what is
+    ours).
 
     Every row keeps its number of weights, and an N:M mask stays N:M; weights that grow back are the dense ones. A row
     whose expected error does not become smaller is left as it was. The released code re-prunes attention layers only;

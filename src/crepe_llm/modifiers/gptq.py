@@ -12,7 +12,7 @@ from llmcompressor.modifiers.gptq.helpers import column_scale_window, prepare_ba
 from loguru import logger
 
 from crepe_llm.checkpoints import attach
-from crepe_llm.masked_gptq import masked_gptq
+from crepe_llm.functional.masked_gptq import masked_gptq
 
 __all__ = ["MaskedGPTQModifier"]
 
@@ -23,7 +23,7 @@ class MaskedGPTQModifier(GPTQModifier):
 
     The toolkit's own GPTQ moves pruned weights away from zero. Here the error feedback of a column still reaches every
     later column, but a pruned position may only become zero, and what it would have become is handed on to the kept
-    weights; see `crepe_llm.masked_gptq.masked_gptq`. Put it after the modifier that prunes.
+    weights; see `crepe_llm.functional.masked_gptq.masked_gptq`. Put it after the modifier that prunes.
 
     Sample yaml:
 

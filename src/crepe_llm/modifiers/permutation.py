@@ -13,13 +13,13 @@ from loguru import logger
 from pydantic import PrivateAttr, model_validator
 from tqdm import tqdm
 
-from crepe_llm.architectures import AXES, block_of, module_axes
+from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
+from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.models.channels import AXES, block_of, module_axes
 from crepe_llm.modifiers.allocation import SparsityAllocationModifier
 from crepe_llm.modifiers.calibration import CalibratedModifier, input_channels, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.pho import PHOSearchModifier
-from crepe_llm.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
-from crepe_llm.statistics import InputStatistics
 
 __all__ = ["ChannelPermutationModifier"]
 
@@ -38,10 +38,10 @@ class ChannelPermutationModifier(CalibratedModifier):
       share its order
     - `residual`: the residual stream, one order for the whole model, by embeddings, norms, every layer and the head
 
-    The search is RIA's channel permutation (OpenReview Tr0lPx9woF), see `crepe_llm.permutation`; RIA itself permutes
-    every layer on its own, which no stored model can express. The scores are those that the CRePEModifier gives on the
-    dense model. Layers that share channels count by their number of weights: each layer's scores are taken relative to
-    their mean. An order that would not raise the retained score of all rows is left out.
+    The search is RIA's channel permutation (OpenReview Tr0lPx9woF), see `crepe_llm.functional.permutation`; RIA itself
+    permutes every layer on its own, which no stored model can express. The scores are those that the CRePEModifier
+    gives on the dense model. Layers that share channels count by their number of weights: each layer's scores are
+    taken relative to their mean. An order that would not raise the retained score of all rows is left out.
 
     A weight's score depends on its neighbours, which permuting replaces. The CRePEModifier is told about it, and scores
     every layer in its original order, so that what is maximised here is what it prunes by.

@@ -18,13 +18,22 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from pydantic import PrivateAttr, field_validator, model_validator
 
-from crepe_llm.importance import crepe_scores
-from crepe_llm.masks import ComparisonGroup, keep_mask, parse_mask_structure
+from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
+from crepe_llm.functional.scores import crepe_scores
+from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.proxies import DEFAULT_PROXY, PROXIES, RIA, Coefficients, LayerSample, Mask, evaluate, sample_layers
-from crepe_llm.search import Finalist, SearchSpace, Study, search
-from crepe_llm.statistics import InputStatistics
+from crepe_llm.search.fitness import (
+    DEFAULT_PROXY,
+    PROXIES,
+    RIA,
+    Coefficients,
+    LayerSample,
+    Mask,
+    evaluate,
+    sample_layers,
+)
+from crepe_llm.search.search import Finalist, SearchSpace, Study, search
 
 __all__ = ["PHOSearchModifier"]
 
@@ -37,7 +46,7 @@ class PHOSearchModifier(CalibratedModifier):
     """
     Modifier that searches for the coefficients of the CRePEModifier behind it, by a proxy for perplexity on a sample of
     layers and rows, in the manner of the PHO of https://arxiv.org/abs/2606.01544, whose internals are not public to us.
-    It changes no weight. See `crepe_llm.proxies` and `crepe_llm.search`.
+    It changes no weight. See `crepe_llm.search.fitness` and `crepe_llm.search.search`.
 
     What was found is written into `found` and into the CRePEModifier, so a recipe that was saved with a model prunes
     the same again without searching.
@@ -68,11 +77,12 @@ class PHOSearchModifier(CalibratedModifier):
     - on_finalize
         - nothing is left to do
 
-    :param proxy: what stands for perplexity, a name from `crepe_llm.proxies.PROXIES`
+    :param proxy: what stands for perplexity, a name from `crepe_llm.search.fitness.PROXIES`
     :param optimiser: `cma` (CMA-ES) or `random`
     :param candidates: stop after so many candidates; 200 where neither this nor `minutes` is given
     :param minutes: stop when evaluations have taken so long
-    :param space: bounds that differ from `crepe_llm.search.SearchSpace`'s, such as `{activation_exponent: [0.2, 1.0]}`
+    :param space: bounds that differ from `crepe_llm.search.search.SearchSpace`'s, such as `{activation_exponent: [0.2,
+        1.0]}`
     :param seed: of the sample and of the optimiser
     :param layers_per_kind: how many layers of each kind (q_proj, down_proj and so on) are in the sample
     :param rows: how many rows of each sampled layer are

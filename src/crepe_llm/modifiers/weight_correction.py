@@ -6,9 +6,14 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from crepe_llm.compensation import conjugate_gradients, energy_compensation, mean_compensation, sparsegpt_update
+from crepe_llm.functional.compensation import (
+    conjugate_gradients,
+    energy_compensation,
+    mean_compensation,
+    sparsegpt_update,
+)
+from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers.after_pruning import ReconstructionModifier
-from crepe_llm.statistics import InputStatistics
 
 __all__ = ["WeightCorrectionModifier"]
 
@@ -16,7 +21,8 @@ __all__ = ["WeightCorrectionModifier"]
 class WeightCorrectionModifier(ReconstructionModifier):
     """
     Modifier that changes the weights which an earlier modifier of the recipe has kept, so that each layer's outputs
-    come closer to those of the dense layer. Masks stay exactly as they are. `crepe_llm.compensation` has the methods:
+    come closer to those of the dense layer. Masks stay exactly as they are. `crepe_llm.functional.compensation` has
+    the methods:
 
     - `energy`: rescales columns and rows to regain their energy (https://arxiv.org/abs/2602.07375)
     - `mean`: gives the kept weights what the pruned ones added to the mean of each output (ours)
@@ -24,9 +30,9 @@ class WeightCorrectionModifier(ReconstructionModifier):
     - `pcg`: least squares on the mask by conjugate gradients, as ALPS does (https://arxiv.org/abs/2406.07831)
 
     What `sparsegpt` and `pcg` fit makes up, too, for a share of what pruning the blocks in front of it has done to its
-    inputs (`asymmetric_calibration`, see `crepe_llm.compensation.asymmetric_target`), where that is known: behind one
-    CRePEModifier. It takes a second Gram matrix for each layer of a block, one hidden state for each calibration token,
-    and one more pass through the dense model.
+    inputs (`asymmetric_calibration`, see `crepe_llm.functional.compensation.asymmetric_target`), where that is known:
+    behind one CRePEModifier. It takes a second Gram matrix for each layer of a block, one hidden state for each
+    calibration token, and one more pass through the dense model.
 
     A layer whose output error on the calibration data does not become smaller is left as it was.
 

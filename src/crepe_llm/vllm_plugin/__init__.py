@@ -26,7 +26,7 @@ def register() -> None:
             return
         from vllm.model_executor.models import ModelRegistry
 
-        from crepe_llm.checkpoints import per_block as configs
+        from crepe_llm.models import per_block as configs
         from crepe_llm.vllm_plugin import per_block as models
         from crepe_llm.vllm_plugin.config import Sparse24Config
     except ImportError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from compressed_tensors.utils import patch_attr
 from vllm.model_executor.models.utils import extract_layer_index
 
-from crepe_llm.checkpoints import per_block
+from crepe_llm.models import per_block
 
 # vLLM's class: the module that it is in, and the one whose `make_layers` builds its blocks.
 _MODELS = {

@@ -1,0 +1,1 @@
+"""The `crepe` command, one file a subcommand."""

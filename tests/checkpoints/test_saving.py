@@ -1,0 +1,339 @@
+"""Saving through llm-compressor and from folder to folder: what is written, and when it appears."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from compressed_tensors.offload import dispatch_with_map
+from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crepe_llm.checkpoints import FormatError, attach, compress_folder, decompress_folder, read_folder, unpack
+from crepe_llm.cli.main import main
+from sparse_models import bytes_of, linears, prune_2of4
+
+IDS = torch.arange(3, 35)[None]
+
+
+@pytest.fixture
+def dense_folder(tiny_model_folder):
+    return tiny_model_folder("llama")
+
+
+def pruned(folder, dtype=torch.bfloat16):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    kept = prune_2of4(model)
+    return model, kept
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stored_tensors(folder):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def test_what_an_attached_model_writes(dense_folder, tmp_path):
+    model, kept = pruned(dense_folder)
+    attach(model)
+    before = model(IDS).logits
+    model.save_pretrained(tmp_path / "out", save_compressed=True)
+    assert names_in(tmp_path) == ["out"]
+    assert names_in(tmp_path / "out") == ["config.json", "generation_config.json", "model.safetensors", "recipe.yaml"]
+    tensors = stored_tensors(tmp_path / "out")
+    for name, module in linears(model).items():
+        assert f"{name}.weight" not in tensors
+        shape = tensors[f"{name}.shape"]
+        assert shape.dtype == torch.int64 and shape.tolist() == [[size] for size in module.weight.shape]
+        assert tensors[f"{name}.compressed"].dtype == torch.bfloat16
+        weight = unpack(tensors[f"{name}.compressed"], tensors[f"{name}.bitmask"], shape)
+        assert torch.equal(weight, module.weight)
+        assert not weight[~kept[name]].any()
+    assert "model.embed_tokens.weight" in tensors and "lm_head.weight" not in tensors  # tied
+    config = config_of(tmp_path / "out")
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert config["quantization_config"] == {
+        "quant_method": "compressed-tensors",
+        "version": "0.14.0.1",
+        "transform_config": {},
+        "sparsity_config": {
+            "format": "sparse-24-bitmask",
+            "global_sparsity": pytest.approx(zeros / model.num_parameters()),
+            "ignore": ["lm_head"],
+            "registry_requires_subclass": False,
+            "sparsity_structure": "2:4",
+            "targets": ["Linear"],
+        },
+    }
+    assert "sparsity_config" not in config
+    # The model in memory is as it was, and can be saved again.
+    assert torch.equal(model(IDS).logits, before)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    assert model.save_pretrained._overridden  # llm-compressor does not wrap it once more
+
+
+def test_packed_layers_take_nine_sixteenths_on_disk(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=8, hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    prune_2of4(model)
+    attach(model)
+    model.save_pretrained(tmp_path / "out")
+    dense = sum(module.weight.numel() * 2 for module in linears(model).values())
+    rest = sum(p.numel() * 2 for p in model.parameters()) - dense
+    assert (tmp_path / "out/model.safetensors").stat().st_size - rest <= 0.5626 * dense + 4096  # the JSON header
+
+
+def test_only_real_2of4_layers_are_packed_and_listed(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    odd = "model.layers.1.mlp.up_proj"
+    model.get_submodule(odd).weight.data[5, :4] = 1
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))  # 2:4, but no layer to pack
+    model.config.tie_word_embeddings = False
+    attach(model)
+    model.save_pretrained(tmp_path / "out")
+    sparsity = config_of(tmp_path / "out")["quantization_config"]["sparsity_config"]
+    packed = [name for name in linears(model) if name != odd]
+    assert sparsity["targets"] == sorted(packed) and sparsity["ignore"] == []
+    assert sorted(read_folder(tmp_path / "out").layers) == sorted(packed)
+    tensors = stored_tensors(tmp_path / "out")
+    assert torch.equal(tensors[f"{odd}.weight"], model.get_submodule(odd).weight)
+    assert "lm_head.weight" in tensors
+
+
+def test_uncompressed_saves_load_anywhere_and_carry_the_record(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    attach(model)
+    model.save_pretrained(tmp_path / "out", save_compressed=False)
+    config = config_of(tmp_path / "out")
+    assert "quantization_config" not in config
+    assert config["sparsity_config"]["format"] == "dense"
+    assert config["sparsity_config"]["sparsity_structure"] == "2:4"
+    assert config["sparsity_config"]["targets"] == ["Linear"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_a_dense_model_is_saved_as_ever(dense_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    attach(model)
+    model.save_pretrained(tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert "quantization_config" not in config and "sparsity_config" not in config
+    reference = AutoModelForCausalLM.from_pretrained(dense_folder)
+    modify_save_pretrained(reference)
+    reference.save_pretrained(tmp_path / "reference")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
+
+
+def test_shards_have_a_correct_index(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    attach(model)
+    model.save_pretrained(tmp_path / "out", max_shard_size="10KB")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3 and files == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    tensors = stored_tensors(tmp_path / "out")
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "out" / file, framework="pt") as opened:
+            assert name in opened.keys()  # noqa: SIM118
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_offloaded_weights(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    logits = model(IDS).logits
+    cpu = torch.device("cpu")
+    places = {name: "disk" if name.startswith("model.layers.1") else cpu for name, _ in model.named_modules()}
+    (tmp_path / "offload").mkdir()
+    dispatch_with_map(model, {name: (cpu, place) for name, place in places.items()}, str(tmp_path / "offload"))
+    assert next(model.model.layers[1].mlp.parameters()).device == cpu  # read back when touched
+    attach(model)
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(IDS).logits, logits)
+    assert torch.equal(model(IDS).logits, logits)
+
+
+def test_existing_folders(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    attach(model)
+    target = tmp_path / "out"
+    # A folder with other files keeps them, and becomes a model.
+    AutoTokenizer.from_pretrained(dense_folder).save_pretrained(target)
+    model.save_pretrained(target)
+    assert {"tokenizer.json", "config.json", "model.safetensors"} <= set(names_in(target))
+    # One with a model is left alone, and the work is not lost.
+    content = (target / "model.safetensors").read_bytes()
+    for number in (1, 2):
+        with pytest.raises(FileExistsError, match=f"out-{number}"):
+            model.save_pretrained(target)
+        assert (tmp_path / f"out-{number}/model.safetensors").read_bytes() == content
+    assert (target / "model.safetensors").read_bytes() == content
+    # So is one in which a file of ours would be overwritten.
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy/recipe.yaml").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"recipe\.yaml"):
+        model.save_pretrained(tmp_path / "busy")
+    assert names_in(tmp_path / "busy") == ["recipe.yaml"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "hub", push_to_hub=True)
+    assert names_in(tmp_path) == ["busy", "file", "out", "out-1", "out-2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shard", ["10KB", "1GB"])
+def test_compress_and_decompress_are_inverse(dense_folder, tmp_path, dtype, shard):
+    model, _ = pruned(dense_folder, dtype)
+    model.save_pretrained(tmp_path / "dense", max_shard_size=shard)
+    AutoTokenizer.from_pretrained(dense_folder).save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense/.cache").mkdir()
+    layers = compress_folder(tmp_path / "dense", tmp_path / "sparse")
+    assert sorted(layers) == sorted(linears(model))
+    assert (tmp_path / "sparse/tokenizer.json").is_file() and not (tmp_path / "sparse/.cache").exists()
+    decompress_folder(tmp_path / "sparse", tmp_path / "back")
+    original, back = stored_tensors(tmp_path / "dense"), stored_tensors(tmp_path / "back")
+    assert original.keys() == back.keys()
+    assert all(torch.equal(original[name], back[name]) for name in original)
+    config = config_of(tmp_path / "back")
+    assert config.pop("sparsity_config")["format"] == "dense"
+    assert config == config_of(tmp_path / "dense")
+    assert not any(name.startswith(".") for name in names_in(tmp_path))
+
+
+def test_conversions_that_make_no_sense_are_refused(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    model.save_pretrained(tmp_path / "sparse-to-be")
+    compress_folder(tmp_path / "sparse-to-be", tmp_path / "sparse")
+    with pytest.raises(FormatError, match="already packed"):
+        compress_folder(tmp_path / "sparse", tmp_path / "out")
+    with pytest.raises(FormatError, match=r"no 2:4 layer: for instance model\.layers\.0.*row 0, columns 0 to 3 hold"):
+        compress_folder(dense_folder, tmp_path / "out")
+    with pytest.raises(FormatError, match="nothing to decompress"):
+        decompress_folder(dense_folder, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        decompress_folder(tmp_path / "sparse", tmp_path / "sparse-to-be")
+    with pytest.raises(FormatError, match="neither"):
+        compress_folder(tmp_path / "absent", tmp_path / "out")
+    assert names_in(tmp_path) == ["sparse", "sparse-to-be"]
+
+
+def test_float8_negative_zeros_survive_as_zeros(tmp_path):
+    from safetensors.torch import save_file
+
+    weight = torch.tensor([[-0.0, 1.5, -0.0, -2.0] * 4], dtype=torch.float32).to(torch.float8_e4m3fn)
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"a.weight": weight, "a.weight_scale": torch.ones(1, 1)}, source / "model.safetensors")
+    (source / "config.json").write_text(
+        '{"quantization_config": {"config_groups": {"g": 1}, "format": "float-quantized"}}'
+    )
+    assert compress_folder(source, tmp_path / "out") == ["a"]
+    stored = read_folder(tmp_path / "out").load_weight("a")
+    assert torch.equal(bytes_of(stored), bytes_of(weight) * (bytes_of(weight) != 0x80))
+    quantization = config_of(tmp_path / "out")["quantization_config"]
+    assert quantization["format"] == "float-quantized" and quantization["config_groups"] == {"g": 1}
+    assert quantization["sparsity_config"]["global_sparsity"] == 0.5
+
+
+KILLED = """
+    # Saves again and again, each time killed at a later file operation, until one save gets through.
+    import os, pathlib, signal, sys
+    import torch
+    torch.set_num_threads(1)
+    from transformers import AutoModelForCausalLM
+    from crepe_llm.checkpoints import attach, compress_folder
+
+    how, dense, root, step = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]), int(sys.argv[4])
+    if how == "attached":
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        attach(model)
+    operations, finished, kills = 0, False, 0
+    while not finished:
+        operations += step
+        target = root / f"{operations}" / "out"
+        target.parent.mkdir()
+        child = os.fork()
+        if child == 0:
+            seen = 0
+
+            def count(event, arguments):
+                global seen
+                if event in ("open", "os.rename", "os.mkdir", "os.chmod", "os.scandir", "os.listdir", "shutil.copyfile",
+                             "tempfile.mkdtemp", "os.rmdir", "os.remove", "shutil.rmtree"):
+                    seen += 1
+                    if seen == operations:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(count)
+            compress_folder(dense, target) if how == "folder" else model.save_pretrained(target)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        finished = os.WIFEXITED(status)
+        if finished and os.WEXITSTATUS(status):
+            sys.exit("the save failed")
+        kills += not finished
+    print(kills)
+"""
+
+
+@pytest.mark.parametrize(("how", "step"), [("folder", 1), ("attached", 2)])
+def test_a_kill_at_any_point_leaves_nothing_that_looks_finished(dense_folder, tmp_path, how, step):
+    model, _ = pruned(dense_folder)
+    model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), how, tmp_path / "dense", tmp_path / "runs", str(step)]
+    environment = os.environ | {"LLM_COMPRESSOR_LOG_DISABLED": "true", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    kills = int(result.stdout.split()[-1])
+    assert kills >= 10
+    complete = 0
+    for run in (tmp_path / "runs").iterdir():
+        if (run / "out").exists():
+            complete += 1
+            assert len(read_folder(run / "out").layers) == 14
+            loaded = AutoModelForCausalLM.from_pretrained(run / "out")
+            assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        assert all(path.name == "out" or path.name.startswith(".out.partial-") for path in run.iterdir())
+    # The last run was not killed; a kill after the rename also leaves a whole folder.
+    assert 1 <= complete <= kills
+
+
+def test_the_command_line_converts_both_ways(dense_folder, tmp_path, capsys):
+    model, _ = pruned(dense_folder)
+    model.save_pretrained(tmp_path / "dense")
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "packed")]) == 0
+    assert "14 layers packed" in capsys.readouterr().out
+    assert main(["decompress", str(tmp_path / "packed"), str(tmp_path / "plain")]) == 0
+    assert "14 layers unpacked" in capsys.readouterr().out
+    original, back = stored_tensors(tmp_path / "dense"), stored_tensors(tmp_path / "plain")
+    assert all(torch.equal(original[name], back[name]) for name in original | back)
+    # Errors are one line and status 2.
+    assert main(["compress", str(dense_folder), str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "crepe: error:" in error and "no 2:4 layer" in error
+    assert not (tmp_path / "none").exists()

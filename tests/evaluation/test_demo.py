@@ -1,0 +1,43 @@
+import importlib.util
+import random
+import re
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from crepe_llm.evaluation import demo
+from crepe_llm.samples import samples
+from tiny_models import letters_tokenizer
+
+
+def test_demo_prints_its_table_and_leaves_the_model(tmp_path, monkeypatch, capsys):
+    """The whole demo, served by vLLM too, on a small random model and random words; `make demo` has the real ones."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    letters_tokenizer(False).save_pretrained(tmp_path / "dense")
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("abcdefgh ", k=2000)) for _ in range(12)]
+    monkeypatch.setattr(samples, "smollm2", lambda: tmp_path / "dense")
+    monkeypatch.setattr(samples, "wikipedia", lambda: samples.Corpus("words", texts, [], texts[:1]))
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "recipe.yaml").write_text("of an earlier run, to be replaced")
+    monkeypatch.setattr("sys.argv", ["demo", "--tokens", "1024", "--output", str(output)])
+    demo.main()
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\w+) +[\d.]+ +([\d.]+%) +[\d.]+$", printed, flags=re.MULTILINE))
+    assert rows == {"dense": "0.00%", **dict.fromkeys(["magnitude", "Wanda", "RIA", "CRePE"], "50.00%")}
+    assert "1022 tokens predicted in 2 windows of 512" in printed and "seed 0" in printed
+    if importlib.util.find_spec("vllm") is None:
+        assert "Serving is skipped" in printed
+    else:
+        served = re.findall(r"^(dense|2:4 sparse) +([\d.]+) +(\d+)  ", printed, flags=re.MULTILINE)
+        assert [name for name, _, _ in served] == ["dense", "2:4 sparse"]
+        assert all(float(speed) > 0 for _, speed, _ in served)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert (model.model.layers[0].mlp.down_proj.weight.view(-1, 4).count_nonzero(dim=1) == 2).all()
+    assert "CRePEModifier" in (output / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "output"]

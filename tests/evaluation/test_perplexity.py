@@ -1,0 +1,161 @@
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+)
+
+from crepe_llm.evaluation import perplexity as module
+from crepe_llm.evaluation.perplexity import perplexity, token_windows
+from tiny_models import letters_tokenizer
+
+VOCABULARY = 96
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, intermediate_size=32, num_key_value_heads=1, max_position_embeddings=64),
+    "gemma3": Gemma3TextConfig(
+        **SMALL,
+        intermediate_size=32,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=4,
+        final_logit_softcapping=0.5,
+        max_position_embeddings=64,
+    ),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "opt": OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=8, max_position_embeddings=64),
+    # Granite divides its logits, which the slices know nothing of: the whole logits must be used.
+    "granite": GraniteConfig(
+        **SMALL, intermediate_size=32, num_key_value_heads=1, logits_scaling=4.0, max_position_embeddings=64
+    ),
+}
+
+
+def small_model(family):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # away from the uniform distribution, where every mistake looks right
+    return model
+
+
+def naive_nll(model, windows):
+    """One forward pass per predicted token."""
+    total = 0.0
+    for window in windows:
+        for position in range(1, len(window)):
+            logits = model(input_ids=window[None, :position], use_cache=False).logits[0, -1].double()
+            total -= torch.log_softmax(logits, dim=0)[window[position]].item()
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_agrees_with_a_naive_loop(family, monkeypatch):
+    model = small_model(family)
+    windows = torch.randint(VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
+    expected = naive_nll(model, windows)
+    for slice_numel in (1 << 25, 5 * VOCABULARY, 1):  # one slice, slices with a rest, a position each
+        monkeypatch.setattr(module, "_SLICE_NUMEL", slice_numel)
+        result = perplexity(model, windows, corpus="random ids", progress=False)
+        assert result.nll == pytest.approx(expected, rel=1e-5)
+        assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert abs(expected - math.log(VOCABULARY)) > 0.01
+    assert (result.tokens, result.windows, result.window) == (3 * 23, 3, 24)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_logits_exist_in_slices_only(family, monkeypatch):
+    model = small_model(family)
+    monkeypatch.setattr(module, "_SLICE_NUMEL", 4 * VOCABULARY)
+    rows = []
+    model.get_output_embeddings().register_forward_hook(lambda m, i, output: rows.append(output[..., 0].numel()))
+    perplexity(model, torch.zeros(1, 33, dtype=torch.int64), corpus="zeros", progress=False)
+    assert max(rows) == 4 and sum(rows[-8:]) == 32
+
+
+def test_bfloat16_takes_log_sum_exp_in_fp32():
+    model = small_model("llama").bfloat16()
+    windows = torch.randint(VOCABULARY, (1, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(input_ids=windows, use_cache=False).logits[0, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits, windows[0, 1:]).item()
+    result = perplexity(model, windows, corpus="random ids", progress=False)
+    assert result.nll == pytest.approx(expected, rel=1e-5)
+    assert result.dtype == "bfloat16"
+
+
+def test_training_state_is_restored_and_dropout_is_off():
+    model = small_model("gpt2").train()
+    windows = torch.arange(40).view(1, 40)
+    first, second = (perplexity(model, windows, corpus="ids", progress=False).nll for _ in range(2))
+    assert model.training and first == second
+
+
+def test_json_names_every_condition():
+    result = perplexity(small_model("llama"), torch.arange(20).view(2, 10), corpus="counting", progress=False)
+    fields = json.loads(result.to_json())
+    assert fields["corpus"] == "counting" and fields["window"] == 10 and fields["tokens"] == 18
+    assert fields["perplexity"] == result.perplexity and fields["dtype"] == "float32"
+    assert "counting" in str(result) and "windows of 10" in str(result)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(st.text("abc xyz", min_size=1, max_size=40), min_size=1, max_size=4),
+    window=st.integers(2, 12),
+    bos=st.booleans(),
+)
+def test_windows_are_the_text_cut_up(texts, window, bos):
+    tokenizer = letters_tokenizer(bos)
+    stream = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    step = window - bos
+    if not "".join(texts).strip() or len(stream) < step:
+        with pytest.raises(ValueError, match=r"empty|less than one window"):
+            token_windows(tokenizer, texts, window)
+        return
+    windows = token_windows(tokenizer, texts, window)
+    assert windows.shape == (len(stream) // step, window)
+    assert not bos or (windows[:, 0] == 0).all()
+    assert windows[:, bos:].flatten().tolist() == stream[: len(windows) * step]
+
+
+def test_fewer_tokens_are_spread_over_the_text():
+    tokenizer = letters_tokenizer(False)
+    every = token_windows(tokenizer, ["abcdefgh" * 20], 5)
+    some = token_windows(tokenizer, ["abcdefgh" * 20], 5, tokens=44)
+    assert torch.equal(some, every[[0, 4, 8, 12, 16, 20, 24, 28]])
+    assert len(token_windows(tokenizer, ["abcdefgh" * 20], 5, tokens=1)) == 1
+
+
+def test_refusals_say_what_is_wrong():
+    tokenizer = letters_tokenizer(False)
+    with pytest.raises(ValueError, match="empty"):
+        token_windows(tokenizer, [" ", "\n"], 8)
+    with pytest.raises(ValueError, match="has 3 tokens, less than one window of 8"):
+        token_windows(tokenizer, ["abc"], 8)
+    with pytest.raises(ValueError, match="window is 1"):
+        token_windows(tokenizer, ["abc"], 1)
+    with pytest.raises(ValueError, match="tokens is 0"):
+        token_windows(tokenizer, ["abc"], 2, tokens=0)
+    model = small_model("llama")
+    with pytest.raises(ValueError, match="65 tokens exceeds the model's context of 64"):
+        perplexity(model, torch.zeros(1, 65, dtype=torch.int64), corpus="")
+    with pytest.raises(ValueError, match=f"token id {VOCABULARY} is outside"):
+        perplexity(model, torch.full((1, 4), VOCABULARY), corpus="")
+    with pytest.raises(ValueError, match=r"shape \[4\]"):
+        perplexity(model, torch.zeros(4, dtype=torch.int64), corpus="")
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="window 0 has NaN"):
+        perplexity(model, torch.zeros(1, 4, dtype=torch.int64), corpus="", progress=False)

@@ -1,0 +1,97 @@
+"""vLLM with the plugin against vLLM with the same masked weights stored dense: greedy tokens must be the same."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from crepe_llm.evaluation.random_models import write_random_model
+from vllm_runs import assert_same, gemma3, generate, in_process, llama, mixtral, mixtral_shapes, qwen2, twins
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+
+__all__ = ["in_process"]  # the fixture
+
+
+def linear_parameters(model: torch.nn.Module) -> dict[str, list[str]]:
+    """What is left of each linear layer after loading: its parameters' names, and "PackedWeight" where it has one."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return {
+        name: sorted([n for n, _ in module.named_parameters(recurse=False)])
+        + ["PackedWeight" for _ in [0] if hasattr(module, "packed")]
+        for name, module in model.named_modules()
+        if isinstance(module, LinearBase)
+    }
+
+
+@pytest.mark.parametrize("make", [llama, qwen2, gemma3], ids=["llama", "qwen2", "gemma3"])
+def test_same_tokens_as_dense(make: Callable[[], PretrainedConfig], tmp_path: Path) -> None:
+    sparse, dense = twins(tmp_path, make())
+    ours, layers = generate(sparse, inspect=linear_parameters)
+    assert layers
+    for name, left in layers.items():
+        biased = make is qwen2 and name.endswith("qkv_proj")
+        assert left == (["bias"] if biased else []) + ["PackedWeight"], name
+    assert_same(ours, generate(dense))
+
+
+def test_partly_sparse_fused_layer_is_served_dense(tmp_path: Path) -> None:
+    sparse, dense = twins(tmp_path, llama(), dense_layers=[r"layers\.0\.self_attn\.k_proj", r"layers\.1\.mlp"])
+    ours, layers = generate(sparse, inspect=linear_parameters)
+    packed = {name for name, left in layers.items() if "PackedWeight" in left}
+    assert packed == {
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.gate_up_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.qkv_proj",
+        "model.layers.1.self_attn.o_proj",
+    }
+    assert_same(ours, generate(dense))
+
+
+def test_experts_are_served_dense(tmp_path: Path) -> None:
+    sparse, dense = twins(tmp_path, mixtral(), shapes=mixtral_shapes())
+    ours, layers = generate(sparse, inspect=linear_parameters)
+    assert {name.rsplit(".", 1)[1] for name, left in layers.items() if "PackedWeight" in left} == {"qkv_proj", "o_proj"}
+    assert_same(ours, generate(dense))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantized_same_tokens_as_vllms_own_w8a8(quantization: str, tmp_path: Path) -> None:
+    sparse, dense = twins(tmp_path, qwen2(), quantization=quantization)
+    ours, layers = generate(sparse, inspect=linear_parameters)
+    assert all("PackedWeight" in left for left in layers.values())
+    assert_same(ours, generate(dense))
+
+
+def test_half_precision_is_close_to_dense_fp32(tmp_path: Path) -> None:
+    sparse, dense = twins(tmp_path, llama())
+    exact = generate(dense)
+    for dtype, tolerance in (("bfloat16", 0.2), ("float16", 0.02)):
+        for (_, ours), (_, theirs) in zip(generate(sparse, dtype=dtype), exact, strict=True):
+            shared = ours[0].keys() & theirs[0].keys()
+            assert shared
+            for token in shared:
+                assert abs(ours[0][token] - theirs[0][token]) < tolerance, dtype
+
+
+def test_compiled_same_tokens_as_eager(tmp_path: Path) -> None:
+    sparse = write_random_model(llama(num_hidden_layers=1), tmp_path, sparse=True, dtype=torch.float32)
+    assert_same(generate(sparse, enforce_eager=False), generate(sparse))
+
+
+def test_two_tensor_parallel_ranks_same_tokens_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One key-value head, which both ranks hold, and 104 of 208 columns of down_proj for each.
+    config = llama(num_key_value_heads=1, intermediate_size=208)
+    sparse = write_random_model(config, tmp_path, sparse=True, dtype=torch.float32)
+    one = generate(sparse)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() != 1 else "0|0")
+    two, layers = generate(sparse, inspect=linear_parameters, tensor_parallel_size=2)
+    assert all(left == ["PackedWeight"] for left in layers.values())
+    assert_same(two, one)

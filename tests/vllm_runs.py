@@ -1,0 +1,140 @@
+"""Small models in vLLM's hands: how tests write them, run them greedily and compare two runs."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen2Config
+
+from crepe_llm.evaluation.random_models import write_random_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 212,  # half a byte of bitmask at the end of each row
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+PROMPTS = [[3], [17, 4, 99, 250], list(range(40, 110)), [500, 1, 500, 1, 500], list(range(7, 490, 21)), [8] * 33]
+TOKENS = 24
+# A greedy choice between two tokens whose fp32 log-probabilities differ by less than this is a tie: summing in
+# another order may decide it either way.
+TIE = 1e-3
+
+Generation = list[tuple[list[int], list[dict[int, float]]]]
+
+
+def llama(**changes: Any) -> PretrainedConfig:
+    return LlamaConfig(**{**SIZES, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, **changes})
+
+
+def qwen2() -> PretrainedConfig:
+    return Qwen2Config(**SIZES, architectures=["Qwen2ForCausalLM"], tie_word_embeddings=False)
+
+
+def gemma3() -> PretrainedConfig:
+    sizes = {**SIZES, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    return Gemma3TextConfig(
+        **sizes,
+        architectures=["Gemma3ForCausalLM"],
+        tie_word_embeddings=True,
+        sliding_window=16,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+
+
+def mixtral() -> PretrainedConfig:
+    return MixtralConfig(
+        **SIZES,
+        architectures=["MixtralForCausalLM"],
+        tie_word_embeddings=False,
+        num_local_experts=4,
+        sliding_window=None,
+    )
+
+
+def mixtral_shapes() -> dict[str, tuple[int, ...]]:
+    """The tensors of a published Mixtral checkpoint, one matrix for each expert."""
+    hidden, inner, heads, kv_heads, dim = (
+        SIZES[name]
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (SIZES["vocab_size"], hidden)}
+    for layer in range(SIZES["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.input_layernorm.weight": (hidden,), f"{at}.post_attention_layernorm.weight": (hidden,)}
+        for name, rows, columns in (
+            ("q", heads * dim, hidden),
+            ("k", kv_heads * dim, hidden),
+            ("v", kv_heads * dim, hidden),
+            ("o", hidden, heads * dim),
+        ):
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = (rows, columns)
+        shapes[f"{at}.block_sparse_moe.gate.weight"] = (4, hidden)
+        for expert in range(4):
+            for name, rows, columns in (("w1", inner, hidden), ("w2", hidden, inner), ("w3", inner, hidden)):
+                shapes[f"{at}.block_sparse_moe.experts.{expert}.{name}.weight"] = (rows, columns)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (SIZES["vocab_size"], hidden)}
+
+
+def generate(folder: Path, dtype: str = "float32", inspect: Callable[[Any], Any] | None = None, **options: Any) -> Any:
+    """Greedy tokens of every prompt with the log-probabilities of the two best; and what ``inspect`` says of it."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 64, **options}
+    engine = LLM(str(folder), dtype=dtype, max_model_len=160, skip_tokenizer_init=True, **options)
+    try:
+        seen = engine.apply_model(inspect)[0] if inspect else None
+        wanted = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
+        outputs = engine.generate([{"prompt_token_ids": p} for p in PROMPTS], wanted, use_tqdm=False)
+        made = [
+            (
+                list(o.outputs[0].token_ids),
+                [{token: entry.logprob for token, entry in step.items()} for step in o.outputs[0].logprobs],
+            )
+            for o in outputs
+        ]
+        return (made, seen) if inspect else made
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+        del engine
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def assert_same(sparse: Generation, dense: Generation, tie: float = TIE) -> None:
+    """Tokens agree up to the first tie of each prompt; ties decide at most one prompt in three."""
+    ties = 0
+    for prompt, (ours, theirs) in enumerate(zip(sparse, dense, strict=True)):
+        if ours[0] == theirs[0]:
+            continue
+        step = next(i for i, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)) if a != b)
+        best = sorted(theirs[1][step].values(), reverse=True)
+        assert best[0] - best[1] < tie, f"prompt {prompt}, step {step}: {ours[0][step]} instead of {theirs[0][step]}"
+        ties += 1
+    assert ties <= len(dense) // 3, f"{ties} of {len(dense)} prompts ended in a tie"
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # apply_model of a local function
+
+
+def twins(tmp_path: Path, config: PretrainedConfig, **options: Any) -> tuple[Path, Path]:
+    options = {"dtype": torch.float32, **options}
+    return (
+        write_random_model(config, tmp_path / "sparse", sparse=True, **options),
+        write_random_model(config, tmp_path / "dense", sparse=False, **options),
+    )
