@@ -1,1 +1,1 @@
-"""Pure tensor functions: scores, masks, statistics and what is computed from them. They import nothing of ours outside this room."""
+"""Pure tensor functions: scores, masks, statistics and what is computed from them; they import torch and numpy only."""
