@@ -11,6 +11,7 @@ from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.functional.repruning import dsnot
 from crepe_llm.functional.scores import crepe_scores, cvr_scores, wanda_scores
 from crepe_llm.modifiers import DSnoTModifier, WeightCorrectionModifier
+from crepe_llm.pruning.steps import Refit, Reprune
 from crepe_llm.recipe_files import recipe_path
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, refused, run
 from tiny_models import FAMILIES
@@ -100,7 +101,7 @@ def test_offloaded_weights(tiny_model_folder, calibration_data, tmp_path):
 
 @pytest.mark.parametrize("upstream", [WandaPruningModifier, SparseGPTModifier])
 @pytest.mark.parametrize("structure", ["0:0", "2:4"])
-def test_behind_the_toolkits_own_modifiers(upstream, structure, tiny_model_folder, calibration_data):
+def test_after_the_toolkits_own_modifiers(upstream, structure, tiny_model_folder, calibration_data):
     """SparseGPT moves what it keeps: those weights stay as it left them, and what grows back is dense."""
     folder = tiny_model_folder("llama")
 
@@ -148,7 +149,7 @@ def test_each_layer_is_repruned_in_the_structure_that_it_was_pruned_in(tiny_mode
 
 
 @pytest.mark.parametrize("pipeline", ["independent", "sequential"])
-def test_a_correction_behind_it_fits_the_new_mask_to_the_dense_weights(pipeline, tiny_model_folder, calibration_data):
+def test_a_correction_after_it_fits_the_new_mask_to_the_dense_weights(pipeline, tiny_model_folder, calibration_data):
     folder = tiny_model_folder("llama")
     repruned = run(load(folder), [crepe(), DSnoTModifier()], calibration_data, pipeline=pipeline)
     correction = WeightCorrectionModifier(method="pcg", true_sequential=False)
@@ -168,20 +169,26 @@ def test_a_correction_behind_it_fits_the_new_mask_to_the_dense_weights(pipeline,
         assert correction.errors[name][0] == pytest.approx(relative, rel=1e-3), name
 
 
-def test_the_dense_weights_are_held_once_for_both(tiny_model_folder, calibration_data):
+def test_the_dense_weights_are_held_once_for_both(tiny_model_folder, calibration_data, monkeypatch):
     shared = []
 
-    class Watched(DSnoTModifier):
-        def compress(self, name, module, statistics):
-            shared.append(self._dense[module] is correction._dense[module])
-            super().compress(name, module, statistics)
+    def watched(kind):
+        def watch(step, layer):
+            shared.append((kind, layer.name, layer.dense.data_ptr()))
+            original(step, layer)
 
-    correction = WeightCorrectionModifier(method="energy")
-    run(load(tiny_model_folder("llama")), [crepe(), Watched(), correction], calibration_data)
-    assert shared == [True] * 14 and not correction._dense
+        original = kind.__call__
+        return watch
+
+    for kind in (Reprune, Refit):
+        monkeypatch.setattr(kind, "__call__", watched(kind))
+    recipe = [crepe(), DSnoTModifier(), WeightCorrectionModifier(method="energy")]
+    run(load(tiny_model_folder("llama")), recipe, calibration_data)
+    places = [{(name, place) for kind, name, place in shared if kind is each} for each in (Reprune, Refit)]
+    assert len(places[0]) == 14 and places[0] == places[1]
 
 
-def test_quantized_behind_it_and_saved_sparse(tiny_model_folder, calibration_data, tmp_path):
+def test_quantized_after_it_and_saved_sparse(tiny_model_folder, calibration_data, tmp_path):
     folder = tiny_model_folder("llama")
     quantization = QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=["lm_head"])
     run(load(folder), [crepe(), DSnoTModifier(), WeightCorrectionModifier(method="sparsegpt"), quantization],
@@ -240,16 +247,19 @@ W8A16 = {"targets": ["Linear"], "scheme": "W8A16", "ignore": ["lm_head"]}
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (lambda: [DSnoTModifier()], "DSnoTModifier has no modifier in front of it that prunes"),
-        (lambda: [DSnoTModifier(), crepe()], "no modifier in front of it that prunes"),
-        (lambda: [crepe(), QuantizationModifier(**W8A16), DSnoTModifier()], "undo the QuantizationModifier in front"),
+        (lambda: [DSnoTModifier()], "DSnoTModifier needs a modifier that prunes before it in the recipe, and has none"),
+        (lambda: [DSnoTModifier(), crepe()], "needs a modifier that prunes before it"),
+        (
+            lambda: [crepe(), QuantizationModifier(**W8A16), DSnoTModifier()],
+            "has QuantizationModifier before it .* undo the quantization",
+        ),
         (
             lambda: [crepe(), WeightCorrectionModifier(), DSnoTModifier()],
-            "undo the WeightCorrectionModifier in front of it: put it in front of that one",
+            "has WeightCorrectionModifier before it .* put this one first",
         ),
         (
             lambda: [WandaPruningModifier(sparsity=0.5, targets=["Linear"]), DSnoTModifier(score="crepe")],
-            "score: crepe takes the coefficients of a CRePEModifier in front, and there is none: use score: wanda",
+            "score: crepe takes the coefficients of a CRePEModifier before it, and there is none: use score: wanda",
         ),
     ],
 )
@@ -271,10 +281,10 @@ def test_a_layer_that_another_modifier_pruned_has_no_crepe_score(tiny_model_fold
     ("fields", "message"),
     [
         ({"score": "ria"}, "score"),
-        ({"max_cycles": 0}, "max_cycles=0 must be at least 1"),
-        ({"threshold": -1.0}, r"threshold=-1\.0 must be a finite number of at least 0"),
-        ({"threshold": float("inf")}, "threshold=inf"),
-        ({"variance_exponent": float("nan")}, "variance_exponent=nan"),
+        ({"max_cycles": 0}, r"max_cycles\n  Input should be greater than or equal to 1"),
+        ({"threshold": -1.0}, r"threshold\n  Input should be greater than or equal to 0"),
+        ({"threshold": float("inf")}, r"threshold\n  Input should be a finite number"),
+        ({"variance_exponent": float("nan")}, r"variance_exponent\n  Input should be a finite number"),
         ({"cycles": 3}, "cycles"),
     ],
 )

@@ -27,7 +27,7 @@ from crepe_llm.modifiers import (
     WeightCorrectionModifier,
 )
 from crepe_llm.modifiers.pho import _working_head
-from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, refused, run
+from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, refused, run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "crepe_2of4_permuted.yaml"
 IDS = torch.randint(3, 95, (3, 16), generator=torch.Generator().manual_seed(5))
@@ -174,10 +174,10 @@ class WatchedCRePE(CRePEModifier):
         self._seen[name] = super().scores(name, weight, statistics)
         return self._seen[name]
 
-    def compress(self, name, module, statistics):
-        super().compress(name, module, statistics)
-        scores = self._seen[name].double()
-        self._shares[name] = float(scores[matrix(module) != 0].sum() / scores.sum())
+    def mask(self, name, scores):
+        keep = super().mask(name, scores)
+        self._shares[name] = float(scores.double()[keep].sum() / scores.double().sum())
+        return keep
 
 
 @pytest.mark.parametrize("variant", ["llama-attention-bias", "qwen2", "gemma3_text"])
@@ -309,12 +309,12 @@ def test_blocks_of_different_structures(folder_of, calibration_data):
     assert permutation.retained["model.layers.0.mlp"][0] > permutation.retained["model.layers.1.mlp"][1]
 
 
-def test_behind_a_search_and_in_front_of_a_correction(folder_of, calibration_data, tmp_path):
+def test_after_a_search_and_before_a_correction(folder_of, calibration_data, tmp_path):
     """The correction starts from the permuted dense weights, and the coefficients are those that were found."""
     permutation, correction, pruning = Watched(), WeightCorrectionModifier(method="pcg"), crepe()
     pho = PHOSearchModifier(candidates=3, record=str(tmp_path / "study.json"))
     model = run(load(folder_of("llama")), [pho, permutation, pruning, correction], calibration_data)
-    assert pruning.kernel_size == pho.found["kernel_size"] and pruning.row == pho.found["row"]
+    assert pruning.value("kernel_size") == pho.chosen["kernel_size"] and pruning.value("row") == pho.chosen["row"]
     inputs = inputs_of(model, calibration_data)
     for name in ("q_proj", "k_proj", "v_proj"):
         name = f"model.layers.0.self_attn.{name}"
@@ -348,17 +348,32 @@ def quantization():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (lambda p: [p], "has 0 CRePEModifiers behind it.*put one behind it"),
-        (lambda p: [crepe(), p], "undo the CRePEModifier in front of it.*put it in front"),
-        (lambda p: [p, WandaPruningModifier(sparsity=0.5, mask_structure="2:4")], "has 0 CRePEModifiers behind it"),
-        (lambda p: [WandaPruningModifier(sparsity=0.5), p, crepe()], "undo the WandaPruningModifier"),
-        (lambda p: [quantization(), p, crepe()], "undo the QuantizationModifier in front"),
-        (lambda p: [p, crepe(), crepe()], "has 2 CRePEModifiers"),
-        (lambda p: [p, ChannelPermutationModifier(), crepe()], "two ChannelPermutationModifiers.*keep one"),
-        (lambda p: [p, PHOSearchModifier(), crepe()], "PHOSearchModifier behind it.*put it behind that"),
+        (lambda p: [p], "needs one CRePEModifier after it in the recipe, and has none.*Put one after it"),
+        (
+            lambda p: [crepe(), p],
+            "has CRePEModifier before it .* would undo that. Put ChannelPermutationModifier before it",
+        ),
+        (
+            lambda p: [p, WandaPruningModifier(sparsity=0.5, mask_structure="2:4")],
+            "needs one CRePEModifier after it in the recipe, and has WandaPruningModifier",
+        ),
+        (
+            lambda p: [WandaPruningModifier(sparsity=0.5), p, crepe()],
+            "has WandaPruningModifier before it .* would undo",
+        ),
+        (lambda p: [quantization(), p, crepe()], "has QuantizationModifier before it .* would undo"),
+        (
+            lambda p: [p, crepe(), crepe()],
+            "needs one CRePEModifier after it in the recipe, and has CRePEModifier, CRePEModifier",
+        ),
+        (lambda p: [p, ChannelPermutationModifier(), crepe()], "two ChannelPermutationModifiers.*Keep one"),
+        (
+            lambda p: [p, PHOSearchModifier(), crepe()],
+            "has PHOSearchModifier after it .* Put ChannelPermutationModifier after it",
+        ),
         (
             lambda p: [p, SparsityAllocationModifier(method="uniform", sparsity=0.5), crepe(mask_structure="4:8")],
-            "SparsityAllocationModifier behind it",
+            "has SparsityAllocationModifier after it",
         ),
         (lambda p: [p, crepe(mask_structure="0:0", sparsity=0.5)], 'is unstructured: give it mask_structure: "2:4"'),
         (lambda p: [p, crepe(mask_structure="8:16")], "o_proj has 8 channels in each head.*attention: false"),
@@ -396,8 +411,8 @@ def test_a_module_that_the_family_does_not_have_is_refused_by_name(folder_of, ca
     ("fields", "message"),
     [
         ({"mlp": False, "attention": False, "residual": False}, "all false.*switch one on"),
-        ({"sweeps": 0}, "sweeps=0 must be at least 1"),
-        ({"rows": 0}, "rows=0 must be at least 1"),
+        ({"sweeps": 0}, r"sweeps\n  Input should be greater than or equal to 1"),
+        ({"rows": 0}, r"rows\n  Input should be greater than or equal to 1"),
         ({"down_proj": True}, "down_proj"),
     ],
 )

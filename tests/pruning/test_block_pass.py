@@ -13,7 +13,7 @@ from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.ffn import find_blocks
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, WeightCorrectionModifier
-from crepe_llm.modifiers.dense_inputs import DenseInputs
+from crepe_llm.pruning import block_pass
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, output_norms, refused, run
 from tiny_models import FAMILIES
 
@@ -21,9 +21,9 @@ from tiny_models import FAMILIES
 class Watched(WeightCorrectionModifier):
     """Remembers what each layer was to come close to, and by which Gram matrix."""
 
-    def reconstruct(self, name, dense, keep, gram, statistics):
-        seen[name], gathered[name] = dense.clone(), gram.clone()
-        return super().reconstruct(name, dense, keep, gram, statistics)
+    def reconstruct(self, layer, target):
+        seen[layer.name], gathered[layer.name] = target.clone(), layer.gram.clone()
+        return super().reconstruct(layer, target)
 
 
 seen: dict[str, torch.Tensor] = {}
@@ -51,12 +51,12 @@ def target_of(weight, x, x0, share, dampening=0.01):
 
 
 def expected_targets(dense, pruned, data, share, weighting="uniform"):
-    """In fp64, and each block's inputs from a model of which the blocks in front are the pruned ones."""
+    """In fp64, and each block's inputs from a model of which the earlier blocks are the pruned ones."""
     targets = {}
     dense_inputs = inputs_of(dense, data)
     mixed_blocks, pruned_blocks = find_blocks(dense), find_blocks(pruned)
     for block, module in mixed_blocks.items():
-        inputs = inputs_of(dense, data)  # `dense` by now has the pruned blocks in front of this one
+        inputs = inputs_of(dense, data)  # `dense` by now has the pruned blocks before this one
         for name, layer in linears(dense).items():
             if not name.startswith(f"{block}."):
                 continue
@@ -166,7 +166,7 @@ def test_experts_that_get_some_tokens_only_are_fitted_without_and_named(
 
 
 def in_turn(dense, pruned, data, share, weighting="uniform"):
-    """What the layers come close to, and their Gram matrices, each layer calibrated on what is in front of it."""
+    """What the layers come close to, and their Gram matrices, each layer calibrated on what comes before it."""
     targets, grams = {}, {}
     dense_inputs = inputs_of(dense, data)  # in the order of calls
     replacements, layers = linears(pruned), linears(dense)
@@ -201,7 +201,7 @@ def test_true_sequential_calibrates_each_layer_on_what_is_pruned_in_its_block(
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pruned.modules())
 
 
-def test_true_sequential_masks_by_what_is_pruned_in_front(tiny_model_folder, calibration_data):
+def test_true_sequential_masks_by_what_is_pruned_before(tiny_model_folder, calibration_data):
     """CRePE's own statistics are the new ones, too."""
     folder = tiny_model_folder("gemma3")
     norms = {}
@@ -233,7 +233,7 @@ def test_the_basic_pipeline_changes_what_is_within_a_block_only(tiny_model_folde
 
 
 def test_no_batch_is_gathered_twice(tiny_model_folder, calibration_data, monkeypatch):
-    """A layer behind pruned ones of its block is not watched before those are pruned."""
+    """Layers with the same inputs are gathered for once, and only when what comes before them has been pruned."""
     counted = Counter()
 
     def counting(name, original):
@@ -244,13 +244,12 @@ def test_no_batch_is_gathered_twice(tiny_model_folder, calibration_data, monkeyp
         return count
 
     monkeypatch.setattr(InputStatistics, "update", counting("given", InputStatistics.update))
-    monkeypatch.setattr(DenseInputs, "_add", counting("dense", DenseInputs._add))
+    monkeypatch.setattr(block_pass, "token_products", counting("dense", block_pass.token_products))
     model = load(tiny_model_folder("llama"))
     run(model, [crepe(), WeightCorrectionModifier()], calibration_data, batch_size=1)
-    first = sum(name.split(".")[-1] in ("q_proj", "k_proj", "v_proj") for name in linears(model)) // 2
-    windows = len(calibration_data)
-    # In front of the first layers of the first block nothing is pruned.
-    assert counted == {"given": 14 * windows, "dense": (14 - first) * windows}
+    windows, blocks, groups = len(calibration_data), 2, 4  # q, k and v; o; gate and up; down
+    # What the first group of the first block is given is what the dense model gives it.
+    assert counted == {"given": blocks * groups * windows, "dense": (blocks * groups - 1) * windows}
 
 
 def test_experts_are_calibrated_again_together(tiny_model_folder, calibration_data):
@@ -329,7 +328,7 @@ def test_left_out_all_are_used_where_that_is_possible(
     assert torch.equal(found[name], load(folder).model.layers[1].mlp.up_proj.weight) == (share == 0)
 
 
-def test_behind_other_pruning_tokens_are_weighted_by_what_the_layer_has_become(tiny_model_folder, calibration_data):
+def test_after_other_pruning_tokens_are_weighted_by_what_the_layer_has_become(tiny_model_folder, calibration_data):
     folder = tiny_model_folder("gemma3")
     pruned = run(load(folder), [wanda()], calibration_data)
     run(load(folder), [wanda(), Watched(token_weighting="relative")], calibration_data)
@@ -341,7 +340,7 @@ def test_behind_other_pruning_tokens_are_weighted_by_what_the_layer_has_become(t
 
 
 @pytest.mark.parametrize("fields", [{"asymmetric_calibration": 0.25}, {"true_sequential": True}])
-def test_behind_other_pruning_they_are_refused(fields, tiny_model_folder, calibration_data):
+def test_after_other_pruning_they_are_refused(fields, tiny_model_folder, calibration_data):
     ((name, value),) = fields.items()
     message = (
         f"{name}={value} needs .* one CRePEModifier and no other that prunes, not WandaPruningModifier: leave it out"
@@ -353,8 +352,14 @@ def test_behind_other_pruning_they_are_refused(fields, tiny_model_folder, calibr
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ADMMModifier(asymmetric_calibration=1.5), r"asymmetric_calibration=1\.5 must be from 0 to 1"),
-        (lambda: ADMMModifier(asymmetric_calibration=float("nan")), "asymmetric_calibration=nan must be from 0 to 1"),
+        (
+            lambda: ADMMModifier(asymmetric_calibration=1.5),
+            r"asymmetric_calibration\n  Input should be less than or equal to 1",
+        ),
+        (
+            lambda: ADMMModifier(asymmetric_calibration=float("nan")),
+            r"asymmetric_calibration\n  Input should be a finite number",
+        ),
         (
             lambda: WeightCorrectionModifier(method="energy", asymmetric_calibration=0.5),
             "energy does not: leave it out",

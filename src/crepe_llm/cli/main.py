@@ -356,12 +356,12 @@ def _search(options: argparse.Namespace) -> None:
         shuffle_calibration_samples=False,
     )
     study = search.result
-    assert study is not None and search.found is not None  # oneshot has run it
+    assert study is not None and search.chosen  # oneshot has run it
     print(study)
     if study.recommended == study.reference.coefficients:
         print("Nothing is better than RIA's coefficients, so these are RIA's:")
     print("CRePEModifier:")
-    for name, value in search.found.items():
+    for name, value in search.chosen.items():
         print(f"  {name}: {value:.4g}")
     if options.plot is not None:
         study.plot(options.plot)

@@ -19,6 +19,11 @@ _LARGEST_PAIRWISE_GROUP = 16
 _BLOCK_ELEMENTS = 1 << 18
 
 
+def nonzero(weight: torch.Tensor) -> torch.Tensor:
+    """TEMP"""
+    return weight != 0
+
+
 def parse_mask_structure(mask_structure: str) -> tuple[int, int] | None:
     """Read "N:M" (N pruned of every M); "0:0" means unstructured and gives None.
 

@@ -1,19 +1,24 @@
 """Non-uniform sparsity of decoder blocks as a modifier."""
 
-import math
 import re
 from collections.abc import Iterator
-from typing import Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal
 
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device, match_named_modules, match_targets
 from llmcompressor.core import Event, State, active_session
-from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import PRUNABLE_LAYER_TYPES, SparsityModifierBase
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
-from pydantic import PrivateAttr, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from crepe_llm.functional.allocation import (
     alpha_pruning,
@@ -29,9 +34,12 @@ from crepe_llm.functional.allocation import (
 )
 from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.scores import wanda_scores
-from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.modifiers.calibration import CalibratedModifier, weight_matrix
+from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.layers import LayerModifier
+from crepe_llm.modifiers.observe import Observer
+from crepe_llm.pruning.block_pass import Wanted
+from crepe_llm.pruning.layer import weight_matrix
 
 __all__ = ["SparsityAllocationModifier"]
 
@@ -43,11 +51,12 @@ _KNOBS = {
     "uniform": (),
 }
 _CALIBRATED = ("owl", "dlp")
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class SparsityAllocationModifier(CalibratedModifier):
+class SparsityAllocationModifier(LayerModifier):
     """
-    Modifier that chooses how much of each decoder block the modifier behind it prunes, so that the whole model is
+    Modifier that chooses how much of each decoder block the modifier after it prunes, so that the whole model is
     pruned to a target. It changes no weight. `crepe_llm.functional.allocation` has the methods:
 
     - `owl`: less of blocks with more outliers among Wanda's scores (https://arxiv.org/abs/2310.05175)
@@ -59,12 +68,12 @@ class SparsityAllocationModifier(CalibratedModifier):
     All layers of a block get the same sparsity, and the sparsities, weighted by the blocks' sizes, meet the target
     exactly; what is pruned is up to one weight of each comparison group less, as counts are rounded down.
 
-    The modifier behind it is a CRePEModifier or llm-compressor's SparseGPTModifier or WandaPruningModifier, whose
+    The modifier after it is a CRePEModifier or llm-compressor's SparseGPTModifier or WandaPruningModifier, whose
     `sparsity` is left out (or `null`). With an N:M structure, which only CRePEModifier can vary, each block gets an N
     of its own and M stays; 2:4 is refused, because the hardware that runs it wants 2:4 everywhere.
 
-    What was chosen is written into `found` and into the modifier behind, so a recipe that was saved with a model prunes
-    the same again without looking at data.
+    The modifier after it prunes by what was chosen, and the recipe that is saved with the model has it: as `found`
+    here, and as the CRePEModifier's `sparsity` or `mask_structure`. So that recipe prunes the same again without data.
 
     Sample yaml:
 
@@ -84,9 +93,9 @@ class SparsityAllocationModifier(CalibratedModifier):
     Lifecycle:
 
     - on_initialize
-        - find the modifier behind, its layers and their blocks; refuse what cannot be allocated
+        - find the modifier after it, its layers and their blocks; refuse what cannot be allocated
     - on_calibration_start
-        - `owl`, `dlp`: register_hook(layer, gather input statistics, "forward_pre")
+        - `owl`, `dlp`: watch the layers' inputs
         - otherwise, or with `found`: hand the sparsities over
     - on_sequential_epoch_end
         - `owl`, `dlp`: reduce the scores of the block to one number
@@ -96,7 +105,7 @@ class SparsityAllocationModifier(CalibratedModifier):
         - nothing is left to do
 
     :param method: `owl`, `alphapruning`, `dlp`, `atp` or `uniform`
-    :param sparsity: fraction to prune of all weights of the layers that the modifier behind prunes
+    :param sparsity: fraction to prune of all weights of the layers that the modifier after it prunes
     :param threshold: for `owl`, M of the paper: an outlier is above so many times the mean score; 5 where left out
     :param spread: for `owl` (lambda, 0.08 where left out), `dlp` (alpha, 0.15) and `atp` (half of what is possible),
         half of the range of the sparsities; for `alphapruning` (epsilon, 0.3) the same, relative to their mean
@@ -108,24 +117,24 @@ class SparsityAllocationModifier(CalibratedModifier):
     :param high: largest sparsity of a block
     :param plot: file for a plot of the sparsities (needs matplotlib)
     :param found: what each block gets, in a saved recipe; nothing is computed
-    :param targets: as the modifier's behind, from which it is taken
-    :param ignore: likewise
-    :param uncalibrated: likewise; `dense` leaves a layer that no calibration token reached out of its block's scores
+
+    `targets`, `ignore` and `uncalibrated` are the pruning modifier's, and need not be given.
     """
 
     method: Literal["owl", "alphapruning", "dlp", "atp", "uniform"]
     sparsity: float
-    threshold: float | None = None
-    spread: float | None = None
+    threshold: Positive | None = None
+    spread: Positive | None = None
     statistic: Literal["median", "mean"] | None = None
     tail: Literal["peak", "middle"] | None = None
-    slope: float | None = None
+    slope: Positive | None = None
     low: float = 0.0
     high: float = 0.99
     plot: str | None = None
     found: dict[str, float | str] | None = None
 
     _pruning: CRePEModifier | SparsityModifierBase = PrivateAttr()
+    _chosen: dict[str, float | str] = PrivateAttr(default_factory=dict)
     _group: int | None = PrivateAttr(default=None)
     _blocks: dict[str, dict[torch.nn.Module, str]] = PrivateAttr(default_factory=dict)
     _sizes: dict[str, int] = PrivateAttr(default_factory=dict)
@@ -136,6 +145,11 @@ class SparsityAllocationModifier(CalibratedModifier):
     def measures(self) -> dict[str, float]:
         """What the method ranks blocks by: outlier percentage, tail exponent or typical score; empty for the others."""
         return {block: self._measures[block] for block in self._blocks if block in self._measures}
+
+    @property
+    def chosen(self) -> dict[str, float | str]:
+        """What each block gets, a fraction or "N:M": of the recipe, or as it was allocated."""
+        return dict(self._chosen)
 
     @field_validator("found")
     @classmethod
@@ -156,8 +170,6 @@ class SparsityAllocationModifier(CalibratedModifier):
             if name not in _KNOBS[self.method]:
                 users = " and ".join(method for method, knobs in _KNOBS.items() if name in knobs)
                 raise ValueError(f"{name}={value} is for {users}, and method: {self.method} has no use for it: drop it")
-            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be a finite number of at least 0")
         if self.slope is not None and self.spread is not None:
             raise ValueError(f"slope={self.slope} and spread={self.spread} say the same in two ways: give one of them")
         if not 0 <= self.low <= self.sparsity <= self.high < 1:
@@ -167,21 +179,32 @@ class SparsityAllocationModifier(CalibratedModifier):
         self.requires_calibration_data = self.found is None and self.method in _CALIBRATED
         return self
 
+    @model_serializer(mode="wrap")
+    def _with_what_was_found(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A saved recipe has what was found, and says of which layers."""
+        if not self._chosen:
+            return serialize(self)
+        names = [name for name in ("targets", "ignore", "uncalibrated") if hasattr(self._pruning, name)]
+        return serialize(self) | {name: getattr(self._pruning, name) for name in names} | {"found": self.chosen}
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        self._pruning = self._following()
-        self._take_fields()
+        order.check(self)
+        self._pruning = next(
+            m for m in order.modifiers_after(self) if isinstance(m, CRePEModifier | SparsityModifierBase)
+        )
+        self._check_contradictions()
         self._group = self._wanted_group()
         self._find_blocks(state.model, kwargs.get("sequential_targets"))
         if self._group is None:
-            # Until the blocks have theirs, so that the modifier behind can check its fields.
-            self._pruning.sparsity = self.sparsity
+            # Until the blocks have theirs, so that the modifier that prunes can check its fields.
+            self._set_sparsity(self.sparsity)
         if self.requires_calibration_data:
             super().on_initialize(state, **kwargs)
         return True
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         if isinstance(self._pruning, CRePEModifier):
-            return super().find_layers(model)
+            return self._pruning.find_layers(model)
         return {module: name for layers in self._upstream_layers(model) for module, name in layers.items()}
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -194,24 +217,26 @@ class SparsityAllocationModifier(CalibratedModifier):
                 f"{type(self._pruning).__name__} prunes, so each needs a calibration epoch of its own: leave out "
                 'pipeline=, or give oneshot pipeline="independent" (alphapruning and atp need no epoch)'
             )
-        super().on_calibration_start(state, event, **kwargs)
-
-    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
-        """Keep what the block's scores need; the layer stays as it is."""
-        self._norms[module] = statistics.norm
+        self._observer = Observer(self, self._dataloader, {m: Wanted(name) for m, name in self._layers.items()})
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
-        super().on_sequential_epoch_end(state, event, modules, **kwargs)
+        """Keep what the scores of the blocks need; once a block is complete, reduce them to one number."""
+        if self._observer is None:
+            return
+        uncalibrated = getattr(self._pruning, "uncalibrated", self.uncalibrated)
+        for module, _, statistics in self._observer.ended(modules, uncalibrated):
+            self._norms[module] = statistics.norm
+        unseen = set(self._observer.unseen)
         for block, layers in self._blocks.items():
-            if not self._layers.keys() & layers and self._norms.keys() & layers:
+            if not unseen.intersection(layers.values()) and self._norms.keys() & layers:
                 self._measures[block] = self._measure(layers)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        if not self.requires_calibration_data:
+        if self._observer is None:
             return
-        super().on_calibration_end(state, event, **kwargs)
+        self.stop_watching()
         for block in self._blocks:
             if block not in self._measures:
                 raise ValueError(
@@ -219,36 +244,19 @@ class SparsityAllocationModifier(CalibratedModifier):
                 )
         self._conclude(state.model)
 
-    def _following(self) -> CRePEModifier | SparsityModifierBase:
-        """The modifier behind this one that prunes."""
-        modifiers = active_session().lifecycle.recipe.modifiers
-        place = next(place for place, modifier in enumerate(modifiers) if modifier is self)
-        if any(isinstance(modifier, SparsityAllocationModifier) for modifier in modifiers[place + 1 :]):
-            raise ValueError(
-                "the recipe has two SparsityAllocationModifiers, and the second would undo the first: keep one"
-            )
-        for modifier in modifiers[:place]:
-            if _prunes(modifier):
-                raise ValueError(
-                    f"SparsityAllocationModifier stands behind {type(modifier).__name__}, which has pruned by then: "
-                    "put it in front"
-                )
-        behind = [modifier for modifier in modifiers[place + 1 :] if _prunes(modifier)]
-        if len(behind) != 1:
-            raise ValueError(
-                f"SparsityAllocationModifier has {len(behind)} modifiers behind it that prune, and chooses the "
-                "sparsities of one: put one CRePEModifier (or SparseGPTModifier or WandaPruningModifier) behind it"
-            )
-        return behind[0]
+    def _set_sparsity(self, sparsity: Any) -> None:
+        if isinstance(self._pruning, CRePEModifier):
+            self._pruning.use(sparsity=sparsity)
+        else:
+            self._pruning.sparsity = sparsity  # llm-compressor's own have no other way to be told
 
-    def _take_fields(self) -> None:
-        """Take over which layers are pruned, and refuse what contradicts the modifier that prunes them."""
+    def _check_contradictions(self) -> None:
+        """Refuse what contradicts the modifier that prunes."""
         kind = type(self._pruning).__name__
         for name in ("targets", "ignore", "uncalibrated"):
-            theirs = getattr(self._pruning, name, getattr(self, name))
-            if name in self.model_fields_set and getattr(self, name) != theirs:
-                raise ValueError(f"{name}={getattr(self, name)} contradicts the {kind}'s {name}={theirs}: leave it out")
-            setattr(self, name, theirs)
+            own, theirs = getattr(self, name), getattr(self._pruning, name, getattr(self, name))
+            if name in self.model_fields_set and own != theirs:
+                raise ValueError(f"{name}={own} contradicts the {kind}'s {name}={theirs}: leave it out")
         if getattr(self._pruning, "sparsity_profile", None) is not None:
             raise ValueError(
                 f"the {kind} has a sparsity_profile and so allocates by itself: leave that out (with its owl_ fields), "
@@ -314,7 +322,8 @@ class SparsityAllocationModifier(CalibratedModifier):
             }
         if not self._blocks:
             raise ValueError(
-                f"{type(self._pruning).__name__} with targets={self.targets} and ignore={self.ignore} matches no layer"
+                f"{type(self._pruning).__name__} with targets={self._pruning.targets} and "
+                f"ignore={self._pruning.ignore} matches no layer"
             )
         if self.found is not None and self.found.keys() != self._blocks.keys():
             raise ValueError(
@@ -331,11 +340,11 @@ class SparsityAllocationModifier(CalibratedModifier):
     def _upstream_layers(self, model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, str]]:
         """What llm-compressor's own modifiers prune in each module that their targets match, which is what they take a
         list of sparsities for."""
-        for outer, layer in match_named_modules(model, self.targets):
+        for outer, layer in match_named_modules(model, self._pruning.targets):
             yield {
                 module: f"{outer}.{name}".removesuffix(".")
                 for name, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES)
-                if not match_targets(f"{outer}.{name}", module, self.ignore)
+                if not match_targets(f"{outer}.{name}", module, self._pruning.ignore)
             }
 
     def _measure(self, layers: dict[torch.nn.Module, str]) -> float:
@@ -350,17 +359,19 @@ class SparsityAllocationModifier(CalibratedModifier):
 
     def _conclude(self, model: torch.nn.Module) -> None:
         """Allocate, unless that was done in an earlier run, and hand the result over."""
-        if self.found is None:
+        if self.found is not None:
+            self._chosen = dict(self.found)
+        else:
             sparsities = self._allocate()
-            self.found = dict(zip(self._blocks, sparsities, strict=True))
+            self._chosen = dict(zip(self._blocks, sparsities, strict=True))
             if self._group is not None:
                 rounded = mixed_n_of_m(sparsities, list(self._sizes.values()), self._group)
-                self.found = {block: f"{n}:{self._group}" for block, n in zip(self._blocks, rounded, strict=True)}
+                self._chosen = {block: f"{n}:{self._group}" for block, n in zip(self._blocks, rounded, strict=True)}
         self._hand_over(model)
         logger.info(self._table())
         if self.plot is not None:
             title = f"{self.method}, {type(model).__name__}"
-            plot_allocation([_fraction(self.found[block]) for block in self._blocks], self.sparsity, self.plot, title)
+            plot_allocation([_fraction(self._chosen[block]) for block in self._blocks], self.sparsity, self.plot, title)
 
     def _allocate(self) -> list[float]:
         sizes, sparsity = list(self._sizes.values()), self.sparsity
@@ -394,27 +405,27 @@ class SparsityAllocationModifier(CalibratedModifier):
         return sum(exponents) / len(exponents)
 
     def _hand_over(self, model: torch.nn.Module) -> None:
-        assert self.found is not None
-        if not isinstance(self._pruning, CRePEModifier):
-            owner = {module: block for block, layers in self._blocks.items() for module in layers}
-            sparsities = []
-            for layers in self._upstream_layers(model):
-                blocks = {owner[module] for module in layers}
-                if len(blocks) > 1:
-                    raise ValueError(
-                        f"targets={self.targets} of {type(self._pruning).__name__} match a module with "
-                        f"{len(blocks)} decoder layers, which get one sparsity there: target linear or decoder layers"
-                    )
-                # A module whose layers are all ignored is not pruned, but is counted.
-                sparsities.append(float(self.found[blocks.pop()]) if blocks else self.sparsity)
-            self._pruning.sparsity = sparsities
+        if isinstance(self._pruning, CRePEModifier):
+            mapping: dict[str, Any] = {
+                f"re:{re.escape(block)}(\\.|$)": chosen for block, chosen in self._chosen.items()
+            }
+            if self._group is None:
+                self._pruning.use(sparsity=mapping)
+            else:
+                self._pruning.use(mask_structure=mapping, sparsity=None)
             return
-        mapping: dict[str, Any] = {f"re:{re.escape(block)}(\\.|$)": chosen for block, chosen in self.found.items()}
-        if self._group is None:
-            self._pruning.sparsity = mapping
-        else:
-            self._pruning.mask_structure = mapping
-            self._pruning.sparsity = None
+        owner = {module: block for block, layers in self._blocks.items() for module in layers}
+        sparsities = []
+        for layers in self._upstream_layers(model):
+            blocks = {owner[module] for module in layers}
+            if len(blocks) > 1:
+                raise ValueError(
+                    f"targets={self._pruning.targets} of {type(self._pruning).__name__} match a module with "
+                    f"{len(blocks)} decoder layers, which get one sparsity there: target linear or decoder layers"
+                )
+            # A module whose layers are all ignored is not pruned, but is counted.
+            sparsities.append(float(self._chosen[blocks.pop()]) if blocks else self.sparsity)
+        self._set_sparsity(sparsities)
 
     def _given(self, name: str) -> dict[str, Any]:
         """The argument for a function of `functional.allocation`, which has the default, if the field is set."""
@@ -422,13 +433,12 @@ class SparsityAllocationModifier(CalibratedModifier):
         return {} if value is None else {name: value}
 
     def _table(self) -> str:
-        assert self.found is not None
         width = max(map(len, self._blocks))
         total = sum(self._sizes.values())
-        mean = sum(self._sizes[block] * _fraction(chosen) for block, chosen in self.found.items()) / total
+        mean = sum(self._sizes[block] * _fraction(chosen) for block, chosen in self._chosen.items()) / total
         lines = [f"{'block':<{width}}  {'weights':>12}  sparsity"]
         for block, size in self._sizes.items():
-            chosen = self.found[block]
+            chosen = self._chosen[block]
             shown = f"{chosen:>8}" if isinstance(chosen, str) else f"{chosen:8.2%}"
             measure = f"  {self._measures[block]:.6g}" if block in self._measures else ""
             lines.append(f"{block:<{width}}  {size:>12}  {shown}{measure}")
@@ -437,10 +447,6 @@ class SparsityAllocationModifier(CalibratedModifier):
             f"Sparsity of {len(self._sizes)} blocks by {self.method}, {mean:.4%} of all weights for a target of "
             f"{self.sparsity:.4%}:\n" + "\n".join(lines)
         )
-
-
-def _prunes(modifier: Modifier) -> TypeGuard[CRePEModifier | SparsityModifierBase]:
-    return isinstance(modifier, CRePEModifier | SparsityModifierBase)
 
 
 def _fraction(chosen: float | str) -> float:

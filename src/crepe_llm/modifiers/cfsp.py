@@ -4,15 +4,12 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import initialize_module_for_quantization
-from compressed_tensors.utils import align_module_device, get_execution_device
+from compressed_tensors.utils import align_module_device
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
-from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from loguru import logger
-from pydantic import PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr
 
-from crepe_llm.checkpoints import attach
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.functional.structured import (
     BlockImportance,
@@ -24,15 +21,11 @@ from crepe_llm.functional.structured import (
 )
 from crepe_llm.models import per_block
 from crepe_llm.models.ffn import FFN, cut, find_blocks, find_ffns
-from crepe_llm.modifiers.calibration import (
-    block_inputs,
-    block_outputs,
-    start_recording,
-    stop_recording,
-    token_mask,
-    weight_matrix,
-)
-from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers import order
+from crepe_llm.modifiers.layers import save_sparse
+from crepe_llm.modifiers.observe import Observer
+from crepe_llm.pruning.block_pass import Wanted, block_inputs, block_outputs
+from crepe_llm.pruning.layer import weight_matrix
 
 __all__ = ["CFSPModifier"]
 
@@ -59,8 +52,7 @@ class CFSPModifier(Modifier):
     - on_initialize
         - find the FFNs, check fields against them
     - on_calibration_start
-        - register_hook(block, gather how far it turns the hidden state, "forward")
-        - register_hook(the layer that reads the channels, gather input statistics, "forward_pre")
+        - watch how far each block turns the hidden state, and the inputs of the layer that reads the channels
     - on_calibration_end
         - remove_hooks()
         - cut all FFNs, so that the next modifier of the recipe calibrates the smaller model
@@ -77,33 +69,19 @@ class CFSPModifier(Modifier):
 
     requires_calibration_data: bool = True
 
-    sparsity: float
+    sparsity: float = Field(ge=0, le=0.99, allow_inf_nan=False)
     importance: ChannelImportance = "activation"
     uniform: bool = False
-    round_to: int = 128
+    round_to: int = Field(default=128, ge=1)
 
     _dataloader: Any = PrivateAttr(default=None)
     _ffns: list[FFN] = PrivateAttr(default_factory=list)
     _turns: dict[torch.nn.Module, BlockImportance] = PrivateAttr(default_factory=dict)
-    _statistics: dict[torch.nn.Module, InputStatistics] = PrivateAttr(default_factory=dict)
-
-    @field_validator("sparsity")
-    @classmethod
-    def _check_sparsity(cls, value: float) -> float:
-        if not 0 <= value <= 0.99:
-            raise ValueError(f"sparsity={value} must be from 0 to 0.99: it is the fraction of FFN channels to remove")
-        return value
-
-    @field_validator("round_to")
-    @classmethod
-    def _check_round_to(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError(f"round_to={value} must be a positive number of channels, such as 128")
-        return value
+    _observer: Observer | None = PrivateAttr(default=None)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the FFNs, and refuse what cannot work before any time is spent."""
-        self._check_order()
+        order.check(self)
         self._dataloader = kwargs.get("calib_data")
         if self._dataloader is None:
             raise ValueError(
@@ -131,24 +109,24 @@ class CFSPModifier(Modifier):
                 f"CFSPModifier must have cut the FFNs before {type(others[0]).__name__} works on them, so each needs a "
                 'calibration epoch of its own: leave out pipeline=, or give oneshot pipeline="independent"'
             )
-        start_recording(self._dataloader)
-        for block, ffn in zip(find_blocks(state.model).values(), self._ffns, strict=True):
+        self._observer = Observer(self, self._dataloader, {ffn.output: Wanted(ffn.name) for ffn in self._ffns})
+        for block in find_blocks(state.model).values():
             self._turns[block] = BlockImportance()
-            self._statistics[ffn.output] = InputStatistics(ffn.width, device=get_execution_device(ffn.output))
-            self.register_hook(block, self._see_block, "forward", with_kwargs=True)  # type: ignore[arg-type]
-            self.register_hook(ffn.output, self._see_channels, "forward_pre")  # type: ignore[arg-type]
+            self._observer.watch_block(block, self._see_block, "forward")
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Cut the FFNs."""
-        self._stop_watching()
-        importance = self._block_importance()
+        assert self._observer is not None
+        self._observer.stop()
+        statistics = {ffn.output: self._observer.take(ffn.output) for ffn in self._ffns}
+        importance = self._block_importance(statistics)
         widths = [ffn.width for ffn in self._ffns]
         if self.uniform:
             kept = kept_widths([1 - self.sparsity], widths[:1], self.round_to) * len(widths)
         else:
             kept = kept_widths(keep_ratios(importance, self.sparsity, widths=widths), widths, self.round_to)
         for ffn, count in zip(self._ffns, kept, strict=True):
-            self._cut(ffn, count)
+            self._cut(ffn, count, statistics[ffn.output].norm)
         state.model.config.get_text_config().block_importance = importance
         if len(set(kept)) == 1:
             per_block.set_width(state.model, kept[0])
@@ -158,42 +136,30 @@ class CFSPModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Make the model save the config that belongs to it."""
-        self._stop_watching()
-        attach(state.model)
+        if self._observer is not None:
+            self._observer.stop()
+        save_sparse(state.model, finish=lambda folder: per_block.write_config(state.model.config, folder))
         return True
 
-    def _check_order(self) -> None:
-        modifiers = active_session().lifecycle.recipe.modifiers
-        place = next(place for place, modifier in enumerate(modifiers) if modifier is self)
-        for modifier in modifiers[:place]:
-            if isinstance(modifier, CRePEModifier | SparsityModifierBase | QuantizationMixin):
-                raise ValueError(
-                    f"CFSPModifier would cut through what the {type(modifier).__name__} in front of it made of the "
-                    "layers: put CFSPModifier first"
-                )
-
     def _see_block(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert self._observer is not None
         inputs = block_inputs(args, kwargs)
-        self._turns[block].update(inputs, block_outputs(output), token_mask(self._dataloader, inputs))
+        self._turns[block].update(inputs, block_outputs(output), self._observer.mask(inputs))
 
-    def _see_channels(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        self._statistics[module].update(args[0], token_mask(self._dataloader, args[0]))
-
-    def _block_importance(self) -> list[float]:
+    def _block_importance(self, statistics: dict[torch.nn.Module, InputStatistics]) -> list[float]:
         for ffn in self._ffns:
-            statistics = self._statistics[ffn.output]
-            if statistics.tokens == 0:
+            found = statistics[ffn.output]
+            if found.tokens == 0:
                 raise ValueError(f"{ffn.name} never saw a calibration token: calibrate with more or other text")
-            if not bool(torch.isfinite(statistics.square_sum).all()):
+            if not bool(torch.isfinite(found.square_sum).all()):
                 raise ValueError(
                     f"the activations of {ffn.name} are NaN or infinite: the model overflows on this data; load it "
                     "with dtype=float32 or bfloat16"
                 )
         return [turn.mean for turn in self._turns.values()]
 
-    def _cut(self, ffn: FFN, count: int) -> None:
+    def _cut(self, ffn: FFN, count: int, norm: torch.Tensor) -> None:
         members = (*ffn.inputs, ffn.output)
-        norm = self._statistics.pop(ffn.output).norm
         with torch.no_grad(), align_module_device(ffn.output):
             inputs = [weight_matrix(module).to(norm.device) for module in ffn.inputs]
             scores = channel_importance(self.importance, norm, weight_matrix(ffn.output), inputs)
@@ -201,13 +167,8 @@ class CFSPModifier(Modifier):
             raise ValueError(f"the weights of {ffn.name} contain NaN or infinity: the checkpoint is damaged")
         cut(ffn, kept_channels(scores, count))
         for module in members:
-            # A modifier behind this one that quantizes has made its scales for the larger layer.
+            # A modifier after this one that quantizes has made its scales for the larger layer.
             initialize_module_for_quantization(module)
-
-    def _stop_watching(self) -> None:
-        if self._hooks:
-            self.remove_hooks()
-            stop_recording(self._dataloader)
 
     def _log(self, widths: list[int], kept: list[int], importance: list[float]) -> None:
         removed = 1 - sum(kept) / sum(widths)

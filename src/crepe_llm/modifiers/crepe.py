@@ -1,36 +1,48 @@
 """CRePE pruning as a modifier."""
 
-import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from compressed_tensors.utils import match_name
 from llmcompressor.core import State
 from loguru import logger
-from pydantic import PrivateAttr, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
-from crepe_llm.functional.scores import check_coefficients, crepe_scores, cvr_scores
+from crepe_llm.functional.scores import check_coefficients, crepe_scores, cvr_scores, magnitude_scores
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.modifiers.calibration import CalibratedModifier, input_channels, set_weight_matrix, weight_matrix
+from crepe_llm.modifiers.pruning_pass import PruningModifier
+from crepe_llm.pruning.layer import input_channels
+from crepe_llm.pruning.steps import Mask
 
 __all__ = ["CRePEModifier"]
 
 _FIELDS_OF_SCORE = {
     "crepe": ("row", "column", "neighbourhood", "kernel_size", "activation_exponent"),
     "cvr": ("alpha",),
+    "magnitude": (),
 }
 
+Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-class CRePEModifier(CalibratedModifier):
+
+class CRePEModifier(PruningModifier):
     """
-    Modifier that prunes linear layers in one shot by CRePE (our reading of https://arxiv.org/abs/2606.01544):
-    each weight is scored relative to its row, its column and its K x K neighbourhood, times the norm of its input
-    channel to a power. See `crepe_llm.functional.scores.crepe_scores` for the formula; RIA and Wanda are special cases.
+    Modifier that prunes linear layers in one shot by CRePE (our reading of https://arxiv.org/abs/2606.01544). Each
+    weight is scored relative to its row, its column and its K x K neighbourhood, times the norm of its input channel to
+    a power. `crepe_llm.functional.scores.crepe_scores` has the formula; RIA and Wanda are special cases.
 
     With `score: cvr` it prunes by column-variance reweighting (https://arxiv.org/abs/2602.07375) instead: each weight
     by its magnitude, relative to the standard deviation of its column to the power of `alpha`, times the square root of
-    that of its input channel; see `crepe_llm.functional.scores.cvr_scores`.
+    that of its input channel; see `crepe_llm.functional.scores.cvr_scores`. With `score: magnitude` it prunes the
+    smallest weights.
 
     Sample yaml:
 
@@ -46,27 +58,29 @@ class CRePEModifier(CalibratedModifier):
           activation_exponent: 0.85
     ```
 
+    What a PHOSearchModifier or a SparsityAllocationModifier before it finds takes the place of these fields, and of
+    them in the recipe that is saved with the model, which so prunes the same again.
+
     Lifecycle:
 
     - on_initialize
-        - find the layers, check fields against them
+        - find the layers, check fields against them, make a pruning pass
     - on_calibration_start
-        - register_hook(layer, gather input statistics, "forward_pre")
+        - watch the layers, or the blocks that will be run again
     - on_sequential_epoch_end
-        - score, mask and prune the layers of the block
+        - score, mask and prune the layers of the block, and run the steps of the modifiers that joined the pass
     - on_calibration_end
         - remove_hooks()
     - on_finalize
         - log the realised sparsity of every layer
 
-    :param sparsity: fraction of each layer to prune, at least 0 and below 1, or a mapping from layer name patterns
-        (exact or `re:`; the first that matches counts) to fractions. N:M structures imply it, and it may be left out;
-        a SparsityAllocationModifier in front of this modifier sets it
+    :param sparsity: fraction of each layer to prune, or a mapping from layer name patterns (exact or `re:`; the first
+        that matches counts) to fractions. N:M structures imply it, and it may be left out; a SparsityAllocationModifier
+        before this modifier finds it
     :param mask_structure: "N:M" prunes N of every M consecutive input channels; "0:0" is unstructured. Or a mapping
         from layer name patterns to "N:M"
-    :param comparison_group: for unstructured masks, which weights compete: those of a `row`, of the whole `matrix`,
-        or of a `column_block` of 128 input channels
-    :param score: `crepe` or `cvr`
+    :param comparison_group: for unstructured masks, which weights compete: those of a `row` or of the whole `matrix`
+    :param score: `crepe`, `cvr` or `magnitude`
     :param row: for `crepe`, coefficient of the row term
     :param column: for `crepe`, coefficient of the column term
     :param neighbourhood: for `crepe`, coefficient of the neighbourhood term
@@ -74,36 +88,30 @@ class CRePEModifier(CalibratedModifier):
     :param activation_exponent: for `crepe`, power of the input norm
     :param alpha: for `cvr`, power of the column's standard deviation. The paper gives neither a value for it nor for
         the epsilon added to the variances; 1, and 1e-8 of the columns' mean variance, are our choices
-    :param targets: layers to prune, by class name, exact name or `re:` pattern; defaults to all linear layers
-    :param ignore: layers to leave dense, likewise; defaults to lm_head
-    :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
-        `dense`
     """
 
     sparsity: float | dict[str, float] | None = None
     mask_structure: str | dict[str, str] = "0:0"
     comparison_group: ComparisonGroup = "row"
-    score: Literal["crepe", "cvr"] = "crepe"
-    row: float = 1.0
-    column: float = 1.0
-    neighbourhood: float = 1.0
-    kernel_size: int = 3
-    activation_exponent: float = 0.5
-    alpha: float = 1.0
+    score: Literal["crepe", "cvr", "magnitude"] = "crepe"
+    row: Coefficient = 1.0
+    column: Coefficient = 1.0
+    neighbourhood: Coefficient = 1.0
+    kernel_size: int = Field(default=3, ge=1)
+    activation_exponent: Coefficient = 0.5
+    alpha: Coefficient = 1.0
 
-    _realised: dict[str, tuple[torch.Size, float]] = PrivateAttr(default_factory=dict)
+    _found: dict[str, Any] = PrivateAttr(default_factory=dict)
     _orders: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = PrivateAttr(default_factory=dict)
+    _step: Mask | None = PrivateAttr(default=None)
 
     @field_validator("sparsity")
     @classmethod
     def _check_sparsity(cls, value: float | dict[str, float] | None) -> float | dict[str, float] | None:
-        if value is None:
-            return value
-        fractions = value if isinstance(value, dict) else {"sparsity": value}
-        for pattern, fraction in fractions.items():
-            if not 0 <= fraction < 1:
+        for pattern, fraction in value.items() if isinstance(value, dict) else [("", value)]:
+            if fraction is not None and not 0 <= fraction < 1:
                 raise ValueError(
-                    f"sparsity={fraction}{f' for {pattern}' * isinstance(value, dict)} must be at least 0 and below 1: "
+                    f"sparsity={fraction}{f' for {pattern}' * bool(pattern)} must be at least 0 and below 1: "
                     "it is the fraction of weights to prune, such as 0.5"
                 )
         return value
@@ -118,39 +126,35 @@ class CRePEModifier(CalibratedModifier):
                     "leave it out"
                 )
         check_coefficients(self.row, self.column, self.neighbourhood, self.kernel_size, self.activation_exponent)
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"alpha={self.alpha} must be a finite number of at least 0")
-        if isinstance(self.mask_structure, dict):
-            for pattern, text in self.mask_structure.items():
-                if parse_mask_structure(text) is None:
-                    raise ValueError(
-                        f'mask_structure="{text}" for {pattern} is unstructured, and a mapping is for "N:M": '
-                        "map `sparsity` instead"
-                    )
-            if self.sparsity is not None:
-                raise ValueError(
-                    f"sparsity={self.sparsity} contradicts the mapping mask_structure={self.mask_structure}, which "
-                    "implies the sparsity of each layer: leave sparsity out"
-                )
-            return self
-        structure = parse_mask_structure(self.mask_structure)
-        if structure is None:
-            return self
-        implied = structure[0] / structure[1]
-        stated = self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]
-        for fraction in stated:
-            if fraction is not None and abs(fraction - implied) > 1e-6:
-                raise ValueError(
-                    f'sparsity={fraction} contradicts mask_structure="{self.mask_structure}", which prunes '
-                    f"{structure[0]} of every {structure[1]} weights: leave sparsity out or set it to {implied:g}"
-                )
+        _check_structure(self.mask_structure, self.sparsity)
         return self
 
     @model_serializer(mode="wrap")
-    def _without_foreign_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A saved recipe names only the fields of its own score, as the others are refused."""
+    def _with_what_was_found(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A saved recipe has what was found, and only the fields of its own score, as the others are refused."""
         foreign = [name for score, names in _FIELDS_OF_SCORE.items() if score != self.score for name in names]
-        return {name: value for name, value in serialize(self).items() if name not in foreign}
+        fields = {**serialize(self), **self._found}
+        return {name: value for name, value in fields.items() if name not in foreign}
+
+    @property
+    def step(self) -> Mask:
+        if self._step is None:
+            self._step = Mask(self.scores, self.mask)
+        return self._step
+
+    @property
+    def realised(self) -> dict[str, float]:
+        """For each layer that has been pruned, the fraction of its weights that went."""
+        return {name: fraction for name, (_, fraction) in self.step.realised.items()}
+
+    def use(self, **found: Any) -> None:
+        """Take values that another modifier has found in the place of these fields, and into the saved recipe."""
+        type(self)(**{name: getattr(self, name) for name in self.model_fields_set - found.keys()}, **found)
+        self._found |= found
+
+    def value(self, name: str) -> Any:
+        """What counts for a field: what was found for it, else the field itself."""
+        return self._found.get(name, getattr(self, name))
 
     def check_layer(self, name: str, module: torch.nn.Module) -> None:
         text, structure = self.structure_of(name)
@@ -163,21 +167,10 @@ class CRePEModifier(CalibratedModifier):
                 f"groups of {structure[1]}: add the layer to `ignore`"
             )
 
-    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
-        weight = weight_matrix(module)
-        keep = self.mask(name, self.scores(name, weight, statistics))
-        self._realised[name] = (weight.shape, 1 - keep.count_nonzero().item() / keep.numel())
-        set_weight_matrix(module, weight.masked_fill(~keep, 0))
-
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         super().on_finalize(state, **kwargs)
         logger.info(self._table())
         return True
-
-    @property
-    def realised(self) -> dict[str, float]:
-        """For each layer that has been pruned, the fraction of its weights that went."""
-        return {name: fraction for name, (_, fraction) in self._realised.items()}
 
     def structure_of(self, name: str) -> tuple[str, tuple[int, int] | None]:
         """A layer's mask structure, as written and as read (N of M, None for unstructured)."""
@@ -209,28 +202,23 @@ class CRePEModifier(CalibratedModifier):
         return keep_mask(scores, sparsity, text, self.comparison_group)
 
     def _scores(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+        if self.score == "magnitude":
+            return magnitude_scores(weight)
         if self.score == "cvr":
             return cvr_scores(weight, statistics.variance, alpha=self.alpha)
-        return crepe_scores(
-            weight,
-            statistics.norm,
-            row=self.row,
-            column=self.column,
-            neighbourhood=self.neighbourhood,
-            kernel_size=self.kernel_size,
-            activation_exponent=self.activation_exponent,
-        )
+        coefficients = {name: self.value(name) for name in _FIELDS_OF_SCORE["crepe"]}
+        return crepe_scores(weight, statistics.norm, **coefficients)
 
     def _sparsity_of(self, name: str) -> float:
-        if self.sparsity is None:
+        if self.value("sparsity") is None:
             raise ValueError(
                 'mask_structure="0:0" is unstructured and needs `sparsity`, such as 0.5, or a '
-                "SparsityAllocationModifier in front that chooses it"
+                "SparsityAllocationModifier before it that chooses it"
             )
         return self._of_layer("sparsity", name)
 
     def _of_layer(self, field: str, name: str) -> Any:
-        value = getattr(self, field)
+        value = self.value(field)
         if not isinstance(value, dict):
             return value
         for pattern, chosen in value.items():
@@ -242,12 +230,41 @@ class CRePEModifier(CalibratedModifier):
         )
 
     def _table(self) -> str:
-        width = max(map(len, self._realised), default=5)
-        weights = sum(shape.numel() for shape, _ in self._realised.values())
-        pruned = sum(shape.numel() * fraction for shape, fraction in self._realised.values())
+        realised = self.step.realised
+        width = max(map(len, realised), default=5)
+        weights = sum(shape.numel() for shape, _ in realised.values())
+        pruned = sum(shape.numel() * fraction for shape, fraction in realised.values())
         lines = [f"{'layer':<{width}}  {'shape':>14}  pruned"]
-        for name, (shape, fraction) in self._realised.items():
+        for name, (shape, fraction) in realised.items():
             lines.append(f"{name:<{width}}  {'x'.join(map(str, shape)):>14}  {fraction:6.2%}")
         lines.append(f"{'all':<{width}}  {weights:>14}  {pruned / max(weights, 1):6.2%}")
-        structures = ", ".join(sorted({self.structure_of(name)[0] for name in self._realised}))
-        return f"Realised sparsity of {len(self._realised)} layers ({structures}):\n" + "\n".join(lines)
+        structures = ", ".join(sorted({self.structure_of(name)[0] for name in realised}))
+        return f"Realised sparsity of {len(realised)} layers ({structures}):\n" + "\n".join(lines)
+
+
+def _check_structure(mask_structure: str | dict[str, str], sparsity: float | dict[str, float] | None) -> None:
+    """Raise ValueError if structure and sparsity contradict each other."""
+    if isinstance(mask_structure, dict):
+        for pattern, text in mask_structure.items():
+            if parse_mask_structure(text) is None:
+                raise ValueError(
+                    f'mask_structure="{text}" for {pattern} is unstructured, and a mapping is for "N:M": '
+                    "map `sparsity` instead"
+                )
+        if sparsity is not None:
+            raise ValueError(
+                f"sparsity={sparsity} contradicts the mapping mask_structure={mask_structure}, which "
+                "implies the sparsity of each layer: leave sparsity out"
+            )
+        return
+    structure = parse_mask_structure(mask_structure)
+    if structure is None:
+        return
+    implied = structure[0] / structure[1]
+    stated = sparsity.values() if isinstance(sparsity, dict) else [sparsity]
+    for fraction in cast(list[float | None], list(stated)):
+        if fraction is not None and abs(fraction - implied) > 1e-6:
+            raise ValueError(
+                f'sparsity={fraction} contradicts mask_structure="{mask_structure}", which prunes '
+                f"{structure[0]} of every {structure[1]} weights: leave sparsity out or set it to {implied:g}"
+            )

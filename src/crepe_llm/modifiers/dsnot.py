@@ -1,21 +1,21 @@
 """DSnoT re-pruning as a modifier."""
 
-import math
 from typing import Any, Literal
 
 import torch
 from llmcompressor.core import State
-from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr
 
 from crepe_llm.functional.masks import parse_mask_structure
-from crepe_llm.functional.repruning import dsnot
+from crepe_llm.functional.repruning import Repruned, dsnot
 from crepe_llm.functional.scores import wanda_scores
-from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.modifiers.after_pruning import AfterPruningModifier
-from crepe_llm.modifiers.calibration import set_weight_matrix
+from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.pruning_pass import PruningModifier
+from crepe_llm.pruning.layer import Layer
+from crepe_llm.pruning.steps import Reprune
 
 __all__ = ["DSnoTModifier"]
 
@@ -23,7 +23,7 @@ __all__ = ["DSnoTModifier"]
 _CYCLES_PER_CHANNEL = 50 / 4096
 
 
-class DSnoTModifier(AfterPruningModifier):
+class DSnoTModifier(PruningModifier):
     """
     Modifier that swaps weights which an earlier modifier of the recipe has pruned for weights it has kept, so that each
     output of a layer comes closer to the dense layer's in the mean over the calibration tokens (DSnoT,
@@ -45,19 +45,15 @@ class DSnoTModifier(AfterPruningModifier):
           score: crepe
     ```
 
-    When it works, and how long dense weights are remembered, is as WeightCorrectionModifier has it, which may follow.
+    When it works, and how long dense weights are kept, is as WeightCorrectionModifier has it, which may follow.
 
     Lifecycle:
 
     - on_initialize
-        - find the layers; refuse a recipe that prunes nothing earlier, or quantizes or corrects earlier
-        - behind one CRePEModifier, follow it; else register_hook(layer, remember the dense weight, "forward_pre")
-    - on_calibration_start
-        - register_hook(layer, gather input statistics, "forward_pre")
-    - on_sequential_epoch_end
-        - re-prune the layers of the block
-    - on_calibration_end
-        - remove_hooks()
+        - refuse a recipe that prunes nothing earlier, or quantizes or corrects earlier
+        - find the layers; join the CRePEModifier's pruning pass, or make one
+    - during that pass
+        - re-prune each layer that was pruned
     - on_finalize
         - log how many weights every layer swapped, and its mean expected error before and after
 
@@ -68,105 +64,88 @@ class DSnoTModifier(AfterPruningModifier):
     :param variance_exponent: weights grow back by their expected contribution over the variance of the input to this
         power; 0 leaves the variance out
     :param score: which of the kept weights are pruned first: those of the lowest score by `wanda`, as published, or by
-        `crepe`, the score of the CRePEModifier in front with its coefficients (its CVR where it has `score: cvr`)
-    :param targets: layers to re-prune, by class name, exact name or `re:` pattern; defaults to all linear layers
-    :param ignore: layers to leave alone, likewise; defaults to lm_head
-    :param uncalibrated: what to do with a layer that no calibration token reached: `error` (the default), or leave it
-        as it is (`dense`)
+        `crepe`, the score of the CRePEModifier before with its coefficients (its CVR where it has `score: cvr`)
     """
 
-    max_cycles: int | None = None
-    threshold: float = 0.01
-    variance_exponent: float = 1.0
+    max_cycles: int | None = Field(default=None, ge=1)
+    threshold: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    variance_exponent: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     score: Literal["wanda", "crepe"] = "wanda"
 
-    _swapped: dict[str, tuple[int, float, float, float]] = PrivateAttr(default_factory=dict)
+    _pruning: list[Modifier] = PrivateAttr(default_factory=list)
+    _step: Reprune | None = PrivateAttr(default=None)
 
-    @model_validator(mode="after")
-    def _check_fields(self) -> "DSnoTModifier":
-        if self.max_cycles is not None and self.max_cycles < 1:
-            raise ValueError(f"max_cycles={self.max_cycles} must be at least 1")
-        for name in ("threshold", "variance_exponent"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be a finite number of at least 0")
-        return self
+    @property
+    def step(self) -> Reprune:
+        if self._step is None:
+            self._step = Reprune(self._reprune)
+        return self._step
 
     @property
     def errors(self) -> dict[str, tuple[float, float]]:
         """For each pruned layer the mean magnitude of its rows' expected errors, before and after."""
-        return {name: (before, after) for name, (_, _, before, after) in self._swapped.items()}
+        return {name: (before, after) for name, (_, _, before, after) in self.step.swapped.items()}
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)
+        self._pruning = [m for m in order.modifiers_before(self) if order.role_of(m) == "prunes"]
         if self.score == "crepe" and not any(isinstance(modifier, CRePEModifier) for modifier in self._pruning):
             raise ValueError(
-                "score: crepe takes the coefficients of a CRePEModifier in front, and there is none: "
+                "score: crepe takes the coefficients of a CRePEModifier before it, and there is none: "
                 "use score: wanda, or prune with CRePEModifier"
             )
         return True
 
-    def improve(
-        self,
-        name: str,
-        module: torch.nn.Module,
-        weight: torch.Tensor,
-        dense: torch.Tensor,
-        keep: torch.Tensor,
-        statistics: InputStatistics,
-    ) -> None:
-        pruning = self._pruned_by(name, module)
-        if isinstance(pruning, CRePEModifier):
-            _, structure = pruning.structure_of(name)
-        else:
-            structure = parse_mask_structure(pruning.mask_structure)
-        # Kept weights may have been updated as they were pruned (SparseGPT); what competes with them are dense ones.
-        candidates = torch.where(keep, weight, dense)
-        if self.score == "wanda":
-            scores = wanda_scores(candidates, statistics.norm)
-        elif isinstance(pruning, CRePEModifier):
-            scores = pruning.scores(name, candidates, statistics)
-        else:
-            raise ValueError(
-                f"score: crepe takes the coefficients of the CRePEModifier in front, but {name} was pruned by "
-                f"{type(pruning).__name__}: use score: wanda, or add the layer to `ignore`"
-            )
-        found = dsnot(
-            weight,
-            dense,
-            keep,
-            scores,
-            statistics.mean,
-            statistics.variance,
-            group=structure[1] if structure else None,
-            max_cycles=self.max_cycles or max(1, round(_CYCLES_PER_CHANNEL * weight.shape[1])),
-            threshold=self.threshold,
-            variance_exponent=self.variance_exponent,
-        )
-        set_weight_matrix(module, candidates.masked_fill_(~found.keep, 0))
-        swaps = int(found.swaps.sum())
-        errors = (found.before.abs().mean().item(), found.after.abs().mean().item())
-        self._swapped[name] = (swaps, swaps / max(int(keep.sum()), 1), *errors)
-
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         super().on_finalize(state, **kwargs)
+        self.require_pruned_layers(self.step.swapped)
         logger.info(self._table())
         return True
 
-    def _pruned_by(self, name: str, module: torch.nn.Module) -> CRePEModifier | SparsityModifierBase:
-        """The last modifier in front that pruned the layer."""
-        return next(
-            modifier
-            for modifier in reversed(self._pruning)
-            if (name in modifier.realised if isinstance(modifier, CRePEModifier) else module in modifier._module_names)
+    def _reprune(self, layer: Layer, candidates: torch.Tensor) -> Repruned:
+        pruning = self._pruned_by(layer)
+        if isinstance(pruning, CRePEModifier):
+            _, structure = pruning.structure_of(layer.name)
+        else:
+            structure = parse_mask_structure(pruning.mask_structure)
+        if self.score == "wanda":
+            scores = wanda_scores(candidates, layer.statistics.norm)
+        elif isinstance(pruning, CRePEModifier):
+            scores = pruning.scores(layer.name, candidates, layer.statistics)
+        else:
+            raise ValueError(
+                f"score: crepe takes the coefficients of the CRePEModifier before it, but {layer.name} was pruned by "
+                f"{type(pruning).__name__}: use score: wanda, or add the layer to `ignore`"
+            )
+        assert layer.keep is not None  # a step before has made it
+        return dsnot(
+            layer.weight,
+            layer.dense,
+            layer.keep,
+            scores,
+            layer.statistics.mean,
+            layer.statistics.variance,
+            group=structure[1] if structure else None,
+            max_cycles=self.max_cycles or max(1, round(_CYCLES_PER_CHANNEL * candidates.shape[1])),
+            threshold=self.threshold,
+            variance_exponent=self.variance_exponent,
         )
 
+    def _pruned_by(self, layer: Layer) -> Any:
+        """The last modifier before this one that pruned the layer."""
+        for modifier in reversed(self._pruning):
+            # llm-compressor's own modifiers list the modules that they prune in `_module_names`.
+            pruned = modifier.layers if isinstance(modifier, CRePEModifier) else getattr(modifier, "_module_names", {})
+            if layer.module in pruned:
+                return modifier
+        raise ValueError(f"{layer.name} was pruned by no modifier of the recipe: add it to `ignore`")
+
     def _table(self) -> str:
-        width = max(map(len, self._swapped))
+        swapped, width = self.step.swapped, max(map(len, self.step.swapped))
         lines = [f"{'layer':<{width}}  swapped          mean |row error| before      after"]
-        for name, (swaps, share, before, after) in self._swapped.items():
+        for name, (swaps, share, before, after) in swapped.items():
             lines.append(f"{name:<{width}}  {swaps:>7} {share:7.2%}  {before:>22.4g} {after:>10.4g}")
         return (
-            f"Weights swapped in {len(self._swapped)} layers (share of those kept), and the rows' expected errors:\n"
+            f"Weights swapped in {len(swapped)} layers (share of those kept), and the rows' expected errors:\n"
             + "\n".join(lines)
         )

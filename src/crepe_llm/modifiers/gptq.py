@@ -11,8 +11,9 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.helpers import column_scale_window, prepare_batch, update_batch_qparams
 from loguru import logger
 
-from crepe_llm.checkpoints import attach
 from crepe_llm.functional.masked_gptq import masked_gptq
+from crepe_llm.modifiers.layers import save_sparse
+from crepe_llm.pruning.layer import mask_of
 
 __all__ = ["MaskedGPTQModifier"]
 
@@ -59,7 +60,7 @@ class MaskedGPTQModifier(GPTQModifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         super().on_finalize(state, **kwargs)
-        attach(state.model)
+        save_sparse(state.model)
         return True
 
     def _quantize(self, name: str, module: torch.nn.Module) -> None:
@@ -69,7 +70,7 @@ class MaskedGPTQModifier(GPTQModifier):
             [module], [observed], self._hessians, self._num_samples
         )
         weight, hessian = weights[0], hessians[0]
-        keep = weight != 0
+        keep = mask_of(module).to(weight.device)
         quantize = _column_quantizer(args, weight.shape, scales, zero_points, global_scales)
         try:
             quantized, loss = masked_gptq(

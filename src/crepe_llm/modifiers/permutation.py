@@ -7,28 +7,28 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 from llmcompressor.core import Event, State, active_session
-from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
-from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from loguru import logger
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from tqdm import tqdm
 
 from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.channels import AXES, block_of, module_axes
-from crepe_llm.modifiers.allocation import SparsityAllocationModifier
-from crepe_llm.modifiers.calibration import CalibratedModifier, input_channels, weight_matrix
+from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.modifiers.pho import PHOSearchModifier
+from crepe_llm.modifiers.layers import LayerModifier
+from crepe_llm.modifiers.observe import Observer
+from crepe_llm.pruning.block_pass import Wanted
+from crepe_llm.pruning.layer import input_channels, weight_matrix
 
 __all__ = ["ChannelPermutationModifier"]
 
 _KINDS = ("weight", "bias")
 
 
-class ChannelPermutationModifier(CalibratedModifier):
+class ChannelPermutationModifier(LayerModifier):
     """
-    Modifier that reorders the channels of the dense model, such that the N:M masks of the CRePEModifier behind it keep
+    Modifier that reorders the channels of the dense model, such that the N:M masks of the CRePEModifier after it keep
     more of the weights' scores. What it makes of the model is a model of the same class with the same outputs: every
     reordering is absorbed by the layers that share the channels, and nothing happens at inference. The channels that
     can be reordered are those of
@@ -67,7 +67,7 @@ class ChannelPermutationModifier(CalibratedModifier):
     - on_initialize
         - find the CRePEModifier and its layers; refuse other orders of the recipe and unknown families of models
     - on_calibration_start
-        - register_hook(layer, gather input statistics, "forward_pre")
+        - watch the layers' inputs
     - on_sequential_epoch_end
         - keep the statistics of the block
     - on_calibration_end
@@ -83,16 +83,16 @@ class ChannelPermutationModifier(CalibratedModifier):
     :param sweeps: how often at most the search goes through all places of a group
     :param rows: how many rows of the layers that share channels the search looks at, drawn at random of all of them
     :param seed: of the rows drawn and of the blocks into which the search cuts wide layers
-    :param targets: as the CRePEModifier's, from which it is taken
-    :param ignore: likewise
-    :param uncalibrated: likewise; `dense` leaves the scores of a layer that no calibration token reached out
+
+    `targets`, `ignore` and `uncalibrated` are the CRePEModifier's, and need not be given; `uncalibrated: dense` leaves
+    the scores of a layer that no calibration token reached out.
     """
 
     mlp: bool = True
     attention: bool = True
     residual: bool = True
-    sweeps: int = 4
-    rows: int = 8192
+    sweeps: int = Field(default=4, ge=1)
+    rows: int = Field(default=8192, ge=1)
     seed: int = 0
 
     _crepe: CRePEModifier = PrivateAttr()
@@ -113,15 +113,11 @@ class ChannelPermutationModifier(CalibratedModifier):
     def _check_fields(self) -> "ChannelPermutationModifier":
         if not any(getattr(self, axis) for axis in AXES):
             raise ValueError("mlp, attention and residual are all false, so nothing would be permuted: switch one on")
-        for name in ("sweeps", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        self._crepe = self._following()
-        for field in ("targets", "ignore", "uncalibrated"):
-            setattr(self, field, getattr(self._crepe, field))
+        order.check(self)
+        self._crepe = next(m for m in order.modifiers_after(self) if isinstance(m, CRePEModifier))
         config = state.model.config
         names = [name for name, _ in state.model.named_parameters(remove_duplicate=False)]
         self._axes = module_axes(config.model_type, names)
@@ -136,27 +132,34 @@ class ChannelPermutationModifier(CalibratedModifier):
         if not self._sites:
             raise ValueError(
                 "the CRePEModifier prunes no layer whose input channels ChannelPermutationModifier may permute: "
-                f"its targets={self.targets} and ignore={self.ignore} leave out what "
+                f"its targets={self._crepe.targets} and ignore={self._crepe.ignore} leave out what "
                 f"mlp={self.mlp}, attention={self.attention}, residual={self.residual} would serve"
             )
         return True
 
+    def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+        return self._crepe.find_layers(model)
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if active_session().lifecycle.recipe.modifiers != [self]:
             raise ValueError(
-                "ChannelPermutationModifier must have permuted the model before the modifiers behind it look at it, so "
+                "ChannelPermutationModifier must have permuted the model before the modifiers after it look at it, so "
                 'it needs a calibration epoch of its own: leave out pipeline=, or give oneshot pipeline="independent"'
             )
         for site in self._sites:
             self._structure(site)
-        super().on_calibration_start(state, event, **kwargs)
+        self._observer = Observer(self, self._dataloader, {m: Wanted(name) for m, name in self._layers.items()})
 
-    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
-        """Keep the statistics; the layer itself stays as it is until those of all are known."""
-        self._inputs[name] = statistics
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Keep the statistics; the layers stay as they are until those of all are known."""
+        assert self._observer is not None
+        for _, name, statistics in self._observer.ended(modules, self._crepe.uncalibrated):
+            self._inputs[name] = statistics
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        super().on_calibration_end(state, event, **kwargs)
+        self.stop_watching()
         started = time.perf_counter()
         orders = self._search()
         searched = time.perf_counter()
@@ -183,13 +186,13 @@ class ChannelPermutationModifier(CalibratedModifier):
                     progress.update()
                 if not total:
                     continue
-                order = torch.stack(
+                permutation = torch.stack(
                     [permute_channels(head, n, m, sweeps=self.sweeps, seed=self.seed) for head in torch.cat(parts, 1)]
                 )
-                index = channel_index(order, repeat)
+                index = channel_index(permutation, repeat)
                 after = sum(retained_score(self._scores(name)[:, index], n, m) for name in readers)
                 if after > before:
-                    orders[site] = order.cpu()
+                    orders[site] = permutation.cpu()
                 self._retained[site] = (before / total, max(before, after) / total)
         return orders
 
@@ -202,9 +205,9 @@ class ChannelPermutationModifier(CalibratedModifier):
         for name, module in self._modules.items():
             indices = []
             for place, axis in enumerate(self._axes[name]):
-                order = None if axis is None else orders.get(_site(name, axis))
+                found = None if axis is None else orders.get(_site(name, axis))
                 repeat = self._head_counts(axis)[1] if place else 1  # only inputs hold heads more than once
-                indices.append(None if order is None else channel_index(order, repeat))
+                indices.append(None if found is None else channel_index(found, repeat))
             if all(index is None for index in indices):
                 continue
             if len(indices) == 2:
@@ -239,7 +242,7 @@ class ChannelPermutationModifier(CalibratedModifier):
         structures = {name: self._crepe.structure_of(name)[1] for name in readers}
         if None in structures.values():
             raise ValueError(
-                "ChannelPermutationModifier serves N:M masks, and the CRePEModifier behind it is unstructured: give it "
+                "ChannelPermutationModifier serves N:M masks, and the CRePEModifier after it is unstructured: give it "
                 'mask_structure: "2:4", or leave the permutation out'
             )
         if len(set(structures.values())) > 1:
@@ -257,33 +260,6 @@ class ChannelPermutationModifier(CalibratedModifier):
                 f"ChannelPermutationModifier {axis}: false"
             )
         return n, m
-
-    def _following(self) -> CRePEModifier:
-        """The CRePEModifier behind this modifier in the recipe, whose other modifiers stand where they may."""
-        modifiers = active_session().lifecycle.recipe.modifiers
-        place = next(place for place, modifier in enumerate(modifiers) if modifier is self)
-        behind = modifiers[place + 1 :]
-        for modifier in modifiers[:place]:
-            if isinstance(modifier, CRePEModifier | SparsityModifierBase | QuantizationMixin):
-                raise ValueError(
-                    f"ChannelPermutationModifier would undo the {type(modifier).__name__} in front of it, because it "
-                    "permutes the dense model: put it in front"
-                )
-        for modifier in behind:
-            if isinstance(modifier, PHOSearchModifier | SparsityAllocationModifier):
-                raise ValueError(
-                    f"ChannelPermutationModifier needs to know what the {type(modifier).__name__} behind it will have "
-                    "found: put it behind that"
-                )
-            if isinstance(modifier, ChannelPermutationModifier):
-                raise ValueError("the recipe has two ChannelPermutationModifiers, and one undoes the other: keep one")
-        pruning = [modifier for modifier in behind if isinstance(modifier, CRePEModifier)]
-        if len(pruning) != 1:
-            raise ValueError(
-                f"ChannelPermutationModifier has {len(pruning)} CRePEModifiers behind it, and needs one, for the masks "
-                'of which it permutes: put one behind it in the same recipe, with mask_structure: "2:4"'
-            )
-        return pruning[0]
 
     def _table(self, searching: float, absorbing: float) -> str:
         width = max(map(len, self._retained), default=0)

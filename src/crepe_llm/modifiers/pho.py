@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -16,13 +17,24 @@ from compressed_tensors.utils import align_module_device, patch_attr
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
-from pydantic import PrivateAttr, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.modifiers.calibration import CalibratedModifier, set_weight_matrix, weight_matrix
+from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.layers import LayerModifier
+from crepe_llm.modifiers.observe import Observer, Uncalibrated
+from crepe_llm.pruning.block_pass import Wanted
+from crepe_llm.pruning.layer import set_weight_matrix, weight_matrix
 from crepe_llm.search.fitness import (
     DEFAULT_PROXY,
     PROXIES,
@@ -42,14 +54,14 @@ _VERIFICATION_SEQUENCES = 8
 _NAMES = [field.name for field in dataclasses.fields(Coefficients)]
 
 
-class PHOSearchModifier(CalibratedModifier):
+class PHOSearchModifier(LayerModifier):
     """
-    Modifier that searches for the coefficients of the CRePEModifier behind it, by a proxy for perplexity on a sample of
+    Modifier that searches for the coefficients of the CRePEModifier after it, by a proxy for perplexity on a sample of
     layers and rows, in the manner of the PHO of https://arxiv.org/abs/2606.01544, whose internals are not public to us.
     It changes no weight. See `crepe_llm.search.fitness` and `crepe_llm.search.search`.
 
-    What was found is written into `found` and into the CRePEModifier, so a recipe that was saved with a model prunes
-    the same again without searching.
+    The CRePEModifier prunes with what was found, and the recipe that is saved with the model has it: as `found` here,
+    and as the CRePEModifier's coefficients. So that recipe prunes the same again without searching.
 
     Sample yaml:
 
@@ -68,7 +80,7 @@ class PHOSearchModifier(CalibratedModifier):
         - find the CRePEModifier, draw the sample of its layers
         - with `found` or `study`: hand the coefficients over, and be done
     - on_calibration_start
-        - register_hook(layer, gather input statistics and Gram matrices, "forward_pre")
+        - watch the layers' inputs
     - on_sequential_epoch_end
         - reduce each sampled layer of the block to its sample
     - on_calibration_end
@@ -86,8 +98,8 @@ class PHOSearchModifier(CalibratedModifier):
     :param seed: of the sample and of the optimiser
     :param layers_per_kind: how many layers of each kind (q_proj, down_proj and so on) are in the sample
     :param rows: how many rows of each sampled layer are
-    :param record: file in which the search is recorded and from which it is resumed; one in the folder `pho_studies`,
-        named after model, structure and settings, where left out
+    :param record: file in which the search is recorded and from which it is resumed. Where it is left out, a file in
+        `crepe_llm/pho_studies` in the user's cache folder, named after model, structure and settings
     :param study: file of an earlier study, on this or another model, to use instead of searching
     :param verify: after searching, measure the perplexity of the pruned model on eight sequences of the calibration
         data for a few finalists: the CRePEModifier's own coefficients, RIA's, the search's best, and the best of the
@@ -99,28 +111,28 @@ class PHOSearchModifier(CalibratedModifier):
     :param mask_structure: as the CRePEModifier's, from which it is taken where there is one
     :param sparsity: likewise
     :param comparison_group: likewise
-    :param targets: likewise
-    :param ignore: likewise
-    :param uncalibrated: `dense`, the default, leaves a layer that no calibration token reached out of the sample
+    :param uncalibrated: `dense` leaves a layer that no calibration token reached out of the sample; `error` refuses it
+
+    `targets` and `ignore` are the CRePEModifier's where there is one.
     """
 
     proxy: str = DEFAULT_PROXY
     optimiser: Literal["cma", "random"] = "cma"
-    candidates: int | None = None
-    minutes: float | None = None
+    candidates: int | None = Field(default=None, gt=0)
+    minutes: float | None = Field(default=None, gt=0)
     space: dict[str, Any] | None = None
     seed: int = 0
-    layers_per_kind: int = 4
-    rows: int = 96
+    layers_per_kind: int = Field(default=4, gt=0)
+    rows: int = Field(default=96, gt=0)
     record: str | None = None
     study: str | None = None
     verify: bool = False
-    finalists: int = 8
+    finalists: int = Field(default=8, gt=0)
     found: dict[str, float] | None = None
     mask_structure: str | None = None
     sparsity: float | None = None
     comparison_group: ComparisonGroup | None = None
-    uncalibrated: Literal["error", "dense"] = "dense"
+    uncalibrated: Uncalibrated = "dense"
 
     _crepe: CRePEModifier | None = PrivateAttr(default=None)
     _mask: Mask = PrivateAttr()
@@ -130,6 +142,12 @@ class PHOSearchModifier(CalibratedModifier):
     _tokens: int = PrivateAttr(default=0)
     _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _result: Study | None = PrivateAttr(default=None)
+    _chosen: Coefficients | None = PrivateAttr(default=None)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The coefficients of the recipe or of the study; empty before they are known."""
+        return {} if self._chosen is None else dataclasses.asdict(self._chosen)
 
     @property
     def result(self) -> Study | None:
@@ -146,10 +164,6 @@ class PHOSearchModifier(CalibratedModifier):
     @model_validator(mode="after")
     def _check_search(self) -> "PHOSearchModifier":
         self._space()
-        for name in ("candidates", "minutes", "layers_per_kind", "rows", "finalists"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive")
         if self.study is not None and self.record is not None:
             raise ValueError(
                 f"study={self.study} is to be used instead of searching, and record={self.record} is where a search is "
@@ -161,8 +175,14 @@ class PHOSearchModifier(CalibratedModifier):
         self.requires_calibration_data = self.found is None and self.study is None
         return self
 
+    @model_serializer(mode="wrap")
+    def _with_what_was_found(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A saved recipe has what was found."""
+        return serialize(self) | ({"found": self.chosen} if self._chosen else {})
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        self._crepe = self._following()
+        order.check(self)
+        self._crepe = self._searched_for()
         if self.found is not None:
             self._hand_over(_coefficients(self.found))
             logger.info(f"PHO: coefficients of the recipe, no search: {_coefficients(self.found)}")
@@ -173,8 +193,6 @@ class PHOSearchModifier(CalibratedModifier):
             self._result.require_mask(self._mask)
             self._conclude(self._result)
             return True
-        if self._crepe is not None:
-            self.targets, self.ignore = self._crepe.targets, self._crepe.ignore
         super().on_initialize(state, **kwargs)
         self._model_name = Path(state.model.config._name_or_path or type(state.model).__name__).name
         self._sampled = set(sample_layers(self._layers.values(), self.layers_per_kind, self.seed))
@@ -190,13 +208,22 @@ class PHOSearchModifier(CalibratedModifier):
                 "PHOSearchModifier must have searched before CRePEModifier prunes, so each needs a calibration epoch "
                 'of its own: leave out pipeline=, or give oneshot pipeline="independent"'
             )
-        super().on_calibration_start(state, event, **kwargs)
+        gram = PROXIES[self.proxy].needs_gram
+        wanted = {module: Wanted(name, gram and name in self._sampled) for module, name in self._layers.items()}
+        self._observer = Observer(self, self._dataloader, wanted)
 
-    def needs_gram(self, name: str) -> bool:
-        return name in self._sampled and PROXIES[self.proxy].needs_gram
+    def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+        return super().find_layers(model) if self._crepe is None else self._crepe.find_layers(model)
 
-    def compress(self, name: str, module: torch.nn.Module, statistics: InputStatistics) -> None:
-        """Reduce the layer to what the search needs of it; the layer itself stays as it is."""
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Reduce the layers to what the search needs of them; they stay as they are."""
+        if self._observer is not None:
+            for module, name, statistics in self._observer.ended(modules, self.uncalibrated):
+                self._reduce(module, name, statistics)
+
+    def _reduce(self, module: torch.nn.Module, name: str, statistics: InputStatistics) -> None:
         if self.verify:
             self._norms[module] = statistics.norm
         if name in self._sampled:
@@ -214,9 +241,9 @@ class PHOSearchModifier(CalibratedModifier):
             )
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        if not self.requires_calibration_data:
+        if self._observer is None:
             return
-        super().on_calibration_end(state, event, **kwargs)
+        self.stop_watching()
         path = self._search()
         assert self._result is not None
         if self.verify:
@@ -280,7 +307,7 @@ class PHOSearchModifier(CalibratedModifier):
 
     def _verify(self, model: torch.nn.Module, study: Study, path: Path) -> None:
         """Measure the finalists that the record does not hold yet."""
-        own = [] if self._crepe is None else [Coefficients(**{name: getattr(self._crepe, name) for name in _NAMES})]
+        own = [] if self._crepe is None else [Coefficients(**{name: self._crepe.value(name) for name in _NAMES})]
         measured = {finalist.coefficients: finalist for finalist in study.finalists}
         study.finalists = []
         for coefficients in study.shortlist(self.finalists, own):
@@ -341,42 +368,37 @@ class PHOSearchModifier(CalibratedModifier):
                 return
 
     def _hand_over(self, coefficients: Coefficients) -> None:
-        self.found = dataclasses.asdict(coefficients)
+        self._chosen = coefficients
         if self._crepe is not None:
-            for name, value in self.found.items():
-                setattr(self._crepe, name, value)
+            self._crepe.use(**dataclasses.asdict(coefficients))
 
-    def _following(self) -> CRePEModifier | None:
-        """The CRePEModifier behind this modifier in the recipe."""
-        modifiers = active_session().lifecycle.recipe.modifiers
-        mine = next(place for place, modifier in enumerate(modifiers) if modifier is self)
-        behind = [modifier for modifier in modifiers[mine + 1 :] if isinstance(modifier, CRePEModifier)]
-        if not behind and any(isinstance(modifier, CRePEModifier) for modifier in modifiers):
-            raise ValueError("PHOSearchModifier stands behind the CRePEModifier it searches for: put it in front")
-        if len(behind) > 1:
+    def _searched_for(self) -> CRePEModifier | None:
+        """The CRePEModifier after this modifier in the recipe."""
+        found = [modifier for modifier in order.modifiers_after(self) if isinstance(modifier, CRePEModifier)]
+        if len(found) > 1:
             raise ValueError(
-                f"PHOSearchModifier has {len(behind)} CRePEModifiers behind it and cannot tell which it searches for: "
+                f"PHOSearchModifier has {len(found)} CRePEModifiers after it and cannot tell which it searches for: "
                 "keep one"
             )
-        if behind and behind[0].score != "crepe":
+        if found and found[0].score != "crepe":
             raise ValueError(
-                f"PHOSearchModifier searches for the coefficients of score: crepe, and the CRePEModifier behind it has "
-                f"score: {behind[0].score}, which has none: leave PHOSearchModifier out"
+                f"PHOSearchModifier searches for the coefficients of score: crepe, and the CRePEModifier after it has "
+                f"score: {found[0].score}, which has none: leave PHOSearchModifier out"
             )
-        return behind[0] if behind else None
+        return found[0] if found else None
 
     def _wanted_mask(self) -> Mask:
         """The masks to search for: the CRePEModifier's, or those of this modifier's own fields."""
         crepe = self._crepe
         if crepe is None and self.mask_structure is None:
             raise ValueError(
-                "PHOSearchModifier does not know what to search for: put a CRePEModifier behind it, or give it "
+                "PHOSearchModifier does not know what to search for: put a CRePEModifier after it, or give it "
                 "mask_structure"
             )
         fields = {}
         for name in ("mask_structure", "sparsity", "comparison_group"):
             own = getattr(self, name)
-            theirs = None if crepe is None else getattr(crepe, name)
+            theirs = None if crepe is None else crepe.value(name)
             if isinstance(theirs, dict):
                 if own is None:
                     raise ValueError(
@@ -433,4 +455,5 @@ def _default_record(study: Study) -> Path:
     settings = [study.proxy, study.optimiser, dataclasses.asdict(study.space), study.seed, study.sample]
     key = zlib.crc32(json.dumps(settings).encode())
     mask = str(study.mask).replace(":", "of").replace("% ", "-").replace(" ", "-")
-    return Path("pho_studies") / f"{study.model}-{mask}-{key:08x}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "crepe_llm" / "pho_studies" / f"{study.model}-{mask}-{key:08x}.json"

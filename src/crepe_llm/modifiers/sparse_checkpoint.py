@@ -5,7 +5,7 @@ from typing import Any
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 
-from crepe_llm.checkpoints import attach
+from crepe_llm.modifiers.layers import save_sparse
 
 __all__ = ["SparseCheckpointModifier"]
 
@@ -40,5 +40,5 @@ class SparseCheckpointModifier(Modifier):
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        attach(state.model)
+        save_sparse(state.model)
         return True

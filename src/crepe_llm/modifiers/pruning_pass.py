@@ -1,0 +1,259 @@
+"""The lifecycle of the pruning modifiers: one pass over the model's blocks, which runs the steps of all of them."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from compressed_tensors.utils import align_module_device
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from pydantic import PrivateAttr
+
+from crepe_llm.models.blocks import find_blocks
+from crepe_llm.modifiers import order
+from crepe_llm.modifiers.layers import LayerModifier
+from crepe_llm.modifiers.observe import Observer, is_usable
+from crepe_llm.pruning.block_pass import Batch, Calibration, TokenWeights, Wanted, prune_block
+from crepe_llm.pruning.layer import Layer, mask_of, record_mask, set_weight_matrix, weight_matrix
+from crepe_llm.pruning.steps import Mask, Step
+
+__all__ = ["PruningModifier", "PruningPass"]
+
+
+class PruningModifier(LayerModifier):
+    """Base of modifiers that prune layers, or improve layers that are pruned. Each gives a step.
+
+    A CRePEModifier and the modifiers after it that re-prune or refit share one :class:`PruningPass`, and so one
+    calibration epoch: each layer goes through all their steps before the next is calibrated. llm-compressor's own
+    pruning modifiers know nothing of what comes after them. Modifiers after those share a pass of their own.
+    """
+
+    _pass: "PruningPass | None" = PrivateAttr(default=None)
+
+    @property
+    def step(self) -> Step:
+        """What is done to each layer; one object for the modifier's whole life."""
+        raise NotImplementedError
+
+    @property
+    def calibration(self) -> Calibration:
+        """How the modifier wants layers to be calibrated."""
+        return Calibration()
+
+    @property
+    def token_weights(self) -> TokenWeights | None:
+        """How much each token of a layer's inputs counts; None where all count alike."""
+        return None
+
+    @property
+    def pruning_pass(self) -> "PruningPass":
+        """The pass that the modifier's step is part of, once it has been initialized."""
+        assert self._pass is not None
+        return self._pass
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        super().on_initialize(state, **kwargs)
+        self._pass = self._shared_pass() or PruningPass(self, self._dataloader)
+        self._pass.add(self)
+        self.requires_calibration_data = self._pass.leader is self
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        if self.pruning_pass.leader is self:
+            self.pruning_pass.start(state.model)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        if self.pruning_pass.leader is self:
+            self.pruning_pass.prune(modules)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self.stop_watching()
+
+    def unseen(self) -> list[str]:
+        return self.pruning_pass.unseen
+
+    def require_pruned_layers(self, done: Collection[str]) -> None:
+        """Raise ValueError if the modifier's step has found no pruned layer; `done` are the layers it worked on."""
+        if not done:
+            raise ValueError(
+                f"{type(self).__name__} found no pruned layer among its targets: its targets and ignore must match "
+                "those of the modifier that prunes, and the model must be dense when the recipe starts"
+            )
+
+    def stop_watching(self) -> None:
+        if self._pass is not None and self._pass.leader is self:
+            self._pass.stop()
+
+    def _shared_pass(self) -> "PruningPass | None":
+        """The pass of the modifiers before this one that it can join."""
+        if isinstance(self.step, Mask):
+            return None
+        before = order.modifiers_before(self)
+        pruning = [modifier for modifier in before if order.role_of(modifier) == "prunes"]
+        if len(pruning) == 1 and isinstance(pruning[0], PruningModifier):
+            return pruning[0].pruning_pass
+        later = before[before.index(pruning[-1]) + 1 :]
+        return next((modifier.pruning_pass for modifier in later if isinstance(modifier, PruningModifier)), None)
+
+
+class PruningPass:
+    """Prunes the model while it is calibrated, each block before the next is calibrated.
+
+    Where layers are calibrated together, on the dense block, their statistics are gathered while the pipeline runs the
+    block. Where they are calibrated in turn or beside the dense model, one hook a block captures its inputs instead,
+    and the block is run on them when its calibration has ended.
+
+    Args:
+        leader: the modifier whose hooks these are and whose calibration epoch this is.
+        dataloader: what the epoch iterates.
+    """
+
+    def __init__(self, leader: PruningModifier, dataloader: Any) -> None:
+        self.leader = leader
+        self._dataloader = dataloader
+        self._modifiers: list[PruningModifier] = []
+        self._observer: Observer | None = None
+        self._blocks: dict[torch.nn.Module, list[torch.nn.Module]] = {}  # in order, with their layers
+        self._captured: dict[torch.nn.Module, list[Batch]] = {}
+        self._dense_stream: list[torch.Tensor | None] = []  # by batch, what the dense model feeds the next block
+        self._remembered: dict[torch.nn.Module, torch.Tensor] = {}  # dense weights of layers that others prune
+        self._left: dict[torch.nn.Module, str] = {}
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether the pass's first step makes the masks, so that layers are dense when they are calibrated."""
+        return isinstance(self.leader.step, Mask)
+
+    @property
+    def unseen(self) -> list[str]:
+        """The names of the layers that no calibration has reached."""
+        return list(self._left.values())
+
+    def add(self, modifier: PruningModifier) -> None:
+        """Add a modifier's step after those that are there. It works on layers of the leader's only."""
+        self._modifiers.append(modifier)
+        if modifier is self.leader:
+            self._left = modifier.layers
+        elif not self.starts_dense:
+            self._left |= modifier.layers
+        if not self.starts_dense:
+            for module in modifier.layers:
+                self.leader.register_hook(module, self._remember, "forward_pre")  # type: ignore[arg-type]
+
+    def start(self, model: torch.nn.Module) -> None:
+        """Watch the model: blocks that will be run again, and the layers outside of them."""
+        calibration = self._calibration
+        watched = dict(self._left)
+        if calibration.runs_blocks:
+            self._find_blocks(model, calibration)
+            for layers in self._blocks.values():
+                for module in layers:
+                    del watched[module]
+        self._observer = Observer(self.leader, self._dataloader, {m: self._wanted(m) for m in watched})
+        for block in self._blocks:
+            self._observer.watch_block(block, self._capture, "forward_pre")
+
+    def prune(self, modules: list[torch.nn.Module]) -> None:
+        """Prune the layers whose calibration has just ended."""
+        assert self._observer is not None
+        for module, name, statistics in self._observer.ended(modules, self.leader.uncalibrated):
+            dense = weight_matrix(module).detach().clone()
+            self._prune_layer(Layer(name, module, dense, statistics, dense))
+        in_blocks = {module for layers in self._blocks.values() for module in layers}
+        for module in modules:
+            if module not in in_blocks:
+                self._left.pop(module, None)
+        for block, layers in self._blocks.items():
+            if block in self._captured:
+                self._prune_block(block, layers)
+            elif any(module in self._left for module in set(layers).intersection(modules)):
+                raise ValueError(
+                    "true_sequential and asymmetric_calibration run whole decoder blocks, and these are calibrated in "
+                    "parts: leave out sequential_targets, or set `true_sequential: false` and "
+                    "`asymmetric_calibration: 0`"
+                )
+
+    def stop(self) -> None:
+        """Remove all hooks. Idempotent."""
+        if self._observer is not None:
+            self._observer.stop()
+
+    @property
+    def _calibration(self) -> Calibration:
+        wanted = [modifier.calibration for modifier in self._modifiers]
+        return Calibration(any(each.in_turn for each in wanted), any(each.cross for each in wanted))
+
+    def _find_blocks(self, model: torch.nn.Module, calibration: Calibration) -> None:
+        """The blocks with layers to prune and, for the dense stream, those between them."""
+        try:
+            blocks = list(find_blocks(model).values())
+        except ValueError as error:
+            raise ValueError(
+                "asymmetric_calibration and true_sequential run the model block by block, and "
+                f"{error}: set `asymmetric_calibration: 0` and `true_sequential: false`"
+            ) from error
+        inside = {block: [module for module in block.modules() if module in self._left] for block in blocks}
+        places = [place for place, block in enumerate(blocks) if inside[block]]
+        between = blocks[places[0] : places[-1] + 1] if places and calibration.cross else blocks
+        self._blocks = {block: inside[block] for block in between if inside[block] or calibration.cross}
+
+    def _wanted(self, module: torch.nn.Module) -> Wanted:
+        """What is gathered for a layer. At most one modifier refits, as each starts from the dense weights."""
+        fitting = [m for m in self._modifiers if m.step.needs_gram and module in m.layers]
+        return Wanted(self._left[module], bool(fitting), fitting[0].token_weights if fitting else None)
+
+    def _capture(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._observer is not None
+        batches = self._captured.setdefault(block, [])
+        batch = Batch(send_to_device(args, "cpu"), send_to_device(kwargs, "cpu"), self._observer.batch_mask())
+        batches.append(batch.sharing_with(batches[-1]) if batches else batch)
+
+    def _prune_block(self, block: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
+        batches = self._captured.pop(block)
+        for batch, dense in zip(batches, self._dense_stream, strict=False):
+            batch.dense = dense
+        wanted = {module: self._wanted(module) for module in layers}
+        with HooksMixin.disable_hooks():
+            prune_block(block, batches, wanted, self._calibration, self._prune_if_usable)
+        self._dense_stream = [batch.dense for batch in batches]
+
+    def _prune_if_usable(self, layer: Layer) -> None:
+        with torch.no_grad(), align_module_device(layer.module):
+            if is_usable(layer.name, layer.module, layer.statistics, self.leader.uncalibrated):
+                self._prune_layer(layer)
+        self._left.pop(layer.module, None)
+
+    def _prune_layer(self, layer: Layer) -> None:
+        """Run the steps on a layer, and put what they make of it into its module."""
+        if not self.starts_dense and not self._restore(layer):
+            return
+        for modifier in self._modifiers:
+            if layer.module in modifier.layers and (layer.keep is None or layer.is_pruned):
+                modifier.step(layer)
+        set_weight_matrix(layer.module, layer.weight)
+        assert layer.keep is not None
+        record_mask(layer.module, layer.keep)
+
+    def _restore(self, layer: Layer) -> bool:
+        """Give a layer that another modifier has pruned its dense weight and its mask; False if none has pruned it."""
+        dense = self._remembered.pop(layer.module, None)
+        if dense is None:
+            return False
+        layer.dense = dense.to(layer.weight.device)
+        layer.keep = mask_of(layer.module)
+        return layer.is_pruned
+
+    def _remember(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep a layer's dense weight as it is when the calibration of the modifier that prunes it begins.
+
+        In an earlier epoch the layer may still change, to one with the same outputs for other inputs.
+        """
+        if module in self._remembered or module not in self._left:
+            return
+        at_work = active_session().lifecycle.recipe.modifiers
+        if any(order.role_of(modifier) == "prunes" for modifier in at_work):
+            with torch.no_grad(), align_module_device(module):
+                self._remembered[module] = weight_matrix(module).detach().to("cpu", copy=True)
