@@ -159,7 +159,8 @@ class CFSPModifier(Modifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Make the model save the config that belongs to it."""
         self._stop_watching()
-        attach(state.model)
+        model = state.model
+        attach(model, finish=lambda folder: per_block.write_config(model.config, folder))
         return True
 
     def _check_order(self) -> None:
