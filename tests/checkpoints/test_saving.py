@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm.checkpoints import FormatError, attach, compress_folder, decompress_folder, read_folder, unpack
 from crepe_llm.cli.main import main
+from crepe_llm.functional.bitmask import pack_bits
 from sparse_models import bytes_of, linears, prune_2of4
 
 IDS = torch.arange(3, 35)[None]
@@ -115,6 +116,81 @@ def test_only_real_2of4_layers_are_packed_and_listed(dense_folder, tmp_path):
     tensors = stored_tensors(tmp_path / "out")
     assert torch.equal(tensors[f"{odd}.weight"], model.get_submodule(odd).weight)
     assert "lm_head.weight" in tensors
+
+
+def test_a_kept_weight_that_is_exactly_zero_stays_kept(dense_folder, tmp_path):
+    model, kept = pruned(dense_folder)
+    for name, module in linears(model).items():
+        first = kept[name].view(-1, 4)[0]
+        module.weight.data.view(-1, 4)[0] = 0
+        first[:] = torch.tensor([False, True, False, True])
+    attach(model)
+    model.save_pretrained(tmp_path / "inferred")
+    attach(model, masks=lambda: {name: pack_bits(keep) for name, keep in kept.items()})
+    model.save_pretrained(tmp_path / "given", max_shard_size="10KB")
+    inferred, given = stored_tensors(tmp_path / "inferred"), stored_tensors(tmp_path / "given")
+    for name, module in linears(model).items():
+        assert torch.equal(given[f"{name}.bitmask"], pack_bits(kept[name]))
+        assert not torch.equal(inferred[f"{name}.bitmask"], given[f"{name}.bitmask"])
+        for folder in ("inferred", "given"):
+            assert torch.equal(read_folder(tmp_path / folder).load_weight(name), module.weight)
+
+
+def test_masks_that_are_not_the_layers_are_not_used(dense_folder, tmp_path):
+    model, kept = pruned(dense_folder)
+    names = sorted(kept)
+    masks = {name: pack_bits(keep) for name, keep in kept.items()}
+    masks[names[0]] = masks[names[0]].roll(1, 0)  # not this weight's
+    masks[names[1]] = torch.zeros_like(masks[names[1]])  # not two of four
+    masks[names[2]] = masks[names[2]][:, :-1]
+    masks[names[3]] = masks[names[3]].to(torch.int32)
+    masks["absent"] = masks.pop(names[4])
+    attach(model)
+    model.save_pretrained(tmp_path / "inferred")
+    attach(model, masks=lambda: masks)
+    model.save_pretrained(tmp_path / "given")
+    inferred, given = stored_tensors(tmp_path / "inferred"), stored_tensors(tmp_path / "given")
+    assert inferred.keys() == given.keys()
+    assert all(torch.equal(inferred[name], given[name]) for name in inferred)
+
+
+def test_later_calls_add_masks_and_last_steps_once(dense_folder, tmp_path):
+    model, kept = pruned(dense_folder)
+    first, second = sorted(kept)[:2]
+    steps, looked_up = [], []
+
+    def masks():
+        looked_up.append(1)
+        return {first: torch.zeros_like(pack_bits(kept[first]))}
+
+    def finish(folder):
+        assert folder.name.startswith(".out.partial-") and not (tmp_path / "out").exists()
+        assert len(read_folder(folder).layers) == len(kept)
+        steps.append((folder / "config.json").read_text())
+
+    for _ in range(2):
+        attach(model, masks=masks, finish=finish)
+        attach(model)
+    attach(model, masks=lambda: {second: pack_bits(kept[second])}, finish=lambda folder: (folder / "last").touch())
+    save = model.save_pretrained
+    model.save_pretrained(tmp_path / "out")
+    attach(model)
+    assert model.save_pretrained is save
+    assert len(steps) == len(looked_up) == 1
+    assert steps[0] == (tmp_path / "out/config.json").read_text()
+    assert (tmp_path / "out/last").is_file()
+
+
+def test_a_last_step_that_fails_leaves_no_folder(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+
+    def finish(folder):
+        raise RuntimeError("no space")
+
+    attach(model, finish=finish)
+    with pytest.raises(RuntimeError, match="no space"):
+        model.save_pretrained(tmp_path / "out")
+    assert names_in(tmp_path) == []
 
 
 def test_uncompressed_saves_load_anywhere_and_carry_the_record(dense_folder, tmp_path):

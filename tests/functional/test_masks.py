@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepe_llm.functional.masks import keep_mask, keep_n_of_m, keep_unstructured, parse_mask_structure, prune_count
+from crepe_llm.functional.masks import (
+    keep_mask,
+    keep_n_of_m,
+    keep_unstructured,
+    nonzero,
+    parse_mask_structure,
+    prune_count,
+)
 
 # Few distinct values make ties common.
 values = st.integers(0, 4).map(float) | st.floats(0, 10, width=32)
@@ -103,3 +110,13 @@ def test_other_bad_arguments_are_named():
         keep_unstructured(torch.rand(2, 4), 0.5, "column")
     with pytest.raises(ValueError, match="block_size=0"):
         keep_unstructured(torch.rand(2, 4), 0.5, "column_block", 0)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn]
+)
+def test_zeros_of_both_signs_are_not_kept(dtype):
+    weight = torch.tensor([[0.0, -0.0, 1.0, -2.0], [3.0, 0.0, -0.0, 0.0]]).to(dtype)
+    expected = torch.tensor([[False, False, True, True], [True, False, False, False]])
+    assert torch.equal(nonzero(weight), expected)
+    assert torch.equal(nonzero(weight.t()), expected.t())

@@ -1,11 +1,10 @@
-"""Checked access to a folder of safetensors files that may hold `sparse-24-bitmask` layers.
+"""Checked access to a folder of safetensors files that may hold packed layers.
 
 A checkpoint is input from elsewhere: everything is checked against the real size of the files before memory of the
 size that it claims is allocated, every error names the file and the tensor, and nothing but safetensors is read.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,35 +14,24 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from crepe_llm.checkpoints.formats.bitmask import FormatError, read_shape, unpack, validate_bitmask
+from crepe_llm.checkpoints.formats import CheckpointFormat, FormatError, StoredTensor, format_of_part
 
 __all__ = ["Checkpoint", "SparseLayer", "StoredTensor", "read_config", "read_files", "read_folder"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PARTS = ("compressed", "bitmask", "shape")
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
-DTYPES["F8_E4M3"] = torch.float8_e4m3fn
 # The largest index of a published model is about 10 MB; JSON of any size is not parsed.
 _MAX_JSON_BYTES = 256 << 20
 _PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies and what its file's header says of it: `dtype` in safetensors' spelling, and `shape`."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class SparseLayer:
-    """One packed layer: its prefix `name`, and the dtype and (d_out, d_in) of the dense weight."""
+    """One packed layer: its prefix `name`, its format, and the dtype and (d_out, d_in) of the dense weight."""
 
     name: str
+    format: CheckpointFormat
     dtype: torch.dtype
     shape: tuple[int, int]
 
@@ -68,21 +56,23 @@ class Checkpoint:
     def load_weight(self, layer: str) -> torch.Tensor:
         """Read and unpack the packed layer with prefix `layer`: the dense weight [d_out, d_in].
 
-        Raises FormatError, naming file and tensor, if the bitmask is malformed.
+        Raises FormatError, naming file and layer, if a part is malformed.
         """
-        compressed, bitmask = self.load(f"{layer}.compressed"), self.load(f"{layer}.bitmask")
+        form = self.layers[layer].format
+        parts = {part: self.load(f"{layer}.{part}") for part in form.parts}
         try:
-            return unpack(compressed, bitmask, self.layers[layer].shape)
+            return form.unpack(parts)
         except FormatError as error:
-            raise FormatError(f"{self.tensors[f'{layer}.bitmask'].file}: layer {layer}: {error}") from None
+            raise FormatError(f"{self.tensors[f'{layer}.{form.pattern}'].file}: layer {layer}: {error}") from None
 
-    def check_bitmasks(self) -> None:
-        """Read every bitmask and check that it keeps two of every four columns; FormatError names the first bad one."""
+    def check_patterns(self) -> None:
+        """Read what every packed layer says of its kept positions and check it; FormatError names the first bad one."""
         for name, layer in self.layers.items():
+            tensor = f"{name}.{layer.format.pattern}"
             try:
-                validate_bitmask(self.load(f"{name}.bitmask"), layer.shape[1])
+                layer.format.validate(self.load(tensor), layer.shape)
             except FormatError as error:
-                raise FormatError(f"{self.tensors[f'{name}.bitmask'].file}: tensor {name}.bitmask: {error}") from None
+                raise FormatError(f"{self.tensors[tensor].file}: tensor {tensor}: {error}") from None
 
 
 def read_folder(folder: str | Path) -> Checkpoint:
@@ -140,9 +130,11 @@ def read_files(files: Iterable[str | Path]) -> Checkpoint:
     checkpoint = Checkpoint(paths, tensors, {})
     for name in tensors:
         layer, _, part = name.rpartition(".")
-        is_part = part in PARTS[:2] or (part == "shape" and f"{layer}.weight" not in tensors)
-        if is_part and layer not in checkpoint.layers:
-            checkpoint.layers[layer] = _read_layer(checkpoint, layer)
+        form = format_of_part(part)
+        if form is None or layer in checkpoint.layers:
+            continue
+        if part in (form.values, form.pattern) or f"{layer}.weight" not in tensors:
+            checkpoint.layers[layer] = _read_layer(checkpoint, layer, form)
     return checkpoint
 
 
@@ -154,40 +146,20 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return _read_json(path)
 
 
-def _read_layer(checkpoint: Checkpoint, layer: str) -> SparseLayer:
-    """Check the three parts of one packed layer against each other by what the headers say."""
+def _read_layer(checkpoint: Checkpoint, layer: str, form: CheckpointFormat) -> SparseLayer:
+    """Check the parts of one packed layer by what the headers say."""
     tensors = checkpoint.tensors
-    missing = [part for part in PARTS if f"{layer}.{part}" not in tensors]
+    missing = [part for part in form.parts if f"{layer}.{part}" not in tensors]
     if missing:
-        present = next(part for part in PARTS if part not in missing)
+        present = next(part for part in form.parts if part not in missing)
         raise FormatError(
             f"{tensors[f'{layer}.{present}'].file}: layer {layer} has {present} but not {' and '.join(missing)}"
         )
     if f"{layer}.weight" in tensors:
         raise FormatError(f"{tensors[f'{layer}.weight'].file}: layer {layer} is stored both packed and as a weight")
-    compressed, bitmask, shape = (tensors[f"{layer}.{part}"] for part in PARTS)
-    if shape.dtype != "I64" or math.prod(shape.shape) != 2:
-        raise FormatError(
-            f"{shape.file}: tensor {layer}.shape is {shape.dtype} {list(shape.shape)}, not two integers of type I64"
-        )
-    if compressed.dtype not in DTYPES:
-        raise FormatError(
-            f"{compressed.file}: tensor {layer}.compressed has dtype {compressed.dtype}, not one of {list(DTYPES)}"
-        )
-    try:
-        rows, columns = read_shape(checkpoint.load(f"{layer}.shape"))
-    except FormatError as error:
-        raise FormatError(f"{shape.file}: tensor {layer}.shape: {error}") from None
-    for part, stored, dtype, expected in (
-        ("compressed", compressed, compressed.dtype, (rows, columns // 2)),
-        ("bitmask", bitmask, "U8", (rows, (columns + 7) // 8)),
-    ):
-        if stored.dtype != dtype or stored.shape != expected:
-            raise FormatError(
-                f"{stored.file}: tensor {layer}.{part} is {stored.dtype} {list(stored.shape)}, but the stored shape "
-                f"{[rows, columns]} needs {dtype} {list(expected)}"
-            )
-    return SparseLayer(layer, DTYPES[compressed.dtype], (rows, columns))
+    stored = {part: tensors[f"{layer}.{part}"] for part in form.parts}
+    dtype, shape = form.read_layer(layer, stored, lambda part: checkpoint.load(f"{layer}.{part}"))
+    return SparseLayer(layer, form, dtype, shape)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writing `sparse-24-bitmask` checkpoints: through llm-compressor's `save_pretrained`, and from folder to folder.
+"""Writing checkpoints with packed 2:4 layers: through llm-compressor's `save_pretrained`, and from folder to folder.
 
 Every checkpoint goes through :func:`crepe_llm.checkpoints.folders.new_folder`, so that under its name it is complete or
 absent.
@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from crepe_llm.checkpoints.folders import new_folder
-from crepe_llm.checkpoints.formats.bitmask import FormatError, is_2of4, pack
-from crepe_llm.checkpoints.reading import CONFIG, INDEX, PARTS, SINGLE, Checkpoint, read_config, read_folder
+from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
+from crepe_llm.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, read_config, read_folder
+from crepe_llm.functional.bitmask import unpack_bits, wrong_byte
+from crepe_llm.functional.masks import nonzero
 
 __all__ = ["attach", "compress_folder", "decompress_folder"]
 
-FORMAT = "sparse-24-bitmask"
-# The release of compressed-tensors whose writer defined the format and was the last to have one.
-FORMAT_VERSION = "0.14.0.1"
+FORMAT = SPARSE_24_BITMASK  # what is written
 SPARSITY = "sparsity_config"
 QUANTIZATION = "quantization_config"
 
@@ -34,12 +36,27 @@ QUANTIZATION = "quantization_config"
 _NOT_LINEAR = re.compile(
     r"(^|\.)(lm_head|embed_out|output_embedding\w*|\w*embed\w*|wte|wpe|\w*norm\w*|experts|router)(\.|$)", re.IGNORECASE
 )
-_QUANTIZATION_SUFFIXES = ("_scale", "_zero_point", "_global_scale", "_g_idx", "_shape", ".shape", ".bitmask")
+_QUANTIZATION_SUFFIXES = ("_scale", "_zero_point", "_global_scale", "_g_idx", "_shape")
 # A packed signed int4 value is stored with this offset, so this nibble is a zero weight.
 _INT4_ZERO = 8
 
+Masks = Callable[[], Mapping[str, torch.Tensor]]
+Finish = Callable[[Path], None]
 
-def attach(model: Any) -> None:
+
+@dataclass
+class _Additions:
+    """What the calls of :func:`attach` gave to one model: sources of masks, and last steps on the folder."""
+
+    masks: list[Masks] = field(default_factory=list)
+    finish: list[Finish] = field(default_factory=list)
+
+    def all_masks(self) -> dict[str, torch.Tensor]:
+        """The masks of all sources by layer; of two for one layer the one that was added later."""
+        return {name: bits for source in self.masks for name, bits in source().items()}
+
+
+def attach(model: Any, masks: Masks | None = None, finish: Finish | None = None) -> None:
     """Make `model.save_pretrained` write 2:4 layers in the `sparse-24-bitmask` format.
 
     `model` is a transformers model in llm-compressor's hands: its `save_pretrained` is wrapped as llm-compressor
@@ -47,19 +64,34 @@ def attach(model: Any) -> None:
     linear layer whose stored weight is exactly 2:4, unquantized or quantized to int8 or float8_e4m3fn. Where nothing
     can be packed (`save_compressed=False`, or 4-bit weights in the pack-quantized form) the checkpoint stays as
     llm-compressor writes it and the 2:4 layers are recorded under `sparsity_config` at the top of `config.json`,
-    which other readers ignore. The model in memory is left as llm-compressor's own saving leaves it. Idempotent.
+    which other readers ignore. The model in memory is left as llm-compressor's own saving leaves it.
+
+    `masks` is called at every save. It returns masks by the names of the stored layers, as bits: uint8
+    [d_out, ceil(d_in / 8)], bit j of byte b set where column 8b + j is kept. A layer is packed with its mask, so that a
+    kept weight that is exactly 0 stays kept. A mask that does not keep exactly two of every four columns is not used,
+    and neither is one outside of which a stored weight is not zero: the layer's mask is then inferred from the zeros.
+
+    `finish` is called with the complete folder before the folder appears under its name. Another call of `attach` adds
+    its `masks` and `finish` to those of earlier calls, each once, and changes nothing else.
 
     The folder is complete or absent. If it already holds a model, the new one is written beside it, under the first
     free of the names `folder-1`, `folder-2`, ..., and FileExistsError says so.
     """
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 
-    from crepe_llm.models.per_block import write_config
-
     modify_save_pretrained(model)
-    save = model.save_pretrained
-    if getattr(save, "_packs_2of4", False):
-        return
+    if not hasattr(model.save_pretrained, "_additions"):
+        model.save_pretrained = _packing(model.save_pretrained)
+    additions = model.save_pretrained._additions
+    if masks is not None and masks not in additions.masks:
+        additions.masks.append(masks)
+    if finish is not None and finish not in additions.finish:
+        additions.finish.append(finish)
+
+
+def _packing(save: Callable[..., None]) -> Callable[..., None]:
+    """llm-compressor's `save_pretrained` wrapped, so that it packs what it saved."""
+    additions = _Additions()
 
     @functools.wraps(save)
     def save_pretrained(
@@ -75,13 +107,14 @@ def attach(model: Any) -> None:
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
-            write_config(model.config, folder)
-            layers = _pack_in_place(folder) if save_compressed else []
+            layers = _pack_in_place(folder, additions.all_masks()) if save_compressed else []
             if not layers:
                 _record_dense(folder)
+            for finish in additions.finish:
+                finish(folder)
 
-    save_pretrained._packs_2of4 = True  # type: ignore[attr-defined]
-    model.save_pretrained = save_pretrained
+    save_pretrained._additions = additions  # type: ignore[attr-defined]
+    return save_pretrained
 
 
 def compress_folder(source: str | Path, destination: str | Path, *, progress: bool = False) -> list[str]:
@@ -99,7 +132,7 @@ def compress_folder(source: str | Path, destination: str | Path, *, progress: bo
         raise FormatError(f"{source} is already packed: layer {next(iter(checkpoint.layers))} has a bitmask")
     config = read_config(source)
     with new_folder(destination) as folder:
-        layers = _convert(checkpoint, folder, _pack_tensor, progress)
+        layers = _convert(checkpoint, folder, functools.partial(_pack_tensor, {}), progress)
         if not layers:
             raise FormatError(f"{source} has no 2:4 layer: {_why_none(checkpoint)}")
         _copy_rest(checkpoint, source, folder)
@@ -118,7 +151,7 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
     source, destination = Path(source), Path(destination)
     checkpoint = read_folder(source)
     if not checkpoint.layers:
-        raise FormatError(f"{source} has no {FORMAT} layer: there is nothing to decompress")
+        raise FormatError(f"{source} has no {FORMAT.name} layer: there is nothing to decompress")
     config = read_config(source)
     with new_folder(destination) as folder:
         _convert(checkpoint, folder, _unpack_tensor, progress)
@@ -132,12 +165,12 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
     return list(checkpoint.layers)
 
 
-def _pack_in_place(folder: Path) -> list[str]:
+def _pack_in_place(folder: Path, masks: Mapping[str, torch.Tensor]) -> list[str]:
     """Pack the shards of a checkpoint that nobody reads yet, each replaced as soon as it is rewritten."""
     checkpoint = read_folder(folder)
     if not any(_packs(checkpoint, name) for name in checkpoint.tensors):
         return []
-    layers = _convert(checkpoint, folder, _pack_tensor, progress=False)
+    layers = _convert(checkpoint, folder, functools.partial(_pack_tensor, masks), progress=False)
     if layers:
         _write_sparse_config(folder, read_config(folder), layers)
     return layers
@@ -167,40 +200,53 @@ def _convert(checkpoint: Checkpoint, folder: Path, transform: Transform, progres
     if len(checkpoint.files) > 1 or checkpoint.files[0].name != SINGLE:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / INDEX, index)
-    return sorted(name.removesuffix(".bitmask") for name in weight_map if name.endswith(".bitmask"))
+    pattern = f".{FORMAT.pattern}"
+    return sorted(name.removesuffix(pattern) for name in weight_map if name.endswith(pattern))
 
 
 def _packs(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the tensor is the weight of a linear layer and is 2:4."""
-    return _is_linear_weight(checkpoint, name) and is_2of4(checkpoint.load(name))
+    return _is_linear_weight(checkpoint, name) and FORMAT.fits(checkpoint.load(name))
 
 
 def _is_linear_weight(checkpoint: Checkpoint, name: str) -> bool:
     return name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2 and not _NOT_LINEAR.search(name)
 
 
-def _pack_tensor(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+def _pack_tensor(masks: Mapping[str, torch.Tensor], checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     tensor = checkpoint.load(name)
-    if not _is_linear_weight(checkpoint, name) or not is_2of4(tensor):
+    if not _is_linear_weight(checkpoint, name) or not FORMAT.fits(tensor):
         return {name: tensor}
-    compressed, bitmask = pack(tensor)
-    shape = torch.tensor(tensor.shape, dtype=torch.int64).reshape(2, 1)
     layer = name.removesuffix(".weight")
-    return {f"{layer}.{part}": value for part, value in zip(PARTS, (compressed, bitmask, shape), strict=True)}
+    parts = FORMAT.pack(tensor, _keep_of(tensor, masks.get(layer)))
+    return {f"{layer}.{part}": value for part, value in parts.items()}
+
+
+def _keep_of(weight: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask bool [d_out, d_in] that `bits` are of this 2:4 weight, or None if they are not its mask."""
+    rows, columns = weight.shape
+    if bits is None or bits.dtype != torch.uint8 or tuple(bits.shape) != (rows, -(-columns // 8)):
+        return None
+    bits = bits.to(weight.device)
+    if wrong_byte(bits, columns) is not None:
+        return None
+    keep = unpack_bits(bits, columns)
+    return None if (nonzero(weight) & ~keep).any() else keep
 
 
 def _unpack_tensor(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     layer, _, part = name.rpartition(".")
-    if layer not in checkpoint.layers or part not in PARTS:
+    packed = checkpoint.layers.get(layer)
+    if packed is None or part not in packed.format.parts:
         return {name: checkpoint.load(name)}
-    return {f"{layer}.weight": checkpoint.load_weight(layer)} if part == "compressed" else {}
+    return {f"{layer}.weight": checkpoint.load_weight(layer)} if part == packed.format.values else {}
 
 
 def _why_none(checkpoint: Checkpoint) -> str:
     for name in checkpoint.tensors:
         if _is_linear_weight(checkpoint, name):
             try:
-                pack(checkpoint.load(name))
+                FORMAT.pack(checkpoint.load(name))
             except FormatError as error:
                 return f"for instance {name}: {error}"
     return "it has no two-dimensional weight of a linear layer"
@@ -209,12 +255,12 @@ def _why_none(checkpoint: Checkpoint) -> str:
 def _write_sparse_config(folder: Path, config: dict[str, Any], layers: list[str]) -> None:
     quantization = config.pop(QUANTIZATION, None) or {
         "quant_method": "compressed-tensors",
-        "version": FORMAT_VERSION,
+        "version": FORMAT.version,
         "transform_config": {},
     }
     config.pop(SPARSITY, None)
     checkpoint = read_folder(folder)
-    config[QUANTIZATION] = quantization | {SPARSITY: _sparsity_config(checkpoint, FORMAT, layers)}
+    config[QUANTIZATION] = quantization | {SPARSITY: _sparsity_config(checkpoint, FORMAT.name, layers)}
     _write_json(folder / CONFIG, config)
 
 
@@ -258,25 +304,22 @@ def _zero_fraction(checkpoint: Checkpoint) -> float:
     for name, stored in checkpoint.tensors.items():
         if name.endswith(_QUANTIZATION_SUFFIXES):
             continue
+        layer, _, part = name.rpartition(".")
+        packed = checkpoint.layers.get(layer)
+        if packed is not None and part in packed.format.parts:
+            if part == packed.format.values:
+                parameters += prod(packed.shape)
+                zeros += prod(packed.shape) - int(nonzero(checkpoint.load(name)).count_nonzero())
+            continue
         tensor = checkpoint.load(name)
-        if name.endswith(".compressed"):
-            # The other half of the dense weight is zeros.
-            parameters += 2 * tensor.numel()
-            zeros += 2 * tensor.numel() - _count_nonzero(tensor)
-        elif name.endswith(".weight_packed") and stored.dtype == "I32":
+        if name.endswith(".weight_packed") and stored.dtype == "I32":
             nibbles = _int4_nonzero(tensor)
             parameters += nibbles.numel()
             zeros += nibbles.numel() - int(nibbles.count_nonzero())
         else:
             parameters += tensor.numel()
-            zeros += tensor.numel() - _count_nonzero(tensor)
+            zeros += tensor.numel() - int(nonzero(tensor).count_nonzero())
     return zeros / max(1, parameters)
-
-
-def _count_nonzero(tensor: torch.Tensor) -> int:
-    if tensor.dtype == torch.float8_e4m3fn:
-        return int((tensor.view(torch.uint8) & 0x7F).count_nonzero())
-    return int(tensor.count_nonzero())
 
 
 def _is_2of4_int4(checkpoint: Checkpoint, name: str) -> bool:
@@ -291,7 +334,7 @@ def _is_2of4_int4(checkpoint: Checkpoint, name: str) -> bool:
     # Eight values an int32: other widths are not the int4 that this reads.
     if packed.ndim != 2 or packed.shape != (rows, (columns + 7) // 8):
         return False
-    return is_2of4(_int4_nonzero(packed)[:, :columns].to(torch.int8))
+    return FORMAT.fits(_int4_nonzero(packed)[:, :columns].to(torch.int8))
 
 
 def _int4_nonzero(packed: torch.Tensor) -> torch.Tensor:

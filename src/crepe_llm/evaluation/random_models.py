@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from crepe_llm.checkpoints import pack
+from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -78,8 +78,8 @@ def write_random_model(
         if quantization is not None:
             weight, tensors[f"{layer}.weight_scale"] = _quantize(weight, quantization)
         if sparse:
-            tensors[f"{layer}.compressed"], tensors[f"{layer}.bitmask"] = pack(weight)
-            tensors[f"{layer}.shape"] = torch.tensor(shape, dtype=torch.int64).view(2, 1)
+            parts = SPARSE_24_BITMASK.pack(weight)
+            tensors |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
         else:
             tensors[name] = weight
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -102,7 +102,7 @@ def _quantization_config(sparse: bool, quantization: str | None, unquantized: li
     made: dict[str, Any] = {"quant_method": "compressed-tensors", "version": "0.14.0", "transform_config": {}}
     if sparse:
         made["sparsity_config"] = {
-            "format": "sparse-24-bitmask",
+            "format": SPARSE_24_BITMASK.name,
             "ignore": unquantized,
             "registry_requires_subclass": False,
             "sparsity_structure": "2:4",

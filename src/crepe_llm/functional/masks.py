@@ -10,18 +10,21 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-__all__ = ["ComparisonGroup", "keep_mask", "keep_n_of_m", "keep_unstructured", "parse_mask_structure", "prune_count"]
+__all__ = [
+    "ComparisonGroup",
+    "keep_mask",
+    "keep_n_of_m",
+    "keep_unstructured",
+    "nonzero",
+    "parse_mask_structure",
+    "prune_count",
+]
 
 ComparisonGroup = Literal["row", "matrix", "column_block"]
 
 # Beyond this group size, sorting each group is cheaper than comparing all pairs.
 _LARGEST_PAIRWISE_GROUP = 16
 _BLOCK_ELEMENTS = 1 << 18
-
-
-def nonzero(weight: torch.Tensor) -> torch.Tensor:
-    """TEMP"""
-    return weight != 0
 
 
 def parse_mask_structure(mask_structure: str) -> tuple[int, int] | None:
@@ -49,6 +52,23 @@ def prune_count(numel: int, sparsity: float) -> int:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be at least 0 and below 1")
     return math.floor(numel * sparsity + 1e-6)
+
+
+def nonzero(weight: torch.Tensor) -> torch.Tensor:
+    """Infer a mask from a weight's zeros: the one function that does so.
+
+    It is for weights that come from outside, whose mask nobody has: it takes a kept weight that is exactly 0 for a
+    pruned one.
+
+    Args:
+        weight: of any shape and dtype, float8 included; a negative zero counts as zero.
+
+    Returns:
+        bool of the weight's shape, True where it is not zero.
+    """
+    if weight.dtype == torch.float8_e4m3fn:  # not every device compares float8: all bits but the sign are looked at
+        return (weight.view(torch.uint8) & 0x7F) != 0
+    return weight != 0
 
 
 def keep_mask(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pydantic import Field, PrivateAttr
 from crepe_llm.checkpoints import attach
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
+from crepe_llm.pruning.layer import recorded_masks
 
 __all__ = ["LayerModifier", "save_sparse"]
 
@@ -109,4 +111,5 @@ def save_sparse(model: Any, finish: Callable[[Path], None] | None = None) -> Non
 
     `finish` is called on the folder when all else is in it.
     """
-    attach(model)
+    # Bound, so that a second call gives the same callable again.
+    attach(model, masks=MethodType(recorded_masks, model), finish=finish)

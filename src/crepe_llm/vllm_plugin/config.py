@@ -14,8 +14,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from crepe_llm.checkpoints import FormatError, unpack
-from crepe_llm.checkpoints.reading import PARTS, read_folder
+from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
+from crepe_llm.checkpoints.reading import read_folder
 from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, DenseLinearMethod, Scheme, Sparse24LinearMethod
 
@@ -43,7 +43,7 @@ class Sparse24Config(CompressedTensorsConfig):
         """Claims compressed-tensors checkpoints whose sparsity format is sparse-24-bitmask, and nothing else."""
         sparsity = hf_quant_cfg.get("sparsity_config") or {}
         ours = hf_quant_cfg.get("quant_method") == "compressed-tensors" and isinstance(sparsity, dict)
-        return QUANTIZATION if ours and sparsity.get("format") == "sparse-24-bitmask" else None
+        return QUANTIZATION if ours and sparsity.get("format") == SPARSE_24_BITMASK.name else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
@@ -66,10 +66,12 @@ class Sparse24Config(CompressedTensorsConfig):
             names = set(read_folder(model_name).layers)
         else:
             tensors = get_safetensors_params_metadata(model_name, revision=revision)
-            names = {name.removesuffix(".compressed") for name in tensors if name.endswith(".compressed")}
+            values = f".{SPARSE_24_BITMASK.values}"
+            names = {name.removesuffix(values) for name in tensors if name.endswith(values)}
         if not names:
             raise ValueError(
-                f"{model_name}: config.json says sparse-24-bitmask, but no tensor is named *.compressed; "
+                f"{model_name}: config.json says {SPARSE_24_BITMASK.name}, but no tensor is named "
+                f"*.{SPARSE_24_BITMASK.values}; "
                 "export the model again, or remove sparsity_config from config.json if its weights are dense"
             )
         self._checkpoint_name = {name: name for name in names}
@@ -144,15 +146,15 @@ class _ExpandingMapper(WeightsMapper):
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in weights:
             module, _, kind = name.rpartition(".")
-            if module not in self._modules or kind not in PARTS:
+            if module not in self._modules or kind not in SPARSE_24_BITMASK.parts:
                 yield name, tensor
                 continue
             tensors = waiting.setdefault(module, {})
             tensors[kind] = tensor
-            if len(tensors) == len(PARTS):
+            if len(tensors) == len(SPARSE_24_BITMASK.parts):
                 del waiting[module]
                 try:
-                    dense = unpack(tensors["compressed"], tensors["bitmask"], tensors["shape"])
+                    dense = SPARSE_24_BITMASK.unpack(tensors)
                 except FormatError as error:
                     raise FormatError(f"damaged checkpoint: {module}: {error}") from error
                 yield f"{module}.weight", dense

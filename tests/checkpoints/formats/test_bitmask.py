@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from crepe_llm.checkpoints import FormatError, is_2of4, pack, read_shape, unpack, validate_bitmask
 from crepe_llm.checkpoints.formats.bitmask import DTYPES
+from crepe_llm.functional.bitmask import unpack_bits
 from sparse_models import bytes_of, random_2of4
 
 
@@ -114,6 +115,48 @@ def test_refuses_what_the_format_cannot_hold(weight, message):
     assert not is_2of4(weight)
     with pytest.raises(FormatError, match=message):
         pack(weight)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 7),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32),
+    dropped=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_a_given_mask_is_the_bitmask(rows, groups, dtype, seed, dropped):
+    generator = torch.Generator().manual_seed(seed)
+    keep = (torch.rand(rows, groups, 4, generator=generator).argsort(-1) < 2).view(rows, -1)
+    keep = keep if seed % 2 else keep.t().contiguous().t()
+    weight = torch.where(keep & (torch.rand(rows, 4 * groups, generator=generator) >= dropped), 3.0, 0.0).to(dtype)
+    compressed, bitmask = pack(weight, keep)
+    assert torch.equal(unpack_bits(bitmask, 4 * groups), keep)
+    assert torch.equal(bytes_of(compressed), bytes_of(weight)[keep].view(rows, -1))
+    assert torch.equal(bytes_of(unpack(compressed, bitmask, weight.shape)), bytes_of(weight))
+
+
+def test_a_kept_zero_stays_kept():
+    weight = torch.tensor([[0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    keep = torch.tensor([[0, 0, 1, 1, 0, 1, 0, 1]]).bool()
+    assert pack(weight, keep)[1].tolist() == [[0b1010_1100]]
+    assert pack(weight)[1].tolist() != [[0b1010_1100]]  # inferred, the zeros would be kept elsewhere
+
+
+def test_refuses_a_mask_that_is_not_the_weights():
+    weight = torch.zeros(3, 8)
+    weight[1, 5] = 7
+    keep = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1]).bool().repeat(3, 1)
+    pack(weight, keep)
+    for change, message in [
+        (lambda mask: mask.to(torch.uint8), r"torch\.uint8 \(3, 8\)"),
+        (lambda mask: mask[:, :4], r"torch\.bool \(3, 4\)"),
+        (lambda mask: mask.index_fill(1, torch.tensor(2), True), "keeps 3 of columns 0 to 3 of row 0"),
+        (lambda mask: mask & (torch.arange(3)[:, None] != 2), "keeps 0 of columns 0 to 3 of row 2"),
+        (lambda mask: mask.flip(1), r"row 1, columns 4 to 7 hold \[0\.0, 7\.0, 0\.0, 0\.0\]"),
+    ]:
+        with pytest.raises(FormatError, match=message):
+            pack(weight, change(keep))
 
 
 @pytest.mark.parametrize("columns", [8, 4])

@@ -6,23 +6,30 @@ set where column 8b + j is kept.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["DTYPES", "FormatError", "is_2of4", "pack", "read_shape", "unpack", "validate_bitmask"]
+from crepe_llm.checkpoints.formats.base import CheckpointFormat, FormatError, StoredTensor
+from crepe_llm.functional.bitmask import pack_bits, unpack_bits, wrong_byte
+from crepe_llm.functional.masks import nonzero
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn)
+__all__ = ["DTYPES", "SPARSE_24_BITMASK", "is_2of4", "pack", "read_shape", "unpack", "validate_bitmask"]
+
+_STORED_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+DTYPES = tuple(_STORED_DTYPES.values())
 """The weight dtypes that the format stores."""
 
 _INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _FP8_NEGATIVE_ZERO = -128  # the byte 0x80 read as int8
 # Rows are handled in blocks of at most this many weights, so that the temporaries stay small beside the weight.
 _BLOCK_ELEMENTS = 1 << 24
-
-
-class FormatError(ValueError):
-    """A tensor or a checkpoint is not in the `sparse-24-bitmask` format, or cannot be brought into it."""
 
 
 def is_2of4(weight: torch.Tensor) -> bool:
@@ -33,41 +40,40 @@ def is_2of4(weight: torch.Tensor) -> bool:
     """
     if weight.ndim != 2 or weight.dtype not in DTYPES or weight.shape[1] % 4 or weight.numel() == 0:
         return False
-    return all(_first_crowded_group(_nonzero(block.contiguous())) is None for _, block in _row_blocks(weight))
+    return all(_first(_group_counts(nonzero(block.contiguous())) > 2) is None for _, block in _row_blocks(weight))
 
 
-def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(weight: torch.Tensor, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack a 2:4 weight into its kept values and their bitmask.
 
     `weight` is [d_out, d_in], bf16, fp16, fp32, int8 or float8_e4m3fn, on any device, with d_in a multiple of 4. The
     result is `(compressed, bitmask)` on the same device: [d_out, d_in / 2] of the same dtype and uint8
-    [d_out, ceil(d_in / 8)]. Every kept value keeps its bytes. Exactly two positions are kept in each group of four
-    also where fewer than two values are non-zero: the ones that compressed-tensors 0.14.0.1 would keep, so that the
-    two writers agree bit for bit. A negative zero counts as a zero and is dropped like one.
+    [d_out, ceil(d_in / 8)]. Every kept value keeps its bytes. A negative zero counts as a zero.
 
-    Raises FormatError if the shape or dtype is not supported, or at the first group with more than two non-zeros,
-    which it names. Format: compressed-tensors `sparse-24-bitmask`; cost O(d_out * d_in).
+    `keep` is the weight's mask, bool [d_out, d_in], True at exactly two of every four columns: these are kept, also
+    where a value is exactly 0. Without it the mask is inferred from the zeros. Exactly two positions are then kept in
+    each group of four also where fewer than two values are non-zero: the ones that compressed-tensors 0.14.0.1 would
+    keep, so that the two writers agree bit for bit.
+
+    Raises FormatError if the shape or dtype is not supported, at the first group with more than two non-zeros, and
+    with `keep` at the first group that does not keep two or has a non-zero outside of the mask; the group is named.
+    Format: compressed-tensors `sparse-24-bitmask`; cost O(d_out * d_in).
     """
     _check_packable(weight)
+    if keep is not None and (keep.dtype != torch.bool or keep.shape != weight.shape):
+        raise FormatError(
+            f"the mask is {keep.dtype} {tuple(keep.shape)}; a weight of shape {tuple(weight.shape)} needs torch.bool "
+            "of that shape"
+        )
     rows, columns = weight.shape
     compressed = torch.empty((rows, columns // 2), dtype=weight.dtype, device=weight.device)
     bitmask = torch.empty((rows, math.ceil(columns / 8)), dtype=torch.uint8, device=weight.device)
     for start, block in _row_blocks(weight):
-        block = block.contiguous()
-        nonzero = _nonzero(block)
-        crowded = _first_crowded_group(nonzero)
-        if crowded is not None:
-            row, group = crowded
-            values = block[row, 4 * group : 4 * group + 4].float().tolist()
-            raise FormatError(
-                f"the weight is not 2:4: row {start + row}, columns {4 * group} to {4 * group + 3} hold {values}, "
-                "more than two non-zeros; prune it to 2:4 or leave it dense"
-            )
-        kept = _fill_to_two(block, nonzero)
-        stop = start + block.shape[0]
+        block, stop = block.contiguous(), start + block.shape[0]
+        kept = _inferred(block, start) if keep is None else _checked(keep[start:stop].to(block.device), block, start)
         integers = block.view(_INTEGER_VIEW[weight.element_size()])
         compressed[start:stop] = integers[kept].view(weight.dtype).view(block.shape[0], columns // 2)
-        bitmask[start:stop] = _pack_bits(kept)
+        bitmask[start:stop] = pack_bits(kept)
     return compressed, bitmask
 
 
@@ -96,7 +102,7 @@ def unpack(compressed: torch.Tensor, bitmask: torch.Tensor, shape: Sequence[int]
     weight = torch.zeros((rows, columns), dtype=view, device=compressed.device)
     for start, block in _row_blocks(weight):
         stop = start + block.shape[0]
-        kept = _unpack_bits(bitmask[start:stop], columns).to(compressed.device)
+        kept = unpack_bits(bitmask[start:stop], columns).to(compressed.device)
         block.masked_scatter_(kept, compressed[start:stop].contiguous().view(view))
     return weight.view(compressed.dtype)
 
@@ -113,22 +119,13 @@ def validate_bitmask(bitmask: torch.Tensor, columns: int) -> None:
     width = math.ceil(columns / 8)
     if bitmask.ndim != 2 or bitmask.shape[1] != width:
         raise FormatError(f"bitmask has shape {tuple(bitmask.shape)}, but {columns} columns need {width} bytes a row")
-    device = bitmask.device
-    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
-    low, high = bits[:, :4].sum(1), bits[:, 4:].sum(1)
-    good = (low == 2) & (high == 2)
-    good_tail = (low == 2) & (high == 0) if columns % 8 else good
-    for start, block in _row_blocks(bitmask):
-        wrong = torch.empty(block.shape, dtype=torch.bool, device=device)
-        wrong[:, :-1] = ~good[block[:, :-1].int()]
-        wrong[:, -1:] = ~good_tail[block[:, -1:].int()]
-        if wrong.any():
-            row, byte = (int(index) for index in wrong.nonzero()[0])
-            raise FormatError(
-                f"bitmask row {start + row}, byte {byte} (columns {8 * byte} to {min(8 * byte + 7, columns - 1)}) is "
-                f"{int(block[row, byte]):#010b}: it must keep exactly two of every four columns and none beyond the "
-                "last"
-            )
+    wrong = wrong_byte(bitmask, columns)
+    if wrong is not None:
+        row, byte = wrong
+        raise FormatError(
+            f"bitmask row {row}, byte {byte} (columns {8 * byte} to {min(8 * byte + 7, columns - 1)}) is "
+            f"{int(bitmask[row, byte]):#010b}: it must keep exactly two of every four columns and none beyond the last"
+        )
 
 
 def read_shape(shape: Sequence[int] | torch.Tensor) -> tuple[int, int]:
@@ -169,25 +166,55 @@ def _row_blocks(matrix: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     return [(start, matrix[start : start + step]) for start in range(0, matrix.shape[0], step)]
 
 
-def _nonzero(weight: torch.Tensor) -> torch.Tensor:
-    """Bool [rows, columns]; float8 has no comparison on every device, so its sign bit is masked off its bytes."""
-    if weight.dtype == torch.float8_e4m3fn:
-        return (weight.view(torch.uint8) & 0x7F) != 0
-    return weight != 0
-
-
 def _group_counts(flags: torch.Tensor) -> torch.Tensor:
     """uint8 [rows, columns / 4]: how many of each group of four flags are set."""
     four = flags.view(torch.uint8).view(flags.shape[0], -1, 4)
     return four[..., 0] + four[..., 1] + four[..., 2] + four[..., 3]
 
 
-def _first_crowded_group(nonzero: torch.Tensor) -> tuple[int, int] | None:
-    crowded = _group_counts(nonzero) > 2
-    if not crowded.any():
+def _first(groups: torch.Tensor) -> tuple[int, int] | None:
+    """The first (row, group) that is True of bool [rows, columns / 4]."""
+    if not groups.any():
         return None
-    row, group = crowded.nonzero()[0].tolist()
+    row, group = groups.nonzero()[0].tolist()
     return row, group
+
+
+def _values(weight: torch.Tensor, row: int, group: int) -> list[float]:
+    return weight[row, 4 * group : 4 * group + 4].float().tolist()
+
+
+def _inferred(weight: torch.Tensor, start: int) -> torch.Tensor:
+    """The mask of rows `start`.. of a weight that comes without one."""
+    kept = nonzero(weight)
+    crowded = _first(_group_counts(kept) > 2)
+    if crowded is not None:
+        row, group = crowded
+        raise FormatError(
+            f"the weight is not 2:4: row {start + row}, columns {4 * group} to {4 * group + 3} hold "
+            f"{_values(weight, row, group)}, more than two non-zeros; prune it to 2:4 or leave it dense"
+        )
+    return _fill_to_two(weight, kept)
+
+
+def _checked(keep: torch.Tensor, weight: torch.Tensor, start: int) -> torch.Tensor:
+    """The given mask of rows `start`.. of a weight, if it is one."""
+    keep = keep.contiguous()
+    uneven = _first(_group_counts(keep) != 2)
+    if uneven is not None:
+        row, group = uneven
+        raise FormatError(
+            f"the mask is not 2:4: it keeps {int(keep[row, 4 * group : 4 * group + 4].sum())} of columns {4 * group} "
+            f"to {4 * group + 3} of row {start + row}, not two"
+        )
+    outside = _first(_group_counts(nonzero(weight) & ~keep) != 0)
+    if outside is not None:
+        row, group = outside
+        raise FormatError(
+            f"the mask does not belong to the weight: row {start + row}, columns {4 * group} to {4 * group + 3} hold "
+            f"{_values(weight, row, group)}, a non-zero outside of the mask"
+        )
+    return keep
 
 
 def _fill_to_two(weight: torch.Tensor, nonzero: torch.Tensor) -> torch.Tensor:
@@ -206,19 +233,56 @@ def _fill_to_two(weight: torch.Tensor, nonzero: torch.Tensor) -> torch.Tensor:
     return kept
 
 
-def _pack_bits(flags: torch.Tensor) -> torch.Tensor:
-    rows, columns = flags.shape
-    if columns % 8:
-        flags = torch.nn.functional.pad(flags, (0, 8 - columns % 8))
-    eight = flags.view(torch.uint8).view(rows, -1, 8)
-    packed = eight[..., 0].clone()
-    for position in range(1, 8):
-        packed |= eight[..., position] << position
-    return packed
+class Sparse24Bitmask(CheckpointFormat):
+    """compressed-tensors' `sparse-24-bitmask`: `compressed`, `bitmask` and `shape`."""
+
+    name = "sparse-24-bitmask"
+    version = "0.14.0.1"
+    parts = ("compressed", "bitmask", "shape")
+    values = "compressed"
+    pattern = "bitmask"
+
+    def fits(self, weight: torch.Tensor) -> bool:
+        return is_2of4(weight)
+
+    def pack(self, weight: torch.Tensor, keep: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        compressed, bitmask = pack(weight, keep)
+        shape = torch.tensor(weight.shape, dtype=torch.int64).reshape(2, 1)
+        return {"compressed": compressed, "bitmask": bitmask, "shape": shape}
+
+    def unpack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return unpack(parts["compressed"], parts["bitmask"], parts["shape"])
+
+    def read_layer(
+        self, layer: str, stored: Mapping[str, StoredTensor], load: Callable[[str], torch.Tensor]
+    ) -> tuple[torch.dtype, tuple[int, int]]:
+        compressed, bitmask, shape = (stored[part] for part in self.parts)
+        if shape.dtype != "I64" or math.prod(shape.shape) != 2:
+            raise FormatError(
+                f"{shape.file}: tensor {layer}.shape is {shape.dtype} {list(shape.shape)}, not two integers of type I64"
+            )
+        if compressed.dtype not in _STORED_DTYPES:
+            raise FormatError(
+                f"{compressed.file}: tensor {layer}.compressed has dtype {compressed.dtype}, not one of "
+                f"{list(_STORED_DTYPES)}"
+            )
+        try:
+            rows, columns = read_shape(load("shape"))
+        except FormatError as error:
+            raise FormatError(f"{shape.file}: tensor {layer}.shape: {error}") from None
+        for part, found, dtype, expected in (
+            ("compressed", compressed, compressed.dtype, (rows, columns // 2)),
+            ("bitmask", bitmask, "U8", (rows, (columns + 7) // 8)),
+        ):
+            if found.dtype != dtype or found.shape != expected:
+                raise FormatError(
+                    f"{found.file}: tensor {layer}.{part} is {found.dtype} {list(found.shape)}, but the stored shape "
+                    f"{[rows, columns]} needs {dtype} {list(expected)}"
+                )
+        return _STORED_DTYPES[compressed.dtype], (rows, columns)
+
+    def validate(self, pattern: torch.Tensor, shape: tuple[int, int]) -> None:
+        validate_bitmask(pattern, shape[1])
 
 
-def _unpack_bits(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
-    flags = torch.empty((*bitmask.shape, 8), dtype=torch.uint8, device=bitmask.device)
-    for position in range(8):
-        flags[..., position] = (bitmask >> position) & 1
-    return flags.view(bitmask.shape[0], -1)[:, :columns].bool()
+SPARSE_24_BITMASK = Sparse24Bitmask()
