@@ -11,14 +11,14 @@ uses; every record is appended to results/coefficients.jsonl as soon as it is th
 
 import argparse
 import dataclasses
-import json
-from pathlib import Path
 
 from crepe_llm.search.fitness import RIA, Coefficients
-from methods import read
 from pho_common import MODELS, WANDA, Bench, parse_mask
+from records import RESULTS, append, is_done, read, read_old
 
-RESULTS = Path(__file__).parent / "results" / "coefficients.jsonl"
+# Raised by every change of a default or of how something is measured. 1: rows without provenance.
+PROTOCOL = 2
+PATH = RESULTS / "coefficients.jsonl"
 
 
 def parse(text: str) -> Coefficients:
@@ -27,7 +27,7 @@ def parse(text: str) -> Coefficients:
 
 
 def measure(options: argparse.Namespace) -> None:
-    records = read(RESULTS)
+    records = read_old(PATH) + read(PATH)
     for seed in options.seeds:
         bench = None
         for mask in options.masks:
@@ -42,20 +42,17 @@ def measure(options: argparse.Namespace) -> None:
                     "tokens": options.tokens,
                     "coefficients": dataclasses.asdict(candidate),
                 }
-                if any(record.items() <= earlier.items() for earlier in records):
+                if is_done(record, records, PROTOCOL):
                     continue
                 bench = bench or Bench(options.model, seed)
                 with bench.pruned(candidate, parse_mask(mask)):
                     record["perplexity"] = bench.perplexity(bench.corpus.valid, options.tokens)
-                records.append(record)
-                RESULTS.parent.mkdir(parents=True, exist_ok=True)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                records.append(append(PATH, PROTOCOL, record))
                 print(f"{options.model}, seed {seed}, {mask}: {record['perplexity']:.2f}: {candidate}", flush=True)
 
 
 def report(options: argparse.Namespace) -> None:
-    records = read(RESULTS)
+    records = read_old(PATH) + read(PATH)
     for mask in dict.fromkeys(record["mask"] for record in records):
         table: dict[Coefficients, dict[tuple[str, int, int], float]] = {}
         for record in records:

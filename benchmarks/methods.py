@@ -10,7 +10,6 @@ repeated.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -28,9 +27,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crepe_llm.evaluation.perplexity import perplexity, token_windows
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import magnitude_scores
-from crepe_llm.modifiers.after_pruning import DEFAULT_SHARE
+from crepe_llm.modifiers.refitting import DEFAULT_SHARE
 from crepe_llm.recipe_files import recipe_path
 from crepe_llm.samples import samples
+from records import RESULTS, Row, append, is_done, newest, read, read_old
+from studies import studies_folder
+
+# Raised by every change of a default or of how something is measured. 1: rows without provenance. 2: a mask is what was
+# chosen, not what is not zero, so that weights that are zero in the dense model may be kept and refitted.
+PROTOCOL = 2
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 STRUCTURES = {
@@ -41,8 +46,8 @@ STRUCTURES = {
         for percent in (50, 60, 70, 80)
     },
 }
-# Where PHO's searches are kept, by model, structure and calibration seed (see `filled`).
-STUDY = "recipes/studies/{model}-{structure}-seed{seed}.json"
+# Where PHO's searches are kept, by model, structure and calibration seed (see `filled` and `studies.py`).
+STUDY = "{studies}/methods/{model}-{structure}-seed{seed}.json"
 BY_PROXY = STUDY.replace(".json", "-proxy.json")
 # The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
 WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
@@ -245,6 +250,7 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                         (other,) = set(MODELS) - {model}
                         name = structure.replace(":", "of").replace("%", "")
                         names = {"model": model, "other": other, "structure": name, "seed": seed}
+                        names["studies"] = "{studies}"  # a folder of this machine's, which is no part of the record
                         modifiers = filled(modifiers, **names, **WEIGHTINGS[model])
                         key |= {"recipe": {"methods_stage": {"pruning_modifiers": modifiers}}}
                     if key not in runs:
@@ -267,7 +273,7 @@ def prune(key: dict[str, Any]) -> tuple[Any, Any, float, float]:
         oneshot(
             model=model,
             tokenizer=tokenizer,
-            recipe=yaml.safe_dump(key["recipe"], sort_keys=False),
+            recipe=yaml.safe_dump(key["recipe"], sort_keys=False).replace("{studies}", str(studies_folder())),
             dataset=data,
             num_calibration_samples=key["windows"],
             shuffle_calibration_samples=False,
@@ -294,13 +300,7 @@ def run(key: dict[str, Any]) -> dict[str, Any]:
         "predicted": result.tokens,
         "seconds": round(seconds, 1),
         "zeros": round(zeros, 6),
-        "threads": torch.get_num_threads(),
     }
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of earlier runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def cells(records: list[dict[str, Any]], model: str, method: str, structure: str) -> list[float]:
@@ -310,6 +310,15 @@ def cells(records: list[dict[str, Any]], model: str, method: str, structure: str
         for record in records
         if (record["model"], record["method"]) == (model, method) and record["structure"] in ("", structure)
     ]
+
+
+def unproven(records: list[Row], model: str, method: str, structure: str) -> bool:
+    """Whether a row of the cell has no provenance."""
+    return any(
+        "provenance" not in record
+        for record in records
+        if (record["model"], record["method"]) == (model, method) and record["structure"] in ("", structure)
+    )
 
 
 def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -324,6 +333,7 @@ def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
                 found = cells(records, model, method, structure)
                 digits = 2 if found and statistics.mean(found) < 1000 else 0
                 cell = f"{statistics.mean(found):.{digits}f}" if found else ""
+                cell += "†" * bool(found and unproven(records, model, method, structure))
                 if len(found) > 1:
                     cell += f" ± {(max(found) - min(found)) / 2:.{digits}f}"
                 row.append(cell + f" ({len(found)})" * (1 < len(found) < len(options.seeds)))
@@ -335,7 +345,7 @@ def table(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"\nPerplexity on Wikipedia {options.split} articles: {'/'.join(map(str, predicted))} tokens predicted in "
         f"windows of {options.length}, {options.dtype}. Calibrated on {options.windows} windows of {options.length} "
         f"tokens of other articles, seeds {', '.join(map(str, options.seeds))}: mean ± half the range. Seconds: median "
-        "over structures and seeds, pruning and calibration."
+        "over structures and seeds, pruning and calibration. † from before records had a commit, a host and a date."
     )
     return "\n".join(lines)
 
@@ -382,7 +392,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of every window (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the model")
     parser.add_argument("--tokens", type=int, default=8192, help="measured on (%(default)s)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "methods.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "methods.jsonl")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--plot", type=Path, help="draw the table there")
     options = parser.parse_args()
@@ -390,14 +400,11 @@ def main() -> None:
 
     runs, records = runs_of(options), read(options.results)
     if not options.report:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        missing = [key for key in runs if not any(key.items() <= record.items() for record in records)]
+        missing = [key for key in runs if not is_done(key, records, PROTOCOL)]
         for key in (bar := tqdm(missing, unit=" runs")):
             bar.set_description(f"{key['model']}, {key['structure']}, {key['method']}, seed {key['seed']}")
-            records.append(run(key))
-            with options.results.open("a") as file:
-                file.write(json.dumps(records[-1]) + "\n")
-    wanted = [record for record in records if any(key.items() <= record.items() for key in runs)]
+            records.append(append(options.results, PROTOCOL, run(key)))
+    wanted = newest(runs, records, read_old(options.results), PROTOCOL)
     if not wanted:
         raise SystemExit(f"{options.results} holds no run that these options ask for")
     print(table(wanted, options))

@@ -12,15 +12,15 @@ import argparse
 import math
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, RIA, Coefficients, evaluate
 from crepe_llm.search.search import Study, search
 from pho_common import LAYERS_PER_KIND, MODELS, ROWS, WANDA, Bench, parse_mask
+from studies import studies_folder
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = studies_folder() / "hill_climb"
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 

@@ -24,8 +24,9 @@ from scipy.stats import spearmanr
 from crepe_llm.search.fitness import PROXIES, RIA, Coefficients, evaluate
 from crepe_llm.search.search import SearchSpace
 from pho_common import MODELS, WANDA, Bench, parse_mask
+from studies import studies_folder
 
-RESULTS = Path(__file__).parent / "results" / "proxy_study"
+RESULTS = studies_folder() / "proxy_study"
 
 
 def configurations(count: int) -> list[Coefficients]:

@@ -8,7 +8,6 @@ Models are pruned as in methods.py (one seed), saved, and scored by lm-evaluatio
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,11 @@ from tqdm import tqdm
 
 from crepe_llm.evaluation.zero_shot import zero_shot
 from crepe_llm.samples import samples
-from methods import METHODS, MODELS, prune, read, runs_of
+from methods import METHODS, MODELS, prune, runs_of
+from records import RESULTS, append, is_done, newest, read, read_old
+
+# Raised by every change of a default or of how something is measured. 1: rows without provenance.
+PROTOCOL = 2
 
 DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE + PHO", "CRePE + permutation + admm"]
 
@@ -29,7 +32,7 @@ def main() -> None:
         "--methods", nargs="+", choices=METHODS, default=DEFAULT, metavar="METHOD", help="of: %(choices)s"
     )
     parser.add_argument("--questions", type=int, default=500, help="of each task, the first ones (%(default)s)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "zero_shot.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "zero_shot.jsonl")
     options = parser.parse_args()
     logger.remove()
     vars(options).update(
@@ -38,24 +41,20 @@ def main() -> None:
     questions = {task: rows[: options.questions] for task, rows in samples.questions().items()}
 
     records = read(options.results)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     keys = [key | {"asked": options.questions} for key in runs_of(options)]
-    for key in tqdm([k for k in keys if not any(k.items() <= r.items() for r in records)], unit=" runs"):
+    for key in tqdm([k for k in keys if not is_done(k, records, PROTOCOL)], unit=" runs"):
         model, tokenizer, _, _ = prune(key)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(f"{folder}/model")
             tokenizer.save_pretrained(f"{folder}/model")
             scores = zero_shot(f"{folder}/model", questions, dtype=key["dtype"])
-        records.append(key | {"scores": scores})
-        with options.results.open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+        records.append(append(options.results, PROTOCOL, key | {"scores": scores}))
     print(f"| model | method | {' | '.join(questions)} | mean |\n|{'---|' * (len(questions) + 3)}")
-    for key in keys:
-        (record,) = (r for r in records if key.items() <= r.items())
+    for record in newest(keys, records, read_old(options.results), PROTOCOL):
         scores = record["scores"].values()
         cells = [f"{100 * score['acc']:.1f} ± {100 * score['acc_stderr']:.1f}" for score in scores]
         mean = 100 * sum(score["acc"] for score in scores) / len(questions)
-        print(f"| {key['model']} | {key['method']} | {' | '.join(cells)} | {mean:.1f} |")
+        print(f"| {record['model']} | {record['method']} | {' | '.join(cells)} | {mean:.1f} |")
     print(
         f"\nAccuracy in percent ± standard error, zero-shot, lm-evaluation-harness: the first {options.questions} "
         "questions of BoolQ (dev), PIQA (validation) and OpenBookQA (test). 2:4, calibrated on 16 windows of 512 "
