@@ -241,7 +241,7 @@ def test_the_saved_recipe_prunes_the_same_without_measuring(
     assert saved["SparsityAllocationModifier"]["found"] == modifier.chosen
     assert sorted(saved["CRePEModifier"]["sparsity"].values()) == sorted(modifier.chosen.values())
     for name in ("typical_score", "tail_exponent"):
-        monkeypatch.setattr(f"crepe_llm.modifiers.allocation.{name}", None)
+        monkeypatch.setattr(f"crepe_llm.functional.allocation.{name}", None)
     messages.clear()
     second = run(load(tiny_model_folder("llama")), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
     for one, other in zip(first.parameters(), second.parameters(), strict=True):

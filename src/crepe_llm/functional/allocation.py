@@ -7,15 +7,19 @@ does by itself where blocks differ in size or a sparsity is cut off.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 __all__ = [
+    "KNOBS",
+    "Allocation",
     "alpha_pruning",
     "atp",
     "dlp",
+    "fraction_of",
     "mixed_n_of_m",
     "outlier_ratio",
     "owl",
@@ -24,6 +28,103 @@ __all__ = [
     "typical_score",
     "water_fill",
 ]
+
+Method = Literal["owl", "alphapruning", "dlp", "atp", "uniform"]
+KNOBS: dict[str, tuple[str, ...]] = {
+    "owl": ("threshold", "spread"),
+    "alphapruning": ("spread", "tail"),
+    "dlp": ("spread", "statistic"),
+    "atp": ("slope", "spread"),
+    "uniform": (),
+}
+"""The arguments of each method that :class:`Allocation` takes."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A method with its knobs (None where its function's default counts), and bounds of the blocks' sparsities.
+
+    Raises:
+        ValueError: if a knob is not the method's, or `slope` and `spread` are both given.
+    """
+
+    method: Method
+    threshold: float | None = None
+    spread: float | None = None
+    statistic: Literal["median", "mean"] | None = None
+    tail: Literal["peak", "middle"] | None = None
+    slope: float | None = None
+    low: float = 0.0
+    high: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in sorted({knob for knobs in KNOBS.values() for knob in knobs}):
+            value = getattr(self, name)
+            if value is not None and name not in KNOBS[self.method]:
+                users = " and ".join(method for method, knobs in KNOBS.items() if name in knobs)
+                raise ValueError(f"{name}={value} is for {users}, and method: {self.method} has no use for it: drop it")
+        if self.slope is not None and self.spread is not None:
+            raise ValueError(f"slope={self.slope} and spread={self.spread} say the same in two ways: give one of them")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method looks at scores, which take calibration data."""
+        return self.method in ("owl", "dlp")
+
+    def of_scores(self, scores: torch.Tensor) -> float:
+        """What `owl` and `dlp` rank a block by, given all its Wanda scores (any shape)."""
+        if self.method == "owl":
+            return outlier_ratio(scores, **self._given("threshold"))
+        return typical_score(scores, **self._given("statistic"))
+
+    def of_weights(self, weights: Sequence[torch.Tensor]) -> float:
+        """What `alphapruning` ranks a block by, given its layers' weights [d_out, d_in]."""
+        return sum(tail_exponent(weight, **self._given("tail")) for weight in weights) / len(weights)
+
+    def sparsities(self, measures: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
+        """A sparsity for each block by its measure (none for `atp` and `uniform`), before bounds and target."""
+        match self.method:
+            case "owl":
+                return owl(measures, target, **self._given("spread"))
+            case "dlp":
+                return dlp(measures, target, **self._given("spread"))
+            case "alphapruning":
+                return alpha_pruning(measures, sizes, target, **self._given("spread"))
+            case "atp":
+                return atp(len(sizes), target, **self._given("slope"), **self._given("spread"))
+        return [target] * len(sizes)
+
+    def choose(
+        self, measures: Sequence[float], sizes: Sequence[int], target: float, group: int | None
+    ) -> list[float | str]:
+        """What each block gets, so that all weights together meet the target.
+
+        Args:
+            measures: of each block, see :meth:`of_scores` and :meth:`of_weights`; empty for the other methods.
+            sizes: the number of weights of each block.
+            target: fraction of all weights to prune.
+            group: M of N:M masks, or None for unstructured ones.
+
+        Returns:
+            fractions, or "N:M".
+        """
+        low, high = self.low, self.high
+        if group is not None:
+            low, high = max(low, 1 / group), min(high, 1 - 1 / group)
+        chosen = water_fill(self.sparsities(measures, sizes, target), sizes, target, low=low, high=high)
+        return list(chosen) if group is None else [f"{n}:{group}" for n in mixed_n_of_m(chosen, sizes, group)]
+
+    def _given(self, name: str) -> dict[str, Any]:
+        value = getattr(self, name)
+        return {} if value is None else {name: value}
+
+
+def fraction_of(chosen: float | str) -> float:
+    """What is pruned, of a fraction or "N:M"."""
+    if not isinstance(chosen, str):
+        return chosen
+    n, m = chosen.split(":")
+    return int(n) / int(m)
 
 
 def outlier_ratio(scores: torch.Tensor, threshold: float = 5.0) -> float:

@@ -1,5 +1,6 @@
 """Non-uniform sparsity of decoder blocks as a modifier."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -20,18 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from crepe_llm.functional.allocation import (
-    alpha_pruning,
-    atp,
-    dlp,
-    mixed_n_of_m,
-    outlier_ratio,
-    owl,
-    plot_allocation,
-    tail_exponent,
-    typical_score,
-    water_fill,
-)
+from crepe_llm.functional.allocation import Allocation, Method, fraction_of, plot_allocation
 from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.scores import wanda_scores
 from crepe_llm.modifiers import order
@@ -43,14 +33,6 @@ from crepe_llm.pruning.layer import weight_matrix
 
 __all__ = ["SparsityAllocationModifier"]
 
-_KNOBS = {
-    "owl": ("threshold", "spread"),
-    "alphapruning": ("spread", "tail"),
-    "dlp": ("spread", "statistic"),
-    "atp": ("slope", "spread"),
-    "uniform": (),
-}
-_CALIBRATED = ("owl", "dlp")
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -121,7 +103,7 @@ class SparsityAllocationModifier(LayerModifier):
     `targets`, `ignore` and `uncalibrated` are the pruning modifier's, and need not be given.
     """
 
-    method: Literal["owl", "alphapruning", "dlp", "atp", "uniform"]
+    method: Method
     sparsity: float
     threshold: Positive | None = None
     spread: Positive | None = None
@@ -140,6 +122,11 @@ class SparsityAllocationModifier(LayerModifier):
     _sizes: dict[str, int] = PrivateAttr(default_factory=dict)
     _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _measures: dict[str, float] = PrivateAttr(default_factory=dict)
+
+    @property
+    def _allocation(self) -> Allocation:
+        names = [field.name for field in dataclasses.fields(Allocation)]
+        return Allocation(**{name: getattr(self, name) for name in names})
 
     @property
     def measures(self) -> dict[str, float]:
@@ -163,20 +150,11 @@ class SparsityAllocationModifier(LayerModifier):
 
     @model_validator(mode="after")
     def _check_fields(self) -> "SparsityAllocationModifier":
-        for name in sorted({knob for knobs in _KNOBS.values() for knob in knobs}):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if name not in _KNOBS[self.method]:
-                users = " and ".join(method for method, knobs in _KNOBS.items() if name in knobs)
-                raise ValueError(f"{name}={value} is for {users}, and method: {self.method} has no use for it: drop it")
-        if self.slope is not None and self.spread is not None:
-            raise ValueError(f"slope={self.slope} and spread={self.spread} say the same in two ways: give one of them")
+        self.requires_calibration_data = self.found is None and self._allocation.needs_data
         if not 0 <= self.low <= self.sparsity <= self.high < 1:
             raise ValueError(
                 f"low={self.low}, sparsity={self.sparsity} and high={self.high} must ascend between 0 and 1"
             )
-        self.requires_calibration_data = self.found is None and self.method in _CALIBRATED
         return self
 
     @model_serializer(mode="wrap")
@@ -353,56 +331,34 @@ class SparsityAllocationModifier(LayerModifier):
             if module in self._norms:
                 with torch.no_grad(), align_module_device(module):
                     scores.append(wanda_scores(weight_matrix(module), self._norms.pop(module)).flatten())
-        if self.method == "owl":
-            return outlier_ratio(torch.cat(scores), **self._given("threshold"))
-        return typical_score(torch.cat(scores), **self._given("statistic"))
+        return self._allocation.of_scores(torch.cat(scores))
 
     def _conclude(self, model: torch.nn.Module) -> None:
         """Allocate, unless that was done in an earlier run, and hand the result over."""
         if self.found is not None:
             self._chosen = dict(self.found)
         else:
-            sparsities = self._allocate()
-            self._chosen = dict(zip(self._blocks, sparsities, strict=True))
-            if self._group is not None:
-                rounded = mixed_n_of_m(sparsities, list(self._sizes.values()), self._group)
-                self._chosen = {block: f"{n}:{self._group}" for block, n in zip(self._blocks, rounded, strict=True)}
+            if self.method == "alphapruning":
+                self._measures = {block: self._tail(layers) for block, layers in self._blocks.items()}
+            measures, sizes = list(self.measures.values()), list(self._sizes.values())
+            chosen = self._allocation.choose(measures, sizes, self.sparsity, self._group)
+            self._chosen = dict(zip(self._blocks, chosen, strict=True))
         self._hand_over(model)
         logger.info(self._table())
         if self.plot is not None:
             title = f"{self.method}, {type(model).__name__}"
-            plot_allocation([_fraction(self._chosen[block]) for block in self._blocks], self.sparsity, self.plot, title)
-
-    def _allocate(self) -> list[float]:
-        sizes, sparsity = list(self._sizes.values()), self.sparsity
-        if self.method == "alphapruning":
-            self._measures = {block: self._tail(layers) for block, layers in self._blocks.items()}
-        measures = list(self.measures.values())
-        match self.method:
-            case "owl":
-                sparsities = owl(measures, sparsity, **self._given("spread"))
-            case "dlp":
-                sparsities = dlp(measures, sparsity, **self._given("spread"))
-            case "alphapruning":
-                sparsities = alpha_pruning(measures, sizes, sparsity, **self._given("spread"))
-            case "atp":
-                sparsities = atp(len(sizes), sparsity, **self._given("slope"), **self._given("spread"))
-            case "uniform":
-                sparsities = [sparsity] * len(sizes)
-        low, high = self.low, self.high
-        if self._group is not None:
-            low, high = max(low, 1 / self._group), min(high, 1 - 1 / self._group)
-        return water_fill(sparsities, sizes, sparsity, low=low, high=high)
+            plot_allocation(
+                [fraction_of(self._chosen[block]) for block in self._blocks], self.sparsity, self.plot, title
+            )
 
     def _tail(self, layers: dict[torch.nn.Module, str]) -> float:
-        exponents = []
+        weights = []
         for module, name in layers.items():
             with torch.no_grad(), align_module_device(module):
-                weight = weight_matrix(module)
-                if not bool(torch.isfinite(weight).all()):
+                weights.append(weight_matrix(module))
+                if not bool(torch.isfinite(weights[-1]).all()):
                     raise ValueError(f"the weight of {name} contains NaN or infinity: the checkpoint is damaged")
-                exponents.append(tail_exponent(weight, **self._given("tail")))
-        return sum(exponents) / len(exponents)
+        return self._allocation.of_weights(weights)
 
     def _hand_over(self, model: torch.nn.Module) -> None:
         if isinstance(self._pruning, CRePEModifier):
@@ -427,15 +383,10 @@ class SparsityAllocationModifier(LayerModifier):
             sparsities.append(float(self._chosen[blocks.pop()]) if blocks else self.sparsity)
         self._set_sparsity(sparsities)
 
-    def _given(self, name: str) -> dict[str, Any]:
-        """The argument for a function of `functional.allocation`, which has the default, if the field is set."""
-        value = getattr(self, name)
-        return {} if value is None else {name: value}
-
     def _table(self) -> str:
         width = max(map(len, self._blocks))
         total = sum(self._sizes.values())
-        mean = sum(self._sizes[block] * _fraction(chosen) for block, chosen in self._chosen.items()) / total
+        mean = sum(self._sizes[block] * fraction_of(chosen) for block, chosen in self._chosen.items()) / total
         lines = [f"{'block':<{width}}  {'weights':>12}  sparsity"]
         for block, size in self._sizes.items():
             chosen = self._chosen[block]
@@ -447,11 +398,3 @@ class SparsityAllocationModifier(LayerModifier):
             f"Sparsity of {len(self._sizes)} blocks by {self.method}, {mean:.4%} of all weights for a target of "
             f"{self.sparsity:.4%}:\n" + "\n".join(lines)
         )
-
-
-def _fraction(chosen: float | str) -> float:
-    """What is pruned, of a fraction or "N:M"."""
-    if not isinstance(chosen, str):
-        return chosen
-    n, m = chosen.split(":")
-    return int(n) / int(m)
