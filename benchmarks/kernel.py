@@ -30,8 +30,9 @@ import torch
 
 from crepe_llm import kernels
 from crepe_llm.kernels import cpu
+from crepe_llm.kernels.formats import COLUMN_CHUNK, ROW_BLOCK
 from crepe_llm.kernels.memory import on_huge_pages
-from crepe_llm.kernels.packed import COLUMN_CHUNK, ROW_BLOCK, PackedWeight
+from crepe_llm.kernels.packed import PackedWeight
 
 SHAPES = {  # N x K of the linears
     "square": (4096, 4096),
@@ -62,7 +63,7 @@ def random_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
         weight *= (torch.rand(rows, k // 4, 4).argsort(-1) < 2).view(rows, k)
         parts.append(kernels.pack((weight * 30).to(dtype)))
     scale = torch.full((n,), 0.01) if dtype == torch.int8 else None
-    return PackedWeight(torch.cat([part.data for part in parts]), (n, k), dtype, scale)
+    return PackedWeight(torch.cat([part.data for part in parts]), (n, k), parts[0].format, scale)
 
 
 def as_served(data: torch.Tensor) -> torch.Tensor:
