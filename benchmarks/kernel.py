@@ -30,8 +30,9 @@ import torch
 
 from crepe_llm import kernels
 from crepe_llm.kernels import cpu
+from crepe_llm.kernels.formats import COLUMN_CHUNK, FORMATS, ROW_BLOCK
 from crepe_llm.kernels.memory import on_huge_pages
-from crepe_llm.kernels.packed import COLUMN_CHUNK, ROW_BLOCK, PackedWeight
+from crepe_llm.kernels.packed import PackedWeight
 
 SHAPES = {  # N x K of the linears
     "square": (4096, 4096),
@@ -62,7 +63,7 @@ def random_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
         weight *= (torch.rand(rows, k // 4, 4).argsort(-1) < 2).view(rows, k)
         parts.append(kernels.pack((weight * 30).to(dtype)))
     scale = torch.full((n,), 0.01) if dtype == torch.int8 else None
-    return PackedWeight(torch.cat([part.data for part in parts]), (n, k), dtype, scale)
+    return PackedWeight(torch.cat([part.data for part in parts]), (n, k), parts[0].format, scale)
 
 
 def as_served(data: torch.Tensor) -> torch.Tensor:
@@ -76,9 +77,10 @@ def read_bandwidth(seconds: float) -> float:
     vector = torch.ones(1, 1 << 13)
     matrix = memory.view(-1, 1 << 13)
     # Row blocks of ones, with fewer activations than rows: reading is all that the kernel has to do.
-    packed = PackedWeight(memory.view(torch.uint8)[: (1 << 28) // 576 // 256 * 256 * 576], (0, 0), torch.bfloat16)
-    chunks = packed.data.numel() // 576
-    packed = dataclasses.replace(packed, shape=(chunks // 256 * ROW_BLOCK, 256 * COLUMN_CHUNK))
+    form = FORMATS["bf16"]
+    blocks = memory.nbytes // form.chunk_bytes // 256
+    data = memory.view(torch.uint8)[: blocks * 256 * form.chunk_bytes]
+    packed = PackedWeight(data, (blocks * ROW_BLOCK, 256 * COLUMN_CHUNK), form)
     ways: list[Callable[[], object]] = [
         memory.sum,
         lambda: torch.nn.functional.linear(vector, matrix),

@@ -24,14 +24,14 @@ static void put(uint8_t* to, int32_t dtype) {
     float value = float(pick(-16, 16)) / 8;
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    if (dtype == kFloat32) std::memcpy(to, &bits, 4);
+    if (dtype == kFp32) std::memcpy(to, &bits, 4);
     uint16_t half = uint16_t(bits >> 16);
-    if (dtype == kFloat16) half = value == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13);
-    if (dtype == kFloat16 || dtype == kBfloat16) std::memcpy(to, &half, 2);
+    if (dtype == kFp16) half = value == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13);
+    if (dtype == kFp16 || dtype == kBf16) std::memcpy(to, &half, 2);
     if (dtype == kInt8) *to = uint8_t(rng());
 }
 
-static int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2; }
+static int64_t bytes_of(int32_t dtype) { return dtype == kFp32 ? 4 : dtype == kInt8 ? 1 : 2; }
 
 int main() {
     int portable = 0, checked = 0;
@@ -39,7 +39,7 @@ int main() {
     for (int round = 0; round < 400; round++) {
         Problem p{};
         p.layout = rng() % 3 ? kSparse24 : kDense;
-        p.weight_dtype = int32_t(rng() % (p.layout == kSparse24 ? 4 : 3));
+        p.weight_format = int32_t(rng() % (p.layout == kSparse24 ? 4 : 3));
         p.x_dtype = int32_t(rng() % 3);
         p.m = round % 10 ? pick(1, 30) : pick(60, 90);
         p.n = pick(1, 70);
@@ -47,18 +47,18 @@ int main() {
         if (p.layout == kDense) p.k += pick(0, 3);
         p.x_row_stride = p.k + pick(0, 3);
         p.x_column_stride = 1;
-        const int64_t chunks = (p.k + 31) / 32, values = kRowBlock * kColumnChunk / 2 * bytes_of(p.weight_dtype);
+        const int64_t chunks = (p.k + 31) / 32, values = kRowBlock * kColumnChunk / 2 * bytes_of(p.weight_format);
         std::vector<uint8_t> weight;
         if (p.layout == kSparse24) {
             weight.resize(size_t((p.n + 15) / 16 * chunks * (kMetadataBytes + values)));
             for (size_t at = 0; at < weight.size();) {
                 for (int i = 0; i < kMetadataBytes; i++) weight[at++] = uint8_t(rng());
-                for (int64_t i = 0; i < values; i += bytes_of(p.weight_dtype), at += size_t(bytes_of(p.weight_dtype)))
-                    put(&weight[at], p.weight_dtype);
+                for (int64_t i = 0; i < values; i += bytes_of(p.weight_format), at += size_t(bytes_of(p.weight_format)))
+                    put(&weight[at], p.weight_format);
             }
         } else {
-            weight.resize(size_t(p.n * p.k * bytes_of(p.weight_dtype)));
-            for (size_t at = 0; at < weight.size(); at += size_t(bytes_of(p.weight_dtype))) put(&weight[at], p.weight_dtype);
+            weight.resize(size_t(p.n * p.k * bytes_of(p.weight_format)));
+            for (size_t at = 0; at < weight.size(); at += size_t(bytes_of(p.weight_format))) put(&weight[at], p.weight_format);
         }
         const int64_t xb = bytes_of(p.x_dtype);
         std::vector<uint8_t> x(size_t(((p.m - 1) * p.x_row_stride + p.k) * xb));
@@ -69,7 +69,7 @@ int main() {
         p.x = x.data();
         p.scale = rng() % 2 ? scale.data() : nullptr;
         p.bias = rng() % 2 ? bias.data() : nullptr;
-        p.bias_dtype = kFloat32;
+        p.bias_dtype = kFp32;
         std::vector<uint8_t> expected(size_t(p.m * p.n * xb)), y(expected.size());
         p.y = expected.data();
         if (crepe_multiply(&p, portable, nullptr, 1)) return 2;
@@ -81,12 +81,12 @@ int main() {
             // Exact sums: every result is a multiple of 2^-8 below 2^15, so that all must agree to the bit; int8 goes
             // through one division and three products, which may be fused differently.
             bool same = y == expected;
-            if (p.weight_dtype == kInt8 && !same) {
+            if (p.weight_format == kInt8 && !same) {
                 same = true;
                 for (int64_t i = 0; i < p.m * p.n && same; i++) {
                     uint32_t a = 0, b = 0;
                     std::memcpy(&a, &y[size_t(i * xb)], size_t(xb)), std::memcpy(&b, &expected[size_t(i * xb)], size_t(xb));
-                    if (p.x_dtype == kFloat32) {
+                    if (p.x_dtype == kFp32) {
                         float fa, fb;
                         std::memcpy(&fa, &a, 4), std::memcpy(&fb, &b, 4);
                         same = std::fabs(fa - fb) <= 1e-5f * (std::fabs(fb) + 10);
@@ -97,7 +97,7 @@ int main() {
             }
             if (!same) {
                 std::printf("%s differs: layout %d, dtypes %d x %d, %ld tokens, %ld x %ld\n", crepe_instruction_set(index), p.layout,
-                            p.weight_dtype, p.x_dtype, long(p.m), long(p.n), long(p.k));
+                            p.weight_format, p.x_dtype, long(p.m), long(p.n), long(p.k));
                 return 1;
             }
             checked++;

@@ -9,7 +9,8 @@ from crepe_llm.kernels.cuda import plans, triton_kernels
 from crepe_llm.kernels.cuda.plans import Candidate
 from crepe_llm.kernels.cuda.products import CUSPARSELT, CUTLASS, DENSE, EXPAND, TRITON
 from crepe_llm.kernels.cuda.triton_kernels import CONFIGS
-from crepe_llm.kernels.cuda.weight import metadata_words
+from crepe_llm.kernels.cuda.weight import CudaWeight, metadata_words
+from crepe_llm.kernels.formats import format_of
 from crepe_llm.kernels.packed import Inputs, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,6 +28,11 @@ def weight(n, k, dtype, seed=0):
     return dense, values.view(n, k // 2).to(DEVICE), metadata_words(columns.to(torch.uint8)).to(DEVICE)
 
 
+def packed_weight(values, metadata, scale=None):
+    n, kept = values.shape
+    return CudaWeight((n, 2 * kept), format_of(values.dtype), values, metadata, scale=scale)
+
+
 def check(m, n, k, dtype, x_dtype, config, with_bias=True, with_scale=True, seed=0):
     generator = torch.Generator().manual_seed(seed + 1)
     dense, values, metadata = weight(n, k, dtype, seed)
@@ -36,8 +42,8 @@ def check(m, n, k, dtype, x_dtype, config, with_bias=True, with_scale=True, seed
         exact, token_scale = reference.quantize_inputs(x, Inputs(dtype))
     scale = torch.rand(n, generator=generator) + 0.5 if with_scale else None
     bias = torch.randn(n, generator=generator).to(x_dtype) if with_bias else None
-    on = [None if t is None else t.to(DEVICE) for t in (scale, token_scale, bias)]
-    y = triton_kernels.decode(exact.to(DEVICE), values, metadata, *on, x_dtype, config).cpu()
+    on, *rest = [None if t is None else t.to(DEVICE) for t in (scale, token_scale, bias)]
+    y = triton_kernels.decode(exact.to(DEVICE), packed_weight(values, metadata, on), *rest, x_dtype, config).cpu()
 
     row = torch.ones(n) if scale is None else scale
     token = torch.ones(m) if token_scale is None else token_scale
@@ -80,10 +86,10 @@ def test_every_float8_number_is_read_exactly():
     bits = torch.arange(256, dtype=torch.uint8)
     values = torch.stack((bits, bits.flip(0)), dim=-1).reshape(256, 2).view(torch.float8_e4m3fn)
     columns = torch.tensor([1, 2], dtype=torch.uint8).expand(256, 1, 2)
-    arguments = (values.to(DEVICE), metadata_words(columns).to(DEVICE))
+    packed = packed_weight(values.to(DEVICE), metadata_words(columns).to(DEVICE))
     for column, kept in ((1, values[:, 0]), (2, values[:, 1])):
         x = torch.zeros(1, 4).index_fill_(1, torch.tensor(column), 1.0).to(torch.float8_e4m3fn)
-        y = triton_kernels.decode(x.to(DEVICE), *arguments, None, None, None, torch.float32, CONFIGS[0]).cpu()
+        y = triton_kernels.decode(x.to(DEVICE), packed, None, None, torch.float32, CONFIGS[0]).cpu()
         other = values[:, 1] if column == 1 else values[:, 0]
         expected = torch.where(other.float().isnan(), torch.nan, kept.float())  # 0 x NaN: a dense tile is multiplied
         torch.testing.assert_close(y[0], expected, rtol=0, atol=0, equal_nan=True)
@@ -101,7 +107,7 @@ def test_hostile_metadata_reads_nothing_outside():
     values = torch.randn(20, 30).to(DEVICE)
     words = torch.randint(-(2**31), 2**31 - 1, (20, 2), dtype=torch.int32, device=DEVICE)
     x = torch.randn(3, 60, device=DEVICE)
-    y = triton_kernels.decode(x, values, words, None, None, None, torch.float32, CONFIGS[0])
+    y = triton_kernels.decode(x, packed_weight(values, words), None, None, torch.float32, CONFIGS[0])
     assert bool(torch.isfinite(y).all())
 
 
@@ -113,7 +119,7 @@ def test_packing_measures_and_linear_follows(dtype, room, tmp_path, monkeypatch)
     times = {(DENSE, 0): 1.0, (EXPAND, 0): 5.0, (TRITON, 0): 4.0, (TRITON, 1): 2.0, (TRITON, 2): 3.0, (TRITON, 3): 4.0}
 
     def bench(call, **options):
-        backend, setting = call.args
+        ((backend, setting),) = call.args
         tokens = call.keywords["x"].shape[0]
         return 1e3 * times[backend, setting] * (5.0 if backend == DENSE and tokens == 1 else 1.0)
 
@@ -127,12 +133,12 @@ def test_packing_measures_and_linear_follows(dtype, room, tmp_path, monkeypatch)
     libraries = [CUSPARSELT] if dtype == torch.float8_e4m3fn else [CUSPARSELT, CUTLASS]
     backends = (TRITON, *libraries)
     with pytest.warns(RuntimeWarning, match="does not use") as caught:
-        packed = cuda.pack(*split(dense.to(dtype)), scale, inputs, backends)
+        packed = cuda.pack(split(dense.to(dtype)), scale, inputs, backends)
     assert sorted(str(warning.message).split()[4] for warning in caught) == libraries
     assert (packed.dense is not None) == room and packed.cusparselt is None and packed.cutlass is None
     assert torch.equal(kernels.unpack(packed).double(), dense)
     monkeypatch.setattr("triton.testing.do_bench", None)  # the second of a shape is not measured
-    cuda.pack(*split(dense.to(dtype)), scale, inputs, backends)
+    cuda.pack(split(dense.to(dtype)), scale, inputs, backends)
 
     for tokens, expected in ((1, Candidate(TRITON, 1)), (2, Candidate(DENSE) if room else Candidate(TRITON, 1))):
         x = torch.randn(tokens, 128)

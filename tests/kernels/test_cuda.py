@@ -27,6 +27,7 @@ from crepe_llm.kernels.cuda.weight import (
     metadata_words,
     to_dense,
 )
+from crepe_llm.kernels.formats import FORMATS, format_of
 from crepe_llm.kernels.packed import Inputs, split, split_compressed
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,10 +47,9 @@ def sparse(n, k, dtype=torch.float32, seed=0, full=False):
 
 def on_cpu(weight, scale=None, inputs=None):
     """The GPU's form of a weight, on the CPU."""
-    values, columns = split(weight)
     if scale is None and inputs is not None:
         scale = torch.ones(weight.shape[0])
-    return cuda.pack(values, columns, scale, inputs, ())
+    return cuda.pack(split(weight), scale, inputs, ())
 
 
 @settings(max_examples=30, deadline=None)
@@ -61,7 +61,7 @@ def on_cpu(weight, scale=None, inputs=None):
 )
 def test_layout_and_back(n, groups, dtype, seed):
     weight = sparse(n, 4 * groups, dtype, seed)
-    _, columns = split(weight)
+    columns = split(weight).columns
     words = metadata_words(columns)
     for row in range(n):
         for group in range(groups):
@@ -77,8 +77,8 @@ def test_pack_compressed_gives_the_same_layout():
     weight = sparse(12, 40, torch.bfloat16, full=True)
     kept = weight != 0
     bitmask = (kept.view(12, 5, 8) << torch.arange(8)).sum(-1).to(torch.uint8)
-    values, columns = split_compressed(weight[kept].view(12, 20), bitmask, (12, 40))
-    made, expected = cuda.pack(values, columns, None, None, ()), on_cpu(weight)
+    kept = split_compressed(weight[kept].view(12, 20), bitmask, (12, 40))
+    made, expected = cuda.pack(kept, None, None, ()), on_cpu(weight)
     assert torch.equal(made.values, expected.values) and torch.equal(made.metadata, expected.metadata)
 
 
@@ -88,7 +88,7 @@ def test_cutlass_metadata_is_torchs_bit_for_bit(n, k, dtype):
     weight = sparse(n, k, dtype, full=True)
     packed = on_cpu(weight)
     values, expected = sparse_semi_structured_from_dense_cutlass(weight)
-    meta = cutlass_metadata(packed.metadata, dtype)
+    meta = cutlass_metadata(packed.metadata, packed.format)
     assert torch.equal(packed.values, values)
     assert meta.dtype == expected.dtype and torch.equal(meta, expected)
     assert torch.equal(from_cutlass_metadata(expected), packed.metadata)
@@ -98,7 +98,7 @@ def test_cutlass_metadata_is_torchs_bit_for_bit(n, k, dtype):
 def test_torch_reads_our_cutlass_form_of_groups_with_zeros(dtype):
     weight = sparse(64, 256, dtype)
     packed = on_cpu(weight)
-    meta = cutlass_metadata(packed.metadata, dtype)
+    meta = cutlass_metadata(packed.metadata, packed.format)
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(packed.values, meta), weight)
     assert torch.equal(from_cutlass_metadata(meta), packed.metadata)
 
@@ -113,10 +113,11 @@ def test_torch_reads_our_cutlass_form_of_groups_with_zeros(dtype):
 def test_limits_are_torchs(limits, theirs):
     for dtype, limit in theirs._DTYPE_SHAPE_CONSTRAINTS.items():
         if dtype == torch.float32:  # 1:2, not 2:4
-            assert dtype not in limits
+            assert "fp32" not in limits
             continue
-        assert (limit.sparse_min_rows, limit.sparse_min_cols) == limits[dtype][:2]
-        assert limit.dense_min_rows == limit.dense_min_cols == limits[dtype].tokens
+        ours = limits[format_of(dtype).name]
+        assert (limit.sparse_min_rows, limit.sparse_min_cols) == ours[:2]
+        assert limit.dense_min_rows == limit.dense_min_cols == ours.tokens
 
 
 @pytest.mark.parametrize(
@@ -140,10 +141,10 @@ def test_limits_are_torchs(limits, theirs):
 def test_rules(capability, n, k, dtype, expected, monkeypatch):
     products.has_triton.cache_clear()
     monkeypatch.setattr(products.importlib.util, "find_spec", lambda name: object())
-    assert set(dispatch.cuda_backends(capability, n, k, dtype)) == expected
+    assert set(dispatch.cuda_backends(capability, n, k, format_of(dtype))) == expected
     products.has_triton.cache_clear()
     monkeypatch.setattr(products.importlib.util, "find_spec", lambda name: None)
-    assert dispatch.cuda_backends(capability, n, k, dtype) == ()
+    assert dispatch.cuda_backends(capability, n, k, format_of(dtype)) == ()
     products.has_triton.cache_clear()
 
 
@@ -307,7 +308,7 @@ def test_the_operator_meets_torch_librarys_contract(dtype):
     tensors = (packed.values, packed.metadata, None, None, None, packed.scale, torch.randn(10))
     torch.library.opcheck(
         torch.ops.crepe_llm.sparse24_cuda_linear.default,
-        (x, token_scale, *tensors, 10, 8, dtype, torch.bfloat16),
+        (x, token_scale, *tensors, 10, 8, packed.format.name, torch.bfloat16),
     )
 
 
@@ -316,7 +317,8 @@ def test_the_operator_meets_torch_librarys_contract(dtype):
 @pytest.mark.parametrize("tokens", [1, 8, 37])
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [(CUSPARSELT, d) for d in products.CUSPARSELT_LIMITS] + [(CUTLASS, d) for d in products.CUTLASS_LIMITS],
+    [(CUSPARSELT, FORMATS[f].dtype) for f in products.CUSPARSELT_LIMITS]
+    + [(CUTLASS, FORMATS[f].dtype) for f in products.CUTLASS_LIMITS],
 )
 def test_library_calls_pass_torchs_own_shape_and_dtype_checks(backend, tokens, dtype, with_scale, with_bias):
     """torch's meta implementations of the library's operators see our arguments; nothing is computed."""
@@ -327,11 +329,11 @@ def test_library_calls_pass_torchs_own_shape_and_dtype_checks(backend, tokens, d
         meta = torch.empty(n, k // 32, dtype=torch.int32) if quantized else torch.empty(n, k // 16, dtype=torch.int16)
         scale = torch.empty(n) if with_scale or quantized else None
         values = torch.empty(n, k // 2, dtype=dtype)
-        weight = CudaWeight((n, k), dtype, values, None, meta, compressed, None, scale)
+        weight = CudaWeight((n, k), format_of(dtype), values, None, meta, compressed, None, scale)
         bias = torch.empty(n, dtype=x_dtype) if with_bias else None
         token_scale = torch.empty(tokens) if quantized else None
         x = torch.empty(tokens, k, dtype=dtype)
-        y = products.product(backend, 3, x, weight, token_scale, bias, x_dtype)
+        y = products.product(Candidate(backend, 3), x, weight, token_scale, bias, x_dtype)
         assert y.shape == (tokens, n) and y.dtype == x_dtype and y.is_contiguous()
 
 
@@ -339,7 +341,8 @@ def test_library_calls_pass_torchs_own_shape_and_dtype_checks(backend, tokens, d
 @pytest.mark.parametrize("with_scale", [False, True])
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [(CUSPARSELT, d) for d in products.CUSPARSELT_LIMITS] + [(CUTLASS, d) for d in products.CUTLASS_LIMITS],
+    [(CUSPARSELT, FORMATS[f].dtype) for f in products.CUSPARSELT_LIMITS]
+    + [(CUTLASS, FORMATS[f].dtype) for f in products.CUTLASS_LIMITS],
 )
 def test_scales_and_bias_around_the_libraries(backend, dtype, with_scale, with_bias, monkeypatch):
     """CPU builds lack the libraries: products with the operators' documented meaning stand in for them."""
@@ -368,7 +371,7 @@ def test_scales_and_bias_around_the_libraries(backend, dtype, with_scale, with_b
     packed = dataclasses.replace(packed, cutlass=packed.metadata, cusparselt=packed.values)
     x = torch.randn(5, 128).to(x_dtype)
     values, token_scale = reference.quantize_inputs(x, packed.inputs) if quantized else (x, None)
-    y = products.product(backend, 7, values, packed, token_scale, bias, x_dtype)
+    y = products.product(Candidate(backend, 7), values, packed, token_scale, bias, x_dtype)
     expected = naive(x, dense, scale, bias, packed.inputs)
     eps = torch.finfo(x_dtype).eps
     torch.testing.assert_close(y.double(), expected, rtol=3 * eps, atol=3 * eps * float(expected.abs().max()))
@@ -380,7 +383,7 @@ def test_values_are_shared_with_cusparselt_only_where_its_order_is_ours(dtype, r
     """cuSPARSELt is no part of CPU builds: a compressor that keeps the first non-zero values stands in for it."""
 
     def compress(dense):
-        values, columns = split(dense)
+        values, columns, _ = split(dense)
         values = values.reshape(dense.shape[0], -1)
         values = values if row_major else values.view(torch.uint8).flip(0).view(dtype)
         tail = metadata_words(columns).view(torch.uint8).flatten()

@@ -8,6 +8,7 @@ from crepe_llm.kernels import cuda, dispatch, reference
 from crepe_llm.kernels.cuda import plans, products
 from crepe_llm.kernels.cuda.plans import Candidate
 from crepe_llm.kernels.cuda.products import CUSPARSELT, CUTLASS, DENSE, EXPAND, TRITON
+from crepe_llm.kernels.formats import FORMATS, format_of
 from crepe_llm.kernels.packed import Inputs, split
 
 pytestmark = [
@@ -63,14 +64,18 @@ def assert_close(y, expected, size, dtype, roundings=1):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", [TRITON, CUSPARSELT, CUTLASS, EXPAND, DENSE])
 def test_every_backend(backend, shape, dtype):
-    allowed = (*dispatch.cuda_backends(products.capability(torch.device("cuda", 0)), *shape, dtype), EXPAND, DENSE)
+    allowed = (
+        *dispatch.cuda_backends(products.capability(torch.device("cuda", 0)), *shape, format_of(dtype)),
+        EXPAND,
+        DENSE,
+    )
     if backend not in allowed:
         pytest.skip(f"{backend} does not serve {shape} {dtype} on this GPU")
     x_dtype = dtype if dtype in FLOATS else torch.bfloat16
     inputs = Inputs(dtype) if dtype in QUANTIZED else None
     weight = sparse(*shape, dtype)
     scale = torch.rand(shape[0]) + 0.5 if dtype in QUANTIZED else None
-    base = cuda.pack(*split(weight.cuda()), None if scale is None else scale.cuda(), inputs, ())
+    base = cuda.pack(split(weight.cuda()), None if scale is None else scale.cuda(), inputs, ())
     packed, usable = cuda._prepared(base, [backend])
     assert usable == [backend]
     roundings = 1 if backend in (TRITON, EXPAND, DENSE) else 3
@@ -79,7 +84,7 @@ def test_every_backend(backend, shape, dtype):
             x = torch.randn(tokens, shape[1]).to(x_dtype)
             values, token_scale = (x, None) if inputs is None else reference.quantize_inputs(x, inputs)
             on = [None if t is None else t.cuda() for t in (token_scale, bias)]
-            y = products.product(backend, 0, values.cuda(), packed, *on, x_dtype)
+            y = products.product(Candidate(backend), values.cuda(), packed, *on, x_dtype)
             assert y.is_cuda and y.dtype == x_dtype and y.is_contiguous()
             assert_close(y, *exact(x, weight, scale, bias, inputs), dtype, roundings)
 
@@ -117,12 +122,16 @@ def test_activations_of_any_strides():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *QUANTIZED])
 @pytest.mark.parametrize("backend", [TRITON, CUSPARSELT, CUTLASS, EXPAND, DENSE])
 def test_capture_and_replay_in_a_cuda_graph(dtype, backend, monkeypatch):
-    allowed = (*dispatch.cuda_backends(products.capability(torch.device("cuda", 0)), 256, 512, dtype), EXPAND, DENSE)
+    allowed = (
+        *dispatch.cuda_backends(products.capability(torch.device("cuda", 0)), 256, 512, format_of(dtype)),
+        EXPAND,
+        DENSE,
+    )
     if backend not in allowed:
         pytest.skip(f"{backend} does not serve {dtype} on this GPU")
     inputs = Inputs(dtype) if dtype in QUANTIZED else None
     weight = sparse(256, 512, dtype)
-    base = cuda.pack(*split(weight.cuda()), torch.ones(256, device="cuda") if inputs else None, inputs, ())
+    base = cuda.pack(split(weight.cuda()), torch.ones(256, device="cuda") if inputs else None, inputs, ())
     packed, _ = cuda._prepared(base, [backend])
     monkeypatch.setattr(cuda, "chosen", lambda x, weight: Candidate(backend))
     x = torch.randn(5, 512, device="cuda", dtype=torch.bfloat16)
@@ -157,9 +166,9 @@ def test_torch_compile(dtype):
 
 def test_every_backend_that_may_serve_was_measured():
     packed = kernels.pack(sparse(256, 512, torch.bfloat16).cuda())
-    plan = cuda._store().get(cuda._plan_key(torch.device("cuda", 0), (256, 512), torch.bfloat16))
+    plan = cuda._store().get(cuda._plan_key(torch.device("cuda", 0), (256, 512), FORMATS["bf16"]))
     measured = {candidate.backend for times in plan.seconds.values() for candidate in times}
-    allowed = dispatch.cuda_backends(products.capability(torch.device("cuda", 0)), 256, 512, torch.bfloat16)
+    allowed = dispatch.cuda_backends(products.capability(torch.device("cuda", 0)), 256, 512, FORMATS["bf16"])
     assert measured == {EXPAND, DENSE, *allowed}, "a backend failed or gave wrong results: see the warnings"
     assert packed.nbytes > 0
 

@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crepe_llm import kernels
-from crepe_llm.kernels.packed import WEIGHT_DTYPES, packed_bytes
+from crepe_llm.kernels.formats import FORMATS, format_of
+from crepe_llm.kernels.packed import packed_bytes
+
+WEIGHT_DTYPES = tuple(form.dtype for form in FORMATS.values() if form.code is not None)
 
 
 def sparse_weight(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -48,7 +51,7 @@ def test_pack_and_unpack_are_inverse(n, groups, dtype, seed):
     weight = sparse_weight(n, 4 * groups, dtype, seed)
     packed = kernels.pack(weight)
     assert torch.equal(kernels.unpack(packed), weight)
-    assert packed.data.numel() == packed_bytes(n, 4 * groups, dtype)
+    assert packed.data.numel() == packed_bytes(n, 4 * groups, format_of(dtype))
 
 
 @settings(max_examples=20, deadline=None)
@@ -59,7 +62,7 @@ def test_pack_compressed_equals_pack_of_the_dense_weight(n, groups, dtype, seed)
     shape = torch.tensor([[n], [4 * groups]])
     packed = kernels.pack_compressed(compressed, bitmask, shape)
     assert torch.equal(kernels.unpack(packed), weight)
-    assert packed.shape == (n, 4 * groups) and packed.dtype == dtype
+    assert packed.shape == (n, 4 * groups) and packed.format.dtype == dtype
 
 
 def test_every_pair_of_columns_survives():
@@ -79,7 +82,7 @@ def test_bytes_are_nine_sixteenths_of_dense_bf16():
 def test_float8_is_kept_exactly_as_bf16():
     weight = sparse_weight(17, 64, torch.float32).to(torch.float8_e4m3fn)
     packed = kernels.pack(weight, scale=torch.tensor(0.5))
-    assert packed.dtype == torch.bfloat16
+    assert packed.format is FORMATS["bf16"]
     assert torch.equal(kernels.unpack(packed).float(), weight.float())
     assert torch.equal(packed.scale, torch.full((17,), 0.5))
 

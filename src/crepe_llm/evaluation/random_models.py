@@ -31,7 +31,6 @@ def write_random_model(
     quantization: Literal["int8", "fp8"] | None = None,
     dense_layers: Sequence[str] = (),
     shapes: Mapping[str, Sequence[int]] | None = None,
-    seed: int = 0,
 ) -> Path:
     """Writes a model with normal weights of standard deviation ``config.initializer_range``, its linear layers 2:4.
 
@@ -45,40 +44,33 @@ def write_random_model(
         quantization: W8A8 on the 2:4 weights: symmetric, a scale per row; inputs are scaled per token at run time.
         dense_layers: regular expressions; linear weights whose name matches one are neither pruned nor quantized.
         shapes: the names and shapes of the checkpoint's tensors; None: as transformers' own model has them.
-        seed: of the weights and of the pruned positions.
 
     Returns:
         ``folder``, as a path.
     """
-    if shapes is None:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     keep_dense = re.compile("|".join(dense_layers)) if dense_layers else None
     tensors: dict[str, torch.Tensor] = {}
     unquantized: list[str] = []
-    for name, shape in shapes.items():
+    for name, shape in (shapes or _shapes_of(config)).items():
         weight = torch.empty(*shape).normal_(0.0, config.initializer_range, generator=generator).to(dtype)
         if "norm" in name:
             weight += 1.0 if config.model_type != "gemma3_text" else 0.0
+        layer = name.removesuffix(".weight")
         if weight.ndim != 2 or _UNPRUNED.search(name) or (keep_dense is not None and keep_dense.search(name)):
             tensors[name] = weight
             if weight.ndim == 2 and "embed" not in name:
-                unquantized.append(name.removesuffix(".weight"))
+                unquantized.append(layer)
             continue
         choice = torch.randint(0, 6, (shape[0], shape[1] // 4), generator=generator, dtype=torch.int32)
-        weight.mul_(_PAIRS[choice].view(*shape))
-        layer = name.removesuffix(".weight")
+        keep = _PAIRS[choice].view(*shape)
+        weight.mul_(keep)
         if quantization is not None:
             weight, tensors[f"{layer}.weight_scale"] = _quantize(weight, quantization)
         if sparse:
-            parts = SPARSE_24_BITMASK.pack(weight)
+            parts = SPARSE_24_BITMASK.pack(weight, keep)
             tensors |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
         else:
             tensors[name] = weight
@@ -89,6 +81,15 @@ def write_random_model(
         description["quantization_config"] = _quantization_config(sparse, quantization, unquantized)
     (folder / "config.json").write_text(json.dumps(description, indent=1))
     return folder
+
+
+def _shapes_of(config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
 
 
 def _quantize(weight: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,15 +10,16 @@ from crepe_llm.kernels import cpu, cuda, reference
 from crepe_llm.kernels.cuda import products
 from crepe_llm.kernels.cuda.products import CUSPARSELT, CUSPARSELT_LIMITS, CUTLASS, CUTLASS_LIMITS, TRITON, fits
 from crepe_llm.kernels.cuda.weight import CudaWeight
+from crepe_llm.kernels.formats import FORMATS, Format
 from crepe_llm.kernels.packed import (
-    QUANTIZED_DTYPES,
     DenseWeight,
     Inputs,
+    Kept,
     PackedWeight,
     deinterleave,
+    fitted_scale,
     interleave,
     packed_bytes,
-    per_row,
     split,
     split_compressed,
 )
@@ -30,12 +31,11 @@ _ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DENSE_TOKENS = {"avx512_bf16": 32, "avx512_vnni": 16, "avx512": 16, "avx2": 256, "neon": 4, "portable": 0}
 _DENSE_FP32_TOKENS = 4
 
-_SPARSE24 = (
-    "sparse24_linear(Tensor x, Tensor data, Tensor? scale, Tensor? bias, int n, int k, ScalarType dtype) -> Tensor"
-)
+# ``format`` is the name of a format; ``n`` and ``k`` are the dense shape.
+_SPARSE24 = "sparse24_linear(Tensor x, Tensor data, Tensor? scale, Tensor? bias, int n, int k, str format) -> Tensor"
 _CUDA = (
     "sparse24_cuda_linear(Tensor x, Tensor? token_scale, Tensor? values, Tensor? metadata, Tensor? cutlass, "
-    "Tensor? cusparselt, Tensor? dense, Tensor? scale, Tensor? bias, int n, int k, ScalarType dtype, "
+    "Tensor? cusparselt, Tensor? dense, Tensor? scale, Tensor? bias, int n, int k, str format, "
     "ScalarType out_dtype) -> Tensor"
 )
 _DENSE = "dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
@@ -46,11 +46,12 @@ def pack(
 ) -> PackedWeight | CudaWeight:
     """Packs a dense 2:4 weight for the device that it is on.
 
-    ``weight`` is [N, K], bf16, fp16, fp32, int8 or float8_e4m3fn, with at most two non-zero values in every group of 4
-    along K. ``scale`` has N elements or one ([N], [N, 1] or scalar) and multiplies the outputs; int8 and fp8 weights
-    carry their quantization scale here. ``inputs`` says how :func:`linear` quantizes activations, to the weight's
-    dtype: "token" (symmetrically, one scale a token, found at run time), a number (that scale, for all), or None: as
-    "token" for int8 weights, not at all for others. (Int8 weights whose inputs are not quantized: convert to bf16.)
+    ``weight`` is [N, K] in the dtype of one of the :data:`~crepe_llm.kernels.formats.FORMATS` (bf16, fp16, fp32, int8
+    or float8_e4m3fn), with at most two non-zero values in every group of 4 along K. ``scale`` has N elements or one
+    ([N], [N, 1] or scalar) and multiplies the outputs; int8 and fp8 weights carry their quantization scale here.
+    ``inputs`` says how :func:`linear` quantizes activations, to the weight's dtype: "token" (symmetrically, one scale a
+    token, found at run time), a number (that scale, for all), or None: as "token" for int8 weights, not at all for
+    others. (Int8 weights whose inputs are not quantized: convert to bf16.)
 
     On a CPU, fp8 weights and int8 weights with a fixed scale are held as bf16, which holds them exactly; on a GPU, fp8
     weights whose inputs are not quantized are.
@@ -58,7 +59,7 @@ def pack(
     Raises ValueError when a group holds more than two non-zero values, when K is no positive multiple of 4, when
     ``scale`` does not fit, or when ``inputs`` is no such value; TypeError for another dtype.
     """
-    return _pack(*split(weight), scale, inputs)
+    return _pack(split(weight), scale, inputs)
 
 
 def pack_compressed(
@@ -77,7 +78,7 @@ def pack_compressed(
     Raises ValueError when the shapes disagree, when a group of the bitmask does not have exactly two bits set, or when
     bits beyond column K are set, and as :func:`pack`.
     """
-    return _pack(*split_compressed(compressed, bitmask, shape), scale, inputs)
+    return _pack(split_compressed(compressed, bitmask, shape), scale, inputs)
 
 
 def unpack(packed: PackedWeight | CudaWeight | DenseWeight) -> torch.Tensor:
@@ -124,8 +125,8 @@ def linear(
     return y.view(*x.shape[:-1], n)
 
 
-def cuda_backends(capability: tuple[int, int] | None, n: int, k: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends that may serve a weight [n, k] of ``dtype`` on a GPU; the measured plan chooses among them.
+def cuda_backends(capability: tuple[int, int] | None, n: int, k: int, form: Format) -> tuple[str, ...]:
+    """The backends that may serve a weight [n, k] on a GPU; the measured plan chooses among them.
 
     ``capability`` is NVIDIA's compute capability, None for another vendor's GPU. Where there is none (a GPU older than
     8.0, or no Triton, which also does the measuring), the weight is expanded at each call.
@@ -135,45 +136,44 @@ def cuda_backends(capability: tuple[int, int] | None, n: int, k: int, dtype: tor
     backends = [TRITON]
     if capability is None:
         return tuple(backends)
-    if capability[0] == 8 and fits(CUTLASS_LIMITS, n, k, dtype):
+    if capability[0] == 8 and fits(CUTLASS_LIMITS, n, k, form):
         backends.append(CUTLASS)
-    if (dtype != torch.float8_e4m3fn or capability >= (8, 9)) and fits(CUSPARSELT_LIMITS, n, k, dtype):
+    if (form.name != "fp8" or capability >= (8, 9)) and fits(CUSPARSELT_LIMITS, n, k, form):
         backends.append(CUSPARSELT)
     return tuple(backends)
 
 
-def _pack(
-    values: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor | None, inputs: str | float | None
-) -> PackedWeight | CudaWeight:
-    n, k, dtype, device = values.shape[0], 4 * values.shape[1], values.dtype, values.device
-    scheme = _scheme(dtype, inputs)
-    scale = per_row(scale, n, device)
+def _pack(kept: Kept, scale: torch.Tensor | None, inputs: str | float | None) -> PackedWeight | CudaWeight:
+    form, device = kept.format, kept.values.device
+    scheme = _scheme(form, inputs)
+    scale = fitted_scale(scale, kept)
     if scheme is not None:
-        scale = torch.ones(n, device=device) if scale is None else scale
+        scale = torch.ones(form.scale_shape(*kept.shape), device=device) if scale is None else scale
         scale = scale * (1.0 if scheme.scale is None else scheme.scale)
     if device.type != "cpu":
-        if dtype == torch.float8_e4m3fn and scheme is None:
-            values = values.to(torch.bfloat16)
-        backends = cuda_backends(products.capability(device), n, k, values.dtype)
-        with torch.cuda.device_of(values):
-            return cuda.pack(values, columns, scale, scheme, backends)
-    if scheme == Inputs(torch.int8):
-        scheme = None  # the kernel's own
-    elif dtype in QUANTIZED_DTYPES:
-        values = values.to(torch.bfloat16)
-    return interleave(values, columns, scale, scheme)
+        if scheme is None and form.wider is not None:
+            kept = kept.widened()
+        backends = cuda_backends(products.capability(device), *kept.shape, kept.format)
+        with torch.cuda.device_of(kept.values):
+            return cuda.pack(kept, scale, scheme, backends)
+    if form.code is not None and (scheme is None or scheme.scale is None):
+        return interleave(kept, scale)  # where the format quantizes inputs, its kernel does, one scale a token
+    return interleave(kept.widened(), scale, scheme)
 
 
-def _scheme(dtype: torch.dtype, inputs: str | float | None) -> Inputs | None:
+def _scheme(form: Format, inputs: str | float | None) -> Inputs | None:
+    if form.inputs is None:
+        if inputs is None:
+            return None
+        known = " and ".join(str(f.dtype).removeprefix("torch.") for f in FORMATS.values() if f.inputs is not None)
+        raise ValueError(f"inputs={inputs!r}, but the weight is {form.name}; only {known} quantize inputs")
     if inputs is None:
-        return Inputs(dtype) if dtype == torch.int8 else None
-    if dtype not in QUANTIZED_DTYPES:
-        raise ValueError(f"inputs={inputs!r}, but the weight is {dtype}; only int8 and float8_e4m3fn quantize inputs")
+        return Inputs(form.inputs) if form.always_quantizes else None
     if inputs == "token":
-        return Inputs(dtype)
+        return Inputs(form.inputs)
     if isinstance(inputs, str) or not 0 < inputs < float("inf"):
         raise ValueError(f"inputs={inputs!r}; 'token', a positive scale or None is needed")
-    return Inputs(dtype, float(inputs))
+    return Inputs(form.inputs, float(inputs))
 
 
 def _quantized_cuda(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -190,7 +190,7 @@ def _quantized_cuda(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | No
         weight.scale,
         bias,
         *weight.shape,
-        weight.dtype,
+        weight.format.name,
         x.dtype,
     )
 
@@ -205,13 +205,25 @@ def _quantized_cpu(x: torch.Tensor, packed: PackedWeight, inputs: Inputs, bias: 
 
 
 def _sparse(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    multiply = _sparse24_linear if _direct(x) else torch.ops.crepe_llm.sparse24_linear
-    return multiply(x, packed.data, packed.scale, bias, *packed.shape, packed.dtype)
+    if _direct(x):
+        return _multiply(x, packed, bias)
+    return torch.ops.crepe_llm.sparse24_linear(x, packed.data, packed.scale, bias, *packed.shape, packed.format.name)
 
 
 def _direct(x: torch.Tensor) -> bool:
     """torch's dispatcher costs as much as a small product; only tracing (and tensors that are not plain) needs it."""
     return not torch.compiler.is_compiling() and type(x) is torch.Tensor and x.is_cpu
+
+
+def _multiply(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    data, (n, k), form = packed.data, packed.shape, packed.format
+    if data.dtype != torch.uint8 or data.numel() != packed_bytes(n, k, form):
+        raise ValueError(
+            f"packed data has {data.numel()} bytes; {n} x {k} {form.name} needs {packed_bytes(n, k, form)}"
+        )
+    if cpu.library() is None:
+        return reference.sparse_linear(x, packed, bias)
+    return cpu.multiply(x, packed, bias)
 
 
 def _sparse24_linear(
@@ -221,14 +233,9 @@ def _sparse24_linear(
     bias: torch.Tensor | None,
     n: int,
     k: int,
-    dtype: torch.dtype,
+    format: str,
 ) -> torch.Tensor:
-    if data.dtype != torch.uint8 or data.numel() != packed_bytes(n, k, dtype):
-        raise ValueError(f"packed data has {data.numel()} bytes; {n} x {k} {dtype} needs {packed_bytes(n, k, dtype)}")
-    packed = PackedWeight(data, (n, k), dtype, scale)
-    if cpu.library() is None:
-        return reference.sparse_linear(x, packed, bias)
-    return cpu.multiply(x, packed, bias)
+    return _multiply(x, PackedWeight(data, (n, k), FORMATS[format], scale), bias)
 
 
 def _cuda_linear(
@@ -243,10 +250,10 @@ def _cuda_linear(
     bias: torch.Tensor | None,
     n: int,
     k: int,
-    dtype: torch.dtype,
+    format: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = CudaWeight((n, k), dtype, values, metadata, cutlass, cusparselt, dense, scale)
+    weight = CudaWeight((n, k), FORMATS[format], values, metadata, cutlass, cusparselt, dense, scale)
     return cuda.linear(x, weight, token_scale, bias, out_dtype)
 
 
@@ -269,7 +276,7 @@ def _dense_tokens(dtype: torch.dtype) -> int:
 
 _library = torch.library.Library("crepe_llm", "DEF")
 for _schema, _function, _key, _fake in (
-    (_SPARSE24, _sparse24_linear, "CPU", lambda x, data, scale, bias, n, *dtypes: x.new_empty(x.shape[0], n)),
+    (_SPARSE24, _sparse24_linear, "CPU", lambda x, data, scale, bias, n, *rest: x.new_empty(x.shape[0], n)),
     (_DENSE, _dense_linear, "CompositeExplicitAutograd", lambda x, weight, bias: x.new_empty(len(x), len(weight))),
     (_CUDA, _cuda_linear, "CompositeExplicitAutograd", lambda x, *rest: x.new_empty(len(x), rest[8], dtype=rest[11])),
 ):

@@ -4,40 +4,56 @@ A weight [N, K] is cut into blocks of 16 rows and, within a block, into chunks o
 are padded with zeros to whole blocks and chunks. A chunk is contiguous and chunks of a block follow each other, so a
 row block is one sequential stream of bytes. A chunk holds, little-endian:
 
-======== =========================================== ================================================================
-bytes    content                                     order
-======== =========================================== ================================================================
-64       metadata, 16 x uint32                       one word a row, 2 bits a kept value
-512      bf16: kept values                           [group 8][row 16][2], the two kept values of a group adjacent
-512      fp16: kept values                           [group 8][2][row 16]
-1024     fp32: kept values                           [group 8][2][row 16]
-256      int8: kept values                           [pair of groups 4][row 16][4]
-======== =========================================== ================================================================
+======== ================ =======================================================================================
+bytes    content          order
+======== ================ =======================================================================================
+64       metadata         16 x uint32: one word a row, 2 bits a kept value
+the rest kept values      [kept values / lane][row 16][lane]: ``lane`` kept values of a row side by side
+======== ================ =======================================================================================
 
-In the metadata word the column (0 to 3, within its group) of kept value ``v`` of group ``g`` is at bits
-``4 g + 2 v``; for int8, of kept value ``v`` (0 to 3) of pair ``p``, at bits ``8 v + 2 p``, so that one shift and one
-mask spread the four over the four bytes of a lane. Two bits can only name a column of their own group: whatever the
-metadata says, a kernel reads no activation outside the group. The layout is ours.
+The lane is 2 for bf16 (the two kept values of a group), 1 for fp16 and fp32, and 4 for int8 (those of two groups).
+
+In the metadata word the column (0 to 3, within its group) of kept value ``v`` of group ``g`` is at bits ``4 g + 2 v``;
+for int8, of kept value ``v`` (0 to 3) of pair of groups ``p``, at bits ``8 v + 2 p``, so that one shift and one mask
+spread the four over the four bytes of a lane. Two bits can only name a column of their own group: whatever the metadata
+says, a kernel reads no activation outside the group. The layout is ours; what differs between formats is in
+:mod:`crepe_llm.kernels.formats`.
 """
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from crepe_llm.functional.bitmask import kept_columns, wrong_byte
+from crepe_llm.functional.masks import nonzero
+from crepe_llm.kernels.formats import COLUMN_CHUNK, FORMATS, METADATA_BYTES, ROW_BLOCK, Format, format_of
 from crepe_llm.kernels.memory import on_huge_pages
 
-ROW_BLOCK = 16
-COLUMN_CHUNK = 32
-METADATA_BYTES = 4 * ROW_BLOCK
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
-# int32 accumulators hold K / 2 products of at most 127 * 128.
-MAX_INT8_COLUMNS = 262144
-QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+# Bit patterns move as integers: torch has few operations on float8.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 _GROUPS = COLUMN_CHUNK // 4
-_FIRST = torch.tensor([0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 2, 0, 0, 0], dtype=torch.uint8)
-_SECOND = torch.tensor([0, 0, 0, 1, 0, 2, 2, 0, 0, 3, 3, 0, 3, 0, 0, 0], dtype=torch.uint8)
-_IS_PAIR = torch.tensor([n.bit_count() == 2 for n in range(16)])
+
+
+class Kept(NamedTuple):
+    """A 2:4 weight taken apart: kept values [N, K / 4, 2] and their columns in the group (uint8, ascending)."""
+
+    values: torch.Tensor
+    columns: torch.Tensor
+    format: Format
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The dense (N, K)."""
+        return (self.values.shape[0], 4 * self.values.shape[1])
+
+    def widened(self) -> "Kept":
+        """The same weight in the format that holds all values of its own exactly; it has one."""
+        assert self.format.wider is not None
+        wider = FORMATS[self.format.wider]
+        return Kept(self.values.to(wider.dtype), self.columns, wider)
 
 
 @dataclass(frozen=True)
@@ -55,14 +71,14 @@ class Inputs:
 class PackedWeight:
     """A 2:4 weight in the CPU kernels' layout; made by :func:`crepe_llm.kernels.pack`.
 
-    ``data`` is the layout's bytes (uint8, flat), ``shape`` the dense (N, K), ``dtype`` that of the kept values,
-    ``scale`` an fp32 vector [N] that multiplies the outputs, or None, and ``inputs`` how activations are quantized, or
-    None (the int8 kernel quantizes them itself, one scale a token).
+    ``data`` is the layout's bytes (uint8, flat), ``shape`` the dense (N, K), ``scale`` the format's fp32 scales ([N],
+    they multiply the outputs), or None, and ``inputs`` how activations are quantized, or None (the int8 kernel
+    quantizes them itself, one scale a token).
     """
 
     data: torch.Tensor
     shape: tuple[int, int]
-    dtype: torch.dtype
+    format: Format
     scale: torch.Tensor | None = None
     inputs: Inputs | None = None
 
@@ -95,32 +111,23 @@ class DenseWeight:
         return self.weight.nbytes
 
 
-def chunk_bytes(dtype: torch.dtype) -> int:
-    """Bytes of one chunk (16 rows of 32 columns) of a weight of ``dtype``."""
-    return METADATA_BYTES + ROW_BLOCK * COLUMN_CHUNK // 2 * dtype.itemsize
-
-
-def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
+def packed_bytes(n: int, k: int, form: Format) -> int:
     """Bytes of the layout of a weight [n, k]."""
-    return -(-n // ROW_BLOCK) * -(-k // COLUMN_CHUNK) * chunk_bytes(dtype)
+    return -(-n // ROW_BLOCK) * -(-k // COLUMN_CHUNK) * form.chunk_bytes
 
 
-def split(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept values [N, K / 4, 2] of a dense 2:4 weight [N, K], and their columns in the group (uint8, ascending).
+def split(weight: torch.Tensor) -> Kept:
+    """Takes a dense 2:4 weight [N, K] apart.
 
     Raises ValueError when a group holds more than two non-zero values or when K is no positive multiple of 4;
-    TypeError for a dtype without a kernel.
+    TypeError for a dtype without a format.
     """
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a matrix [N, K] is needed")
     n, k = weight.shape
     _check_shape(n, k)
-    _check_dtype(weight.dtype)
-    groups = weight.reshape(n, k // 4, 4)
-    if weight.dtype == torch.float8_e4m3fn:  # torch compares no float8 with zero and gathers none
-        kept, groups = groups.to(torch.float32) != 0, groups.view(torch.uint8)
-    else:
-        kept = groups != 0
+    form = format_of(weight.dtype)
+    kept = nonzero(weight).reshape(n, k // 4, 4)
     surplus = (kept.sum(-1, dtype=torch.uint8) > 2).nonzero()
     if surplus.numel():
         row, group = surplus[0].tolist()
@@ -130,44 +137,46 @@ def split(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         )
     # Two columns a group: the non-zero ones first, then zeros, in ascending order.
     columns = torch.sort(kept.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
-    return groups.gather(-1, columns).view(weight.dtype), columns.to(torch.uint8)
+    groups = weight.reshape(n, k // 4, 4).view(INTEGERS[weight.element_size()])
+    return Kept(groups.gather(-1, columns).view(weight.dtype), columns.to(torch.uint8), form)
 
 
-def split_compressed(
-    compressed: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, int] | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_compressed(compressed: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, int] | torch.Tensor) -> Kept:
     """:func:`split` from the tensors of ``sparse-24-bitmask``, without making the weight dense.
 
     ``compressed`` is [N, K / 2], ``bitmask`` uint8 [N, ceil(K / 8)] with bit j of byte b set iff column 8 b + j is
     kept, ``shape`` the dense (N, K) (also as a tensor of two values).
 
     Raises ValueError when the shapes disagree, when a group of the bitmask does not have exactly two bits set, or when
-    bits beyond column K are set; TypeError for a dtype without a kernel.
+    bits beyond column K are set; TypeError for a dtype without a format.
     """
     n, k = (int(s) for s in (shape.flatten().tolist() if isinstance(shape, torch.Tensor) else shape))
     _check_shape(n, k)
-    _check_dtype(compressed.dtype)
+    form = format_of(compressed.dtype)
     if bitmask.dtype != torch.uint8:
         raise TypeError(f"bitmask has dtype {bitmask.dtype}; torch.uint8 is needed")
     if tuple(compressed.shape) != (n, k // 2):
         raise ValueError(f"compressed has shape {tuple(compressed.shape)}; shape ({n}, {k}) needs ({n}, {k // 2})")
     if tuple(bitmask.shape) != (n, -(-k // 8)):
         raise ValueError(f"bitmask has shape {tuple(bitmask.shape)}; shape ({n}, {k}) needs ({n}, {-(-k // 8)})")
-    nibbles = torch.stack((bitmask & 15, bitmask >> 4), dim=-1).reshape(n, -1)
-    if nibbles.shape[1] > k // 4:
-        if bool((nibbles[:, k // 4 :] != 0).any()):
-            raise ValueError(f"bitmask sets bits beyond column {k - 1}; the checkpoint is damaged")
-        nibbles = nibbles[:, : k // 4]
-    nibbles = nibbles.to(torch.int32)
-    wrong = (~_IS_PAIR.to(nibbles.device)[nibbles]).nonzero()
-    if wrong.numel():
-        row, group = wrong[0].tolist()
-        raise ValueError(
-            f"bitmask keeps {int(nibbles[row, group]).bit_count()} of columns {4 * group} to {4 * group + 3} of row "
-            f"{row}; 2:4 needs exactly 2, the checkpoint is damaged"
-        )
-    columns = torch.stack((_FIRST.to(nibbles.device)[nibbles], _SECOND.to(nibbles.device)[nibbles]), dim=-1)
-    return compressed.reshape(n, k // 4, 2), columns
+    wrong = wrong_byte(bitmask, k)
+    if wrong is not None:
+        raise ValueError(_damage(bitmask, k, *wrong))
+    return Kept(compressed.reshape(n, k // 4, 2), kept_columns(bitmask, k), form)
+
+
+def _damage(bitmask: torch.Tensor, k: int, row: int, byte: int) -> str:
+    """What is wrong with a byte that is not two-of-four."""
+    value = int(bitmask[row, byte])
+    for group, nibble in ((2 * byte, value & 15), (2 * byte + 1, value >> 4)):
+        if 4 * group >= k:
+            break
+        if nibble.bit_count() != 2:
+            return (
+                f"bitmask keeps {nibble.bit_count()} of columns {4 * group} to {4 * group + 3} of row {row}; 2:4 needs "
+                "exactly 2, the checkpoint is damaged"
+            )
+    return f"bitmask sets bits beyond column {k - 1} in row {row}; the checkpoint is damaged"
 
 
 def pack_dense(weight: torch.Tensor) -> DenseWeight:
@@ -186,88 +195,67 @@ def pack_dense(weight: torch.Tensor) -> DenseWeight:
 
 def deinterleave(packed: PackedWeight) -> torch.Tensor:
     """The dense weight [N, K] of the CPU kernels' layout, bit for bit what was packed (without the scale)."""
-    n, k = packed.shape
+    form, (n, k) = packed.format, packed.shape
     rows, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
-    data = packed.data.view(rows, chunks, chunk_bytes(packed.dtype))
+    data = packed.data.view(rows, chunks, form.chunk_bytes)
     words = data[..., :METADATA_BYTES].contiguous().view(torch.int32)  # [rows, chunks, 16]
-    bits = (words[..., None, None] >> _metadata_shifts(packed.dtype).to(words.device)) & 3
-    columns = bits.permute(0, 2, 1, 3, 4).reshape(rows * ROW_BLOCK, chunks * _GROUPS, 2)
-    values = data[..., METADATA_BYTES:].contiguous().view(packed.dtype)
-    if packed.dtype == torch.int8:
-        values = values.view(rows, chunks, _GROUPS // 2, ROW_BLOCK, 4).permute(0, 3, 1, 2, 4)
-    elif packed.dtype == torch.bfloat16:
-        values = values.view(rows, chunks, _GROUPS, ROW_BLOCK, 2).permute(0, 3, 1, 2, 4)
-    else:
-        values = values.view(rows, chunks, _GROUPS, 2, ROW_BLOCK).permute(0, 4, 1, 2, 3)
-    values = values.reshape(rows * ROW_BLOCK, chunks * _GROUPS, 2)
-    dense = torch.zeros(*values.shape[:2], 4, dtype=packed.dtype, device=values.device)
+    bits = (words[..., None] >> torch.tensor(form.column_shifts, dtype=torch.int32, device=words.device)) & 3
+    columns = bits.transpose(1, 2).reshape(rows * ROW_BLOCK, chunks * _GROUPS, 2)
+    lanes = data[..., METADATA_BYTES:].contiguous().view(_lane_integer(form))
+    ordered = lanes.view(rows, chunks, -1, ROW_BLOCK).permute(0, 3, 1, 2).contiguous()
+    values = ordered.view(form.dtype).reshape(rows * ROW_BLOCK, chunks * _GROUPS, 2)
+    dense = torch.zeros(*values.shape[:2], 4, dtype=form.dtype, device=values.device)
     dense.scatter_(-1, columns.long(), values)
     return dense.view(rows * ROW_BLOCK, -1)[:n, :k].contiguous()
 
 
-def interleave(
-    values: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor | None = None, inputs: Inputs | None = None
-) -> PackedWeight:
-    """The CPU kernels' layout of kept values [N, K / 4, 2] and their columns in the group (uint8, likewise).
+def interleave(kept: Kept, scale: torch.Tensor | None = None, inputs: Inputs | None = None) -> PackedWeight:
+    """The CPU kernels' layout of a weight whose format they know.
 
-    Raises ValueError when an int8 weight has too many columns for int32 sums.
+    Raises ValueError when the weight has more columns than the format allows.
     """
-    n, k = values.shape[0], 4 * values.shape[1]
-    dtype = values.dtype
-    if dtype == torch.int8 and k > MAX_INT8_COLUMNS:
-        raise ValueError(f"int8 weight has {k} columns; at most {MAX_INT8_COLUMNS} fit int32 accumulation")
+    values, columns, form = kept
+    n, k = kept.shape
+    if form.max_columns is not None and k > form.max_columns:
+        raise ValueError(f"{form.name} weight has {k} columns; at most {form.max_columns} fit its sums")
     rows, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
     padding = (0, 0, 0, chunks * _GROUPS - k // 4, 0, rows * ROW_BLOCK - n)
     if any(padding):
         values = torch.nn.functional.pad(values, padding)
         # Padded values are zero, so that their columns do not matter: (0, 0) is as good as (0, 1).
         columns = torch.nn.functional.pad(columns, padding)
-    data = on_huge_pages(torch.empty(rows, chunks, chunk_bytes(dtype), dtype=torch.uint8, device=values.device))
+    data = on_huge_pages(torch.empty(rows, chunks, form.chunk_bytes, dtype=torch.uint8, device=values.device))
     words = torch.zeros(rows * ROW_BLOCK, chunks, dtype=torch.int32, device=values.device)
-    by_chunk = columns.view(rows * ROW_BLOCK, chunks, _GROUPS, 2)
-    shifts = _metadata_shifts(dtype)
-    for group in range(_GROUPS):
-        for value in range(2):
-            words |= by_chunk[:, :, group, value].to(torch.int32) << int(shifts[group, value])
+    by_chunk = columns.view(rows * ROW_BLOCK, chunks, 2 * _GROUPS)
+    for value, shift in enumerate(form.column_shifts):
+        words |= by_chunk[:, :, value].to(torch.int32) << shift
     metadata = words.view(rows, ROW_BLOCK, chunks).transpose(1, 2).contiguous()
     data[..., :METADATA_BYTES] = metadata.view(torch.uint8).view(rows, chunks, METADATA_BYTES)
-    by_chunk = values.contiguous().view(rows, ROW_BLOCK, chunks, _GROUPS, 2)
-    if dtype == torch.int8 or dtype == torch.bfloat16:
-        # Values that stay adjacent move as one 32-bit element.
-        lanes = by_chunk.view(rows, ROW_BLOCK, chunks, -1).view(torch.int32)
-        ordered = lanes.permute(0, 2, 3, 1)
-    else:
-        ordered = by_chunk.permute(0, 2, 3, 4, 1)
-    body = ordered.contiguous().view(torch.uint8).view(rows, chunks, -1)
-    data[..., METADATA_BYTES:] = body
-    return PackedWeight(data.view(-1), (n, k), dtype, scale, inputs)
+    lanes = values.contiguous().view(rows, ROW_BLOCK, chunks, 2 * _GROUPS).view(_lane_integer(form))
+    ordered = lanes.permute(0, 2, 3, 1)
+    data[..., METADATA_BYTES:] = ordered.contiguous().view(torch.uint8).view(rows, chunks, -1)
+    return PackedWeight(data.view(-1), (n, k), form, scale, inputs)
 
 
-def _metadata_shifts(dtype: torch.dtype) -> torch.Tensor:
-    """Bit position of a kept value's column in its row's metadata word: int32 [8 groups, 2]."""
-    group, value = torch.arange(_GROUPS, dtype=torch.int32)[:, None], torch.arange(2, dtype=torch.int32)
-    if dtype == torch.int8:
-        return 8 * (2 * (group % 2) + value) + 2 * (group // 2)
-    return 4 * group + 2 * value
+def _lane_integer(form: Format) -> torch.dtype:
+    """An integer as wide as a lane: its values move together."""
+    return INTEGERS[form.lane * form.bits // 8]
 
 
-def per_row(scale: torch.Tensor | None, n: int, device: torch.device) -> torch.Tensor | None:
-    """A scale ([N], [N, 1] or one value) as an fp32 vector [N] on ``device``.
+def fitted_scale(scale: torch.Tensor | None, kept: Kept) -> torch.Tensor | None:
+    """A weight's scales, one value or one for each place of the format's scale layout, as fp32 in that layout.
 
-    Raises ValueError when it has another size.
+    Raises ValueError when ``scale`` has another number of values.
     """
     if scale is None:
         return None
-    if scale.numel() not in (1, n):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}; one value or one a row ({n}) is needed")
-    return scale.detach().to(device, torch.float32).reshape(-1).expand(n).contiguous()
+    shape = kept.format.scale_shape(*kept.shape)
+    if scale.numel() not in (1, math.prod(shape)):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; one value or one for each of {shape} is needed")
+    scale = scale.detach().to(kept.values.device, torch.float32)
+    return (scale.reshape(()).expand(shape) if scale.numel() == 1 else scale.reshape(shape)).contiguous()
 
 
 def _check_shape(n: int, k: int) -> None:
     if n < 1 or k < 4 or k % 4:
         raise ValueError(f"weight is {n} x {k} (N x K); at least one row and K a positive multiple of 4 are needed")
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (*WEIGHT_DTYPES, torch.float8_e4m3fn):
-        raise TypeError(f"weight has dtype {dtype}; bfloat16, float16, float32, int8 or float8_e4m3fn is needed")

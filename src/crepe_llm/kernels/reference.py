@@ -44,7 +44,7 @@ def quantize_inputs(x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torc
 def sparse_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """``x`` [M, K] times the packed weight, plus ``bias``: [M, N] in x's dtype, accumulated in fp32 or int32."""
     weight = deinterleave(packed)
-    if packed.dtype == torch.int8:
+    if packed.format.always_quantizes:
         values, token_scale = quantize_per_token(x)
         # Sums stay below 2^53, so that fp64 gives the int32 result exactly.
         y = torch.nn.functional.linear(values.double(), weight.double()).float() * token_scale[:, None]

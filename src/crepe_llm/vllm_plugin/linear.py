@@ -23,9 +23,13 @@ from vllm.model_executor.parameter import (
 )
 
 from crepe_llm import kernels
+from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
+from crepe_llm.kernels.formats import FORMATS, Format
 from crepe_llm.kernels.memory import on_huge_pages
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The kernels' formats of weights of 8 bits.
+_QUANTIZED = {QuantizationType.INT: FORMATS["int8"], QuantizationType.FLOAT: FORMATS["fp8"]}
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,13 @@ class Scheme:
     """How a sparse layer's weights and inputs are quantized.
 
     Attributes:
-        dtype: the stored dtype of the kept weights: int8, float8_e4m3fn, or None for the model's own.
+        format: the format of the kept weights (int8 or fp8), or None: they are of the model's own dtype.
         per_channel: whether weight scales are one a row, or one a matrix.
         input: "token" (a scale for each token, found at run time), "static" (one scale, in the checkpoint) or
             None (inputs are not quantized).
     """
 
-    dtype: torch.dtype | None = None
+    format: Format | None = None
     per_channel: bool = True
     input: str | None = None
 
@@ -75,7 +79,7 @@ class Scheme:
                 "token, statically per tensor, or not at all. Quantize the model with W8A8, or leave it sparse only"
             )
         return cls(
-            dtype=torch.int8 if weights.type == QuantizationType.INT else torch.float8_e4m3fn,
+            format=_QUANTIZED[weights.type],
             per_channel=weights.strategy == QuantizationStrategy.CHANNEL,
             input=None if inputs is None else "token" if inputs.dynamic else "static",
         )
@@ -98,7 +102,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.scheme = scheme
         self.name = layer_name
         self.parts = list(parts)
-        self.rows_loaded = dict.fromkeys(("compressed", "bitmask", "shape"), 0)
+        self.rows_loaded = dict.fromkeys(SPARSE_24_BITMASK.parts, 0)
 
     def create_weights(
         self,
@@ -125,13 +129,14 @@ class Sparse24LinearMethod(LinearMethodBase):
                 data=data, input_dim=1, output_dim=0, weight_loader=self._checked(layer, kind, loader)
             )
 
-        layer.register_parameter("compressed", weight("compressed", columns // 2, self.scheme.dtype or params_dtype))
+        form = self.scheme.format
+        layer.register_parameter("compressed", weight("compressed", columns // 2, form.dtype if form else params_dtype))
         layer.register_parameter("bitmask", weight("bitmask", (columns + 7) // 8, torch.uint8))
         shape = BasevLLMParameter(
             data=torch.empty(2, 1, dtype=torch.int64), weight_loader=self._checked(layer, "shape", None)
         )
         layer.register_parameter("shape", shape)
-        if self.scheme.dtype is None:
+        if form is None:
             return
         # NaN marks a scale that the checkpoint does not hold.
         if self.scheme.per_channel:
@@ -157,8 +162,8 @@ class Sparse24LinearMethod(LinearMethodBase):
                     f"damaged checkpoint: {self.name} needs {expected} rows of .{kind} from {', '.join(self.parts)}, "
                     f"but {rows} were found"
                 )
-        compressed, scale = layer.compressed.data, None
-        if self.scheme.dtype is not None:
+        compressed, scale, form = layer.compressed.data, None, self.scheme.format
+        if form is not None:
             scale = layer.weight_scale.data
             self._check_scales("weight_scale", scale)
             if not self.scheme.per_channel:
@@ -169,14 +174,14 @@ class Sparse24LinearMethod(LinearMethodBase):
             # vLLM's dense W8A8 takes the largest, too.
             self._check_scales("input_scale", layer.input_scale.data)
             inputs = float(layer.input_scale.data.max())
-        elif inputs is None and self.scheme.dtype == torch.int8:
-            compressed = compressed.to(torch.bfloat16)  # exact; the kernels' int8 products quantize their inputs
+        elif inputs is None and form is not None and form.always_quantizes and form.wider is not None:
+            compressed = compressed.to(FORMATS[form.wider].dtype)  # exact, and its products quantize no inputs
         shape = (compressed.shape[0], 2 * compressed.shape[1])
         try:
             packed = kernels.pack_compressed(compressed, layer.bitmask.data, shape, scale, inputs)
         except ValueError as error:
             raise ValueError(f"damaged checkpoint: {self.name} ({', '.join(self.parts)}): {error}") from error
-        for name in ("compressed", "bitmask", "shape", "weight_scale", "input_scale"):
+        for name in (*SPARSE_24_BITMASK.parts, "weight_scale", "input_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
         layer.packed = packed
@@ -215,7 +220,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             found = loaded.flatten().tolist() if kind == "shape" else list(loaded.shape)
             wanted = [rows, {"compressed": columns // 2, "bitmask": (columns + 7) // 8, "shape": columns}[kind]]
             dtypes = {
-                "compressed": _FLOATS if self.scheme.dtype is None else (self.scheme.dtype,),
+                "compressed": _FLOATS if self.scheme.format is None else (self.scheme.format.dtype,),
                 "bitmask": (torch.uint8,),
                 "shape": (torch.int64,),
             }[kind]

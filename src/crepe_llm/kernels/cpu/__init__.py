@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
+from crepe_llm.kernels.formats import FORMATS
 from crepe_llm.kernels.packed import DenseWeight, PackedWeight
 
 ISA_VARIABLE = "CREPE_CPU_ISA"
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}  # kernels.h
+# Activations, biases and dense weights have the codes of the formats of their dtype.
+_FLOATS = {form.dtype: form.code for form in FORMATS.values() if form.dtype.is_floating_point and form.code is not None}
 _SPARSE24, _DENSE = 0, 1
 
 
@@ -27,7 +29,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "x", "scale", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "x_row_stride", "x_column_stride")),
-        *((name, ctypes.c_int32) for name in ("layout", "weight_dtype", "x_dtype", "bias_dtype")),
+        *((name, ctypes.c_int32) for name in ("layout", "weight_format", "x_dtype", "bias_dtype")),
     )
 
 
@@ -111,10 +113,12 @@ def multiply(
     :func:`instruction_sets` (default: :func:`default_instruction_set`).
     """
     n, k = weight.shape
-    data = weight.data if isinstance(weight, PackedWeight) else weight.weight
-    scale = weight.scale if isinstance(weight, PackedWeight) else None
+    if isinstance(weight, PackedWeight):
+        layout, data, scale, code = _SPARSE24, weight.data, weight.scale, weight.format.code
+    else:
+        layout, data, scale, code = _DENSE, weight.weight, None, _FLOATS[weight.dtype]
     y = torch.empty(x.shape[0], n, dtype=x.dtype)
-    if bias is not None and not (bias.is_contiguous() and bias.dtype in _DTYPES and bias.dtype.is_floating_point):
+    if bias is not None and not (bias.is_contiguous() and bias.dtype in _FLOATS):
         bias = bias.to(torch.float32).contiguous()
     problem = _Problem(
         data.data_ptr(),
@@ -127,10 +131,10 @@ def multiply(
         k,
         x.stride(0),
         x.stride(1),
-        _SPARSE24 if isinstance(weight, PackedWeight) else _DENSE,
-        _DTYPES[weight.dtype],
-        _DTYPES[x.dtype],
-        0 if bias is None else _DTYPES[bias.dtype],
+        layout,
+        code,
+        _FLOATS[x.dtype],
+        0 if bias is None else _FLOATS[bias.dtype],
     )
     index = instruction_sets()[instruction_set or default_instruction_set() or ""]
     lib = library()

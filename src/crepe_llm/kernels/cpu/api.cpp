@@ -65,8 +65,8 @@ EXPORT const char* crepe_instruction_set(int32_t index) { return index >= 0 && i
 // Whether this processor (and its operating system) can run instruction set `index`.
 EXPORT int32_t crepe_supported(int32_t index) { return index >= 0 && index < kSetCount && kSets[index]->supported(); }
 
-// Computes `problem` with instruction set `index` on `threads` threads of the team behind `parallel` (null: on the
-// calling thread). Returns 0, or 1 when there is no memory for the converted activations. The caller has checked sizes.
+// Computes `problem` with instruction set `index` on `threads` threads of the team that `parallel` starts (null: on
+// the calling thread). Returns 0, or 1 when there is no memory for the converted activations. The caller has checked sizes.
 EXPORT int32_t crepe_multiply(const Problem* problem, int32_t index, Parallel parallel, int32_t threads) {
     if (problem->m == 0 || problem->n == 0) return 0;
     const InstructionSet& set = *kSets[index];
@@ -76,7 +76,7 @@ EXPORT int32_t crepe_multiply(const Problem* problem, int32_t index, Parallel pa
     job.chunks = ceil_div(problem->k, kColumnChunk);
     job.tiles = ceil_div(problem->m, set.tile_tokens(*problem));
     job.token_bytes = job.chunks * kColumnChunk * set.activation_bytes(*problem);
-    const int64_t scales = problem->weight_dtype == kInt8 ? ceil_div(problem->m * 4, 64) * 64 : 0;
+    const int64_t scales = kWeightFormats[problem->weight_format].quantizes_inputs ? ceil_div(problem->m * 4, 64) * 64 : 0;
     uint8_t* memory = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(ceil_div(problem->m * job.token_bytes + 64, 64) * 64 + scales)));
     if (!memory) return 1;
     job.token_scale = scales ? reinterpret_cast<float*>(memory) : nullptr;

@@ -9,17 +9,17 @@ struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = true;
     static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
-    static constexpr bool one_block(Format, int64_t) { return false; }
+    static constexpr bool one_block(Activations, int64_t) { return false; }
     static constexpr int dense_rows(int64_t) { return 1; }
-    static constexpr int64_t tile(Format format) { return format == kI8 ? 4 : 12; }
+    static constexpr int64_t tile(Activations activations) { return activations == kI8 ? 4 : 12; }
 
     // Kept value V of 8 rows from row 8 h of a group's values.
-    template <int32_t Dtype, int V>
+    template <int32_t Format, int V>
     static INLINE __m256 kept(const uint8_t* group, int h) {
-        if constexpr (Dtype == kBfloat16) {
+        if constexpr (Format == kBf16) {
             __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * h));
             return _mm256_castsi256_ps(V ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(pairs, 16));
-        } else if constexpr (Dtype == kFloat16) {
+        } else if constexpr (Format == kFp16) {
             return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 32 * V + 16 * h)));
         } else {
             return _mm256_loadu_ps(reinterpret_cast<const float*>(group + 64 * V + 32 * h));
@@ -72,7 +72,7 @@ struct Isa {
     template <class K, int V, int U, int T>
     static INLINE void value(const uint8_t* const (&group)[U], const int (&half)[U], const __m256i (&columns)[U], const float* x, __m256 (&acc)[U][T]) {
         __m256 w[U];
-        UNROLL for (int u = 0; u < U; u++) w[u] = kept<K::dtype, V>(group[u], half[u]);
+        UNROLL for (int u = 0; u < U; u++) w[u] = kept<K::format, V>(group[u], half[u]);
         UNROLL for (int t = 0; t < T; t++) {
             __m256 activations = broadcast(x + 4 * t);
             UNROLL for (int u = 0; u < U; u++) acc[u][t] = _mm256_fmadd_ps(w[u], _mm256_permutevar_ps(activations, columns[u]), acc[u][t]);
@@ -106,7 +106,7 @@ struct Isa {
 
     template <class K, int R, int T>
     static void sparse(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
-        if constexpr (K::format == kI8) {
+        if constexpr (K::activations == kI8) {
             UNROLL for (int r = 0; r < R; r++) {
                 int8_half<R, 0, T>(w + r * block_stride, x, chunks, sums + r * kRowBlock, first);
                 int8_half<R, 1, T>(w + r * block_stride, x, chunks, sums + r * kRowBlock, first);

@@ -25,17 +25,17 @@ struct Isa {
     static constexpr int64_t kBlocks = 2, kChunkBlock = 32, kDenseTile = 8;
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
     // single chain of fp32 additions would wait for itself.)
-    static constexpr bool one_block(Format format, int64_t tokens) { return format == kPairsBf16 && tokens <= 4; }
+    static constexpr bool one_block(Activations activations, int64_t tokens) { return activations == kPairsBf16 && tokens <= 4; }
     static constexpr int dense_rows(int64_t tokens) { return tokens <= 6 ? 1 : 2; }
-    static constexpr int64_t tile(Format format) { return format == kPairsBf16 ? 12 : format == kF32 ? 12 : CREPE_VNNI ? 10 : 6; }
+    static constexpr int64_t tile(Activations activations) { return activations == kPairsBf16 ? 12 : activations == kF32 ? 12 : CREPE_VNNI ? 10 : 6; }
 
     // Kept value V of 16 rows of a group.
-    template <int32_t Dtype, int V>
+    template <int32_t Format, int V>
     static INLINE __m512 kept(const uint8_t* group) {
-        if constexpr (Dtype == kBfloat16) {
+        if constexpr (Format == kBf16) {
             __m512i pairs = load512(group);
             return _mm512_castsi512_ps(V ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(pairs, 16));
-        } else if constexpr (Dtype == kFloat16) {
+        } else if constexpr (Format == kFp16) {
             return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * V)));
         } else {
             return _mm512_loadu_ps(group + 64 * V);
@@ -52,7 +52,7 @@ struct Isa {
     template <class K, int V, int R, int T>
     static INLINE void value(const uint8_t* const (&group)[R], const __m512i (&columns)[R], const float* x, __m512 (&acc)[R][T]) {
         __m512 w[R];
-        UNROLL for (int r = 0; r < R; r++) w[r] = kept<K::dtype, V>(group[r]);
+        UNROLL for (int r = 0; r < R; r++) w[r] = kept<K::format, V>(group[r]);
         UNROLL for (int t = 0; t < T; t++) {
             __m512 activations = broadcast(x + 4 * t);
             UNROLL for (int r = 0; r < R; r++) acc[r][t] = _mm512_fmadd_ps(w[r], _mm512_permutevar_ps(activations, columns[r]), acc[r][t]);
@@ -97,7 +97,7 @@ struct Isa {
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
-        constexpr int64_t bytes = chunk_bytes(kBfloat16);
+        constexpr int64_t bytes = chunk_bytes(kBf16);
         for (int64_t c = 0; c < chunks; c++, w += bytes) {
             __m512i metadata[R];
             UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<bytes>(w + r * block_stride, chunks - c, (R - 1) * block_stride);
@@ -181,9 +181,9 @@ struct Isa {
 
     template <class K, int R, int T>
     static void sparse(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
-        if constexpr (K::format == kI8)
+        if constexpr (K::activations == kI8)
             sparse_int8<R, T>(w, block_stride, x, chunks, sums, first);
-        else if constexpr (K::format == kF32)
+        else if constexpr (K::activations == kF32)
             sparse_f32<K, R, T>(w, block_stride, reinterpret_cast<const float*>(x), chunks, sums, first);
 #if CREPE_BF16
         else

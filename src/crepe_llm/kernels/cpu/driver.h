@@ -5,8 +5,8 @@
 //   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
 //   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
 //   kEvenOdd                whether activations of dense bf16 weights come in the order that splits a register of them
-//   kBlocks, tile(Format)   row blocks that an inner kernel does together, and its most tokens
-//   one_block(Format, T)    whether T tokens are better done one row block at a time
+//   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
+//   one_block(Activations, T)   whether T tokens are better done one row block at a time
 //   kChunkBlock             chunks of columns that stay in cache when there are several tiles
 //   kDenseTile, dense_rows(T)  most tokens of the dense kernel, and the rows that it does together for T of them
 //   sparse<Kind, R, T>(weight, bytes from row block to row block, activations, chunks, sums, first)
@@ -23,16 +23,16 @@
 
 namespace {
 
-Format format_of(const Problem& p) {
-    if (p.weight_dtype == kInt8) return kI8;
-    return Isa::kBf16Activations && p.weight_dtype == kBfloat16 && p.x_dtype == kBfloat16 ? kPairsBf16 : kF32;
+Activations activations_of(const Problem& p) {
+    if (kWeightFormats[p.weight_format].quantizes_inputs) return kI8;
+    return Isa::kBf16Activations && p.weight_format == kBf16 && p.x_dtype == kBf16 ? kPairsBf16 : kF32;
 }
 int64_t activation_bytes(const Problem& p) {
-    Format format = format_of(p);
-    return format == kF32 ? 4 : format == kPairsBf16 ? 2 : 1;
+    Activations activations = activations_of(p);
+    return activations == kF32 ? 4 : activations == kPairsBf16 ? 2 : 1;
 }
 int64_t tile_tokens(const Problem& p) {
-    return p.layout == kDense ? Isa::kDenseTile : Isa::tile(format_of(p));
+    return p.layout == kDense ? Isa::kDenseTile : Isa::tile(activations_of(p));
 }
 
 // ---- activations ----
@@ -82,16 +82,16 @@ void quantize_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64
 template <class X>
 void convert_tile(const Job& job, int64_t tile) {
     const Problem& p = job.p;
-    Format format = format_of(p);
+    Activations activations = activations_of(p);
     int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, padded = job.chunks * kColumnChunk;
     uint8_t* out = job.activations + begin * job.token_bytes;
     int64_t unit = p.layout == kDense ? kColumnChunk : 4;
-    bool even_odd = Isa::kEvenOdd && p.layout == kDense && p.weight_dtype == kBfloat16;
+    bool even_odd = Isa::kEvenOdd && p.layout == kDense && p.weight_format == kBf16;
     for (int64_t t = 0; t < tokens; t++) {
         const X* x = static_cast<const X*>(p.x) + (begin + t) * p.x_row_stride;
-        if (format == kI8)
+        if (activations == kI8)
             quantize_token(x, p.x_column_stride, p.k, padded, tokens, t, out, job.token_scale + begin + t);
-        else if (format == kF32)
+        else if (activations == kF32)
             scatter_token(x, p.x_column_stride, p.k, padded, unit, even_odd, tokens, t, reinterpret_cast<float*>(out));
         else
             scatter_token(x, p.x_column_stride, p.k, padded, unit, even_odd, tokens, t, reinterpret_cast<Bf16*>(out));
@@ -100,8 +100,8 @@ void convert_tile(const Job& job, int64_t tile) {
 
 void convert(const Job& job, int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; tile++) switch (job.p.x_dtype) {
-            case kBfloat16: convert_tile<Bf16>(job, tile); break;
-            case kFloat16: convert_tile<Fp16>(job, tile); break;
+            case kBf16: convert_tile<Bf16>(job, tile); break;
+            case kFp16: convert_tile<Fp16>(job, tile); break;
             default: convert_tile<float>(job, tile);
         }
 }
@@ -121,9 +121,9 @@ void store_as(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t 
         if (p.scale)
             for (int64_t r = 0; r < valid; r++) value[r] *= p.scale[row + r];
         if (p.bias) {
-            if (p.bias_dtype == kFloat32)
+            if (p.bias_dtype == kFp32)
                 for (int64_t r = 0; r < valid; r++) value[r] += static_cast<const float*>(p.bias)[row + r];
-            else if (p.bias_dtype == kBfloat16)
+            else if (p.bias_dtype == kBf16)
                 for (int64_t r = 0; r < valid; r++) value[r] += to_float(static_cast<const Bf16*>(p.bias)[row + r]);
             else
                 for (int64_t r = 0; r < valid; r++) value[r] += to_float(static_cast<const Fp16*>(p.bias)[row + r]);
@@ -136,8 +136,8 @@ void store_as(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t 
 template <class Sum>
 void store(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tokens, const Sum* sums) {
     switch (job.p.x_dtype) {
-        case kBfloat16: store_as<Bf16>(job, row, rows, token, tokens, sums); break;
-        case kFloat16: store_as<Fp16>(job, row, rows, token, tokens, sums); break;
+        case kBf16: store_as<Bf16>(job, row, rows, token, tokens, sums); break;
+        case kFp16: store_as<Fp16>(job, row, rows, token, tokens, sums); break;
         default: store_as<float>(job, row, rows, token, tokens, sums);
     }
 }
@@ -159,11 +159,11 @@ int64_t multiply_blocks(const Job& job, int64_t block, int64_t block_end, int64_
     const int64_t stride = job.chunks * K::weight_bytes, begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin;
     const uint8_t* w = static_cast<const uint8_t*>(job.p.weight) + block * stride + chunk * K::weight_bytes;
     const uint8_t* x = job.activations + begin * job.token_bytes + chunk * kColumnChunk * tokens * K::activation_bytes;
-    const int64_t together = block + Isa::kBlocks <= block_end && !Isa::one_block(K::format, tokens) ? Isa::kBlocks : 1;
+    const int64_t together = block + Isa::kBlocks <= block_end && !Isa::one_block(K::activations, tokens) ? Isa::kBlocks : 1;
     if (together == Isa::kBlocks)
-        sparse_tokens<K, Isa::kBlocks, Isa::tile(K::format)>(tokens, w, stride, x, chunks, sums, chunk == 0);
+        sparse_tokens<K, Isa::kBlocks, Isa::tile(K::activations)>(tokens, w, stride, x, chunks, sums, chunk == 0);
     else
-        sparse_tokens<K, 1, Isa::tile(K::format)>(tokens, w, stride, x, chunks, sums, chunk == 0);
+        sparse_tokens<K, 1, Isa::tile(K::activations)>(tokens, w, stride, x, chunks, sums, chunk == 0);
     if (chunk + chunks == job.chunks) store(job, block * kRowBlock, together * kRowBlock, begin, tokens, sums);
     return together;
 }
@@ -234,27 +234,32 @@ void multiply_dense(const Job& job, int64_t block_begin, int64_t block_end, int6
     }
 }
 
-void multiply(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
-    const bool pairs = format_of(job.p) == kPairsBf16;
-    auto run = [&](auto function) { function(job, block_begin, block_end, tile_begin, tile_end); };
-    if (job.p.layout == kDense) {
-        if (job.p.weight_dtype == kBfloat16) {
-            if constexpr (Isa::kBf16Activations)
-                if (pairs) return run(multiply_dense<Bf16, Bf16>);
-            return run(multiply_dense<Bf16, float>);
+// Calls run with the Kind of a 2:4 weight's format, which is `Format` or one after it in the table.
+template <int32_t Format, class Run>
+void with_kind(const Job& job, const Run& run) {
+    if constexpr (Format < kFormatCount) {
+        if (job.p.weight_format != Format) return with_kind<Format + 1>(job, run);
+        if constexpr (kWeightFormats[Format].quantizes_inputs) {
+            run(Kind<Format, kI8>{});
+        } else {
+            if constexpr (Format == kBf16 && Isa::kBf16Activations)
+                if (activations_of(job.p) == kPairsBf16) return run(Kind<Format, kPairsBf16>{});
+            run(Kind<Format, kF32>{});
         }
-        if (job.p.weight_dtype == kFloat16) return run(multiply_dense<Fp16, float>);
-        return run(multiply_dense<float, float>);
     }
-    switch (job.p.weight_dtype) {
-        case kBfloat16:
-            if constexpr (Isa::kBf16Activations)
-                if (pairs) return run(multiply_sparse<Kind<kBfloat16, kPairsBf16>>);
-            return run(multiply_sparse<Kind<kBfloat16, kF32>>);
-        case kFloat16: return run(multiply_sparse<Kind<kFloat16, kF32>>);
-        case kFloat32: return run(multiply_sparse<Kind<kFloat32, kF32>>);
-        default: return run(multiply_sparse<Kind<kInt8, kI8>>);
+}
+
+void multiply(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
+    auto dense = [&](auto function) { function(job, block_begin, block_end, tile_begin, tile_end); };
+    if (job.p.layout == kSparse24)
+        return with_kind<0>(job, [&](auto kind) { multiply_sparse<decltype(kind)>(job, block_begin, block_end, tile_begin, tile_end); });
+    if (job.p.weight_format == kBf16) {
+        if constexpr (Isa::kBf16Activations)
+            if (activations_of(job.p) == kPairsBf16) return dense(multiply_dense<Bf16, Bf16>);
+        return dense(multiply_dense<Bf16, float>);
     }
+    if (job.p.weight_format == kFp16) return dense(multiply_dense<Fp16, float>);
+    dense(multiply_dense<float, float>);
 }
 
 }  // namespace

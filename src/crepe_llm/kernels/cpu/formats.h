@@ -33,7 +33,7 @@ inline void prefetch(const uint8_t* chunk, int64_t left, int64_t skip) {
     for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + line, 0, 3);
 }
 
-// The same for dense rows, which lie one behind the other: asks for the line that far ahead of each of R rows.
+// The same for dense rows, which lie one after the other: asks for the line that far ahead of each of R rows.
 template <int R, class W>
 INLINE void prefetch_rows(const W* w, int64_t k, int64_t column) {
     constexpr int64_t ahead = 8192;
@@ -92,19 +92,17 @@ inline void from_float(float f, Fp16& out) {
     }
 }
 
-enum Format { kF32, kPairsBf16, kI8 };
+// What activations are converted to: fp32, bf16 (for products of pairs), or int8.
+enum Activations { kF32, kPairsBf16, kI8 };
 
-constexpr int64_t value_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2; }
-constexpr int64_t chunk_bytes(int32_t dtype) { return kMetadataBytes + kRowBlock * kColumnChunk / 2 * value_bytes(dtype); }
-
-// What a weight dtype and an activation format mean to the inner kernels.
-template <int32_t Dtype, Format F>
+// What a weight format and converted activations mean to the inner kernels.
+template <int32_t Format, Activations A>
 struct Kind {
-    static constexpr int32_t dtype = Dtype;
-    static constexpr Format format = F;
-    static constexpr int64_t weight_bytes = chunk_bytes(Dtype);
-    static constexpr int64_t activation_bytes = F == kF32 ? 4 : F == kPairsBf16 ? 2 : 1;
-    using Sum = std::conditional_t<F == kI8, int32_t, float>;
+    static constexpr int32_t format = Format;
+    static constexpr Activations activations = A;
+    static constexpr int64_t weight_bytes = chunk_bytes(Format);
+    static constexpr int64_t activation_bytes = A == kF32 ? 4 : A == kPairsBf16 ? 2 : 1;
+    using Sum = std::conditional_t<A == kI8, int32_t, float>;
 };
 
 }  // namespace

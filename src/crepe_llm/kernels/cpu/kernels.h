@@ -7,7 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
-enum : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3 };
+#include "weight_formats.h"
+
 enum : int32_t { kSparse24 = 0, kDense = 1 };
 
 // One product y = x W^T * scale + bias. Mirrored by ctypes in __init__.py.
@@ -20,7 +21,7 @@ struct Problem {
     int64_t m, n, k;
     int64_t x_row_stride, x_column_stride;
     int32_t layout;       // kSparse24 or kDense
-    int32_t weight_dtype, x_dtype, bias_dtype;
+    int32_t weight_format, x_dtype, bias_dtype;  // codes of weight_formats.h
 };
 
 // A problem cut into tiles of tokens, with the activations converted and reordered for the inner loops.
@@ -34,9 +35,6 @@ struct Job {
     int64_t tile_begin(int64_t tile) const { return p.m * tile / tiles; }
 };
 
-constexpr int64_t kRowBlock = 16;     // rows of a block: packed.py, ROW_BLOCK
-constexpr int64_t kColumnChunk = 32;  // columns of a chunk: packed.py, COLUMN_CHUNK
-constexpr int64_t kMetadataBytes = 4 * kRowBlock;
 constexpr int64_t kMaxTile = 12;
 constexpr int64_t kPrefetchChunks = 14;
 

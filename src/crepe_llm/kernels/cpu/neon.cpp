@@ -9,17 +9,17 @@ struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = false;
     static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
-    static constexpr bool one_block(Format, int64_t) { return false; }
+    static constexpr bool one_block(Activations, int64_t) { return false; }
     static constexpr int dense_rows(int64_t) { return 4; }
-    static constexpr int64_t tile(Format) { return 4; }
+    static constexpr int64_t tile(Activations) { return 4; }
 
     // Kept value V of 4 rows from row 4 Q of a group's values.
-    template <int32_t Dtype, int V>
+    template <int32_t Format, int V>
     static INLINE float32x4_t kept(const uint8_t* group, int q) {
-        if constexpr (Dtype == kBfloat16) {
+        if constexpr (Format == kBf16) {
             uint32x4_t pairs = vreinterpretq_u32_u8(vld1q_u8(group + 16 * q));
             return vreinterpretq_f32_u32(V ? vandq_u32(pairs, vdupq_n_u32(0xffff0000)) : vshlq_n_u32(pairs, 16));
-        } else if constexpr (Dtype == kFloat16) {
+        } else if constexpr (Format == kFp16) {
             return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(group + 32 * V + 8 * q)));
         } else {
             return vreinterpretq_f32_u8(vld1q_u8(group + 64 * V + 16 * q));
@@ -30,7 +30,7 @@ struct Isa {
     static INLINE void value(const uint8_t* group, int q, uint32x4_t columns, const float* x, float32x4_t (&acc)[T]) {
         // Column c is bytes 4 c to 4 c + 3 of the group's activations.
         uint32x4_t control = vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(columns, vdupq_n_u32(3)), 0x04040404);
-        float32x4_t w = kept<K::dtype, V>(group, q);
+        float32x4_t w = kept<K::format, V>(group, q);
         UNROLL for (int t = 0; t < T; t++) {
             uint8x16_t chosen = vqtbl1q_u8(vreinterpretq_u8_f32(vld1q_f32(x + 4 * t)), vreinterpretq_u8_u32(control));
             acc[t] = vfmaq_f32(acc[t], w, vreinterpretq_f32_u8(chosen));
@@ -85,7 +85,7 @@ struct Isa {
     template <class K, int R, int T>
     static void sparse(const uint8_t* w, int64_t, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
         static_assert(R == 1);
-        if constexpr (K::format == kI8)
+        if constexpr (K::activations == kI8)
             sparse_int8<T>(w, x, chunks, sums, first);
         else
             sparse_f32<K, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);

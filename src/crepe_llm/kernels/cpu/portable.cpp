@@ -7,9 +7,9 @@ struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = false;
     static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
-    static constexpr bool one_block(Format, int64_t) { return false; }
+    static constexpr bool one_block(Activations, int64_t) { return false; }
     static constexpr int dense_rows(int64_t) { return 2; }
-    static constexpr int64_t tile(Format) { return 4; }
+    static constexpr int64_t tile(Activations) { return 4; }
 
     template <class K, int R, int T>
     static void sparse(const uint8_t* w, int64_t, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
@@ -21,7 +21,7 @@ struct Isa {
             uint32_t metadata[kRowBlock];
             std::memcpy(metadata, w, sizeof metadata);
             const uint8_t* values = w + kMetadataBytes;
-            if constexpr (K::format == kI8) {
+            if constexpr (K::activations == kI8) {
                 for (int pair = 0; pair < 4; pair++)
                     for (int r = 0; r < kRowBlock; r++)
                         for (int v = 0; v < 4; v++) {
@@ -35,7 +35,7 @@ struct Isa {
                     for (int v = 0; v < 2; v++)
                         for (int r = 0; r < kRowBlock; r++) {
                             int column = metadata[r] >> (4 * g + 2 * v) & 3;
-                            float value = kept<K::dtype>(values, g, v, r);
+                            float value = kept<K::format>(values, g, v, r);
                             for (int t = 0; t < T; t++) acc[t][r] += value * xf[(g * T + t) * 4 + column];
                         }
             }
@@ -43,13 +43,13 @@ struct Isa {
         std::memcpy(sums, acc, sizeof acc);
     }
 
-    template <int32_t Dtype>
+    template <int32_t Format>
     static float kept(const uint8_t* values, int g, int v, int r) {
-        if constexpr (Dtype == kBfloat16) {
+        if constexpr (Format == kBf16) {
             Bf16 b;
             std::memcpy(&b, values + 2 * ((g * kRowBlock + r) * 2 + v), 2);
             return to_float(b);
-        } else if constexpr (Dtype == kFloat16) {
+        } else if constexpr (Format == kFp16) {
             Fp16 h;
             std::memcpy(&h, values + 2 * ((g * 2 + v) * kRowBlock + r), 2);
             return to_float(h);

@@ -21,50 +21,41 @@ from crepe_llm.kernels.cuda.plans import (
     warn_refused,
 )
 from crepe_llm.kernels.cuda.products import CUSPARSELT, CUTLASS, DENSE, EXPAND
-from crepe_llm.kernels.cuda.weight import INTEGERS, CudaWeight, cutlass_metadata, metadata_words, to_dense
-from crepe_llm.kernels.packed import Inputs
+from crepe_llm.kernels.cuda.weight import CudaWeight, cutlass_metadata, metadata_words, to_dense
+from crepe_llm.kernels.formats import Format
+from crepe_llm.kernels.packed import INTEGERS, Inputs, Kept
 
 __all__ = ["CudaWeight", "chosen", "linear", "pack", "to_dense"]
 
 
-def pack(
-    values: torch.Tensor,
-    columns: torch.Tensor,
-    scale: torch.Tensor | None,
-    inputs: Inputs | None,
-    backends: Sequence[str],
-) -> CudaWeight:
-    """A weight from kept values [N, K / 4, 2] and their columns in the group (uint8, likewise), for ``backends``.
+def pack(kept: Kept, scale: torch.Tensor | None, inputs: Inputs | None, backends: Sequence[str]) -> CudaWeight:
+    """Packs a weight for ``backends``.
 
-    On a GPU the first weight of a shape and dtype is timed with each of them (seconds, not milliseconds), unless the
+    On a GPU the first weight of a shape and format is timed with each of them (seconds, not milliseconds), unless the
     user's cache has the timings; what the plan has no use for is not kept.
     """
-    n, groups = values.shape[:2]
+    values, columns, form = kept
+    n, k = kept.shape
     base = CudaWeight(
-        (n, 4 * groups),
-        values.dtype,
-        values.reshape(n, 2 * groups).contiguous(),
-        metadata_words(columns),
-        scale=scale,
-        inputs=inputs,
+        (n, k), form, values.reshape(n, k // 2).contiguous(), metadata_words(columns), scale=scale, inputs=inputs
     )
     if not backends:
         return base
     assert base.values is not None
     device = base.values.device
-    key = _plan_key(device, base.shape, base.dtype)
+    key = _plan_key(device, base.shape, form)
 
     def measured() -> Plan:
         weight, usable = _prepared(base, (*backends, DENSE))
         return measure(weight, [backend for backend in usable if backend != DENSE])
 
     plan = _store().get_or_measure(key, measured)
-    with_dense = plan.wants_dense() and _has_room(device, n * 4 * groups * base.dtype.itemsize)
+    with_dense = plan.wants_dense() and _has_room(device, n * k * form.dtype.itemsize)
     used = plan.backends(with_dense)
     weight, usable = _prepared(base, used)
     if used - set(usable):
         raise RuntimeError(
-            f"{n} x {4 * groups} {base.dtype}: {', '.join(sorted(used - set(usable)))} worked when it was measured and "
+            f"{n} x {k} {form.name}: {', '.join(sorted(used - set(usable)))} worked when it was measured and "
             f"failed now (see the warning); if it is no lack of memory, remove {_store().path} to measure again"
         )
     if with_dense and not used & {products.TRITON, EXPAND}:
@@ -83,14 +74,14 @@ def linear(
     if x.shape[0] == 0:
         return torch.empty(0, weight.shape[0], dtype=out_dtype, device=x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        return products.product(*chosen(x, weight), x, weight, token_scale, bias, out_dtype)
+        return products.product(chosen(x, weight), x, weight, token_scale, bias, out_dtype)
 
 
 def chosen(x: torch.Tensor, weight: CudaWeight) -> Candidate:
     """The product that multiplies ``x`` [M, K] by the weight."""
     has_dense = weight.dense is not None
-    plan = _store().get(_plan_key(x.device, weight.shape, weight.dtype))
-    if plan is None or x.dtype != weight.dtype:
+    plan = _store().get(_plan_key(x.device, weight.shape, weight.format))
+    if plan is None or x.dtype != weight.format.dtype:
         return Candidate(DENSE if has_dense else EXPAND)
     return plan.choose(x.shape[0], has_dense)
 
@@ -109,11 +100,11 @@ def _prepared(base: CudaWeight, backends: Sequence[str] | set[str]) -> tuple[Cud
                 weight = _with_cusparselt(weight)
             elif backend == CUTLASS:
                 assert base.metadata is not None
-                weight = dataclasses.replace(weight, cutlass=cutlass_metadata(base.metadata, base.dtype))
+                weight = dataclasses.replace(weight, cutlass=cutlass_metadata(base.metadata, base.format))
             elif backend == DENSE:
                 weight = dataclasses.replace(weight, dense=products.expanded(weight))
         except RuntimeError as error:
-            warn_refused(backend, base.shape, base.dtype, error)
+            warn_refused(backend, base, error)
         else:
             usable.append(backend)
     return weight, usable
@@ -127,9 +118,9 @@ def _with_cusparselt(weight: CudaWeight) -> CudaWeight:
     """
     assert weight.values is not None and weight.metadata is not None
     values = weight.values
-    integer = INTEGERS[weight.dtype.itemsize]
-    one = torch.ones(1, dtype=weight.dtype).view(integer).item()
-    stand_in = torch.where(values.float() == 0, one, values.view(integer)).view(weight.dtype)
+    dtype, integer = values.dtype, INTEGERS[values.itemsize]
+    one = torch.ones(1, dtype=dtype).view(integer).item()
+    stand_in = torch.where(values.float() == 0, one, values.view(integer)).view(dtype)
     compressed = torch._cslt_compress(products.expanded(dataclasses.replace(weight, values=stand_in, dense=None)))
     kept = compressed.view(-1)[: values.numel()].view(values.shape)
     if torch.equal(kept.view(torch.uint8), stand_in.view(torch.uint8)):
@@ -145,7 +136,7 @@ def _store() -> PlanStore:
 
 
 @functools.cache
-def _plan_key(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> str:
+def _plan_key(device: torch.device, shape: tuple[int, int], form: Format) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     library = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
-    return f"{name}, torch {torch.__version__}, cuSPARSELt {library}: {shape[0]} x {shape[1]} {dtype}"
+    return f"{name}, torch {torch.__version__}, cuSPARSELt {library}: {shape[0]} x {shape[1]} {form.name}"

@@ -1,6 +1,6 @@
 """Which product serves a weight's shape at how many tokens: measured on the GPU at load, chosen here, remembered.
 
-A plan belongs to a shape, a dtype and a kind of GPU. It holds the seconds that each candidate took at each number of
+A plan belongs to a shape, a format and a kind of GPU. It holds the seconds that each candidate took at each number of
 tokens in :data:`TOKENS`; the choice from them is a pure function.
 """
 
@@ -13,12 +13,11 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from crepe_llm.kernels.cuda import products
-from crepe_llm.kernels.cuda.products import CUSPARSELT, DENSE, EXPAND, TRITON
+from crepe_llm.kernels.cuda.products import CUSPARSELT, DENSE, EXPAND, TRITON, Candidate
 from crepe_llm.kernels.cuda.weight import CudaWeight
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -27,13 +26,6 @@ DENSE_GAIN = 1.05
 # A dense copy is kept while this process holds less than this share of the GPU's memory. What other processes hold does
 # not count, so that every start of a server decides alike.
 DENSE_MEMORY = 0.5
-
-
-class Candidate(NamedTuple):
-    """A product: its backend, and which of the backend's algorithms."""
-
-    backend: str
-    setting: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,33 +76,35 @@ def measure(weight: CudaWeight, backends: Iterable[str]) -> Plan:
     refused: set[str] = set()
     for tokens in TOKENS:
         x = _random_inputs(tokens, weight)
-        out_dtype = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype
-        token_scale = torch.ones(tokens, device=x.device) if weight.dtype.itemsize == 1 else None
+        quantized = weight.format.inputs is not None
+        out_dtype = torch.bfloat16 if quantized else weight.format.dtype
+        token_scale = torch.ones(tokens, device=x.device) if quantized else None
 
         run = functools.partial(
             products.product, x=x, weight=weight, token_scale=token_scale, bias=None, out_dtype=out_dtype
         )
-        expected = run(*Candidate(EXPAND))
+        expected = run(Candidate(EXPAND))
         seconds[tokens] = {}
         for backend in (EXPAND, DENSE, *backends):
             if backend in refused:
                 continue
             try:
                 for candidate in _candidates(backend, tokens, x, weight):
-                    call = functools.partial(run, *candidate)
+                    call = functools.partial(run, candidate)
                     with contextlib.suppress(OutOfResources):  # this GPU has too little shared memory for the tile
                         _check(call(), expected)
                         seconds[tokens][candidate] = 1e-3 * do_bench(call, warmup=5, rep=20, return_mode="median")
             except (RuntimeError, ValueError) as error:
                 refused.add(backend)
-                warn_refused(backend, weight.shape, weight.dtype, error)
+                warn_refused(backend, weight, error)
     return Plan({t: {c: s for c, s in times.items() if c.backend not in refused} for t, times in seconds.items()})
 
 
-def warn_refused(backend: str, shape: tuple[int, int], dtype: torch.dtype, error: Exception) -> None:
+def warn_refused(backend: str, weight: CudaWeight, error: Exception) -> None:
     """Says that a backend does not work for a weight, and why; the others serve."""
+    n, k = weight.shape
     warnings.warn(
-        f"crepe-llm does not use {backend} for {shape[0]} x {shape[1]} {dtype} weights on this GPU: {error}",
+        f"crepe-llm does not use {backend} for {n} x {k} {weight.format.name} weights on this GPU: {error}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -185,7 +179,8 @@ def _candidates(backend: str, tokens: int, x: torch.Tensor, weight: CudaWeight) 
 def _random_inputs(tokens: int, weight: CudaWeight) -> torch.Tensor:
     device = (weight.values if weight.values is not None else weight.dense).device  # type: ignore[union-attr]
     x = torch.randn(tokens, weight.shape[1], device=device)
-    return (30 * x).clamp(-127, 127).to(weight.dtype) if weight.dtype == torch.int8 else x.to(weight.dtype)
+    dtype = weight.format.dtype
+    return x.to(dtype) if dtype.is_floating_point else (30 * x).clamp(-127, 127).to(dtype)
 
 
 def _check(result: torch.Tensor, expected: torch.Tensor) -> None:

@@ -18,8 +18,16 @@ from typing import NamedTuple
 import torch
 
 from crepe_llm.kernels.cuda.weight import CudaWeight, to_dense
+from crepe_llm.kernels.formats import Format
 
 TRITON, CUSPARSELT, CUTLASS, EXPAND, DENSE = "triton", "cusparselt", "cutlass", "expand", "dense"
+
+
+class Candidate(NamedTuple):
+    """A product: its backend, and which of the backend's algorithms."""
+
+    backend: str
+    setting: int = 0
 
 
 class Limits(NamedTuple):
@@ -30,23 +38,23 @@ class Limits(NamedTuple):
     tokens: int
 
 
-# torch.sparse.SparseSemiStructuredTensor*._DTYPE_SHAPE_CONSTRAINTS; fp32 is 1:2 sparse there, not 2:4.
+# By format. torch.sparse.SparseSemiStructuredTensor*._DTYPE_SHAPE_CONSTRAINTS; fp32 is 1:2 sparse there, not 2:4.
 CUSPARSELT_LIMITS = {
-    torch.bfloat16: Limits(16, 16, 8),
-    torch.float16: Limits(16, 16, 8),
-    torch.int8: Limits(32, 32, 16),
-    torch.float8_e4m3fn: Limits(32, 32, 16),
+    "bf16": Limits(16, 16, 8),
+    "fp16": Limits(16, 16, 8),
+    "int8": Limits(32, 32, 16),
+    "fp8": Limits(32, 32, 16),
 }
 CUTLASS_LIMITS = {
-    torch.bfloat16: Limits(32, 64, 8),
-    torch.float16: Limits(32, 64, 8),
-    torch.int8: Limits(16, 128, 16),
+    "bf16": Limits(32, 64, 8),
+    "fp16": Limits(32, 64, 8),
+    "int8": Limits(16, 128, 16),
 }
 
 
-def fits(limits: dict[torch.dtype, Limits], n: int, k: int, dtype: torch.dtype) -> bool:
-    """Whether a weight [n, k] of ``dtype`` can go to the library with these limits."""
-    limit = limits.get(dtype)
+def fits(limits: dict[str, Limits], n: int, k: int, form: Format) -> bool:
+    """Whether a weight [n, k] can go to the library with these limits."""
+    limit = limits.get(form.name)
     return limit is not None and n % limit.rows == 0 and k % limit.columns == 0
 
 
@@ -63,28 +71,24 @@ def has_triton(capability: tuple[int, int] | None) -> bool:
 
 
 def product(
-    backend: str,
-    setting: int,
+    candidate: Candidate,
     x: torch.Tensor,
     weight: CudaWeight,
     token_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[M, N] in ``out_dtype`` by one backend.
+    """[M, N] in ``out_dtype`` by one product.
 
     ``x`` is [M, K] in the weight's dtype (``triton``, ``expand`` and ``dense`` also take another float dtype where the
     weight is a float one); ``token_scale`` is an fp32 vector [M] or None.
     """
     x = x.contiguous()
+    backend, setting = candidate
     if backend == TRITON:
         from crepe_llm.kernels.cuda import triton_kernels
 
-        assert weight.values is not None and weight.metadata is not None
-        config = triton_kernels.CONFIGS[setting]
-        return triton_kernels.decode(
-            x, weight.values, weight.metadata, weight.scale, token_scale, bias, out_dtype, config
-        )
+        return triton_kernels.decode(x, weight, token_scale, bias, out_dtype, triton_kernels.CONFIGS[setting])
     if backend == CUSPARSELT:
         return _cusparselt(setting, x, weight, token_scale, bias, out_dtype)
     if backend == CUTLASS:
@@ -95,13 +99,13 @@ def product(
 def search_cusparselt(x: torch.Tensor, weight: CudaWeight) -> int:
     """The alg_id that cuSPARSELt's own search finds for ``x`` [M, K] in the weight's dtype; slow, waits for the GPU."""
     assert weight.cusparselt is not None
-    padded = _pad(x.contiguous(), CUSPARSELT_LIMITS[weight.dtype].tokens)
+    padded = _pad(x.contiguous(), CUSPARSELT_LIMITS[weight.format.name].tokens)
     return torch._cslt_sparse_mm_search(weight.cusparselt, padded.t(), **_cusparselt_options(weight))
 
 
 def _cusparselt_options(weight: CudaWeight) -> dict:
     options: dict = {"transpose_result": True}
-    if weight.dtype.itemsize == 1:
+    if weight.format.inputs is not None:
         # A vector: torch reads a scalar alpha back to the host. bf16 has the range of the unscaled sums, fp16 not.
         options |= {"alpha": weight.scale, "out_dtype": torch.bfloat16}
     return options
@@ -121,7 +125,7 @@ def _cusparselt(
         scale = None
     elif scale is None and bias is not None and bias.dtype == x.dtype:
         options["bias"], bias = bias, None
-    padded = _pad(x, CUSPARSELT_LIMITS[weight.dtype].tokens)
+    padded = _pad(x, CUSPARSELT_LIMITS[weight.format.name].tokens)
     raw = torch._cslt_sparse_mm(weight.cusparselt, padded.t(), alg_id=alg_id, **options)
     return _finish(raw[: x.shape[0]], scale, token_scale, bias, out_dtype)
 
@@ -134,8 +138,8 @@ def _cutlass(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     assert weight.values is not None and weight.cutlass is not None
-    columns = _pad(x, CUTLASS_LIMITS[weight.dtype].tokens).t()
-    if weight.dtype == torch.int8:
+    columns = _pad(x, CUTLASS_LIMITS[weight.format.name].tokens).t()
+    if weight.format.dtype == torch.int8:
         raw = torch._sparse_semi_structured_mm(weight.values, weight.cutlass, columns, out_dtype=torch.int32)
     elif weight.scale is None and bias is not None and bias.dtype == x.dtype:
         raw, bias = torch._sparse_semi_structured_addmm(bias, weight.values, weight.cutlass, columns), None

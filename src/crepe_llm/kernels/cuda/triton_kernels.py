@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from crepe_llm.kernels.cuda.weight import CudaWeight
+
 
 class Config(NamedTuple):
     """Sizes of a program's tile: rows, groups of 4 columns; warps; stages of the software pipeline."""
@@ -164,9 +166,7 @@ def expand_kernel(
 
 def decode(
     x: torch.Tensor,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
-    scale: torch.Tensor | None,
+    weight: CudaWeight,
     token_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
@@ -174,9 +174,11 @@ def decode(
 ) -> torch.Tensor:
     """``(x W^T) * scale * token_scale + bias`` [M, N], accumulated in fp32 (int32 for int8), rounded once.
 
-    ``x`` is contiguous [M, K]; ``values`` and ``metadata`` as in :class:`crepe_llm.kernels.cuda.CudaWeight`. ``x`` is
-    int8 or float8_e4m3fn where the values are, and any of bf16, fp16 and fp32 where they are one of those.
+    ``x`` is contiguous [M, K]; the weight has its ``values`` and ``metadata``. ``x`` is int8 or float8_e4m3fn where the
+    values are, and any of bf16, fp16 and fp32 where they are one of those.
     """
+    values, metadata, scale = weight.values, weight.metadata, weight.scale
+    assert values is not None and metadata is not None
     (m, k), n = x.shape, values.shape[0]
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     constants = decode_constants(x.dtype, values.dtype, m, config)

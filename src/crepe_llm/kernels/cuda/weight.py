@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crepe_llm.kernels.packed import Inputs
+from crepe_llm.kernels.formats import Format
+from crepe_llm.kernels.packed import INTEGERS, Inputs
 
-# Bit patterns move as integers: torch has few operations on float8.
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _WORD_GROUPS = 8
 
 
@@ -19,8 +18,8 @@ _WORD_GROUPS = 8
 class CudaWeight:
     """A 2:4 weight for the GPU products; made by :func:`crepe_llm.kernels.pack` from tensors on a GPU.
 
-    ``shape`` is the dense (N, K), ``dtype`` that of the kept values, ``scale`` an fp32 vector [N] that multiplies the
-    outputs, or None, and ``inputs`` how activations are quantized, or None. Each of the other tensors is there where a
+    ``shape`` is the dense (N, K), ``scale`` the format's fp32 scales ([N], they multiply the outputs), or None, and
+    ``inputs`` how activations are quantized, or None. Each of the other tensors is there where a
     product that was chosen needs it:
 
     - ``values`` [N, K / 2], the kept values row by row, and ``metadata`` int32 [N, ceil(K / 32)], their columns
@@ -30,7 +29,7 @@ class CudaWeight:
     """
 
     shape: tuple[int, int]
-    dtype: torch.dtype
+    format: Format
     values: torch.Tensor | None = None
     metadata: torch.Tensor | None = None
     cutlass: torch.Tensor | None = None
@@ -69,24 +68,25 @@ def to_dense(weight: CudaWeight) -> torch.Tensor:
         return weight.dense
     assert weight.values is not None and weight.metadata is not None
     n, k = weight.shape
-    integer = INTEGERS[weight.dtype.itemsize]
+    integer = INTEGERS[weight.format.dtype.itemsize]
     dense = torch.zeros(n, k // 4, 4, dtype=integer, device=weight.values.device)
     columns = columns_of(weight.metadata, k).long()
     dense.scatter_(-1, columns, weight.values.contiguous().view(integer).view(n, k // 4, 2))
-    return dense.view(n, k).view(weight.dtype)
+    return dense.view(n, k).view(weight.format.dtype)
 
 
-def cutlass_metadata(metadata: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cutlass_metadata(metadata: torch.Tensor, form: Format) -> torch.Tensor:
     """``metadata`` in the order that ``torch._sparse_semi_structured_mm`` reads.
 
-    int16 [N, K / 16] for 16-bit ``dtype`` (N % 32 == 0, K % 64 == 0), int32 [N, K / 32] for int8 (N % 16 == 0,
+    int16 [N, K / 16] for formats of 16 bits (N % 32 == 0, K % 64 == 0), int32 [N, K / 32] for those of 8 (N % 16 == 0,
     K % 64 == 0); the bits are those of ``torch.sparse.SparseSemiStructuredTensorCUTLASS.meta``.
     """
-    meta = metadata if dtype == torch.int8 else metadata.contiguous().view(torch.int16)
-    n, width = meta.shape
-    if dtype == torch.int8:  # rows: 16 as [a 2][b 8] -> [b][a]; then a changes places with the column's parity
-        blocks = meta.view(n // 16, 2, 8, width // 2, 2).permute(3, 0, 2, 4, 1)
+    if form.bits == 8:  # rows: 16 as [a 2][b 8] -> [b][a]; then a changes places with the column's parity
+        n, width = metadata.shape
+        blocks = metadata.view(n // 16, 2, 8, width // 2, 2).permute(3, 0, 2, 4, 1)
     else:  # rows: 32 as [c 2][a 2][b 8] -> [b][c][a]; likewise
+        meta = metadata.contiguous().view(torch.int16)
+        n, width = meta.shape
         blocks = meta.view(n // 32, 2, 2, 8, width // 2, 2).permute(4, 0, 3, 1, 5, 2)
     return blocks.reshape(n, width)
 
