@@ -15,8 +15,8 @@ from pathlib import Path
 from loguru import logger
 from tqdm import tqdm
 
+from crepe_llm import samples
 from crepe_llm.evaluation.zero_shot import zero_shot
-from crepe_llm.samples import samples
 from methods import METHODS, MODELS, prune, read, runs_of
 
 DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE + PHO", "CRePE + permutation + admm"]

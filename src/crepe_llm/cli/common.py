@@ -28,7 +28,7 @@ def add_calibration(parser: Any) -> None:
 
 
 def calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, list[str]]:
-    from crepe_llm.samples import samples
+    from crepe_llm import samples
 
     if options.text is not None:
         return options.text.name, [options.text.read_text(encoding="utf-8")]
@@ -72,7 +72,7 @@ def load(name: str, dtype: str, *, on_device: bool) -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError(f'{error.name} is needed: pip install "crepe-llm[compress]"') from error
     if name in SAMPLE_MODELS and not Path(name).exists():
-        from crepe_llm.samples import samples
+        from crepe_llm import samples
 
         name = str(getattr(samples, name)())
     placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}

@@ -36,8 +36,8 @@ def add(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from crepe_llm.evaluation.perplexity import perplexity, token_windows
-    from crepe_llm.samples import samples
+    from crepe_llm import samples
+    from crepe_llm.evaluation.perplexity import perplexity
 
     if options.wikitext2:
         corpus, texts = "WikiText-2 raw test", samples.wikitext2()
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         corpus, texts = options.text.name, [options.text.read_text(encoding="utf-8")]
     model, tokenizer = load(options.model, options.dtype, on_device=True)
-    windows = token_windows(tokenizer, texts, window_length(options.window, model), tokens=options.tokens)
+    windows = samples.token_windows(tokenizer, texts, window_length(options.window, model), tokens=options.tokens)
     result = perplexity(model, windows, corpus=corpus)
     print(result)
     if options.json is not None:

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sample_error() -> type[Exception]:
     """SampleError, if anything that can raise it was imported; else an error that never occurs."""
-    samples = sys.modules.get("crepe_llm.samples.samples")
+    samples = sys.modules.get("crepe_llm.samples")
     return samples.SampleError if samples is not None else StopAsyncIteration
 
 

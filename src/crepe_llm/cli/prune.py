@@ -40,8 +40,8 @@ def run(options: argparse.Namespace) -> None:
             from llmcompressor.recipe import Recipe
         except ImportError as error:
             raise ImportError('crepe prune needs llm-compressor: pip install "crepe-llm[compress]"') from error
+        from crepe_llm import samples
         from crepe_llm.evaluation import model_card
-        from crepe_llm.samples import samples
 
         if not Recipe.create_instance(str(recipe)).modifiers:
             # llm-compressor would do nothing, and say nothing.

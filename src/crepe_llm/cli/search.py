@@ -49,8 +49,8 @@ def run(options: argparse.Namespace) -> None:
         from llmcompressor import oneshot
     except ImportError as error:
         raise ImportError('crepe search needs llm-compressor: pip install "crepe-llm[compress]"') from error
+    from crepe_llm import samples
     from crepe_llm.modifiers import PHOSearchModifier
-    from crepe_llm.samples import samples
 
     fields: dict[str, Any] = {
         "record": str(options.study),
