@@ -46,26 +46,28 @@ def add(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from crepe_llm.samples import samples
-    from crepe_llm.training.recovery import recover
+    from crepe_llm import samples
+    from crepe_llm.training.recovery import RecoverySettings, recover
 
     texts = samples.wikipedia().train if options.sample else [options.text.read_text(encoding="utf-8")]
+    tokens = None if options.windows is None else options.windows * options.length
+    settings = RecoverySettings(
+        rank=options.rank,
+        allocation=options.ranks,
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        batch=options.batch,
+        dtype=options.dtype,
+        seed=options.seed,
+    )
     work = options.output.absolute().parent / f".{options.output.name}-recovery"
     with output_folder(options.output) as folder:
         result = recover(
             options.model,
             folder,
             work,
-            texts,
-            length=options.length,
-            windows=options.windows,
-            rank=options.rank,
-            allocation=options.ranks,
-            epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            batch=options.batch,
-            dtype=options.dtype,
-            seed=options.seed,
+            lambda tokenizer: samples.token_windows(tokenizer, texts, options.length, tokens=tokens),
+            settings,
         )
     print(
         f"{options.output}: loss {result.first_loss:.4f} became {result.last_loss:.4f} in {result.steps} steps, "
