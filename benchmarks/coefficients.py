@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from crepe_llm.search.fitness import RIA, Coefficients
+from crepe_llm.search.space import RIA, Coefficients
 from methods import read
 from pho_common import MODELS, WANDA, Bench, parse_mask
 

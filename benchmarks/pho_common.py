@@ -13,8 +13,8 @@ from crepe_llm.evaluation.perplexity import perplexity
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.search.fitness import Coefficients, LayerSample, Mask, sample_layers
-from crepe_llm.search.search import SearchSpace
+from crepe_llm.search.fitness import LayerSample, sample_layers
+from crepe_llm.search.space import Coefficients, Mask, SearchSpace
 
 MODELS = {"smollm2": samples.smollm2, "gemma3": samples.gemma3}
 WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)

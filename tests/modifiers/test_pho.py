@@ -15,8 +15,9 @@ import yaml
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.modifiers import CRePEModifier, PHOSearchModifier
-from crepe_llm.search.fitness import PROXIES, RIA, Coefficients, Mask
-from crepe_llm.search.search import Study, StudyError
+from crepe_llm.search.fitness import PROXIES
+from crepe_llm.search.space import RIA, Coefficients, Mask
+from crepe_llm.search.study import Study, StudyError
 from modifier_helpers import load, run
 from tiny_models import FAMILIES
 

@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from crepe_llm.functional.gini import gini_index
-from crepe_llm.functional.masks import ComparisonGroup, keep_mask
-from crepe_llm.functional.scores import check_coefficients, magnitude_scores, window_mean
+from crepe_llm.functional.masks import keep_mask
+from crepe_llm.functional.scores import magnitude_scores, window_mean
+from crepe_llm.search.space import Coefficients, Mask
 
 __all__ = [
     "DEFAULT_PROXY",
     "PROXIES",
-    "RIA",
-    "Coefficients",
     "LayerSample",
-    "Mask",
     "Proxy",
     "PrunedSample",
     "evaluate",
@@ -36,51 +34,6 @@ __all__ = [
 _TINY = torch.finfo(torch.float32).tiny
 # Fourth powers: a row that loses nearly all of its output weighs more than many that lose a little.
 _ROW_POWER = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Coefficients:
-    """The free numbers of the CRePE score; see :func:`crepe_llm.functional.scores.crepe_scores`.
-
-    Raises:
-        ValueError: for numbers that make no score.
-    """
-
-    row: float
-    column: float
-    neighbourhood: float
-    kernel_size: int
-    activation_exponent: float
-
-    def __post_init__(self) -> None:
-        check_coefficients(**dataclasses.asdict(self))
-
-    def __str__(self) -> str:
-        return (
-            f"row {self.row:.3g}, column {self.column:.3g}, neighbourhood {self.neighbourhood:.3g}, "
-            f"kernel {self.kernel_size}, exponent {self.activation_exponent:.3g}"
-        )
-
-
-RIA = Coefficients(row=1.0, column=1.0, neighbourhood=0.0, kernel_size=3, activation_exponent=0.5)
-"""RIA's score in CRePE's terms, the yardstick of every search."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """What kind of mask is searched for, in the terms of :func:`crepe_llm.functional.masks.keep_mask`."""
-
-    mask_structure: str
-    sparsity: float
-    comparison_group: ComparisonGroup = "row"
-
-    def __post_init__(self) -> None:
-        keep_mask(torch.empty(0, 0), self.sparsity, self.mask_structure, self.comparison_group)
-
-    def __str__(self) -> str:
-        if self.mask_structure != "0:0":
-            return self.mask_structure
-        return f"{self.sparsity:.0%} per {self.comparison_group}".replace("_", " ")
 
 
 def sample_layers(names: Iterable[str], per_kind: int, seed: int) -> list[str]:
