@@ -30,7 +30,8 @@ from crepe_llm.evaluation.throughput import Case, Engine, median, run
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.functional.structured import BlockImportance, channel_importance, keep_ratios, kept_channels, kept_widths
 from crepe_llm.models import per_block
-from crepe_llm.models.ffn import FFN, cut, find_blocks, find_ffns
+from crepe_llm.models.blocks import find_blocks
+from crepe_llm.models.ffn import FFN, cut, find_ffns
 from crepe_llm.training.recovery import RecoverySettings, recover
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}

@@ -8,7 +8,6 @@ sample, whatever the depth of the model.
 
 import dataclasses
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -17,6 +16,7 @@ import torch
 from crepe_llm.functional.gini import gini_index
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import magnitude_scores, window_mean
+from crepe_llm.models.blocks import kind_of
 from crepe_llm.search.space import Coefficients, Mask
 
 __all__ = [
@@ -39,8 +39,8 @@ _ROW_POWER = 4
 def sample_layers(names: Iterable[str], per_kind: int, seed: int) -> list[str]:
     """Choose layers for a sample: of each kind, `per_kind` spread over the depth.
 
-    Layers whose names differ in numbers only (blocks, experts) are of one kind. The layers of a kind, in order, are cut
-    into `per_kind` runs of equal length, and one is drawn from each.
+    Layers with the same place in different blocks, or in different experts, are of one kind. The layers of a kind, in
+    order, are cut into `per_kind` runs of equal length, and one is drawn from each.
 
     Args:
         names: layer names in the model's order.
@@ -58,11 +58,11 @@ def sample_layers(names: Iterable[str], per_kind: int, seed: int) -> list[str]:
     names = list(names)
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     chosen = set()
     for kind, members in kinds.items():
         runs = min(per_kind, len(members))
-        generator = _generator(kind, seed)
+        generator = _generator(kind.replace("*", "#"), seed)  # "#" as in the first studies, which draw the same
         for run in range(runs):
             start, stop = run * len(members) // runs, (run + 1) * len(members) // runs
             chosen.add(members[start + int(torch.randint(stop - start, (), generator=generator))])

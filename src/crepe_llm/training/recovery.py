@@ -23,7 +23,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from crepe_llm.functional.structured import RankAllocation, recovery_ranks
-from crepe_llm.models.ffn import find_blocks, is_transposed
+from crepe_llm.models.blocks import find_blocks
+from crepe_llm.models.ffn import is_transposed
 
 __all__ = ["Recovered", "RecoverySettings", "recover"]
 
