@@ -82,7 +82,6 @@ def test_layers_are_spread_over_each_kind():
         Mask("4:8", 0.5),
         Mask("0:0", 0.6, "row"),
         Mask("0:0", 0.6, "matrix"),
-        Mask("0:0", 0.6, "column_block"),
     ],
 )
 def test_proxies_against_naive_loops(mask):

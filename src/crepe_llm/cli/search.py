@@ -31,7 +31,7 @@ def add(subparsers: Any) -> None:
     masks.add_argument("--sparsity", type=float, help="search for unstructured masks of this sparsity instead")
     parser.add_argument(
         "--comparison-group",
-        choices=("row", "matrix", "column_block"),
+        choices=("row", "matrix"),
         default="matrix",
         help="which weights compete in an unstructured mask (%(default)s)",
     )

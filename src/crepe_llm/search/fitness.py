@@ -179,8 +179,8 @@ class PrunedSample:
 def prune(samples: Iterable[LayerSample], coefficients: Coefficients, mask: Mask) -> list[PrunedSample]:
     """Score and mask every sample with one candidate's coefficients.
 
-    N:M and per-row masks are exactly the layer's; where weights compete across rows ("matrix", "column_block"), the
-    sampled rows compete among themselves, an estimate of the layer's mask.
+    N:M and per-row masks are exactly the layer's; where weights compete across the whole matrix, the sampled rows
+    compete among themselves, an estimate of the layer's mask.
     """
     pruned = []
     for layer in samples:
