@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.channels import AXES, block_of, module_axes
+from crepe_llm.models.blocks import block_of
+from crepe_llm.models.channels import AXES, module_axes
 from crepe_llm.models.permuting import permute_parameters
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
