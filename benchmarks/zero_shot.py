@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from crepe_llm.evaluation.zero_shot import zero_shot
 from crepe_llm.samples import samples
-from methods import METHODS, MODELS, prune, runs_of
+from method_recipes import METHODS, MODELS, runs_of
+from method_runs import prune
 from records import RESULTS, append, is_done, newest, read, read_old
 
 # Raised by every change of a default or of how something is measured. 1: rows without provenance.
