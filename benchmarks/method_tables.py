@@ -78,6 +78,6 @@ def draw(records: list[Row], options: argparse.Namespace) -> None:
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(options.structures))
     if dagger(records):
-        figure.supxlabel(f"hollow: {LEGEND.removeprefix(DAGGER).strip()}", fontsize="small")
+        figure.suptitle(f"hollow: {LEGEND.removeprefix(DAGGER).strip()}", fontsize="small")
     figure.savefig(options.plot, dpi=100)
     print(f"\nplot: {options.plot}")
