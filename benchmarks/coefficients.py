@@ -14,11 +14,12 @@ import dataclasses
 
 from crepe_llm.search.space import RIA, Coefficients
 from pho_common import MODELS, WANDA, Bench, parse_mask
-from records import RESULTS, append, is_done, read, read_old
+from records import LEGEND, RESULTS, Row, append, dagger, is_done, read, read_old, with_old
 
 # Raised by every change of a default or of how something is measured. 1: rows without provenance.
 PROTOCOL = 2
 PATH = RESULTS / "coefficients.jsonl"
+CELL = ("model", "seed", "mask", "tokens", "coefficients")
 
 
 def parse(text: str) -> Coefficients:
@@ -52,16 +53,16 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    records = read_old(PATH) + read(PATH)
+    records = with_old(read(PATH), read_old(PATH), PROTOCOL, CELL)
     for mask in dict.fromkeys(record["mask"] for record in records):
-        table: dict[Coefficients, dict[tuple[str, int, int], float]] = {}
+        table: dict[Coefficients, dict[tuple[str, int, int], Row]] = {}
         for record in records:
             if record["mask"] == mask:
                 cell = (record["model"], record["seed"], record["tokens"])
-                table.setdefault(Coefficients(**record["coefficients"]), {})[cell] = record["perplexity"]
+                table.setdefault(Coefficients(**record["coefficients"]), {})[cell] = record
         cells = sorted({cell for row in table.values() for cell in row})
         whole = {
-            candidate: [row[cell] / table[RIA][cell] for cell in cells]
+            candidate: [row[cell]["perplexity"] / table[RIA][cell]["perplexity"] for cell in cells]
             for candidate, row in table.items()
             if len(row) == len(cells)
         }
@@ -70,9 +71,11 @@ def report(options: argparse.Namespace) -> None:
         print(f"| row 1, column, neighbourhood, kernel, exponent | worst | {' | '.join(names)} |")
         print("|---" * (len(cells) + 2) + "|")
         for candidate, ratios in sorted(whole.items(), key=lambda item: max(item[1]))[: options.top]:
-            c = candidate
+            c, marks = candidate, [dagger([table[candidate][cell], table[RIA][cell]]) for cell in cells]
             name = f"{c.column:.3g}, {c.neighbourhood:.3g}, {c.kernel_size}, {c.activation_exponent:.3g}"
-            print(f"| {name} | {max(ratios):.3f} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
+            texts = [f"{ratio:.3f}{mark}" for ratio, mark in zip(ratios, marks, strict=True)]
+            print(f"| {name} | {max(ratios):.3f} | {' | '.join(texts)} |")
+    print(f"\n{LEGEND}" * bool(dagger(records)))
 
 
 def main() -> None:

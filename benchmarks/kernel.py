@@ -19,12 +19,12 @@ The processors of the AVX2 generation are imitated by a run of its own (the vari
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +33,10 @@ from crepe_llm.kernels import cpu
 from crepe_llm.kernels.formats import COLUMN_CHUNK, FORMATS, ROW_BLOCK
 from crepe_llm.kernels.memory import on_huge_pages
 from crepe_llm.kernels.packed import PackedWeight
+from records import RESULTS, append
+
+# Raised by every change of a default or of how something is measured.
+PROTOCOL = 1
 
 SHAPES = {  # N x K of the linears
     "square": (4096, 4096),
@@ -51,6 +55,7 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+Shapes = dict[str, tuple[int, int]]
 
 
 def random_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
@@ -131,7 +136,7 @@ def dense_calls(
     return calls
 
 
-def gpu_rows(shapes: dict[str, tuple[int, int]], tokens: Sequence[int], dtype: torch.dtype) -> None:
+def gpu_rows(shapes: Shapes, tokens: Sequence[int], options: argparse.Namespace) -> None:
     """The table for a GPU: what the plan chose, its time and dense bf16's, each call with an empty level-2 cache."""
     from triton.testing import do_bench
 
@@ -140,6 +145,7 @@ def gpu_rows(shapes: dict[str, tuple[int, int]], tokens: Sequence[int], dtype: t
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians\n")
     print("| shape N x K | tokens | product | ours, ms | GB/s | dense bf16, ms | ours is faster | memory |")
     print("|---|---|---|---|---|---|---|---|")
+    dtype = DTYPES[options.dtype]
     activations = torch.bfloat16 if dtype.itemsize == 1 else dtype
     for name, (n, k) in shapes.items():
         weight = torch.randn(n, k, device="cuda")
@@ -154,10 +160,66 @@ def gpu_rows(shapes: dict[str, tuple[int, int]], tokens: Sequence[int], dtype: t
             chosen = cuda.chosen(x.to(dtype), packed)
             ours = 1e-3 * do_bench(lambda x=x, w=packed: kernels.linear(x, w), return_mode="median")
             other = 1e-3 * do_bench(lambda x=half, w=dense: torch.nn.functional.linear(x, w), return_mode="median")
+            row = {"shape": name, "n": n, "k": k, "tokens": count, "device": "cuda", "dtype": options.dtype}
+            row |= {"product": f"{chosen.backend} {chosen.setting}", "ours": ours, "dense": {"torch bf16": other}}
+            append(options.results, PROTOCOL, row | {"bytes_per_second": read / ours})
             print(
                 f"| {name} {n} x {k} | {count} | {chosen.backend} {chosen.setting} | {1e3 * ours:.4f} "
                 f"| {read / ours / 1e9:.0f} | {1e3 * other:.4f} | {other / ours:.2f} "
                 f"| {packed.nbytes / dense.nbytes:.2f} of dense bf16 |",
+                flush=True,
+            )
+
+
+def shape_rows(
+    name: str, shape: tuple[int, int], tokens: Sequence[int], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The times of one shape on the CPU, a row for each token count."""
+    dtype, (n, k) = DTYPES[options.dtype], shape
+    activations = torch.bfloat16 if dtype == torch.int8 else dtype
+    packed = random_packed(n, k, dtype)
+    number = min(256, max(2, int(1.2e8 / packed.nbytes)))
+    copies = [dataclasses.replace(packed, data=as_served(packed.data)) for _ in range(number)]
+    dense = [torch.randn(n, k).bfloat16() for _ in range(min(256, max(2, int(1.2e8 / (2 * n * k)))))]
+    wide = [dense[0].float(), dense[-1].float()]
+    for count in tokens:
+        x = torch.randn(count, k).to(activations)
+        calls: dict[str, Callable[[int], object]] = dense_calls(count, dense, wide)
+        if options.dense:
+            wrapped = [kernels.pack_dense(as_served(w)) for w in dense]
+            half = x.bfloat16()
+            calls["ours"] = lambda i, x=half, w=wrapped: cpu.multiply(x, w[i % len(w)], None)
+        else:
+            calls["ours"] = lambda i, x=x, w=copies: kernels.linear(x, w[i % len(w)])
+        times = time_alternating(calls, options.seconds, min if options.fastest else statistics.median)
+        ours = times.pop("ours")
+        rate = (2 * n * k if options.dense else packed.nbytes) / ours
+        row = {"shape": name, "n": n, "k": k, "tokens": count, "ours": ours, "dense": times}
+        yield row | {"bytes_per_second": rate}
+
+
+def cpu_rows(shapes: Shapes, tokens: Sequence[int], options: argparse.Namespace) -> None:
+    """The table for a CPU; every row is recorded as soon as it is measured."""
+    bandwidth = read_bandwidth(2.0)
+    instructions = cpu.default_instruction_set()
+    settings = {v: os.environ[v] for v in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if v in os.environ}
+    summary = "fastest calls" if options.fastest else "medians"
+    print(f"{torch.get_num_threads()} threads, instruction set {instructions}, torch {torch.__version__}")
+    print(f"{summary}, settings {settings or 'none'}, read bandwidth {bandwidth / 1e9:.1f} GB/s\n")
+    print("| shape N x K | tokens | ours, ms | GB/s | share of bandwidth | best dense, ms | which | ours is faster |")
+    print("|---|---|---|---|---|---|---|---|")
+    conditions = {"device": "cpu", "dtype": options.dtype, "kernel": "dense" if options.dense else "2:4"}
+    conditions |= {"summary": summary, "seconds": options.seconds, "read_bandwidth": bandwidth}
+    conditions |= {"instruction_set": instructions, "settings": settings}
+    for name, (n, k) in shapes.items():
+        for row in shape_rows(name, (n, k), tokens, options):
+            append(options.results, PROTOCOL, conditions | row)
+            best = min(row["dense"], key=row["dense"].__getitem__)
+            label = f"{n} x {k}" if name == f"{n}x{k}" else f"{name} {n} x {k}"
+            ours, other, rate = row["ours"], row["dense"][best], row["bytes_per_second"]
+            print(
+                f"| {label} | {row['tokens']} | {1e3 * ours:.3f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} "
+                f"| {1e3 * other:.3f} | {best} | {other / ours:.2f} |",
                 flush=True,
             )
 
@@ -175,7 +237,7 @@ def main() -> None:
     parser.add_argument(
         "--fastest", action="store_true", help="fastest call, not the median: for a machine with other work"
     )
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--results", type=Path, default=RESULTS / "kernel.jsonl", help="a row a line of the table")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -187,60 +249,8 @@ def main() -> None:
     elif arguments.quick:
         shapes = dict(list(shapes.items())[:2])
     tokens = arguments.tokens or ((1, 8, 64, 256) if arguments.quick else TOKENS[:6] if arguments.dense else TOKENS)
-    dtype = DTYPES[arguments.dtype]
-    if arguments.device == "cuda":
-        gpu_rows(shapes, tokens, dtype)
-        return
-    activations = torch.bfloat16 if dtype == torch.int8 else dtype
-
-    bandwidth = read_bandwidth(2.0)
-    print(
-        f"{torch.get_num_threads()} threads, instruction set {cpu.default_instruction_set()}, torch {torch.__version__}"
-    )
-    settings = {v: os.environ[v] for v in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if v in os.environ}
-    summary = "fastest calls" if arguments.fastest else "medians"
-    print(f"{summary}, settings {settings or 'none'}, read bandwidth {bandwidth / 1e9:.1f} GB/s\n")
-    print("| shape N x K | tokens | ours, ms | GB/s | share of bandwidth | best dense, ms | which | ours is faster |")
-    print("|---|---|---|---|---|---|---|---|")
-    rows = []
-    for name, (n, k) in shapes.items():
-        packed = random_packed(n, k, dtype)
-        number = min(256, max(2, int(1.2e8 / packed.nbytes)))
-        copies = [dataclasses.replace(packed, data=as_served(packed.data)) for _ in range(number)]
-        dense = [torch.randn(n, k).bfloat16() for _ in range(min(256, max(2, int(1.2e8 / (2 * n * k)))))]
-        wide = [dense[0].float(), dense[-1].float()]
-        for count in tokens:
-            x = torch.randn(count, k).to(activations)
-            calls: dict[str, Callable[[int], object]] = dense_calls(count, dense, wide)
-            if arguments.dense:
-                wrapped = [kernels.pack_dense(as_served(w)) for w in dense]
-                half = x.bfloat16()
-                calls["ours"] = lambda i, x=half, w=wrapped: cpu.multiply(x, w[i % len(w)], None)
-            else:
-                calls["ours"] = lambda i, x=x, w=copies: kernels.linear(x, w[i % len(w)])
-            medians = time_alternating(calls, arguments.seconds, min if arguments.fastest else statistics.median)
-            ours = medians.pop("ours")
-            best = min(medians, key=medians.__getitem__)
-            rate = (2 * n * k if arguments.dense else packed.nbytes) / ours
-            rows.append(
-                {
-                    "name": name,
-                    "n": n,
-                    "k": k,
-                    "tokens": count,
-                    "ours": ours,
-                    "dense": medians,
-                    "bytes_per_second": rate,
-                }
-            )
-            label = f"{n} x {k}" if name == f"{n}x{k}" else f"{name} {n} x {k}"
-            print(
-                f"| {label} | {count} | {1e3 * ours:.3f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} "
-                f"| {1e3 * medians[best]:.3f} | {best} | {medians[best] / ours:.2f} |",
-                flush=True,
-            )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"read_bandwidth": bandwidth, "rows": rows}, indent=1))
+    rows = gpu_rows if arguments.device == "cuda" else cpu_rows
+    rows(shapes, tokens, arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """Ways to quantize a 2:4 layer to INT4, their output error relative to rounding to nearest (docs/quantization.md).
 
-python benchmarks/masked_gptq.py
+    python benchmarks/masked_gptq.py
+
+Each call appends a row to results/masked_gptq.jsonl.
 """
 
 import torch
 
 from crepe_llm.functional.masked_gptq import masked_gptq
+from records import RESULTS, append
 
+# Raised by every change of a default or of how something is measured.
+PROTOCOL = 1
 ROWS, COLUMNS, TOKENS, BITS, DAMPENING = 256, 512, 4000, 4, 0.01
 
 
@@ -50,8 +55,11 @@ def main() -> None:
         "no mask, its zeros lost": masked_gptq(weight, gram, torch.ones_like(keep), quantize)[0],
     }
     print(f"2:4 layer {ROWS} x {COLUMNS}, INT{BITS}, {TOKENS} correlated inputs; output error relative to nearest")
-    for name, quantized in results.items():
-        print(f"{name:<38} {error(quantized) / nearest:.2f}")
+    errors = {name: error(quantized) / nearest for name, quantized in results.items()}
+    for name, relative in errors.items():
+        print(f"{name:<38} {relative:.2f}")
+    conditions = {"rows": ROWS, "columns": COLUMNS, "tokens": TOKENS, "bits": BITS, "dampening": DAMPENING}
+    append(RESULTS / "masked_gptq.jsonl", PROTOCOL, {**conditions, "errors": errors})
 
 
 if __name__ == "__main__":

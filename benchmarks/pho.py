@@ -1,4 +1,4 @@
-"""What a search costs, beside what it replaces.
+"""What a search costs, and what the evaluations cost that it replaces.
 
     python benchmarks/pho.py                    # candidate, search, perplexity of what was found, projection
     python benchmarks/pho.py --hill-climb 20    # and 20 candidates of the hill climb on perplexity; resumes at will
@@ -9,24 +9,106 @@ hill climb starts at RIA and lowers validation perplexity; its study is saved af
 """
 
 import argparse
+import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, evaluate
 from crepe_llm.search.optimisers import OPTIMISERS
 from crepe_llm.search.search import search
-from crepe_llm.search.space import RIA, Coefficients
+from crepe_llm.search.space import RIA, Coefficients, Mask
 from crepe_llm.search.study import Study
-from hill_climb import hill_climb
+from hill_climb import hill_climb as climb
 from pho_common import LAYERS_PER_KIND, MODELS, ROWS, WANDA, Bench, parse_mask
+from records import RESULTS, Row, append
 from studies import studies_folder
 
-RESULTS = studies_folder() / "hill_climb"
+# Raised by every change of a default or of how something is measured.
+PROTOCOL = 1
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
+PROXY = PROXIES[DEFAULT_PROXY]
+
+Perplexity = Callable[[Coefficients, list[str]], float]
+
+
+def costs(bench: Bench, mask: Mask, tokens: int) -> dict[str, float]:
+    """Seconds of pruning the model, of a perplexity evaluation, and of a candidate (median of 20)."""
+    started = time.perf_counter()
+    with bench.pruned(RIA, mask):
+        pruning = time.perf_counter() - started
+        started = time.perf_counter()
+        bench.perplexity(bench.corpus.valid, tokens)
+        evaluation = time.perf_counter() - started
+    print(f"pruning the model {pruning:.2f} s, its perplexity on {tokens} tokens {evaluation:.1f} s")
+    seconds = []
+    for _ in range(21):
+        started = time.perf_counter()
+        evaluate(bench.samples, RIA, mask, PROXY)
+        seconds.append(time.perf_counter() - started)
+    candidate = statistics.median(seconds[1:])
+    print(
+        f"a candidate on {len(bench.samples)} layers x {ROWS} rows: {candidate * 1e3:.0f} ms (median of 20), "
+        f"1/{evaluation / candidate:.0f} of the evaluation alone"
+    )
+    return {"pruning": pruning, "evaluation": evaluation, "candidate": candidate}
+
+
+def projection(bench: Bench, candidate: float, candidates: int) -> dict[str, float]:
+    """What a candidate on LLaMA-2-7B would take, by the multiply-adds of its Gram products."""
+    multiply = sum(sample.rows.numel() * sample.weight.shape[1] ** 2 for sample in bench.samples)
+    kinds = [shape for shape, count in LLAMA_2_7B.items() for _ in range(count)]
+    larger = sum(LAYERS_PER_KIND * ROWS * d_in**2 for _, d_in in kinds)
+    projected = candidate * larger / multiply
+    print(
+        f"\nprojection: a candidate's Gram products are {multiply / 1e9:.2f} G multiply-adds here and "
+        f"{larger / 1e9:.1f} G for LLaMA-2-7B ({LAYERS_PER_KIND} of each of its {len(kinds)} kinds of layers, {ROWS} "
+        f"rows), {larger / multiply:.0f} times as many:\n{projected:.1f} s a candidate, "
+        f"{projected * candidates / 60:.0f} minutes for {candidates} candidates on this machine, "
+        "calibration not counted"
+    )
+    return {"multiply_adds": multiply, "llama_2_7b_multiply_adds": larger, "llama_2_7b_candidate": projected}
+
+
+def hill_climb(bench: Bench, study: Study, goal: float, perplexity: Perplexity, options: argparse.Namespace) -> Row:
+    """Climb on validation perplexity; its successive bests with their test perplexity, until one reaches the goal."""
+    mask = options.mask.replace(":", "-")
+    OPTIMISERS["hill_climb"] = climb
+    path = studies_folder() / "hill_climb" / f"hill_climb-{options.model}-{mask}-seed{options.seed}.json"
+    resumed = path.exists()
+    climb = search(
+        lambda coefficients: perplexity(coefficients, bench.corpus.valid),
+        Study(
+            options.model,
+            study.mask,
+            f"perplexity of {options.tokens} validation tokens",
+            higher_is_better=False,
+            optimiser="hill_climb",
+            seed=options.seed,
+        ),
+        candidates=options.hill_climb,
+        path=path,
+        progress=lambda now: print(f"hill climb: {now.candidates[-1]}", flush=True),
+    )
+    print(f"\nhill climb: {climb}\nits successive bests, with their test perplexity:")
+    best, spent, bests = math.inf, 0.0, []
+    for candidate in climb.candidates:
+        spent += candidate.seconds
+        if climb.loss(candidate) >= best:
+            continue
+        best = climb.loss(candidate)
+        reached = perplexity(candidate.coefficients, bench.corpus.test)
+        bests.append({"seconds": spent, "perplexity": reached})
+        print(f"  {spent:5.0f} s, {spent / study.seconds:3.0f} times the search: {reached:.2f}", flush=True)
+        if reached <= goal:
+            print("  which is as good as what the search found")
+            break
+    return {"resumed": resumed, "bests": bests}
 
 
 def main() -> None:
@@ -37,92 +119,37 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of a perplexity evaluation")
     parser.add_argument("--candidates", type=int, default=200)
     parser.add_argument("--hill-climb", type=int, metavar="N", help="candidates of the hill climb")
+    parser.add_argument("--results", type=Path, default=RESULTS / "pho.jsonl", help="a row a call")
     options = parser.parse_args()
-    mask, proxy = parse_mask(options.mask), PROXIES[DEFAULT_PROXY]
+    mask = parse_mask(options.mask)
     print(f"{options.model}, {mask}, seed {options.seed}, {torch.get_num_threads()} threads, bf16 forward passes")
 
     started = time.perf_counter()
     bench = Bench(options.model, options.seed)
-    print(
-        f"loading, calibrating on {bench.calibration.numel()} tokens, sampling: {time.perf_counter() - started:.1f} s"
-    )
+    loading, tokens = time.perf_counter() - started, bench.calibration.numel()
+    print(f"loading, calibrating on {tokens} tokens, sampling: {loading:.1f} s")
+    row: Row = {name: getattr(options, name) for name in ("model", "mask", "seed", "tokens", "candidates")}
+    row |= {"loading": loading, **costs(bench, mask, options.tokens)}
 
     def perplexity(coefficients: Coefficients, texts: list[str]) -> float:
         with bench.pruned(coefficients, mask):
             return bench.perplexity(texts, options.tokens)
 
-    started = time.perf_counter()
-    with bench.pruned(RIA, mask):
-        pruning = time.perf_counter() - started
-        started = time.perf_counter()
-        bench.perplexity(bench.corpus.valid, options.tokens)
-        evaluation = time.perf_counter() - started
-    print(f"pruning the model {pruning:.2f} s, its perplexity on {options.tokens} tokens {evaluation:.1f} s")
-
-    seconds = []
-    for _ in range(21):
-        started = time.perf_counter()
-        evaluate(bench.samples, RIA, mask, proxy)
-        seconds.append(time.perf_counter() - started)
-    candidate = statistics.median(seconds[1:])
-    print(
-        f"a candidate on {len(bench.samples)} layers x {ROWS} rows: {candidate * 1e3:.0f} ms (median of 20), "
-        f"1/{evaluation / candidate:.0f} of the evaluation alone"
-    )
-
     study = search(
-        lambda coefficients: evaluate(bench.samples, coefficients, mask, proxy),
-        Study(options.model, mask, proxy.name, proxy.higher_is_better, seed=options.seed),
+        lambda coefficients: evaluate(bench.samples, coefficients, mask, PROXY),
+        Study(options.model, mask, PROXY.name, PROXY.higher_is_better, seed=options.seed),
         candidates=options.candidates,
     )
-    print(f"\nsearch: {study}")
-    print(f"\nperplexity on {options.tokens} test tokens of {bench.corpus.name}, windows of 512:")
+    print(f"\nsearch: {study}\n\nperplexity on {options.tokens} test tokens of {bench.corpus.name}, windows of 512:")
     tested = {}
     for name, coefficients in (("found", study.recommended), ("RIA", RIA), ("Wanda", WANDA)):
         tested[name] = perplexity(coefficients, bench.corpus.test)
         print(f"  {name:<6} {tested[name]:.2f}", flush=True)
-
-    multiply = sum(sample.rows.numel() * sample.weight.shape[1] ** 2 for sample in bench.samples)
-    kinds = [shape for shape, count in LLAMA_2_7B.items() for _ in range(count)]
-    larger = sum(LAYERS_PER_KIND * ROWS * d_in**2 for _, d_in in kinds)
-    projected = candidate * larger / multiply
-    print(
-        f"\nprojection: a candidate's Gram products are {multiply / 1e9:.2f} G multiply-adds here and "
-        f"{larger / 1e9:.1f} G for LLaMA-2-7B ({LAYERS_PER_KIND} of each of its {len(kinds)} kinds of layers, {ROWS} "
-        f"rows), {larger / multiply:.0f} times as many:\n{projected:.1f} s a candidate, "
-        f"{projected * options.candidates / 60:.0f} minutes for {options.candidates} candidates on this machine, "
-        "calibration not counted"
-    )
-
+    row |= {"search": study.seconds, "found": dataclasses.asdict(study.recommended), "perplexity": tested}
+    row |= projection(bench, row["candidate"], options.candidates)
     if options.hill_climb is not None:
-        OPTIMISERS["hill_climb"] = hill_climb
-        path = RESULTS / f"hill_climb-{options.model}-{options.mask.replace(':', '-')}-seed{options.seed}.json"
-        climb = search(
-            lambda coefficients: perplexity(coefficients, bench.corpus.valid),
-            Study(
-                options.model,
-                mask,
-                f"perplexity of {options.tokens} validation tokens",
-                higher_is_better=False,
-                optimiser="hill_climb",
-                seed=options.seed,
-            ),
-            candidates=options.hill_climb,
-            path=path,
-            progress=lambda now: print(f"hill climb: {now.candidates[-1]}", flush=True),
-        )
-        print(f"\nhill climb: {climb}\nits successive bests, with their test perplexity:")
-        best, spent = math.inf, 0.0
-        for candidate in climb.candidates:
-            spent += candidate.seconds
-            if climb.loss(candidate) >= best:
-                continue
-            best = climb.loss(candidate)
-            reached = perplexity(candidate.coefficients, bench.corpus.test)
-            print(f"  {spent:5.0f} s, {spent / study.seconds:3.0f} times the search: {reached:.2f}", flush=True)
-            if reached <= tested["found"]:
-                print("  which is as good as what the search found")
-                break
+        row["hill_climb"] = hill_climb(bench, study, tested["found"], perplexity, options)
+    append(options.results, PROTOCOL, row)
 
 
 if __name__ == "__main__":

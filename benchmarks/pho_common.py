@@ -25,8 +25,8 @@ LAYERS_PER_KIND, ROWS = 4, 96  # PHOSearchModifier's defaults
 class Bench:
     """A model (bf16, so that CPUs with bf16 units are fast), statistics of its dense layers' inputs, and windows.
 
-    Every candidate is pruned from the fp32 weights by the dense model's statistics, without recalibration behind pruned
-    blocks, so that a candidate's perplexity costs one pruning and one evaluation.
+    Every candidate is pruned from the fp32 weights by the dense model's statistics. No layer is calibrated again on the
+    outputs of pruned ones, so a candidate's perplexity costs one pruning and one evaluation.
 
     Args:
         name: of the model, a key of MODELS.

@@ -1,7 +1,7 @@
 """How well does each proxy rank configurations as perplexity does?
 
 `measure` prunes a model with random configurations (RIA and Wanda first), measures the perplexity of each on held-out
-validation text, and saves every configuration in a file of its own as soon as it is done; it can be stopped and started
+validation text, and appends a row to results/proxy_study.jsonl as soon as it is done; it can be stopped and started
 again at will. `report` computes every proxy on the sample that PHOSearchModifier takes by default, and prints Spearman
 correlations with bootstrap confidence intervals; it can be repeated with other proxies without measuring anew.
 
@@ -11,9 +11,7 @@ correlations with bootstrap confidence intervals; it can be repeated with other 
 
 import argparse
 import dataclasses
-import json
 import math
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,12 @@ from scipy.stats import spearmanr
 from crepe_llm.search.fitness import PROXIES, evaluate
 from crepe_llm.search.space import RIA, Coefficients, SearchSpace
 from pho_common import MODELS, WANDA, Bench, parse_mask
-from studies import studies_folder
+from records import LEGEND, RESULTS, Row, append, dagger, is_done, read, read_old, with_old
 
-RESULTS = studies_folder() / "proxy_study"
+# Raised by every change of a default or of how something is measured. 1: rows without provenance.
+PROTOCOL = 2
+PATH = RESULTS / "proxy_study.jsonl"
+CELL = ("model", "seed", "mask", "coefficients")
 
 
 def configurations(count: int) -> list[Coefficients]:
@@ -44,35 +45,33 @@ def configurations(count: int) -> list[Coefficients]:
     return chosen
 
 
-def file_of(options: argparse.Namespace, mask: str, index: int) -> Path:
-    return RESULTS / f"{options.model}-seed{options.seed}-{mask.replace(':', '-')}-{index:02d}.json"
-
-
 def measure(options: argparse.Namespace) -> None:
-    bench = None
-    for index, coefficients in enumerate(configurations(options.configurations)):
+    bench, rows = None, read(PATH)
+    for coefficients in configurations(options.configurations):
         for mask in options.masks:
-            path = file_of(options, mask, index)
-            if path.exists():
-                continue
-            if bench is None:
-                bench = Bench(options.model, options.seed)
-            with bench.pruned(coefficients, parse_mask(mask)):
-                perplexity = bench.perplexity(bench.corpus.valid, options.tokens)
-            record = {
+            key = {
                 "model": options.model,
                 "seed": options.seed,
                 "mask": mask,
                 "tokens": options.tokens,
                 "calibration_dtype": "bfloat16",
                 "coefficients": dataclasses.asdict(coefficients),
-                "perplexity": perplexity,
             }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(partial, path)
-            print(f"{path.stem}: perplexity {perplexity:.2f}: {coefficients}", flush=True)
+            if is_done(key, rows, PROTOCOL):
+                continue
+            if bench is None:
+                bench = Bench(options.model, options.seed)
+            with bench.pruned(coefficients, parse_mask(mask)):
+                perplexity = bench.perplexity(bench.corpus.valid, options.tokens)
+            rows.append(append(PATH, PROTOCOL, key | {"perplexity": perplexity}))
+            print(f"{options.model}, {mask}: perplexity {perplexity:.2f}: {coefficients}", flush=True)
+
+
+def measured(model: str, seed: int, mask: str) -> list[Row]:
+    """The rows of a model, seed and mask in the order of `configurations`: RIA's, Wanda's, then the random ones'."""
+    rows = with_old(read(PATH), read_old(PATH), PROTOCOL, CELL)
+    mine = [row for row in rows if (row["model"], row["seed"], row["mask"]) == (model, seed, mask)]
+    return [row for c in configurations(len(mine)) for row in mine if row["coefficients"] == dataclasses.asdict(c)]
 
 
 def interval(values: np.ndarray, perplexities: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
@@ -91,11 +90,10 @@ def report(options: argparse.Namespace) -> None:
     bench = Bench(options.model, options.seed)
     panels: dict[str, Any] = {}
     for mask in options.masks:
-        paths = sorted(RESULTS.glob(file_of(options, mask, 0).name.replace("-00.json", "-*.json")))
-        if len(paths) < 5:
-            print(f"{mask}: {len(paths)} configurations measured, too few to correlate")
+        records = measured(options.model, options.seed, mask)
+        if len(records) < 5:
+            print(f"{mask}: {len(records)} configurations measured, too few to correlate")
             continue
-        records = [json.loads(path.read_text()) for path in paths]
         perplexities = np.array([record["perplexity"] for record in records])
         tokens = {record["tokens"] for record in records}
         order = np.argsort(perplexities)
@@ -119,10 +117,11 @@ def report(options: argparse.Namespace) -> None:
             half = float(spearmanr(losses[better], perplexities[better]).statistic)
             print(
                 f"| {name} | {rho:+.2f} | {low:+.2f} to {high:+.2f} | {half:+.2f} "
-                f"| {perplexities[int(losses.argmin())]:.1f} |",
+                f"| {perplexities[int(losses.argmin())]:.1f}{dagger(records)} |",
                 flush=True,
             )
             panels[f"{name}, {mask}"] = (values, perplexities)
+        print(f"\n{LEGEND}" if dagger(records) else "")
     if options.plot is not None and panels:
         draw(panels, options)
 

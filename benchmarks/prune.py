@@ -3,7 +3,8 @@
     python benchmarks/prune.py
 
 First whole `oneshot` runs on SmolLM2 to 2:4, one process each, alternating; then score + mask alone on a
-4096 x 14336 layer, beside llm-compressor's `sparsify_weight`.
+4096 x 14336 layer, beside llm-compressor's `sparsify_weight`. Every run is a row of --results; the tables are of the
+runs of this call.
 """
 
 import argparse
@@ -14,6 +15,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from records import RESULTS, append
+
+# Raised by every change of a default or of how something is measured.
+PROTOCOL = 1
 
 ONESHOT = ("crepe", "wanda", "upstream-wanda", "upstream-sparsegpt")
 LABELS = {
@@ -97,6 +104,35 @@ def layer_cases(rows: int, columns: int) -> dict[str, Callable[[], object]]:
     }
 
 
+def oneshot_runs(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Runs of every method in turns, each in a process of its own and recorded as soon as it is done."""
+    runs: dict[str, list[dict[str, float]]] = {LABELS[method]: [] for method in ONESHOT}
+    conditions = {"part": "oneshot", "windows": options.windows, "length": options.length}
+    for repeat in range(options.repeats):
+        for method in ONESHOT:
+            print(f"run {repeat + 1} of {options.repeats}: {LABELS[method]}", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--one", method]
+            command += ["--windows", str(options.windows), "--length", str(options.length)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            runs[LABELS[method]].append(json.loads(output.splitlines()[-1]))
+            append(options.results, PROTOCOL, {**conditions, "case": LABELS[method], **runs[LABELS[method]][-1]})
+    return runs
+
+
+def layer_runs(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Runs of every case on one layer in turns, recorded."""
+    cases = layer_cases(*options.shape)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    for case in cases.values():
+        case()  # first touches
+    conditions: dict[str, Any] = {"part": "layer", "shape": options.shape}
+    for _ in range(options.repeats):
+        for name, case in cases.items():
+            runs[name].append(measured(case))
+            append(options.results, PROTOCOL, {**conditions, "case": name, **runs[name][-1]})
+    return runs
+
+
 def table(rows: dict[str, list[dict[str, float]]], peers: dict[str, str]) -> str:
     """Markdown, medians, each row as a ratio to its peer's."""
     medians = {
@@ -120,6 +156,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a window (%(default)s)")
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 14336], help="of the single layer")
     parser.add_argument("--only", choices=["oneshot", "layer"], help="one half of the benchmark")
+    parser.add_argument("--results", type=Path, default=RESULTS / "prune.jsonl", help="a row a run")
     parser.add_argument("--one", choices=ONESHOT, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -127,27 +164,14 @@ def main() -> None:
         return
 
     if options.only != "layer":
-        runs: dict[str, list[dict[str, float]]] = {LABELS[method]: [] for method in ONESHOT}
-        for repeat in range(options.repeats):
-            for method in ONESHOT:
-                print(f"run {repeat + 1} of {options.repeats}: {LABELS[method]}", file=sys.stderr, flush=True)
-                command = [sys.executable, __file__, "--one", method]
-                command += ["--windows", str(options.windows), "--length", str(options.length)]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                runs[LABELS[method]].append(json.loads(output.splitlines()[-1]))
+        runs = oneshot_runs(options)
         print(f"SmolLM2-135M, fp32, 2:4, {options.windows} x {options.length} calibration tokens:\n")
         print(table(runs, dict.fromkeys(runs, LABELS["upstream-wanda"])), "\n")
     if options.only != "oneshot":
-        cases = layer_cases(*options.shape)
-        timings: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
-        for case in cases.values():
-            case()  # first touches
-        for _ in range(options.repeats):
-            for name, case in cases.items():
-                timings[name].append(measured(case))
-        peers = {name: "llm-compressor Wanda " + ("2:4" if "2:4" in name else "50 % per row") for name in cases}
+        runs = layer_runs(options)
+        peers = {name: "llm-compressor Wanda " + ("2:4" if "2:4" in name else "50 % per row") for name in runs}
         print(f"Score, mask and zeroing of one {options.shape[0]} x {options.shape[1]} fp32 layer:\n")
-        print(table(timings, peers))
+        print(table(runs, peers))
 
 
 if __name__ == "__main__":

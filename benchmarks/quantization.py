@@ -5,15 +5,14 @@
 
 CRePE prunes each model once; every quantization then starts from that 2:4 checkpoint, read back from disk, with the
 quantization of its recipe, so that all have the same mask. What is measured is the saved checkpoint, loaded again.
+Every line of the table is a row of --results.
 """
 
 import argparse
-import os
-import platform
-import shlex
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -26,6 +25,10 @@ from crepe_llm import samples
 from crepe_llm.checkpoints import attach, is_2of4, read_folder
 from crepe_llm.evaluation.perplexity import perplexity
 from crepe_llm.recipe_files import recipe_path
+from records import RESULTS, append, provenance
+
+# Raised by every change of a default or of how something is measured.
+PROTOCOL = 1
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 QUANTIZATIONS = {
@@ -53,19 +56,19 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def measure(folder: Path, windows: torch.Tensor, corpus: str, keep: dict[str, torch.Tensor]) -> str:
-    """Load a checkpoint, check its mask, and return its columns of the table."""
+def measure(folder: Path, windows: torch.Tensor, corpus: str, keep: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Load a checkpoint, check its mask, and return its perplexity and sizes."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     result = perplexity(model, windows, corpus=corpus, progress=False)
     for name, weight in linear_weights(model).items() if keep else ():
         if not is_2of4(weight) or weight[~keep[name]].any():
             raise RuntimeError(f"{folder}: {name} left CRePE's mask")
     packed = len(read_folder(folder).layers)
-    return f"{result.perplexity:.3f} | {weight_bytes(folder) / 1e6:.1f} MB | {packed}"
+    return {"perplexity": result.perplexity, "bytes": weight_bytes(folder), "packed": packed}
 
 
 def run(name: str, options: argparse.Namespace, scratch: Path) -> None:
-    """Print the rows of one model."""
+    """Measure, record and print the rows of one model."""
     source = MODELS[name]()
     tokenizer = AutoTokenizer.from_pretrained(source)
     corpus = samples.wikipedia()
@@ -81,8 +84,12 @@ def run(name: str, options: argparse.Namespace, scratch: Path) -> None:
         "shuffle_calibration_samples": False,
     }
 
-    def row(label: str, columns: str) -> None:
-        print(f"| {name} | {label} | {columns} |", flush=True)
+    conditions = {key: getattr(options, key) for key in ("tokens", "window", "samples", "length", "seed")}
+
+    def row(label: str, made: dict[str, Any]) -> None:
+        append(options.results, PROTOCOL, {"model": name, "weights": label, **conditions, **made})
+        size = f"{made['bytes'] / 1e6:.1f} MB"
+        print(f"| {name} | {label} | {made['perplexity']:.3f} | {size} | {made['packed']} |", flush=True)
 
     dense, sparse = scratch / f"{name}-dense", scratch / f"{name}-sparse"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
@@ -111,15 +118,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows (%(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens per calibration window (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "quantization.jsonl", help="a row a checkpoint")
     options = parser.parse_args()
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     torch.manual_seed(options.seed)
-    print(f"$ python {shlex.join(sys.argv)}")
+    print(f"$ {provenance()['command']}")
     print(
         f"{samples.wikipedia().name}: test, {options.tokens} tokens in windows of {options.window}; calibration on "
         f"{options.samples} windows of {options.length} tokens of train, seed {options.seed}; bf16; "
-        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores\n"
+        f"torch {torch.__version__}, {provenance()['processor']}, {provenance()['cores']} cores\n"
     )
     print("| model | weights | perplexity | safetensors | packed layers |")
     print("|---|---|---|---|---|")

@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,39 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 BEFORE_PROVENANCE = RESULTS / "before_provenance"
+# What tables put beside figures of rows without provenance, and what they say about it below.
+DAGGER = "†"
+LEGEND = f"{DAGGER} from before records had a commit, a host and a date."
 PACKAGES = ("crepe-llm", "torch", "transformers", "llmcompressor", "compressed-tensors", "vllm")
 
 Row = dict[str, Any]
 
 
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+# Read once, at the start: the code that runs stays what it was when somebody commits meanwhile.
+_COMMIT = _git("rev-parse", "HEAD")
+# Rows that earlier runs appended change no code.
+_CHANGES = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+
+
 @functools.cache
 def provenance() -> Row:
     """Where and with what this process runs."""
-    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "clean": None if changes is None else changes == "",
+        "commit": _COMMIT,
+        "clean": None if _CHANGES is None else _CHANGES == "",
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "command": shlex.join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", *map(_without_folders, sys.argv)]),
     }
 
 
@@ -92,12 +109,23 @@ def newest(keys: list[Row], rows: list[Row], old: list[Row], protocol: int) -> l
     return found
 
 
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def with_old(rows: list[Row], old: list[Row], protocol: int, cell: Sequence[str]) -> list[Row]:
+    """The rows of this protocol, and before them the old ones whose cell has none.
+
+    Args:
+        rows: with provenance.
+        old: without.
+        protocol: whose rows count.
+        cell: the fields that say which cell of a table a row belongs to.
+    """
+    new = [row for row in rows if row["protocol"] == protocol]
+    seen = [[row.get(name) for name in cell] for row in new]
+    return [row for row in old if [row.get(name) for name in cell] not in seen] + new
+
+
+def dagger(rows: Iterable[Row]) -> str:
+    """The mark of a cell with a row that has no provenance, else nothing."""
+    return DAGGER if any("provenance" not in row for row in rows) else ""
 
 
 def _version(package: str) -> str | None:
@@ -107,6 +135,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _relative(path: str) -> str:
-    resolved = Path(path).resolve()
-    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else resolved.name
+def _without_folders(argument: str) -> str:
+    """A path inside the repository relative to it, another absolute one by its last part, and all else as it is."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name

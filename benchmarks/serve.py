@@ -2,12 +2,13 @@
 
     python benchmarks/serve.py                      # 1B shape and SmolLM2, dense bf16 and fp32 beside sparse
     python benchmarks/serve.py --quick              # the 1B shape, one turn
-    python benchmarks/serve.py --models smollm2 --json serve.json
+    python benchmarks/serve.py --models smollm2 --results serve.jsonl
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CREPE_CPU_ISA=avx2 python benchmarks/serve.py   # as if AVX2 only
 
 `1b` is a model with random weights in the shape of Llama-3.2-1B; SmolLM2 is pruned by magnitude, and its figures are
 speed, not quality. Every engine runs eagerly in a process of its own, in turns; figures are medians over the turns.
-Runs are added to --results as they finish, and medians are over all runs there: a second call adds turns to the first.
+Runs are added to --results as they finish, and medians are over all runs there on this processor: a second call adds
+turns to the first.
 """
 
 import argparse
@@ -27,6 +28,10 @@ from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.evaluation.throughput import Case, Engine, median, run
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import magnitude_scores
+from records import RESULTS, append, processor, read
+
+# Raised by every change of a default or of how something is measured.
+PROTOCOL = 1
 
 CASES = [Case(prompt, streams) for prompt in (32, 512) for streams in (1, 8)]
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CREPE_CPU_ISA", "OMP_NUM_THREADS")
@@ -140,7 +145,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="concurrent streams (1 8)")
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--quick", action="store_true", help="the first model, one turn, dense and sparse bf16")
-    parser.add_argument("--results", metavar="FILE", type=Path, default=Path("serve.jsonl"), help="%(default)s")
+    parser.add_argument("--results", metavar="FILE", type=Path, default=RESULTS / "serve.jsonl", help="a row a run")
     options = parser.parse_args()
     if options.quick:
         options.models, options.turns, options.repeats = options.models[:1], 1, 1
@@ -150,6 +155,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "environment": isa,
+        "processor": processor(),
         "tokens": options.tokens,
     }
     cases = [case for case in CASES if case.streams in options.streams]
@@ -161,13 +167,11 @@ def main() -> None:
                 engine = Engine(name, str(folders[kind]), DTYPES[dtype])
                 print(f"{model}, turn {turn + 1}: {name}", file=sys.stderr, flush=True)
                 measured = run(engine, cases, tokens=options.tokens, repeats=options.repeats)
-                with options.results.open("a") as results:
-                    results.write(json.dumps({"model": model, "engine": name, **conditions, **measured}) + "\n")
-    runs = [json.loads(line) for line in options.results.read_text().splitlines()]
+                append(options.results, PROTOCOL, {"model": model, "engine": name, **conditions, **measured})
     same = [
         found
-        for found in runs
-        if all(found[key] == value for key, value in conditions.items())
+        for found in read(options.results)
+        if {"protocol": PROTOCOL, **conditions}.items() <= found.items()
         and [(case["prompt"], case["streams"]) for case in found["cases"]] == [(c.prompt, c.streams) for c in cases]
     ]
     print(json.dumps(conditions))

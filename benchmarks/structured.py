@@ -10,7 +10,6 @@ for real, measures it and puts the dense matrices back.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -33,11 +32,16 @@ from crepe_llm.models import per_block
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.ffn import FFN, cut, find_ffns
 from crepe_llm.training.recovery import RecoverySettings, recover
+from records import LEGEND, RESULTS, Row, append, dagger, is_done, newest, read, read_old, with_old
+
+# Raised by every change of a default or of how something is measured. 1: rows without provenance.
+PROTOCOL = 2
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 METHODS = ("random", "magnitude", "wanda", "activation", "relative")
 ALLOCATIONS = ("uniform", "coarse")
 RANKS = ("important", "unimportant", "uniform")
+CASES = [Case(prompt, streams) for prompt in (32, 512) for streams in (1, 8)]
 DTYPE = torch.bfloat16
 
 
@@ -91,69 +95,76 @@ def widths_of(ffns: list[FFN], allocation: str, sparsity: float, round_to: int, 
 
 
 @contextmanager
-def pruned(
-    ffns: list[FFN], method: str, allocation: str, sparsity: float, round_to: int, seen: Calibration | None, seed: int
-) -> Iterator[float]:
-    """Cut the FFNs of a model meanwhile; gives the seconds that it took without the calibration."""
+def pruned(ffns: list[FFN], key: Row, seen: Calibration | None) -> Iterator[float]:
+    """Cut the FFNs of a model as a cell's key says, meanwhile; gives the seconds that it took without calibration."""
     started = time.perf_counter()
-    kept = widths_of(ffns, allocation, sparsity, round_to, seen)
+    kept = widths_of(ffns, key["allocation"], key["sparsity"], key["round_to"], seen)
     dense = [(module, module.weight) for ffn in ffns for module in (*ffn.inputs, ffn.output)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(key["seed"] or 0)
     try:
         for index, (ffn, count) in enumerate(zip(ffns, kept, strict=True)):
             norm = seen.norms[index] if seen is not None else None
-            cut(ffn, kept_channels(scores(method, ffn, norm, generator), count))
+            cut(ffn, kept_channels(scores(key["method"], ffn, norm, generator), count))
         yield time.perf_counter() - started
     finally:
         for module, weight in dense:
             module.weight = weight
 
 
+def quality_keys(options: argparse.Namespace) -> list[Row]:
+    """The conditions of every cell that the options ask for."""
+    conditions = {name: getattr(options, name) for name in ("windows", "length", "tokens", "round_to")}
+    cells: list[Row] = [{"method": "dense", "allocation": "", "sparsity": 0.0, "seed": None}]
+    for seed in options.seeds:
+        for sparsity in options.sparsities:
+            for allocation in options.allocations:
+                for method in options.methods:
+                    # Without data and with the same widths everywhere, nothing depends on the seed.
+                    fixed = method == "magnitude" and allocation == "uniform"
+                    cell = {"method": method, "allocation": allocation, "sparsity": sparsity}
+                    cell |= {"seed": None if fixed else seed}
+                    if cell not in cells:
+                        cells.append(cell)
+    return [{"model": model, **cell, **conditions} for model in options.models for cell in cells]
+
+
 def quality(options: argparse.Namespace) -> None:
     """Perplexity of every cell that is not in the results yet, then the table."""
-    conditions = {name: getattr(options, name) for name in ("windows", "length", "tokens", "round_to")}
-    records = read(options.results)
-    corpus = samples.wikipedia()
-    for model_name in options.models:
-        cells: list[dict[str, Any]] = [{"method": "dense", "allocation": "", "sparsity": 0.0, "seed": None}]
-        for seed in options.seeds:
-            for sparsity in options.sparsities:
-                for allocation in options.allocations:
-                    for method in options.methods:
-                        # Without data and with the same widths everywhere, nothing depends on the seed.
-                        fixed = method == "magnitude" and allocation == "uniform"
-                        cell = {"method": method, "allocation": allocation, "sparsity": sparsity}
-                        cell |= {"seed": None if fixed else seed}
-                        if cell not in cells:
-                            cells.append(cell)
-        missing = [key for cell in cells if done(records, key := {"model": model_name, **cell, **conditions}) is None]
-        if not missing:
-            continue
-        folder = MODELS[model_name]()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        test = samples.token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval()
-        ffns = find_ffns(model)
-        calibrations: dict[int, Calibration] = {}
-        for key in tqdm(missing, desc=model_name, unit=" cells"):
-            method, allocation, seed = key["method"], key["allocation"], key["seed"]
-            record = dict(key)
-            if method == "dense":
-                measure(record, model, test, corpus.name)
-            else:
-                if seed is not None and seed not in calibrations:
-                    data = samples.calibration_windows(
-                        tokenizer, corpus.train, windows=options.windows, length=options.length, seed=seed
-                    )
-                    calibrations = {seed: Calibration(model, ffns, torch.tensor(data["input_ids"]))}
-                seen = None if seed is None else calibrations[seed]
-                needs_data = allocation == "coarse" or method not in ("random", "magnitude")
-                with pruned(ffns, method, allocation, key["sparsity"], options.round_to, seen, seed or 0) as seconds:
-                    record["seconds"] = seconds + (seen.seconds if needs_data else 0.0)
-                    measure(record, model, test, corpus.name)
-            append(options.results, record)
-            records.append(record)
-    print(quality_table([r for r in records if all(r.get(k) == v for k, v in conditions.items())], options))
+    keys, records = quality_keys(options), read(options.results)
+    for model in options.models:
+        missing = [key for key in keys if key["model"] == model and not is_done(key, records, PROTOCOL)]
+        if missing:
+            records += quality_rows(model, missing, options)
+    print(quality_table(newest(keys, records, read_old(options.results), PROTOCOL), options))
+
+
+def quality_rows(model_name: str, keys: list[Row], options: argparse.Namespace) -> list[Row]:
+    """Measure cells of one model, each recorded as soon as it is done."""
+    corpus, folder = samples.wikipedia(), MODELS[model_name]()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    test = samples.token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval()
+    ffns = find_ffns(model)
+    calibrations: dict[int, Calibration] = {}
+    rows = []
+    for key in tqdm(keys, desc=model_name, unit=" cells"):
+        method, seed = key["method"], key["seed"]
+        row = dict(key)
+        if method == "dense":
+            measure(row, model, test, corpus.name)
+        else:
+            if seed is not None and seed not in calibrations:
+                data = samples.calibration_windows(
+                    tokenizer, corpus.train, windows=options.windows, length=options.length, seed=seed
+                )
+                calibrations = {seed: Calibration(model, ffns, torch.tensor(data["input_ids"]))}
+            seen = None if seed is None else calibrations[seed]
+            needs_data = key["allocation"] == "coarse" or method not in ("random", "magnitude")
+            with pruned(ffns, key, seen) as seconds:
+                row["seconds"] = seconds + (seen.seconds if needs_data else 0.0)
+                measure(row, model, test, corpus.name)
+        rows.append(append(options.results, PROTOCOL, row))
+    return rows
 
 
 def measure(record: dict[str, Any], model: Any, test: torch.Tensor, corpus: str) -> None:
@@ -182,12 +193,11 @@ def quality_table(records: list[dict[str, Any]], options: argparse.Namespace) ->
         for sparsity in options.sparsities:
             for allocation in options.allocations:
                 here = [r for r in mine if (r["allocation"], r["sparsity"]) == (allocation, sparsity)]
-                here = [r for r in here if r["seed"] is None or r["seed"] in options.seeds]
                 if not here:
                     continue
                 removed = 1 - here[0]["channels"] / dense["channels"]
-                cells = [model, f"{dense['perplexity']:.2f}", f"{removed:.1%}", allocation]
-                cells += [spread([r["perplexity"] for r in here if r["method"] == m]) for m in options.methods]
+                cells = [model, spread([dense]), f"{removed:.1%}", allocation]
+                cells += [spread([r for r in here if r["method"] == m]) for m in options.methods]
                 calibrated = [r["seconds"] for r in here if r["method"] in ("wanda", "activation", "relative")]
                 cells += [f"{here[0]['megabytes']:.0f}", f"{statistics.median(calibrated or [0.0]):.0f}"]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -196,16 +206,18 @@ def quality_table(records: list[dict[str, Any]], options: argparse.Namespace) ->
         f"\nPerplexity on Wikipedia test articles: {predicted} tokens predicted in windows of {options.length}, "
         f"bfloat16. Calibrated on {options.windows} windows of {options.length} tokens of other articles, seeds "
         f"{', '.join(map(str, options.seeds))}: mean ± half the range. Widths are multiples of {options.round_to}. "
-        "MB is the pruned model's; seconds are those of calibration and surgery."
+        "MB is the pruned model's; seconds are those of calibration and surgery." + f" {LEGEND}" * bool(dagger(records))
     )
     return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
-    """The mean, and half the range if there are several."""
-    if not values:
+def spread(rows: list[Row]) -> str:
+    """The mean perplexity, and half the range if there are several rows."""
+    if not rows:
         return "-"
-    return f"{statistics.mean(values):.2f}" + f" ± {(max(values) - min(values)) / 2:.2f}" * (len(values) > 1)
+    values = [row["perplexity"] for row in rows]
+    mean = f"{statistics.mean(values):.2f}{dagger(rows)}"
+    return mean + f" ± {(max(values) - min(values)) / 2:.2f}" * (len(values) > 1)
 
 
 # Recovery
@@ -243,60 +255,70 @@ def recovery(options: argparse.Namespace) -> None:
     fields = ("windows", "length", "tokens", "round_to", "train", "rank", "batch", "learning_rate")
     conditions = {name: getattr(options, name) for name in fields}
     conditions |= {"sparsity": options.sparsity, "allocation": options.allocation}
-    records = read(options.results)
-    corpus = samples.wikipedia()
     runs = [("", None), *((ranks, seed) for seed in options.seeds for ranks in options.ranks)]
-    for model_name in options.models:
-        for ranks, seed in runs:
-            key = {"model": model_name, "ranks": ranks, "seed": seed, **conditions}
-            if done(records, key):
-                continue
-            print(
-                f"{model_name}: {f'{ranks}, seed {seed}' if ranks else 'before recovery'}", file=sys.stderr, flush=True
-            )
-            folder = write_pruned(options.folder, model_name, options.sparsity, options.allocation, options)
-            record: dict[str, Any] = dict(key)
-            if ranks:
-                target = options.folder / f"{folder.name}-{ranks}-{seed}"
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir()
-                made = recover(
-                    folder,
-                    target,
-                    options.folder / f"{target.name}-work",
-                    lambda tokenizer: samples.token_windows(
-                        tokenizer, corpus.train, options.length, tokens=options.train * options.length
-                    ),
-                    RecoverySettings(
-                        rank=options.rank,
-                        allocation=ranks,
-                        batch=options.batch,
-                        learning_rate=options.learning_rate,
-                        seed=seed,
-                    ),
-                )
-                record |= {"seconds": made.seconds, "steps": made.steps, "ranks_of_blocks": made.ranks}
-                folder = target
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval()
-            test = samples.token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
-            measure(record, model, test, corpus.name)
-            append(options.results, record)
-            records.append(record)
+    keys = [
+        {"model": model, "ranks": ranks, "seed": seed, **conditions} for model in options.models for ranks, seed in runs
+    ]
+    records = read(options.results)
+    for key in keys:
+        if not is_done(key, records, PROTOCOL):
+            what = f"{key['ranks']}, seed {key['seed']}" if key["ranks"] else "before recovery"
+            print(f"{key['model']}: {what}", file=sys.stderr, flush=True)
+            records.append(append(options.results, PROTOCOL, recovered(key, options)))
+    print(recovery_table(newest(keys, records, read_old(options.results), PROTOCOL), options))
+
+
+def recovered(key: Row, options: argparse.Namespace) -> Row:
+    """One row: a pruned checkpoint, recovered where the key names ranks, and its perplexity."""
+    corpus, row = samples.wikipedia(), dict(key)
+    folder = write_pruned(options.folder, key["model"], options.sparsity, options.allocation, options)
+    if key["ranks"]:
+        target = options.folder / f"{folder.name}-{key['ranks']}-{key['seed']}"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        made = recover(
+            folder,
+            target,
+            options.folder / f"{target.name}-work",
+            lambda tokenizer: samples.token_windows(
+                tokenizer, corpus.train, options.length, tokens=options.train * options.length
+            ),
+            RecoverySettings(
+                rank=options.rank,
+                allocation=key["ranks"],
+                batch=options.batch,
+                learning_rate=options.learning_rate,
+                seed=key["seed"],
+            ),
+        )
+        row |= {"seconds": made.seconds, "steps": made.steps, "ranks_of_blocks": made.ranks}
+        folder = target
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval()
+    test = samples.token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
+    measure(row, model, test, corpus.name)
+    return row
+
+
+def recovery_table(records: list[Row], options: argparse.Namespace) -> str:
+    """Markdown: a row a model, a column for each way to share out the ranks."""
     columns = ["", *options.ranks]
-    print(f"| model | {' | '.join(name or 'before recovery' for name in columns)} | seconds |")
-    print("|---" * (2 + len(columns)) + "|")
-    for model_name in options.models:
-        mine = [r for r in records if {"model": model_name, **conditions}.items() <= r.items()]
+    lines = [f"| model | {' | '.join(name or 'before recovery' for name in columns)} | seconds |"]
+    lines.append("|---" * (2 + len(columns)) + "|")
+    for model in options.models:
+        mine = [record for record in records if record["model"] == model]
         seconds = [record["seconds"] for record in mine if "seconds" in record]
-        cells = [spread([record["perplexity"] for record in mine if record["ranks"] == ranks]) for ranks in columns]
-        print(f"| {model_name} | {' | '.join(cells)} | {statistics.median(seconds or [0.0]):.0f} |")
-    print(
+        cells = [spread([record for record in mine if record["ranks"] == ranks]) for ranks in columns]
+        lines.append(f"| {model} | {' | '.join(cells)} | {statistics.median(seconds or [0.0]):.0f} |")
+    lines.append(
         f"\nPerplexity as above of models with {options.sparsity:.0%} of the FFN channels removed (`activation`, "
         f"{options.allocation}), after LoRA of mean rank {options.rank} on {options.train} windows of {options.length} "
         f"tokens of the calibration articles, {options.batch} a step, at {options.learning_rate}; by where ranks go: "
         f"mean ± half the range over seeds {', '.join(map(str, options.seeds))} of the training."
+        + f" {LEGEND}"
+        * bool(dagger(records))
     )
+    return "\n".join(lines)
 
 
 # Speed
@@ -306,56 +328,52 @@ def speed(options: argparse.Namespace) -> None:
     """vLLM's speed on dense and pruned checkpoints in turns, then the table."""
     conditions = {"tokens": options.generate, "dtype": options.dtype, "threads": torch.get_num_threads()}
     conditions |= {"round_to": options.round_to}
-    cases = [Case(prompt, streams) for prompt in (32, 512) for streams in (1, 8)]
     kinds = [("dense", 0.0), *((kind, sparsity) for sparsity in options.sparsities for kind in options.allocations)]
     for model_name in options.models:
         for turn in range(options.turns):
             for kind, sparsity in kinds:
                 print(f"{model_name}, turn {turn + 1}: {kind} {sparsity:g}", file=sys.stderr, flush=True)
                 folder = write_pruned(options.folder, model_name, sparsity, kind, options)
-                measured = run(Engine(kind, str(folder), options.dtype), cases, tokens=options.generate)
+                measured = run(Engine(kind, str(folder), options.dtype), CASES, tokens=options.generate)
                 key = {"model": model_name, "kind": kind, "sparsity": sparsity, **conditions}
-                append(options.results, {**key, **measured})
-    records = [r for r in read(options.results) if all(r.get(k) == v for k, v in conditions.items())]
-    titles = [f"{case.prompt} + {case.streams}: {what}" for case in cases for what in ("tokens/s", "first token, s")]
-    print(f"| model | FFN channels removed | {' | '.join(titles)} | weights, MB |")
-    print("|---" * (3 + len(titles)) + "|")
-    for model_name in options.models:
-        found = {k: [r for r in records if (r["model"], r["kind"], r["sparsity"]) == (model_name, *k)] for k in kinds}
-        medians = {k: median(runs) for k, runs in found.items() if runs}
-        dense = medians.get(("dense", 0.0))
-        for (kind, sparsity), one in medians.items():
-            cells = []
-            for index, case in enumerate(one["cases"]):
-                for figure, form in (("tokens_per_s", ".1f"), ("first_token_s", ".3f")):
-                    cell = f"{case[figure]:{form}}"
-                    if dense and kind != "dense":
-                        ratio = case[figure] / dense["cases"][index][figure]
-                        cell += f" ({ratio if figure == 'tokens_per_s' else 1 / ratio:.2f}x)"
-                    cells.append(cell)
-            name = kind if kind == "dense" else f"{sparsity:.0%} {kind}"
-            print(f"| {model_name} | {name} | {' | '.join(cells)} | {one['weight_bytes'] / 1e6:.0f} |")
-    counts = sorted({len(runs) for runs in found.values() if runs})
-    print(
-        f"\nvLLM, eager, {options.dtype}, {conditions['threads']} threads; prompt tokens + streams; medians of "
+                append(options.results, PROTOCOL, {**key, **measured})
+    cell = ("model", "kind", "sparsity", *conditions)
+    records = with_old(read(options.results), read_old(options.results), PROTOCOL, cell)
+    records = [row for row in records if conditions.items() <= row.items()]
+    found = {
+        (model, *kind): [row for row in records if (row["model"], row["kind"], row["sparsity"]) == (model, *kind)]
+        for model in options.models
+        for kind in kinds
+    }
+    print(speed_table({key: rows for key, rows in found.items() if rows}, conditions))
+
+
+def speed_table(found: dict[tuple[str, str, float], list[Row]], conditions: Row) -> str:
+    """Markdown: a row for each model, kind and sparsity, of the medians of its runs."""
+    titles = [f"{case.prompt} + {case.streams}: {what}" for case in CASES for what in ("tokens/s", "first token, s")]
+    lines = [f"| model | FFN channels removed | {' | '.join(titles)} | weights, MB |"]
+    lines.append("|---" * (3 + len(titles)) + "|")
+    medians = {key: median(rows) for key, rows in found.items()}
+    for (model, kind, sparsity), one in medians.items():
+        dense = medians.get((model, "dense", 0.0))
+        cells = []
+        for index, case in enumerate(one["cases"]):
+            for figure, form in (("tokens_per_s", ".1f"), ("first_token_s", ".3f")):
+                cell = f"{case[figure]:{form}}"
+                if dense and kind != "dense":
+                    ratio = case[figure] / dense["cases"][index][figure]
+                    cell += f" ({ratio if figure == 'tokens_per_s' else 1 / ratio:.2f}x)"
+                cells.append(cell)
+        name = (kind if kind == "dense" else f"{sparsity:.0%} {kind}") + dagger(found[model, kind, sparsity])
+        lines.append(f"| {model} | {name} | {' | '.join(cells)} | {one['weight_bytes'] / 1e6:.0f} |")
+    counts = sorted({len(rows) for rows in found.values()})
+    lines.append(
+        f"\nvLLM, eager, {conditions['dtype']}, {conditions['threads']} threads; prompt tokens + streams; medians of "
         f"{' or '.join(map(str, counts))} starts of each engine, in turns; in brackets the speed-up against dense."
+        + f" {LEGEND}"
+        * any(dagger(rows) for rows in found.values())
     )
-
-
-# What subcommands share
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def done(records: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:
-    return next((record for record in records if key.items() <= record.items()), None)
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -373,7 +391,7 @@ def main() -> None:
     command.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of calibration and of random scores")
     command.add_argument("--round-to", type=int, default=8, help="widths are multiples of it (%(default)s)")
-    command.add_argument("--results", type=Path, default=Path("structured.jsonl"), help="one JSON object a cell")
+    command.add_argument("--results", type=Path, default=RESULTS / "structured.jsonl", help="a row a cell")
     command.set_defaults(run=quality)
 
     command = subparsers.add_parser("recover", parents=[shared], help="perplexity after recovery fine-tuning")
@@ -387,9 +405,7 @@ def main() -> None:
     command.add_argument("--learning-rate", type=float, default=2e-4)
     command.add_argument("--round-to", type=int, default=8, help="widths are multiples of it (%(default)s)")
     command.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
-    command.add_argument(
-        "--results", type=Path, default=Path("structured_recovery.jsonl"), help="one JSON object a run"
-    )
+    command.add_argument("--results", type=Path, default=RESULTS / "structured_recovery.jsonl", help="a row a run")
     command.set_defaults(run=recovery)
 
     command = subparsers.add_parser("speed", parents=[shared], help="vLLM on dense and pruned checkpoints")
@@ -400,7 +416,7 @@ def main() -> None:
     command.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="served (%(default)s)")
     command.add_argument("--round-to", type=int, default=128, help="widths are multiples of it (%(default)s)")
     command.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
-    command.add_argument("--results", type=Path, default=Path("structured_speed.jsonl"), help="one JSON object a run")
+    command.add_argument("--results", type=Path, default=RESULTS / "structured_speed.jsonl", help="a row a run")
     command.set_defaults(run=speed)
 
     options = parser.parse_args()

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from crepe_llm import samples
 from crepe_llm.evaluation.zero_shot import zero_shot
-from methods import METHODS, MODELS, prune, runs_of
-from records import RESULTS, append, is_done, newest, read, read_old
+from method_recipes import METHODS, MODELS, runs_of
+from method_runs import prune
+from records import LEGEND, RESULTS, append, dagger, is_done, newest, read, read_old
 
 # Raised by every change of a default or of how something is measured. 1: rows without provenance.
 PROTOCOL = 2
@@ -50,15 +51,16 @@ def main() -> None:
             scores = zero_shot(f"{folder}/model", questions, dtype=key["dtype"])
         records.append(append(options.results, PROTOCOL, key | {"scores": scores}))
     print(f"| model | method | {' | '.join(questions)} | mean |\n|{'---|' * (len(questions) + 3)}")
-    for record in newest(keys, records, read_old(options.results), PROTOCOL):
+    found = newest(keys, records, read_old(options.results), PROTOCOL)
+    for record in found:
         scores = record["scores"].values()
         cells = [f"{100 * score['acc']:.1f} ± {100 * score['acc_stderr']:.1f}" for score in scores]
         mean = 100 * sum(score["acc"] for score in scores) / len(questions)
-        print(f"| {record['model']} | {record['method']} | {' | '.join(cells)} | {mean:.1f} |")
+        print(f"| {record['model']} | {record['method']} | {' | '.join(cells)} | {mean:.1f}{dagger([record])} |")
     print(
         f"\nAccuracy in percent ± standard error, zero-shot, lm-evaluation-harness: the first {options.questions} "
         "questions of BoolQ (dev), PIQA (validation) and OpenBookQA (test). 2:4, calibrated on 16 windows of 512 "
-        "tokens, seed 0."
+        "tokens, seed 0." + f" {LEGEND}" * bool(dagger(found))
     )
 
 

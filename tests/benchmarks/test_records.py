@@ -15,7 +15,13 @@ def test_a_row_says_where_it_comes_from(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{40}", made["commit"]) and isinstance(made["clean"], bool)
     assert made["packages"].keys() >= {"torch", "transformers"} and made["processor"] and made["cores"] > 0
     assert made["date"].endswith("+00:00") and made["command"].startswith("python ")
-    assert "/" not in made["command"].split()[1] or not made["command"].split()[1].startswith("/")
+
+
+def test_the_command_has_no_folders_of_the_machine(monkeypatch):
+    script = str(records.ROOT / "benchmarks" / "methods.py")
+    monkeypatch.setattr("sys.argv", [script, "--results", "/home/someone/rows.jsonl", "--methods", "CRePE + pcg"])
+    command = records.provenance.__wrapped__()["command"]
+    assert command == "python benchmarks/methods.py --results rows.jsonl --methods 'CRePE + pcg'"
 
 
 def test_a_run_is_done_under_its_own_protocol_and_recipe_only():
@@ -32,6 +38,18 @@ def test_the_newest_rows_win_and_old_ones_fill_in():
     old = [{"seed": 0, "perplexity": 1}, {"seed": 1, "perplexity": 2}, {"seed": 1, "perplexity": 3}]
     rows = [{"protocol": 2, **first, "perplexity": 4}]
     assert [row["perplexity"] for row in records.newest([first, second], rows, old, 2)] == [4, 3]
+
+
+def test_old_rows_fill_in_cells_that_have_no_row_of_this_protocol_and_are_marked():
+    old = [{"kind": "a", "turn": 1}, {"kind": "b", "turn": 1}, {"kind": "b", "turn": 2}]
+    rows = [
+        {"protocol": 2, "kind": "a", "turn": 3, "provenance": {}},
+        {"protocol": 1, "kind": "b", "turn": 4, "provenance": {}},
+    ]
+    found = records.with_old(rows, old, 2, ["kind"])
+    assert [row["turn"] for row in found] == [1, 2, 3]
+    assert records.dagger(row for row in found if row["kind"] == "b") == "†"
+    assert records.dagger(row for row in found if row["kind"] == "a") == ""
 
 
 def test_old_rows_are_there_and_have_no_provenance():
