@@ -147,9 +147,7 @@ def test_files_that_code_and_docs_name_exist():
     for folder in ("src", "scripts", "benchmarks", "recipes", "integration"):
         sources += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".sh")]
     for source in sources:
-        for path in re.findall(
-            r"(?<![\w/])((?:docs|benchmarks|scripts|tests)/[\w/]+\.(?:md|py|png))", source.read_text()
-        ):
+        for path in named.findall(source.read_text()):
             assert (ROOT / path).is_file(), f"{source.relative_to(ROOT)} names {path}"
 
 
