@@ -12,7 +12,7 @@ uses; every record is appended to results/coefficients.jsonl as soon as it is th
 import argparse
 import dataclasses
 
-from crepe_llm.search.fitness import RIA, Coefficients
+from crepe_llm.search.space import RIA, Coefficients
 from pho_common import MODELS, WANDA, Bench, parse_mask
 from records import RESULTS, append, is_done, read, read_old
 

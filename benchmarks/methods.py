@@ -18,18 +18,19 @@ from typing import Any
 
 import torch
 import yaml
+from crepe_llm.modifiers.after_pruning import DEFAULT_SHARE
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from loguru import logger
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crepe_llm.evaluation.perplexity import perplexity, token_windows
+from crepe_llm import samples
+from crepe_llm.evaluation.perplexity import perplexity
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import magnitude_scores
 from crepe_llm.modifiers.refitting import DEFAULT_SHARE
 from crepe_llm.recipe_files import recipe_path
-from crepe_llm.samples import samples
 from records import RESULTS, Row, append, is_done, newest, read, read_old
 from studies import studies_folder
 
@@ -293,7 +294,7 @@ def run(key: dict[str, Any]) -> dict[str, Any]:
     """Prune and measure once."""
     model, tokenizer, seconds, zeros = prune(key)
     corpus = samples.wikipedia()
-    test = token_windows(tokenizer, getattr(corpus, key["split"]), key["length"], tokens=key["tokens"])
+    test = samples.token_windows(tokenizer, getattr(corpus, key["split"]), key["length"], tokens=key["tokens"])
     result = perplexity(model, test, corpus=corpus.name, progress=False)
     return key | {
         "perplexity": result.perplexity,

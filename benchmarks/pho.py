@@ -15,8 +15,12 @@ import time
 
 import torch
 
-from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, RIA, Coefficients, evaluate
-from crepe_llm.search.search import Study, search
+from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, evaluate
+from crepe_llm.search.optimisers import OPTIMISERS
+from crepe_llm.search.search import search
+from crepe_llm.search.space import RIA, Coefficients
+from crepe_llm.search.study import Study
+from hill_climb import hill_climb
 from pho_common import LAYERS_PER_KIND, MODELS, ROWS, WANDA, Bench, parse_mask
 from studies import studies_folder
 
@@ -91,6 +95,7 @@ def main() -> None:
     )
 
     if options.hill_climb is not None:
+        OPTIMISERS["hill_climb"] = hill_climb
         path = RESULTS / f"hill_climb-{options.model}-{options.mask.replace(':', '-')}-seed{options.seed}.json"
         climb = search(
             lambda coefficients: perplexity(coefficients, bench.corpus.valid),

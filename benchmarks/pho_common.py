@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crepe_llm.evaluation.perplexity import perplexity, token_windows
+from crepe_llm import samples
+from crepe_llm.evaluation.perplexity import perplexity
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.samples import samples
-from crepe_llm.search.fitness import Coefficients, LayerSample, Mask, sample_layers
-from crepe_llm.search.search import SearchSpace
+from crepe_llm.search.fitness import LayerSample, sample_layers
+from crepe_llm.search.space import Coefficients, Mask, SearchSpace
 
 MODELS = {"smollm2": samples.smollm2, "gemma3": samples.gemma3}
 WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)
@@ -98,7 +98,7 @@ class Bench:
 
     def perplexity(self, texts: Sequence[str], tokens: int) -> float:
         """Perplexity of the model as it is, on windows of 512 tokens spread over the texts."""
-        windows = token_windows(self.tokenizer, texts, WINDOW, tokens=tokens)
+        windows = samples.token_windows(self.tokenizer, texts, WINDOW, tokens=tokens)
         return perplexity(self.model, windows, corpus=self.corpus.name, progress=False).perplexity
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from crepe_llm.search.fitness import PROXIES, RIA, Coefficients, evaluate
-from crepe_llm.search.search import SearchSpace
+from crepe_llm.search.fitness import PROXIES, evaluate
+from crepe_llm.search.space import RIA, Coefficients, SearchSpace
 from pho_common import MODELS, WANDA, Bench, parse_mask
 from studies import studies_folder
 

@@ -46,8 +46,8 @@ def run_oneshot(method: str, windows: int, length: int) -> dict[str, float]:
     from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from crepe_llm import samples
     from crepe_llm.recipe_files import recipe_path
-    from crepe_llm.samples import samples
 
     logger.remove()
     upstream = {"sparsity": 0.5, "mask_structure": "2:4", "ignore": ["re:.*lm_head"]}

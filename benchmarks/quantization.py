@@ -22,10 +22,10 @@ from llmcompressor.core import reset_session
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from crepe_llm import samples
 from crepe_llm.checkpoints import attach, is_2of4, read_folder
-from crepe_llm.evaluation.perplexity import perplexity, token_windows
+from crepe_llm.evaluation.perplexity import perplexity
 from crepe_llm.recipe_files import recipe_path
-from crepe_llm.samples import samples
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 QUANTIZATIONS = {
@@ -69,7 +69,7 @@ def run(name: str, options: argparse.Namespace, scratch: Path) -> None:
     source = MODELS[name]()
     tokenizer = AutoTokenizer.from_pretrained(source)
     corpus = samples.wikipedia()
-    windows = token_windows(tokenizer, corpus.test, options.window, tokens=options.tokens)
+    windows = samples.token_windows(tokenizer, corpus.test, options.window, tokens=options.tokens)
     data = samples.calibration_windows(
         tokenizer, corpus.train, windows=options.samples, length=options.length, seed=options.seed
     )

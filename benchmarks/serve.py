@@ -59,7 +59,7 @@ def one_billion(folder: Path) -> tuple[Path, Path]:
 
 def smollm2(folder: Path) -> tuple[Path, Path]:
     """SmolLM2-135M pruned to 2:4 by magnitude, in bf16: dense and sparse folder."""
-    from crepe_llm.samples import samples
+    from crepe_llm import samples
 
     dense, sparse = folder / "smollm2-dense", folder / "smollm2-sparse"
     if not (dense / "config.json").is_file():

@@ -24,14 +24,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crepe_llm.evaluation.perplexity import perplexity, token_windows
+from crepe_llm import samples
+from crepe_llm.evaluation.perplexity import perplexity
 from crepe_llm.evaluation.throughput import Case, Engine, median, run
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.functional.structured import BlockImportance, channel_importance, keep_ratios, kept_channels, kept_widths
 from crepe_llm.models import per_block
-from crepe_llm.models.ffn import FFN, cut, find_blocks, find_ffns
-from crepe_llm.samples import samples
-from crepe_llm.training.recovery import recover
+from crepe_llm.models.blocks import find_blocks
+from crepe_llm.models.ffn import FFN, cut, find_ffns
+from crepe_llm.training.recovery import RecoverySettings, recover
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 METHODS = ("random", "magnitude", "wanda", "activation", "relative")
@@ -130,7 +131,7 @@ def quality(options: argparse.Namespace) -> None:
             continue
         folder = MODELS[model_name]()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        test = token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
+        test = samples.token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval()
         ffns = find_ffns(model)
         calibrations: dict[int, Calibration] = {}
@@ -263,20 +264,22 @@ def recovery(options: argparse.Namespace) -> None:
                     folder,
                     target,
                     options.folder / f"{target.name}-work",
-                    corpus.train,
-                    length=options.length,
-                    windows=options.train,
-                    rank=options.rank,
-                    allocation=ranks,
-                    batch=options.batch,
-                    learning_rate=options.learning_rate,
-                    seed=seed,
+                    lambda tokenizer: samples.token_windows(
+                        tokenizer, corpus.train, options.length, tokens=options.train * options.length
+                    ),
+                    RecoverySettings(
+                        rank=options.rank,
+                        allocation=ranks,
+                        batch=options.batch,
+                        learning_rate=options.learning_rate,
+                        seed=seed,
+                    ),
                 )
                 record |= {"seconds": made.seconds, "steps": made.steps, "ranks_of_blocks": made.ranks}
                 folder = target
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval()
-            test = token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
+            test = samples.token_windows(tokenizer, corpus.test, options.length, tokens=options.tokens)
             measure(record, model, test, corpus.name)
             append(options.results, record)
             records.append(record)

@@ -14,8 +14,8 @@ from pathlib import Path
 from loguru import logger
 from tqdm import tqdm
 
+from crepe_llm import samples
 from crepe_llm.evaluation.zero_shot import zero_shot
-from crepe_llm.samples import samples
 from methods import METHODS, MODELS, prune, runs_of
 from records import RESULTS, append, is_done, newest, read, read_old
 

@@ -8,10 +8,10 @@ from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from crepe_llm import samples
 from crepe_llm.checkpoints import decompress_folder, read_folder
 from crepe_llm.evaluation.zero_shot import zero_shot
 from crepe_llm.recipe_files import recipe_path
-from crepe_llm.samples import samples
 from sparse_models import linears
 
 pytestmark = pytest.mark.model

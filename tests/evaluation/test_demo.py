@@ -5,8 +5,8 @@ import re
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from crepe_llm import samples
 from crepe_llm.evaluation import demo
-from crepe_llm.samples import samples
 from tiny_models import letters_tokenizer
 
 

@@ -3,8 +3,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -15,8 +13,7 @@ from transformers import (
 )
 
 from crepe_llm.evaluation import perplexity as module
-from crepe_llm.evaluation.perplexity import perplexity, token_windows
-from tiny_models import letters_tokenizer
+from crepe_llm.evaluation.perplexity import perplexity
 
 VOCABULARY = 96
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -110,44 +107,7 @@ def test_json_names_every_condition():
     assert "counting" in str(result) and "windows of 10" in str(result)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    texts=st.lists(st.text("abc xyz", min_size=1, max_size=40), min_size=1, max_size=4),
-    window=st.integers(2, 12),
-    bos=st.booleans(),
-)
-def test_windows_are_the_text_cut_up(texts, window, bos):
-    tokenizer = letters_tokenizer(bos)
-    stream = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
-    step = window - bos
-    if not "".join(texts).strip() or len(stream) < step:
-        with pytest.raises(ValueError, match=r"empty|less than one window"):
-            token_windows(tokenizer, texts, window)
-        return
-    windows = token_windows(tokenizer, texts, window)
-    assert windows.shape == (len(stream) // step, window)
-    assert not bos or (windows[:, 0] == 0).all()
-    assert windows[:, bos:].flatten().tolist() == stream[: len(windows) * step]
-
-
-def test_fewer_tokens_are_spread_over_the_text():
-    tokenizer = letters_tokenizer(False)
-    every = token_windows(tokenizer, ["abcdefgh" * 20], 5)
-    some = token_windows(tokenizer, ["abcdefgh" * 20], 5, tokens=44)
-    assert torch.equal(some, every[[0, 4, 8, 12, 16, 20, 24, 28]])
-    assert len(token_windows(tokenizer, ["abcdefgh" * 20], 5, tokens=1)) == 1
-
-
 def test_refusals_say_what_is_wrong():
-    tokenizer = letters_tokenizer(False)
-    with pytest.raises(ValueError, match="empty"):
-        token_windows(tokenizer, [" ", "\n"], 8)
-    with pytest.raises(ValueError, match="has 3 tokens, less than one window of 8"):
-        token_windows(tokenizer, ["abc"], 8)
-    with pytest.raises(ValueError, match="window is 1"):
-        token_windows(tokenizer, ["abc"], 1)
-    with pytest.raises(ValueError, match="tokens is 0"):
-        token_windows(tokenizer, ["abc"], 2, tokens=0)
     model = small_model("llama")
     with pytest.raises(ValueError, match="65 tokens exceeds the model's context of 64"):
         perplexity(model, torch.zeros(1, 65, dtype=torch.int64), corpus="")

@@ -203,14 +203,13 @@ def test_energy_compensation_by_loops(clamp):
     torch.testing.assert_close(found.double(), naive_energy(weight, keep, *clamp), rtol=1e-4, atol=1e-5)
 
 
-def test_energy_of_columns_is_matched_where_means_are_zero():
-    """With a zero mean the mask takes nothing back, so the column step alone restores the energies."""
-    weight, _, _ = layer(rows=40, columns=8)
-    weight -= weight.mean(0)
+def test_energy_of_rows_is_matched_where_means_are_zero():
+    """With a zero mean the mask takes nothing back, so the row step, the last one, restores the energies."""
+    weight, _, _ = layer(rows=8, columns=40)
+    weight -= weight.mean(1, keepdim=True)
     keep = keep_unstructured(weight.abs(), 0.25, "matrix")
-    found = energy_compensation(weight, keep, rows=False)
-    torch.testing.assert_close(found.square().sum(0), weight.square().sum(0), rtol=1e-4, atol=1e-4)
-    assert torch.equal(energy_compensation(weight, keep, rows=False, columns=False), weight * keep)
+    found = energy_compensation(weight, keep)
+    torch.testing.assert_close(found.square().sum(1), weight.square().sum(1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dampening", [0.01, 0.5])
@@ -252,13 +251,14 @@ def test_mean_compensation_does_nothing_without_means_or_with_nothing_pruned():
 
 
 def test_an_all_pruned_column_stays_pruned_and_scales_are_clamped():
-    weight, _, _ = layer(rows=40, columns=8)
-    weight -= weight.mean(0)
+    weight, _, _ = layer(rows=8, columns=40)
+    weight -= weight.mean(1, keepdim=True)
     keep = torch.ones_like(weight, dtype=torch.bool)
-    keep[1:, 2] = False
+    keep[2, 1:] = False
     keep[:, 5] = False
-    found = energy_compensation(weight, keep, rows=False)
-    torch.testing.assert_close(found[0, 2], 2 * weight[0, 2])
+    found = energy_compensation(weight, keep)
+    # Column 0 has lost nothing, so only the row step changes what is left of row 2.
+    torch.testing.assert_close(found[2, 0], 2 * weight[2, 0])
     assert bool((found[:, 5] == 0).all())
 
 

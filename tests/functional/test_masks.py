@@ -56,16 +56,6 @@ def test_rows_and_matrices_prune_the_exact_count_lowest_first(scores, sparsity):
     assert per_matrix.flatten().tolist() == naive_keep(scores.flatten().tolist(), prune_count(scores.numel(), sparsity))
 
 
-@settings(max_examples=200, deadline=None)
-@given(matrices(), st.floats(0, 0.99), st.integers(1, 9))
-def test_column_blocks_compare_all_rows_of_each_block(scores, sparsity, block_size):
-    keep = keep_unstructured(scores, sparsity, "column_block", block_size)
-    for start in range(0, scores.shape[1], block_size):
-        block = scores[:, start : start + block_size]
-        expected = naive_keep(block.flatten().tolist(), prune_count(block.numel(), sparsity))
-        assert keep[:, start : start + block_size].flatten().tolist() == expected
-
-
 def test_all_equal_scores_lose_their_first_positions_only():
     assert keep_n_of_m(torch.ones(1, 4), 2, 4).tolist() == [[False, False, True, True]]
     assert keep_unstructured(torch.zeros(2, 5), 0.4, "matrix").tolist() == [[False] * 4 + [True], [True] * 5]
@@ -108,8 +98,6 @@ def test_other_bad_arguments_are_named():
         keep_n_of_m(torch.tensor([[1.0, math.nan, 2.0, 3.0]]), 2, 4)
     with pytest.raises(ValueError, match='comparison_group="column"'):
         keep_unstructured(torch.rand(2, 4), 0.5, "column")
-    with pytest.raises(ValueError, match="block_size=0"):
-        keep_unstructured(torch.rand(2, 4), 0.5, "column_block", 0)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,6 @@ def exported(module, ending=""):
 SCORES = {
     "magnitude_scores": lambda weight, seen: importance.magnitude_scores(weight),
     "wanda_scores": lambda weight, seen: importance.wanda_scores(weight, seen.norm),
-    "ria_scores": lambda weight, seen: importance.ria_scores(weight, seen.norm),
     "crepe_scores": lambda weight, seen: importance.crepe_scores(weight, seen.norm),
     "cvr_scores": lambda weight, seen: importance.cvr_scores(weight, seen.variance),
 }

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from crepe_llm.checkpoints import is_2of4
 from crepe_llm.functional.permutation import retained_score
 from crepe_llm.functional.scores import crepe_scores
-from crepe_llm.models.channels import AXES, FAMILIES, normalises_outputs
+from crepe_llm.models import families
+from crepe_llm.models.channels import AXES, normalises_outputs
 from crepe_llm.modifiers import (
     ChannelPermutationModifier,
     CRePEModifier,
@@ -29,6 +30,7 @@ from crepe_llm.modifiers import (
 from crepe_llm.modifiers.pho import _working_head
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, refused, run
 
+FAMILIES = [name for name, family in families.FAMILIES.items() if family.axes]
 RECIPE = Path(__file__).parents[2] / "recipes" / "crepe_2of4_permuted.yaml"
 IDS = torch.randint(3, 95, (3, 16), generator=torch.Generator().manual_seed(5))
 

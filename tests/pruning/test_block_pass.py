@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.ffn import find_blocks
+from crepe_llm.models.blocks import find_blocks
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, WeightCorrectionModifier
 from crepe_llm.pruning import block_pass
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, output_norms, refused, run

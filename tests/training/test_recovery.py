@@ -11,7 +11,8 @@ from crepe_llm.cli.main import main
 from crepe_llm.functional.structured import recovery_ranks
 from crepe_llm.models import per_block
 from crepe_llm.models.ffn import cut, find_ffns
-from crepe_llm.training.recovery import recover
+from crepe_llm.samples.windows import token_windows
+from crepe_llm.training.recovery import RecoverySettings, recover
 from tiny_models import letters_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -56,10 +57,13 @@ def pruned(tmp_path_factory):
     return make
 
 
-def run(source, tmp_path, name="out", **options):
+def run(source, tmp_path, name="out", windows=None, **options):
+    def cut_text(tokenizer):
+        return token_windows(tokenizer, [TEXT], 32, tokens=None if windows is None else windows * 32)
+
     (tmp_path / name).mkdir()
-    fields = {"length": 32, "rank": 4, "batch": 2, "learning_rate": 1e-2, **options}
-    return recover(source, tmp_path / name, tmp_path / f"{name}-work", [TEXT], **fields)
+    settings = RecoverySettings(**{"rank": 4, "batch": 2, "learning_rate": 1e-2, **options})
+    return recover(source, tmp_path / name, tmp_path / f"{name}-work", cut_text, settings)
 
 
 def with_zeros(source, folder, step):
@@ -106,7 +110,7 @@ def test_the_first_loss_is_that_of_the_pruned_model(pruned, tmp_path):
     source = pruned()
     result = run(source, tmp_path, windows=2, batch=2, learning_rate=1e-9)
     assert result.steps == 1
-    from crepe_llm.evaluation.perplexity import perplexity, token_windows
+    from crepe_llm.evaluation.perplexity import perplexity
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source)

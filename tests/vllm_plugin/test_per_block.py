@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from crepe_llm.models import per_block
+from crepe_llm.models.families import PER_BLOCK
 from crepe_llm.models.ffn import cut, find_ffns
 from vllm_runs import PROMPTS, TOKENS, assert_same, generate, in_process, llama
 
@@ -63,7 +64,7 @@ def test_different_widths_give_the_tokens_of_transformers(tmp_path):
 def test_every_family_that_can_be_saved_has_a_class():
     from crepe_llm.vllm_plugin import per_block as served
 
-    written = {per_block._model_class(family).__name__ for family in per_block.FAMILIES}
+    written = {per_block._model_class(family).__name__ for family in PER_BLOCK}
     assert set(served.architectures()) == written
     for name in written:
         base = served._MODELS[name.removeprefix("PerBlock")]

@@ -18,13 +18,13 @@ import torch
 from loguru import logger
 from tqdm import tqdm
 
+from crepe_llm import samples
 from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.evaluation.model_card import linear_zeros, model_card, total_zeros
-from crepe_llm.evaluation.perplexity import perplexity, token_windows
+from crepe_llm.evaluation.perplexity import perplexity
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import magnitude_scores
 from crepe_llm.recipe_files import recipe_path
-from crepe_llm.samples import samples
 
 _WINDOWS, _LENGTH = 16, 512
 
@@ -49,7 +49,7 @@ def main() -> None:
     calibration = samples.calibration_windows(
         tokenizer, corpus.train, windows=_WINDOWS, length=_LENGTH, seed=options.seed
     )
-    test = token_windows(tokenizer, corpus.test, _LENGTH, tokens=options.tokens)
+    test = samples.token_windows(tokenizer, corpus.test, _LENGTH, tokens=options.tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The toolkit sets up its log when it is imported, at a level that would bury the table; its bars say enough.
     logger.remove()

@@ -1,6 +1,6 @@
 """Perplexity by the standard protocol: non-overlapping windows of one token stream.
 
-:func:`token_windows` makes the windows and :func:`perplexity` runs a model over them.
+:func:`crepe_llm.samples.token_windows` makes the windows and :func:`perplexity` runs a model over them.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,57 +56,6 @@ class Perplexity:
         )
 
 
-def token_windows(tokenizer: Any, texts: Sequence[str], window: int, *, tokens: int | None = None) -> torch.Tensor:
-    """Join texts by blank lines, tokenise the whole once, and cut it into non-overlapping windows.
-
-    Where the tokenizer puts a beginning-of-sequence token in front of a text (Gemma, Llama 2 and 3), it is put in front
-    of every window, as such a model never saw a text without it; the windows then advance by `window` - 1 tokens of
-    text. Other windows are `window` consecutive tokens of text. The incomplete window at the end is dropped.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        texts: the texts, in order.
-        window: tokens per window, at least 2.
-        tokens: take about this many tokens only (rounded down to whole windows, at least one), from windows spread
-            evenly over the text; None for all.
-
-    Returns:
-        Token ids, int64 [windows, window].
-
-    Raises:
-        ValueError: no text, less than one window of it, or a window below 2.
-    """
-    if window < 2:
-        raise ValueError(f"window is {window}; a window needs at least 2 tokens, to predict one from the other")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens is {tokens}; give a positive number, or None for all of the text")
-    text = "\n\n".join(texts)
-    if not text.strip():
-        raise ValueError("the text is empty: there is nothing to predict")
-    # verbose=False: the whole text is longer than the model's context by design.
-    stream = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = _beginning(tokenizer)
-    step = window - len(prefix)
-    count = len(stream) // step
-    if count == 0:
-        raise ValueError(
-            f"the text has {len(stream)} tokens, less than one window of {window}; give more text or a smaller window"
-        )
-    ids = torch.tensor(stream[: count * step], dtype=torch.int64).view(count, step)
-    if tokens is not None:
-        chosen = min(count, max(1, tokens // window))
-        ids = ids[torch.arange(chosen) * count // chosen]
-        count = chosen
-    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), ids], dim=1)
-
-
-def _beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token if the tokenizer adds one by itself, else nothing."""
-    ids = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and ids and ids[0] == bos else []
-
-
 @torch.no_grad()
 def perplexity(model: Any, windows: torch.Tensor, *, corpus: str, progress: bool = True) -> Perplexity:
     """Measure the perplexity of a causal language model over token windows.
@@ -118,7 +67,7 @@ def perplexity(model: Any, windows: torch.Tensor, *, corpus: str, progress: bool
 
     Args:
         model: a transformers causal language model; its train/eval state is restored.
-        windows: token ids, int64 [windows, window], from :func:`token_windows`.
+        windows: token ids, int64 [windows, window], from :func:`crepe_llm.samples.token_windows`.
         corpus: what the text is, for the report.
         progress: show a progress bar.
 

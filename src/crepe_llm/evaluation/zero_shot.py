@@ -20,7 +20,7 @@ def zero_shot(
 
     Args:
         model: a folder, or what ``lm_eval``'s ``hf`` model takes as `pretrained`.
-        questions: by task, as :func:`crepe_llm.samples.samples.questions` gives them: dictionaries of `prompt`,
+        questions: by task, as :func:`crepe_llm.samples.questions` gives them: dictionaries of `prompt`,
             `choices` and `label`.
         dtype: of the weights, as transformers names it.
         batch_size: sequences at once.

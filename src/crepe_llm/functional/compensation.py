@@ -18,6 +18,9 @@ __all__ = [
     "sparsegpt_update",
 ]
 
+# Of the dense energy, added to the pruned one: the scale of what lost everything is then finite.
+_EPSILON = 1e-8
+
 
 def output_error(dense: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Squared error of each output over the calibration tokens: ‖X (w_i - w'_i)‖² for each row i.
@@ -80,25 +83,20 @@ def energy_compensation(
     dense: torch.Tensor,
     keep: torch.Tensor,
     *,
-    columns: bool = True,
-    rows: bool = True,
     clamp: tuple[float, float] = (0.5, 2.0),
-    epsilon: float = 1e-8,
 ) -> torch.Tensor:
     """Scale each column, and then each row, so that it regains the energy about its dense mean that pruning took.
 
     With mu_j the mean of column j of the dense weight, its energies before and after pruning (zeros included) are
     E_j = sum_i (W_ij - mu_j)² and the same of the pruned weight. The pruned weight becomes (W' - mu_j) s_j + mu_j with
     s_j the root of the energies' ratio, clamped, and the mask is applied again; rows follow in the same way. As the
-    mask and the row step follow, the energies of columns are matched only nearly.
+    mask and the row step follow, the energies of columns are matched only nearly. A 1e-8th of the dense energy is added
+    to that of the pruned weight.
 
     Args:
         dense: [d_out, d_in], any floating dtype.
         keep: bool [d_out, d_in], False where the result must be zero.
-        columns: whether columns are scaled.
-        rows: whether rows are scaled.
         clamp: smallest and largest scale.
-        epsilon: added to the pruned energy, as a fraction of the dense one.
 
     Returns:
         fp32 [d_out, d_in]. What lost nothing is not scaled.
@@ -106,22 +104,20 @@ def energy_compensation(
     Raises:
         ValueError: if the shapes do not fit or the clamp is no interval of positive numbers.
 
-    Source: arXiv 2602.07375, which gives neither the clamp nor epsilon: those are ours.
+    Source: arXiv 2602.07375, which gives neither the clamp nor what is added: those are ours.
     """
     _check(dense, keep, None)
     if not 0 < clamp[0] <= clamp[1]:
         raise ValueError(f"clamp={clamp} must be two positive numbers, the smaller first, such as (0.5, 2.0)")
     original = dense.float()
     changed = original.masked_fill(~keep, 0)
-    for wanted, dim in ((columns, 0), (rows, 1)):
-        if not wanted:
-            continue
+    for dim in (0, 1):
         mean = original.mean(dim=dim, keepdim=True)
         energy = (original - mean).square_().sum(dim=dim, keepdim=True)
         centred = changed - mean
         remaining = centred.square().sum(dim=dim, keepdim=True)
         # A constant row or column has no energy to regain, and 0 / 0 is not a scale.
-        scale = torch.where(energy > 0, (energy / (remaining + epsilon * energy)).sqrt_().clamp_(*clamp), 1)
+        scale = torch.where(energy > 0, (energy / (remaining + _EPSILON * energy)).sqrt_().clamp_(*clamp), 1)
         changed = centred.mul_(scale).add_(mean).masked_fill_(~keep, 0)
     return changed
 

@@ -20,7 +20,7 @@ __all__ = [
     "prune_count",
 ]
 
-ComparisonGroup = Literal["row", "matrix", "column_block"]
+ComparisonGroup = Literal["row", "matrix"]
 
 # Beyond this group size, sorting each group is cheaper than comparing all pairs.
 _LARGEST_PAIRWISE_GROUP = 16
@@ -76,7 +76,6 @@ def keep_mask(
     sparsity: float,
     mask_structure: str = "0:0",
     comparison_group: ComparisonGroup = "row",
-    block_size: int = 128,
 ) -> torch.Tensor:
     """Mask of the weights to keep, for a structure as recipes name it.
 
@@ -85,7 +84,6 @@ def keep_mask(
         sparsity: fraction to prune; N:M structures imply theirs and ignore this.
         mask_structure: "N:M" (N pruned of every M consecutive input channels) or "0:0" for unstructured.
         comparison_group: for unstructured masks, see :func:`keep_unstructured`.
-        block_size: width of a column block.
 
     Returns:
         bool [d_out, d_in], True where the weight is kept.
@@ -96,7 +94,7 @@ def keep_mask(
     structure = parse_mask_structure(mask_structure)
     if structure is not None:
         return keep_n_of_m(scores, *structure)
-    return keep_unstructured(scores, sparsity, comparison_group, block_size)
+    return keep_unstructured(scores, sparsity, comparison_group)
 
 
 def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -141,18 +139,14 @@ def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return keep.view(rows, columns)
 
 
-def keep_unstructured(
-    scores: torch.Tensor, sparsity: float, comparison_group: ComparisonGroup = "row", block_size: int = 128
-) -> torch.Tensor:
+def keep_unstructured(scores: torch.Tensor, sparsity: float, comparison_group: ComparisonGroup = "row") -> torch.Tensor:
     """Prune the lowest fraction of the scores of each comparison group.
 
     Args:
         scores: [d_out, d_in], larger is more important.
         sparsity: fraction to prune, at least 0 and below 1; the count is floor(size of the group * sparsity).
         comparison_group: "row" compares within each output row (Wanda's choice), "matrix" over the whole layer
-            (RIA's), "column_block" over all rows of each `block_size` consecutive input channels (SparseGPT's;
-            the last block may be narrower).
-        block_size: width of a column block.
+            (RIA's).
 
     Returns:
         bool [d_out, d_in], True where the weight is kept.
@@ -167,20 +161,7 @@ def keep_unstructured(
         return _keep_largest_per_row(scores, sparsity)
     if comparison_group == "matrix":
         return _keep_largest_per_row(scores.reshape(1, -1), sparsity).view(rows, columns)
-    if comparison_group != "column_block":
-        raise ValueError(f'comparison_group="{comparison_group}" must be one of {", ".join(get_args(ComparisonGroup))}')
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size} must be positive")
-    whole = columns - columns % block_size
-    keep = torch.empty_like(scores, dtype=torch.bool)
-    if whole:
-        blocks = scores[:, :whole].reshape(rows, -1, block_size).transpose(0, 1).reshape(-1, rows * block_size)
-        kept = _keep_largest_per_row(blocks, sparsity).view(-1, rows, block_size).transpose(0, 1)
-        keep[:, :whole].view(rows, -1, block_size).copy_(kept)
-    if whole < columns:
-        rest = scores[:, whole:].reshape(1, -1)
-        keep[:, whole:] = _keep_largest_per_row(rest, sparsity).view(rows, -1)
-    return keep
+    raise ValueError(f'comparison_group="{comparison_group}" must be one of {", ".join(get_args(ComparisonGroup))}')
 
 
 def _keep_largest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:

@@ -11,19 +11,18 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["crepe_scores", "cvr_scores", "magnitude_scores", "ria_scores", "wanda_scores", "window_mean"]
+__all__ = ["crepe_scores", "cvr_scores", "magnitude_scores", "wanda_scores", "window_mean"]
 
 # Sums of |W| below this count as zero: an all-zero row, column or window then scores 0 instead of NaN.
 _TINY = torch.finfo(torch.float32).tiny
 _BLOCK_ELEMENTS = 1 << 18
 
 
-def magnitude_scores(weight: torch.Tensor, input_norm: torch.Tensor | None = None) -> torch.Tensor:
+def magnitude_scores(weight: torch.Tensor) -> torch.Tensor:
     """Score each weight by its absolute value.
 
     Args:
         weight: [d_out, d_in], any floating dtype.
-        input_norm: ignored; accepted so that all scores can be called alike.
 
     Returns:
         fp32 scores [d_out, d_in].
@@ -49,30 +48,6 @@ def wanda_scores(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor
     """
     _check(weight, input_norm)
     return magnitude_scores(weight).mul_(input_norm.to(weight.device, torch.float32))
-
-
-def ria_scores(weight: torch.Tensor, input_norm: torch.Tensor, *, activation_exponent: float = 0.5) -> torch.Tensor:
-    """Score each weight relative to its row and column: (\\|W_ij\\| / R_i + \\|W_ij\\| / C_j) ‖X_j‖^a.
-
-    R_i and C_j are the sums of absolute values of row i and column j. This is :func:`crepe_scores` without
-    the neighbourhood term.
-
-    Args:
-        weight: [d_out, d_in], any floating dtype.
-        input_norm: [d_in], non-negative L2 norm of each input channel over the calibration tokens.
-        activation_exponent: a, at least 0.
-
-    Returns:
-        fp32 scores [d_out, d_in]; 0 where a whole row or column of the weight is zero.
-
-    Raises:
-        ValueError: if the shapes do not fit or the exponent is negative.
-
-    Source: RIA, ICLR 2024 (OpenReview Tr0lPx9woF), equation 3; the guard for all-zero rows is ours.
-    """
-    return crepe_scores(
-        weight, input_norm, row=1.0, column=1.0, neighbourhood=0.0, activation_exponent=activation_exponent
-    )
 
 
 def crepe_scores(

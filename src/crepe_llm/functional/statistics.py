@@ -62,7 +62,7 @@ def relative_weights(outputs: torch.Tensor) -> torch.Tensor:
 
     Source: weights of tokens in the Gram matrix are RSQ's (arXiv 2503.01820), there by attention. These are ours, for
     models that normalise what a layer gives: a few tokens with huge outputs would decide its fit, though the norm
-    behind it makes all tokens alike again.
+    after it makes all tokens alike again.
     """
     energy = outputs.detach().float().square().sum(dim=-1)
     active = energy > 0
@@ -71,7 +71,7 @@ def relative_weights(outputs: torch.Tensor) -> torch.Tensor:
 
 
 class InputStatistics:
-    """Per-channel sums of a layer's inputs, gathered batch by batch and mergeable across devices or processes.
+    """Per-channel sums of a layer's inputs, gathered batch by batch.
 
     Sums within a batch are fp32 or better, sums across batches fp64, whatever the model's dtype.
 
@@ -160,23 +160,6 @@ class InputStatistics:
         if self.gram is not None:
             tokens = tokens.to(dtype)
             self.gram += (tokens.T @ tokens).to(self.gram)
-
-    def merge(self, other: "InputStatistics") -> None:
-        """Add the statistics of other tokens of the same layer, as if they had been seen here.
-
-        Raises:
-            ValueError: if the channels differ or only one side has a Gram matrix.
-        """
-        if other.channels != self.channels:
-            raise ValueError(f"cannot merge statistics of {other.channels} channels into {self.channels}")
-        if (other.gram is None) != (self.gram is None):
-            raise ValueError("cannot merge statistics with a Gram matrix and statistics without")
-        self.tokens += other.tokens
-        self.weight += other.weight
-        self.sum += other.sum.to(self.sum)
-        self.square_sum += other.square_sum.to(self.square_sum)
-        if self.gram is not None and other.gram is not None:
-            self.gram += other.gram.to(self.gram)
 
     def reordered(self, order: torch.Tensor) -> "InputStatistics":
         """The statistics of a layer whose input channel p is channel ``order[p]`` of this one (int64 [d_in])."""

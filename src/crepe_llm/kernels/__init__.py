@@ -1,4 +1,4 @@
-"""2:4 matrix products: C++ on CPUs, cuSPARSELt and CUTLASS on GPUs, and a reference that decompresses.
+"""2:4 matrix products: C++ on CPUs, Triton, cuSPARSELt and CUTLASS on GPUs, and a reference that decompresses.
 
 ``pack`` (or ``pack_compressed``, straight from a checkpoint's tensors) gives a packed weight; ``linear`` multiplies:
 

@@ -8,17 +8,13 @@ from typing import Any, cast
 
 import torch
 
-__all__ = ["FFN", "cut", "find_blocks", "find_ffns", "is_transposed"]
+from crepe_llm.models.blocks import find_blocks
+from crepe_llm.models.families import FAMILIES
 
-# The names of the matrices that write the channels, and of the one that reads them; gated FFNs have two of the former.
-_LAYOUTS = (
-    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
-    (("up_proj",), "down_proj"),
-    (("fc1",), "fc2"),  # OPT
-    (("c_fc",), "c_proj"),  # GPT-2
-    (("fc_in",), "fc_out"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
-)
+__all__ = ["FFN", "cut", "find_ffns", "is_transposed"]
+
+# Those of all families, as models outside the table share them; the gated one is tried first.
+_LAYOUTS = tuple(dict.fromkeys(family.ffn for family in FAMILIES.values()))
 
 
 @dataclass(frozen=True)
@@ -44,23 +40,6 @@ class FFN:
 def is_transposed(module: torch.nn.Module) -> bool:
     """Whether the module stores its weight as [d_in, d_out], as GPT-2's Conv1D does."""
     return type(module).__name__ == "Conv1D"
-
-
-def find_blocks(model: Any) -> dict[str, torch.nn.Module]:
-    """The decoder blocks of a transformers causal language model in order, by name.
-
-    Raises:
-        ValueError: if the decoder has no list of blocks, or more than one.
-    """
-    decoder = model.get_decoder()
-    name_of = {module: name for name, module in model.named_modules()}
-    lists = [module for module in decoder.children() if isinstance(module, torch.nn.ModuleList) and len(module)]
-    if len(lists) != 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(lists)} lists of decoder blocks in its {type(decoder).__name__} where "
-            "one is expected"
-        )
-    return {name_of[block]: block for block in lists[0]}
 
 
 def find_ffns(model: Any) -> list[FFN]:

@@ -13,20 +13,10 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from crepe_llm.models.families import PER_BLOCK
 from crepe_llm.models.ffn import cut, find_ffns
 
-__all__ = ["FAMILIES", "convert", "register", "set_width", "width_field", "write_config"]
-
-FAMILIES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
-    "opt": ("OPTConfig", "OPTForCausalLM"),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
-}
-"""transformers' model types that exist with per-block widths: the names of their config and model classes."""
+__all__ = ["check_family", "convert", "register", "set_width", "width_field", "write_config"]
 
 _PREFIX = "PerBlock"
 _WIDTH_FIELDS = ("ffn_dim", "n_inner", "ffn_hidden_size", "intermediate_size")
@@ -35,7 +25,7 @@ _WRITTEN = ("model_type", "architectures", "block_intermediate_sizes", "block_im
 
 def register() -> None:
     """Make transformers load checkpoints with per-block FFN widths. Idempotent."""
-    for family in FAMILIES:
+    for family in PER_BLOCK:
         AutoConfig.register(_model_type(family), _deferred_config_class(family), exist_ok=True)
 
 
@@ -139,14 +129,14 @@ def _deferred_config_class(family: str) -> type[PreTrainedConfig]:
         return _config_class(family).from_dict(config_dict, **kwargs)
 
     fields = {"model_type": _model_type(family), "from_dict": classmethod(from_dict), "__module__": __name__}
-    return type(f"Deferred{_PREFIX}{FAMILIES[family][0]}", (PreTrainedConfig,), fields)
+    return type(f"Deferred{_PREFIX}{PER_BLOCK[family].config}", (PreTrainedConfig,), fields)
 
 
 @functools.cache
 def _config_class(family: str) -> type[PreTrainedConfig]:
     import transformers
 
-    base = getattr(transformers, FAMILIES[family][0])
+    base = getattr(transformers, PER_BLOCK[family].config)
     fields = {"model_type": _model_type(family), "__module__": __name__}
     return type(_PREFIX + base.__name__, (_PerBlockConfig, base), fields)
 
@@ -155,17 +145,17 @@ def _config_class(family: str) -> type[PreTrainedConfig]:
 def _model_class(family: str) -> Any:
     import transformers
 
-    base = getattr(transformers, FAMILIES[family][1])
+    base = getattr(transformers, PER_BLOCK[family].model)
     fields = {"config_class": _config_class(family), "__module__": __name__}
     return type(_PREFIX + base.__name__, (_PerBlockModel, base), fields)
 
 
 def _classes_of(model: Any) -> tuple[type[PreTrainedConfig], Any]:
-    for family in FAMILIES:
+    for family in PER_BLOCK:
         config_class, model_class = _config_class(family), _model_class(family)
         if type(model) in (model_class, model_class.__mro__[2]) and isinstance(model.config, config_class.__mro__[2]):
             return config_class, model_class
-    known = ", ".join(classes[1] for classes in FAMILIES.values())
+    known = ", ".join(classes.model for classes in PER_BLOCK.values())
     raise ValueError(
         f"a {type(model).__name__} cannot be loaded again with FFNs of different widths, which exist for {known}: set "
         "`uniform: true`"
@@ -174,9 +164,9 @@ def _classes_of(model: Any) -> tuple[type[PreTrainedConfig], Any]:
 
 def __getattr__(name: str) -> Any:
     """The classes by name, for pickle."""
-    for family, bases in FAMILIES.items():
-        if name == _PREFIX + bases[0]:
+    for family, bases in PER_BLOCK.items():
+        if name == _PREFIX + bases.config:
             return _config_class(family)
-        if name == _PREFIX + bases[1]:
+        if name == _PREFIX + bases.model:
             return _model_class(family)
     raise AttributeError(f"module {__name__} has no attribute {name}")

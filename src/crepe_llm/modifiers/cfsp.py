@@ -20,7 +20,8 @@ from crepe_llm.functional.structured import (
     kept_widths,
 )
 from crepe_llm.models import per_block
-from crepe_llm.models.ffn import FFN, cut, find_blocks, find_ffns
+from crepe_llm.models.blocks import find_blocks
+from crepe_llm.models.ffn import FFN, cut, find_ffns
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.layers import save_sparse
 from crepe_llm.modifiers.observe import Observer

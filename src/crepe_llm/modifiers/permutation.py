@@ -4,8 +4,7 @@ import time
 from typing import Any, cast
 
 import torch
-from compressed_tensors.offload import disable_onloading
-from compressed_tensors.utils import align_module_device, update_offload_parameter
+from compressed_tensors.utils import align_module_device
 from llmcompressor.core import Event, State, active_session
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
@@ -13,7 +12,9 @@ from tqdm import tqdm
 
 from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.channels import AXES, block_of, module_axes
+from crepe_llm.models.blocks import block_of
+from crepe_llm.models.channels import AXES, module_axes
+from crepe_llm.models.permuting import permute_parameters
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.layers import LayerModifier
@@ -22,8 +23,6 @@ from crepe_llm.pruning.block_pass import Wanted
 from crepe_llm.pruning.layer import input_channels, weight_matrix
 
 __all__ = ["ChannelPermutationModifier"]
-
-_KINDS = ("weight", "bias")
 
 
 class ChannelPermutationModifier(LayerModifier):
@@ -198,32 +197,18 @@ class ChannelPermutationModifier(LayerModifier):
 
     def _permute(self, orders: dict[str, torch.Tensor]) -> None:
         """Permute every parameter along the axes that have an order, and tell the CRePEModifier."""
-        with disable_onloading():
-            stored = {(n, kind): getattr(module, kind, None) for n, module in self._modules.items() for kind in _KINDS}
-        permuted: set[int] = set()
-        moved = {}
-        for name, module in self._modules.items():
-            indices = []
-            for place, axis in enumerate(self._axes[name]):
-                found = None if axis is None else orders.get(_site(name, axis))
-                repeat = self._head_counts(axis)[1] if place else 1  # only inputs hold heads more than once
-                indices.append(None if found is None else channel_index(found, repeat))
-            if all(index is None for index in indices):
-                continue
-            if len(indices) == 2:
-                moved[name] = (indices[0], indices[1])
-            with torch.no_grad(), align_module_device(module):
-                for kind in _KINDS:
-                    # Tied weights are one tensor, to be permuted once.
-                    if stored[name, kind] is None or id(stored[name, kind]) in permuted:
-                        continue
-                    permuted.add(id(stored[name, kind]))
-                    parameter = cast(torch.Tensor, getattr(module, kind)).detach()
-                    for dimension, index in zip(range(parameter.dim()), indices, strict=False):
-                        if index is not None:
-                            parameter = parameter.index_select(dimension, index.to(parameter.device))
-                    update_offload_parameter(module, kind, parameter)
-        self._crepe.score_in_original_order(moved)
+        indices = {}
+        for name, axes in self._axes.items():
+            found = [None if axis is None else orders.get(_site(name, axis)) for axis in axes]
+            # Only inputs hold heads more than once.
+            repeats = [self._head_counts(axis)[1] if place else 1 for place, axis in enumerate(axes)]
+            if any(each is not None for each in found):
+                indices[name] = tuple(
+                    None if each is None else channel_index(each, repeat)
+                    for each, repeat in zip(found, repeats, strict=True)
+                )
+        permute_parameters(self._modules, indices)
+        self._crepe.score_in_original_order({name: (i[0], i[1]) for name, i in indices.items() if len(i) == 2})
 
     def _scores(self, name: str) -> torch.Tensor:
         """The layer's scores, relative to their mean."""

@@ -35,17 +35,10 @@ from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
 from crepe_llm.pruning.block_pass import Wanted
 from crepe_llm.pruning.layer import set_weight_matrix, weight_matrix
-from crepe_llm.search.fitness import (
-    DEFAULT_PROXY,
-    PROXIES,
-    RIA,
-    Coefficients,
-    LayerSample,
-    Mask,
-    evaluate,
-    sample_layers,
-)
-from crepe_llm.search.search import Finalist, SearchSpace, Study, search
+from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, sample_layers
+from crepe_llm.search.search import search
+from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
+from crepe_llm.search.study import Finalist, Study
 
 __all__ = ["PHOSearchModifier"]
 
@@ -93,7 +86,7 @@ class PHOSearchModifier(LayerModifier):
     :param optimiser: `cma` (CMA-ES) or `random`
     :param candidates: stop after so many candidates; 200 where neither this nor `minutes` is given
     :param minutes: stop when evaluations have taken so long
-    :param space: bounds that differ from `crepe_llm.search.search.SearchSpace`'s, such as `{activation_exponent: [0.2,
+    :param space: bounds that differ from `crepe_llm.search.space.SearchSpace`'s, such as `{activation_exponent: [0.2,
         1.0]}`
     :param seed: of the sample and of the optimiser
     :param layers_per_kind: how many layers of each kind (q_proj, down_proj and so on) are in the sample

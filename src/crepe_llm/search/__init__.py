@@ -1,1 +1,1 @@
-"""The search for coefficients: space, optimisers, fitness and record."""
+"""Searching for the coefficients of the CRePE score."""

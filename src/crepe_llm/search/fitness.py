@@ -8,23 +8,21 @@ sample, whatever the depth of the model.
 
 import dataclasses
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from crepe_llm.functional.gini import gini_index
-from crepe_llm.functional.masks import ComparisonGroup, keep_mask
-from crepe_llm.functional.scores import check_coefficients, magnitude_scores, window_mean
+from crepe_llm.functional.masks import keep_mask
+from crepe_llm.functional.scores import magnitude_scores, window_mean
+from crepe_llm.models.blocks import kind_of
+from crepe_llm.search.space import Coefficients, Mask
 
 __all__ = [
     "DEFAULT_PROXY",
     "PROXIES",
-    "RIA",
-    "Coefficients",
     "LayerSample",
-    "Mask",
     "Proxy",
     "PrunedSample",
     "evaluate",
@@ -38,56 +36,11 @@ _TINY = torch.finfo(torch.float32).tiny
 _ROW_POWER = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Coefficients:
-    """The free numbers of the CRePE score; see :func:`crepe_llm.functional.scores.crepe_scores`.
-
-    Raises:
-        ValueError: for numbers that make no score.
-    """
-
-    row: float
-    column: float
-    neighbourhood: float
-    kernel_size: int
-    activation_exponent: float
-
-    def __post_init__(self) -> None:
-        check_coefficients(**dataclasses.asdict(self))
-
-    def __str__(self) -> str:
-        return (
-            f"row {self.row:.3g}, column {self.column:.3g}, neighbourhood {self.neighbourhood:.3g}, "
-            f"kernel {self.kernel_size}, exponent {self.activation_exponent:.3g}"
-        )
-
-
-RIA = Coefficients(row=1.0, column=1.0, neighbourhood=0.0, kernel_size=3, activation_exponent=0.5)
-"""RIA's score in CRePE's terms, the yardstick of every search."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """What kind of mask is searched for, in the terms of :func:`crepe_llm.functional.masks.keep_mask`."""
-
-    mask_structure: str
-    sparsity: float
-    comparison_group: ComparisonGroup = "row"
-
-    def __post_init__(self) -> None:
-        keep_mask(torch.empty(0, 0), self.sparsity, self.mask_structure, self.comparison_group)
-
-    def __str__(self) -> str:
-        if self.mask_structure != "0:0":
-            return self.mask_structure
-        return f"{self.sparsity:.0%} per {self.comparison_group}".replace("_", " ")
-
-
 def sample_layers(names: Iterable[str], per_kind: int, seed: int) -> list[str]:
     """Choose layers for a sample: of each kind, `per_kind` spread over the depth.
 
-    Layers whose names differ in numbers only (blocks, experts) are of one kind. The layers of a kind, in order, are cut
-    into `per_kind` runs of equal length, and one is drawn from each.
+    Layers with the same place in different blocks, or in different experts, are of one kind. The layers of a kind, in
+    order, are cut into `per_kind` runs of equal length, and one is drawn from each.
 
     Args:
         names: layer names in the model's order.
@@ -105,11 +58,11 @@ def sample_layers(names: Iterable[str], per_kind: int, seed: int) -> list[str]:
     names = list(names)
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     chosen = set()
     for kind, members in kinds.items():
         runs = min(per_kind, len(members))
-        generator = _generator(kind, seed)
+        generator = _generator(kind.replace("*", "#"), seed)  # "#" as in the first studies, which draw the same
         for run in range(runs):
             start, stop = run * len(members) // runs, (run + 1) * len(members) // runs
             chosen.add(members[start + int(torch.randint(stop - start, (), generator=generator))])
@@ -226,8 +179,8 @@ class PrunedSample:
 def prune(samples: Iterable[LayerSample], coefficients: Coefficients, mask: Mask) -> list[PrunedSample]:
     """Score and mask every sample with one candidate's coefficients.
 
-    N:M and per-row masks are exactly the layer's; where weights compete across rows ("matrix", "column_block"), the
-    sampled rows compete among themselves, an estimate of the layer's mask.
+    N:M and per-row masks are exactly the layer's; where weights compete across the whole matrix, the sampled rows
+    compete among themselves, an estimate of the layer's mask.
     """
     pruned = []
     for layer in samples:

@@ -1,10 +1,11 @@
 """Recovery fine-tuning of a model that CFSP has cut: LoRA whose rank in each block follows the block's importance."""
 
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +22,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from crepe_llm.evaluation.perplexity import token_windows
 from crepe_llm.functional.structured import RankAllocation, recovery_ranks
-from crepe_llm.models.ffn import find_blocks, is_transposed
+from crepe_llm.models.blocks import find_blocks
+from crepe_llm.models.ffn import is_transposed
 
-__all__ = ["Recovered", "recover"]
+__all__ = ["Recovered", "RecoverySettings", "recover"]
 
 _SETTINGS = "settings.json"
 # A dense model holds few exact zeros, one dequantised from 4 bit up to 11 % a layer (Gemma-3-270M), a pruned one more.
@@ -54,33 +55,11 @@ class Recovered:
     seconds: float
 
 
-def recover(
-    source: str | Path,
-    destination: str | Path,
-    work: str | Path,
-    texts: Sequence[str],
-    *,
-    length: int = 512,
-    windows: int | None = None,
-    rank: int = 8,
-    allocation: RankAllocation = "important",
-    epochs: int = 1,
-    learning_rate: float = 2e-4,
-    batch: int = 8,
-    dtype: str = "auto",
-    seed: int = 0,
-) -> Recovered:
-    """Train low-rank updates of all linear layers in a pruned model's blocks, and merge them into its weights.
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How a recovery trains.
 
-    Interrupted, the same call goes on where the last checkpoint in `work` was made; `work` is removed at the end.
-
-    Args:
-        source: a checkpoint's folder, with its tokenizer. Its config.json holds the blocks' importances.
-        destination: an existing empty folder for the recovered model.
-        work: a folder for checkpoints of the training.
-        texts: to train on; joined, tokenised and cut into windows.
-        length: tokens of a window.
-        windows: how many of them, spread evenly over the text; None for all.
+    Attributes:
         rank: the mean LoRA rank of the blocks.
         allocation: which blocks get more: see :func:`crepe_llm.functional.structured.recovery_ranks`.
         epochs: how often each window is seen.
@@ -90,74 +69,75 @@ def recover(
         seed: of the updates' start and of the order of the windows.
 
     Raises:
+        ValueError: a number of epochs, a batch or a learning rate that is not positive.
+    """
+
+    rank: int = 8
+    allocation: RankAllocation = "important"
+    epochs: int = 1
+    learning_rate: float = 2e-4
+    batch: int = 8
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+
+def recover(
+    source: str | Path,
+    destination: str | Path,
+    work: str | Path,
+    windows: Callable[[Any], torch.Tensor],
+    settings: RecoverySettings | None = None,
+) -> Recovered:
+    """Train low-rank updates of all linear layers in a pruned model's blocks, and merge them into its weights.
+
+    Interrupted, the same call goes on where the last checkpoint in `work` was made; `work` is removed at the end.
+
+    Args:
+        source: a checkpoint's folder, with its tokenizer. Its config.json holds the blocks' importances.
+        destination: an existing empty folder for the recovered model.
+        work: a folder for checkpoints of the training.
+        windows: of the checkpoint's tokenizer, the token ids to train on, int64 [windows, length].
+        settings: of the training; None for the default ones.
+
+    Raises:
         ValueError: the checkpoint is sparse or quantized, or holds no importances, or `work` belongs to another
             training.
         ImportError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError('crepe recover needs peft: pip install "crepe-llm[recover]"') from error
-
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('crepe recover needs peft: pip install "crepe-llm[recover]"')
+    settings = settings or RecoverySettings()
     source, destination, work = Path(source), Path(destination), Path(work)
-    for name, value in (("epochs", epochs), ("batch", batch), ("learning_rate", learning_rate)):
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be positive")
     _refuse_compressed(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = token_windows(tokenizer, texts, length, tokens=None if windows is None else windows * length)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    ids = windows(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
     blocks = find_blocks(model)
-    ranks = recovery_ranks(_importance(model, len(blocks), allocation), rank, allocation)
+    importance = _importance(model, len(blocks), settings.allocation)
+    ranks = recovery_ranks(importance, settings.rank, settings.allocation)
     layers = _linear_layers(blocks)
     _refuse_sparse(source, layers)
-    settings = {
-        "source": [str(source.resolve()), *_fingerprint(source)],
-        "windows": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
-        "ranks": ranks,
-        **{"epochs": epochs, "learning_rate": learning_rate, "batch": batch, "dtype": str(model.dtype), "seed": seed},
-    }
-    last = _resumable(work, settings)
+    last = _resumable(work, _identity(source, ids, ranks, str(model.dtype), settings))
 
-    torch.manual_seed(seed)
-    of_block = {rf"{re.escape(name)}\..*": number for name, number in zip(blocks, ranks, strict=True)}
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=_SCALE * rank,
-        rank_pattern=of_block,
-        alpha_pattern={block: _SCALE * number for block, number in of_block.items()},
-        target_modules=list(layers),
-        fan_in_fan_out=any(map(is_transposed, layers.values())),
+    torch.manual_seed(settings.seed)
+    adapted = _with_updates(model, layers, dict(zip(blocks, ranks, strict=True)), settings.rank)
+    trainer = Trainer(
+        model=adapted,
+        args=_training_arguments(work, len(ids), settings),
+        train_dataset=[{"input_ids": window, "labels": window} for window in ids],
+        callbacks=[_Progress()],
     )
-    adapted: Any = get_peft_model(model, lora)
-    steps = epochs * -(-len(ids) // batch)
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=batch,
-        learning_rate=learning_rate,
-        lr_scheduler_type="linear",
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=max(1, steps // _CHECKPOINTS),
-        save_total_limit=2,
-        report_to=[],
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-    )
-    data = [{"input_ids": window, "labels": window} for window in ids]
-    trainer = Trainer(model=adapted, args=arguments, train_dataset=data, callbacks=[_Progress()])
     trainer.remove_callback(PrinterCallback)
     result = trainer.train(resume_from_checkpoint=last)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tenth = max(1, len(losses) // 10)
 
-    merged = adapted.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(destination)
+    adapted.merge_and_unload(safe_merge=True).save_pretrained(destination)
     tokenizer.save_pretrained(destination)
     if (source / "recipe.yaml").is_file():
         shutil.copyfile(source / "recipe.yaml", destination / "recipe.yaml")
@@ -168,6 +148,60 @@ def recover(
         last_loss=sum(losses[-tenth:]) / tenth,
         ranks=ranks,
         seconds=result.metrics["train_runtime"],
+    )
+
+
+def _identity(
+    source: Path, ids: torch.Tensor, ranks: list[int], dtype: str, settings: RecoverySettings
+) -> dict[str, Any]:
+    """What an interrupted training must share with the one that goes on with it."""
+    return {
+        "source": [str(source.resolve()), *_fingerprint(source)],
+        "windows": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+        "ranks": ranks,
+        "epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "batch": settings.batch,
+        "dtype": dtype,
+        "seed": settings.seed,
+    }
+
+
+def _with_updates(model: Any, layers: dict[str, torch.nn.Module], ranks: dict[str, int], mean: int) -> Any:
+    """The model with a trainable low-rank update of each layer; ranks by name of the block."""
+    from peft import LoraConfig, get_peft_model
+
+    of_block = {rf"{re.escape(name)}\..*": number for name, number in ranks.items()}
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=mean,
+        lora_alpha=_SCALE * mean,
+        rank_pattern=of_block,
+        alpha_pattern={block: _SCALE * number for block, number in of_block.items()},
+        target_modules=list(layers),
+        fan_in_fan_out=any(map(is_transposed, layers.values())),
+    )
+    return get_peft_model(model, lora)
+
+
+def _training_arguments(work: Path, windows: int, settings: RecoverySettings) -> TrainingArguments:
+    steps = settings.epochs * -(-windows // settings.batch)
+    return TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=max(1, steps // _CHECKPOINTS),
+        save_total_limit=2,
+        report_to=[],
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
     )
 
 

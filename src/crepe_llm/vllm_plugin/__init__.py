@@ -1,8 +1,7 @@
 """Serves ``sparse-24-bitmask`` checkpoints in an unmodified vLLM, from compressed weights with sparse kernels.
 
+Checkpoints whose blocks have FFNs of different widths are served too; all others as if this package were not installed.
 vLLM calls :func:`register` in every process it starts, through the entry point group ``vllm.general_plugins``.
-So are checkpoints whose blocks have FFNs of different widths. Checkpoints in any other format are served as if this
-package were not installed.
 """
 
 import logging

@@ -13,17 +13,10 @@ from compressed_tensors.utils import patch_attr
 from vllm.model_executor.models.utils import extract_layer_index
 
 from crepe_llm.models import per_block
+from crepe_llm.models.families import PER_BLOCK
 
-# vLLM's class: the module that it is in, and the one whose `make_layers` builds its blocks.
-_MODELS = {
-    "LlamaForCausalLM": ("llama", "llama"),
-    "MistralForCausalLM": ("mistral", "llama"),
-    "Qwen2ForCausalLM": ("qwen2", "qwen2"),
-    "Qwen3ForCausalLM": ("qwen3", "qwen2"),
-    "Gemma3ForCausalLM": ("gemma3", "gemma3"),
-    "OPTForCausalLM": ("opt", "opt"),
-    "GPT2LMHeadModel": ("gpt2", "gpt2"),
-}
+# By vLLM's class: the module that it is in, and the one whose `make_layers` builds its blocks.
+_MODELS = {classes.model: classes.vllm for classes in PER_BLOCK.values()}
 
 
 def architectures() -> dict[str, str]:

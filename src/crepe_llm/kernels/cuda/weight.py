@@ -1,7 +1,7 @@
-"""A 2:4 weight on a GPU: kept values with 2-bit columns, and what the sparse tensor cores' libraries want beside them.
+"""A 2:4 weight on a GPU: kept values with 2-bit columns, and what the libraries need for sparse tensor cores.
 
-The columns are one int32 word a row and 8 groups of 4 (32 columns), little-endian: kept value ``v`` of group ``g`` at
-bits ``4 g + 2 v``. CUTLASS wants the same bits in another order: :func:`cutlass_metadata` and its inverse.
+The columns are one int32 word for 8 groups of 4 (32 columns) of a row, little-endian: kept value ``v`` of group ``g``
+at bits ``4 g + 2 v``. CUTLASS wants the same bits in another order: :func:`cutlass_metadata` and its inverse.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,56 @@
+"""`crepe compress` and `crepe decompress`: a checkpoint's 2:4 layers packed, and unpacked again."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_compress(subparsers: Any) -> None:
+    _add_conversion(
+        subparsers,
+        "compress",
+        "pack the 2:4 layers of a checkpoint",
+        "Convert a folder of safetensors whose linear layers hold 2:4 zeros into the sparse-24-bitmask format, one "
+        "file at a time. Layers that are not 2:4 stay as they are. The output folder is complete or absent.",
+        "crepe compress PRUNED PACKED",
+    )
+
+
+def add_decompress(subparsers: Any) -> None:
+    _add_conversion(
+        subparsers,
+        "decompress",
+        "unpack a 2:4 checkpoint into plain weights",
+        "Convert a sparse-24-bitmask checkpoint into plain weights with zeros, which every reader loads, one file "
+        "at a time. The output folder is complete or absent.",
+        "crepe decompress PACKED PLAIN",
+    )
+
+
+def _add_conversion(subparsers: Any, name: str, summary: str, description: str, example: str) -> None:
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"example:\n  {example}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument("destination", metavar="OUT", type=Path, help="a folder that does not hold a model yet")
+    parser.set_defaults(run=run, conversion=name)
+
+
+def run(options: argparse.Namespace) -> None:
+    from crepe_llm.checkpoints import compress_folder, decompress_folder
+
+    convert = {"compress": compress_folder, "decompress": decompress_folder}[options.conversion]
+    layers = convert(options.source, options.destination, progress=True)
+    _report_conversion(options, f"{len(layers)} layers {'un' * (convert is decompress_folder)}packed")
+
+
+def _report_conversion(options: argparse.Namespace, what: str) -> None:
+    before, after = (
+        sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+        for folder in (options.source, options.destination)
+    )
+    print(f"{options.destination}: {what}, {before:.1f} MB of safetensors became {after:.1f} MB")

@@ -1,0 +1,54 @@
+"""`crepe evaluate`: a model's perplexity."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from crepe_llm.cli.common import DTYPES, MODEL_HELP, load, window_length
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure a model's perplexity",
+        description=(
+            "Measure perplexity: texts joined by blank lines, tokenised once, cut into non-overlapping windows; in "
+            "each window every token but the first is predicted."
+        ),
+        epilog=(
+            "examples:\n"
+            "  crepe evaluate MODEL --wikitext2 --json ppl.json    the usual benchmark (needs the hub)\n"
+            "  crepe evaluate MODEL --text FILE --window 1024\n"
+            "  crepe evaluate smollm2 --sample --tokens 16384      Wikipedia articles, no hub needed\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="FILE", type=Path, help="a UTF-8 text file")
+    text.add_argument("--wikitext2", action="store_true", help="the raw WikiText-2 test split")
+    text.add_argument("--sample", action="store_true", help="the test part of the sample Wikipedia articles")
+    parser.add_argument("--window", type=int, help="tokens per window (2048, or the model's context if smaller)")
+    parser.add_argument("--tokens", type=int, help="about this many tokens only, spread over the text (all)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (as they are stored)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from crepe_llm import samples
+    from crepe_llm.evaluation.perplexity import perplexity
+
+    if options.wikitext2:
+        corpus, texts = "WikiText-2 raw test", samples.wikitext2()
+    elif options.sample:
+        sample = samples.wikipedia()
+        corpus, texts = f"{sample.name}, test", sample.test
+    else:
+        corpus, texts = options.text.name, [options.text.read_text(encoding="utf-8")]
+    model, tokenizer = load(options.model, options.dtype, on_device=True)
+    windows = samples.token_windows(tokenizer, texts, window_length(options.window, model), tokens=options.tokens)
+    result = perplexity(model, windows, corpus=corpus)
+    print(result)
+    if options.json is not None:
+        options.json.write_text(result.to_json() + "\n")

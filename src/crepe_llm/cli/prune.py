@@ -1,0 +1,87 @@
+"""`crepe prune`: a model pruned by a recipe, with its model card."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from crepe_llm.cli.common import MODEL_HELP, add_calibration, calibration_texts, load, output_folder, window_length
+from crepe_llm.recipe_files import recipe_path
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "prune",
+        help="prune a model by a recipe",
+        description=(
+            "Prune a model with llm-compressor's oneshot and write it with its tokenizer, the recipe and a model card. "
+            "The output folder is complete or absent."
+        ),
+        epilog=(
+            "examples:\n"
+            "  crepe prune MODEL --recipe crepe_2of4 --dataset allenai/c4:en --output DIR    (needs the hub)\n"
+            "  crepe prune MODEL --recipe my_recipe.yaml --text FILE --output DIR\n"
+            "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output DIR\n"
+            "`crepe recipes` lists the recipes that have names.\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--recipe", metavar="NAME|FILE", required=True, help="a shipped recipe or a YAML file")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
+    add_calibration(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    recipe = recipe_path(options.recipe)
+    with output_folder(options.output) as folder:
+        try:
+            from llmcompressor import oneshot
+            from llmcompressor.recipe import Recipe
+        except ImportError as error:
+            raise ImportError('crepe prune needs llm-compressor: pip install "crepe-llm[compress]"') from error
+        from crepe_llm import samples
+        from crepe_llm.evaluation import model_card
+
+        if not Recipe.create_instance(str(recipe)).modifiers:
+            # llm-compressor would do nothing, and say nothing.
+            raise ValueError(
+                f"{recipe} names no modifiers; they go under `NAME_stage:` and `NAME_modifiers:`, as in the recipe "
+                "that `crepe recipes crepe_2of4` prints"
+            )
+        model, tokenizer = load(options.model, options.dtype, on_device=False)
+        length = window_length(options.length, model)
+        corpus, texts = calibration_texts(options, length)
+        dataset = samples.calibration_windows(
+            tokenizer, texts, windows=options.samples, length=length, seed=options.seed
+        )
+        dense = model_card.linear_zeros(model)
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=str(recipe),
+            dataset=dataset,
+            num_calibration_samples=options.samples,
+            max_seq_length=length,
+            shuffle_calibration_samples=False,
+        )
+        pruned = model_card.linear_zeros(model)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        card = model_card.model_card(
+            base_model=options.model,
+            recipe=recipe,
+            dense=dense,
+            pruned=pruned,
+            calibration=f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}",
+            dtype=str(model.dtype).removeprefix("torch."),
+            command=options.command_line,
+        )
+        (folder / "README.md").write_text(card)
+    removed = model_card.removed_weights(dense, pruned)
+    print(
+        f"{options.output}: "
+        + f"{removed:.2%} of the linear layers' weights are removed; " * bool(removed)
+        + f"{model_card.total_zeros(pruned):.2%} of the weights of {len(pruned)} linear layers are zero "
+        f"({model_card.total_zeros(dense):.2%} before)"
+    )

