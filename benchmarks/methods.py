@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import yaml
-from crepe_llm.modifiers.after_pruning import DEFAULT_SHARE
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from loguru import logger
