@@ -1,4 +1,4 @@
-"""Ways to quantize a 2:4 layer to INT4, their output error relative to rounding to nearest (docs/quantization.md).
+"""Ways to quantize a 2:4 layer to INT4, their output error relative to rounding to nearest (docs/results.md).
 
     python benchmarks/masked_gptq.py
 

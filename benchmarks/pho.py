@@ -23,7 +23,7 @@ from crepe_llm.search.optimisers import OPTIMISERS
 from crepe_llm.search.search import search
 from crepe_llm.search.space import RIA, Coefficients, Mask
 from crepe_llm.search.study import Study
-from hill_climb import hill_climb as climb
+from hill_climb import hill_climb as by_hill_climbing
 from pho_common import LAYERS_PER_KIND, MODELS, ROWS, WANDA, Bench, parse_mask
 from records import RESULTS, Row, append
 from studies import studies_folder
@@ -78,7 +78,7 @@ def projection(bench: Bench, candidate: float, candidates: int) -> dict[str, flo
 def hill_climb(bench: Bench, study: Study, goal: float, perplexity: Perplexity, options: argparse.Namespace) -> Row:
     """Climb on validation perplexity; its successive bests with their test perplexity, until one reaches the goal."""
     mask = options.mask.replace(":", "-")
-    OPTIMISERS["hill_climb"] = climb
+    OPTIMISERS["hill_climb"] = by_hill_climbing
     path = studies_folder() / "hill_climb" / f"hill_climb-{options.model}-{mask}-seed{options.seed}.json"
     resumed = path.exists()
     climb = search(

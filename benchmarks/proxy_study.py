@@ -6,7 +6,7 @@ again at will. `report` computes every proxy on the sample that PHOSearchModifie
 correlations with bootstrap confidence intervals; it can be repeated with other proxies without measuring anew.
 
     python benchmarks/proxy_study.py measure --model smollm2 --configurations 28 --tokens 4096
-    python benchmarks/proxy_study.py report --model smollm2 --plot docs/proxy_study_smollm2.png
+    python benchmarks/proxy_study.py report --model smollm2 --plot docs/notes/proxy_study_smollm2.png
 """
 
 import argparse

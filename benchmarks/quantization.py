@@ -1,4 +1,4 @@
-"""Perplexity and size of 2:4 checkpoints with each quantization on top: the table of docs/quantization.md.
+"""Perplexity and size of 2:4 checkpoints with each quantization on top: the table of docs/results.md.
 
     python benchmarks/quantization.py                    # both models
     python benchmarks/quantization.py --models SmolLM2-135M-Instruct --tokens 4096

@@ -25,7 +25,7 @@ openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
 
 VOCABULARY = 512
-TIE = 1e-3  # see tests/test_vllm_plugin_models.py
+TIE = 1e-3  # see tests/vllm_plugin/test_models.py
 START_SECONDS = 300
 
 

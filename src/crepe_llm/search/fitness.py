@@ -256,7 +256,7 @@ PROXIES: Mapping[str, Proxy] = {
 - ``balanced_reconstruction``: half the logarithm of the layer's error times the root mean square of its rows' errors,
   so that the mean over layers is the logarithm of a geometric mean.
 
-All but the choice of the Gini index are ours; docs/pho.md has the evidence.
+All but the choice of the Gini index are ours; docs/notes/proxies.md has the evidence.
 """
 
 DEFAULT_PROXY = "balanced_reconstruction"

@@ -1,4 +1,4 @@
-"""Packing of one tensor in the `sparse-24-bitmask` format: byte for byte as in docs/format.md.
+"""Packing of one tensor in the `sparse-24-bitmask` format: byte for byte as in docs/formats.md.
 
 A 2:4 weight [d_out, d_in] becomes `compressed` [d_out, d_in / 2], the two kept values of every group of four
 consecutive columns, and `bitmask` uint8 [d_out, ceil(d_in / 8)], whose bit j (least significant first) of byte b is

@@ -1,0 +1,186 @@
+"""The docs: the reference is current, the tutorial's recipes run, its order rules hold, and links lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from llmcompressor.recipe import Recipe
+from pydantic import Field
+
+import crepe_llm.modifiers
+from crepe_llm.recipe_files import shipped_recipes
+from modifier_helpers import load, run
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+RECIPES = re.findall(r"```yaml\n(.*?)```", TUTORIAL, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where PHO records its search
+
+
+def test_the_reference_is_not_stale(script):
+    assert script.page() == REFERENCE, "run python scripts/reference.py"
+
+
+def test_check_mode_tells_a_stale_page_and_leaves_it(script, tmp_path, monkeypatch):
+    page = tmp_path / "reference.md"
+    monkeypatch.setattr(script, "PAGE", page)
+    monkeypatch.setattr("sys.argv", ["reference.py", "--check"])
+    page.write_text(REFERENCE.replace("| `max_cycles` | integer", "| `cycles` | number"))
+    with pytest.raises(SystemExit, match=r"docs/reference\.md is stale"):
+        script.main()
+    page.write_text(REFERENCE)
+    script.main()
+
+
+def test_fields_without_a_description_are_refused(script):
+    class Undescribed(crepe_llm.modifiers.CRePEModifier):
+        """
+        :param row: described
+        """
+
+        __module__ = "crepe_llm.modifiers.made_up"
+        row: float = 2.0
+        extra: int = Field(default=1, ge=1)
+
+    with pytest.raises(ValueError, match="Undescribed has a field `extra`"):
+        script.check(Undescribed)
+
+    class Redefined(crepe_llm.modifiers.CRePEModifier):
+        """Another default, of which nothing is said."""
+
+        __module__ = "crepe_llm.modifiers.made_up"
+        row: float = 2.0
+
+    with pytest.raises(ValueError, match="Redefined has a field `row`"):
+        script.check(Redefined)
+
+    class Misdescribed(crepe_llm.modifiers.CRePEModifier):
+        """
+        :param rows: no such field
+        """
+
+    with pytest.raises(ValueError, match=r"describes \['rows'\]"):
+        script.check(Misdescribed)
+
+
+def _sections(page: str) -> dict[str, str]:
+    return {part.partition("\n")[0]: part for part in page.split("\n### ")[1:]}
+
+
+def _rows(section: str) -> list[tuple[str, str]]:
+    return re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", section.partition("\n## ")[0], re.MULTILINE)
+
+
+def test_every_modifier_recipe_and_field_is_there():
+    sections = _sections(REFERENCE)
+    for modifier in crepe_llm.modifiers.__all__:
+        section = sections[modifier]
+        assert "```yaml" in section, modifier
+        fields = getattr(crepe_llm.modifiers, modifier).model_fields
+        own = set(fields) - set(crepe_llm.modifiers.SparseCheckpointModifier.model_fields)
+        rows = _rows(section)
+        further = section.partition("\nFurther fields: ")[2].partition("\n")[0]
+        linked = re.findall(r"`(\w+)`", further)
+        assert sorted([name for name, _ in rows] + linked) == sorted(own), modifier
+        assert all(meaning.strip() for _, meaning in rows), modifier
+        for base in re.findall(r"\]\(#(\w+)\)", further):
+            assert base in {heading.lower() for heading in sections}, (modifier, base)
+    assert all(f"| `{name}` | " in REFERENCE for name in shipped_recipes())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_described_and_name_modifiers_that_exist(name):
+    text = shipped_recipes()[name].read_text()
+    # `crepe recipes` shows the first line.
+    assert re.match(r"# .{20,118}\.\n", text)
+    assert Recipe.create_instance(text).modifiers
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in _anchors(file), target
+
+
+def test_every_page_is_linked():
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text())
+    }
+    assert [page for page in PAGES[1:] if page not in linked] == []
+
+
+def test_files_that_code_and_docs_name_exist():
+    """Paths such as docs/formats.md or benchmarks/methods.py, wherever they are mentioned."""
+    named = re.compile(r"(?<![\w/])((?:docs|benchmarks|scripts|tests)/[\w/]+\.(?:md|py|png))")
+    sources = [ROOT / "Makefile", *PAGES]
+    for folder in ("src", "scripts", "benchmarks", "recipes", "integration"):
+        sources += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".sh")]
+    for source in sources:
+        for path in named.findall(source.read_text()):
+            assert (ROOT / path).is_file(), f"{source.relative_to(ROOT)} names {path}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=range(len(RECIPES)))
+def test_the_tutorials_recipes_run(recipe, tiny_model_folder, calibration_data):
+    small = recipe.replace("candidates: 200", "candidates: 4").replace("round_to: 64", "round_to: 8")
+    model = run(load(tiny_model_folder("llama")), small, calibration_data)
+    assert bool(model(torch.arange(3, 19)[None]).logits.isfinite().all())
+    assert (model.model.layers[0].self_attn.q_proj.weight == 0).float().mean() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("modifier", "other", "message"),
+    [
+        ("CFSPModifier", "CRePEModifier", "Put CFSPModifier first"),
+        ("PHOSearchModifier", "ChannelPermutationModifier", "Put ChannelPermutationModifier after it"),
+        ("ChannelPermutationModifier", "CRePEModifier", "Put ChannelPermutationModifier before it"),
+        ("CRePEModifier", "DSnoTModifier", "needs a modifier that prunes before it"),
+        ("CRePEModifier", "WeightCorrectionModifier", "needs a modifier that prunes before it"),
+        ("DSnoTModifier", "WeightCorrectionModifier", "put this one first"),
+        ("DSnoTModifier", "MaskedGPTQModifier", "put this one first"),
+        ("WeightCorrectionModifier", "MaskedGPTQModifier", "Put it between"),
+    ],
+)
+def test_orders_that_the_table_excludes_are_refused(modifier, other, message, tiny_model_folder, calibration_data):
+    """The tutorial's largest recipe, with one modifier moved after another that it has to come before."""
+    order = list(yaml.safe_load(RECIPES[-1])["my_stage"]["my_modifiers"].items())
+    names = [name for name, _ in order]
+    moved = order.pop(names.index(modifier))
+    order.insert(names.index(other), moved)
+    model = load(tiny_model_folder("llama"))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    recipe = yaml.safe_dump({"my_stage": {"my_modifiers": dict(order)}}, sort_keys=False).replace("64", "8")
+    with pytest.raises(ValueError, match=message):
+        run(model, recipe, calibration_data)
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
