@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         pruned = model_card.linear_zeros(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        card = model_card.model_card(
+        made = model_card.Pruning(
             base_model=options.model,
             recipe=recipe,
             dense=dense,
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
             dtype=str(model.dtype).removeprefix("torch."),
             command=options.command_line,
         )
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(model_card.model_card(made))
     removed = model_card.removed_weights(dense, pruned)
     print(
         f"{options.output}: "

@@ -48,50 +48,59 @@ def removed_weights(dense: Sequence[LayerZeros], pruned: Sequence[LayerZeros]) -
     return 1 - after / max(before, 1)
 
 
-def model_card(
-    *,
-    base_model: str,
-    recipe: Path,
-    dense: Sequence[LayerZeros],
-    pruned: Sequence[LayerZeros],
-    calibration: str,
-    dtype: str,
-    command: str,
-) -> str:
-    """Write the model card of a pruned model, in Markdown with the hub's front matter.
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """What was done to a model.
 
-    Args:
+    Attributes:
         base_model: the id or name of the dense model.
-        recipe: the recipe's file, quoted in full.
+        recipe: the recipe's file.
         dense: the layers before pruning (a dense weight may hold zeros of its own).
         pruned: the same layers after pruning.
         calibration: the calibration data in words: corpus, windows, length, seed.
         dtype: the dtype of the weights.
         command: the command that made the model.
     """
+
+    base_model: str
+    recipe: Path
+    dense: Sequence[LayerZeros]
+    pruned: Sequence[LayerZeros]
+    calibration: str
+    dtype: str
+    command: str
+
+
+def model_card(made: Pruning) -> str:
+    """Return the model card of a pruned model, in Markdown with the hub's front matter; it quotes the recipe in full.
+
+    Raises:
+        OSError: the recipe cannot be read.
+    """
+    dense, pruned = made.dense, made.pruned
     changed = [after for before, after in zip(dense, pruned, strict=True) if after != before]
     removed = removed_weights(dense, pruned)
     smaller = f"Smaller matrices hold {removed:.2%} fewer weights than the dense model's. " if removed else ""
     lines = [
         "---",
-        f"base_model: {base_model}",
+        f"base_model: {made.base_model}",
         "library_name: transformers",
         "tags: [pruning, sparsity, crepe, llm-compressor]",
         "---",
         "",
-        f"# {base_model}, pruned",
+        f"# {made.base_model}, pruned",
         "",
         f"{len(changed)} of {len(pruned)} linear layers were pruned; of the weights of all linear layers "
         f"{total_zeros(pruned):.2%} are zero ({total_zeros(dense):.2%} in the dense model). {smaller}Made by",
         "",
-        f"    {command}",
+        f"    {made.command}",
         "",
-        f"Calibration data: {calibration}. Weights: {dtype}.",
+        f"Calibration data: {made.calibration}. Weights: {made.dtype}.",
         "",
-        f"## Recipe (`{recipe.name}`)",
+        f"## Recipe (`{made.recipe.name}`)",
         "",
         "```yaml",
-        recipe.read_text().rstrip(),
+        made.recipe.read_text().rstrip(),
         "```",
         "",
         "## Versions",

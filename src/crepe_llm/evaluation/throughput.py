@@ -66,7 +66,6 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
         ``cases``, for each load the median ``first_token_s`` (request to first token, mean of the streams) and
         ``tokens_per_s`` (streams over the median time of a step in which every stream decodes).
     """
-    import torch
     from vllm import LLM, SamplingParams
 
     before = _anonymous_bytes()
@@ -84,29 +83,9 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
     )
     load = time.perf_counter() - started
     anonymous = _anonymous_bytes() - before - _KV_CACHE_BYTES
-    wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    vocabulary = engine.llm_engine.model_config.get_vocab_size()
-    generator = torch.Generator().manual_seed(0)
-
-    def load_with(case: Case) -> tuple[list[float], list[float]]:
-        """Seconds to each stream's first token, and of every step in which all streams decode."""
-        first: dict[str, float] = {}
-        steps: list[float] = []
-        begun = time.perf_counter()
-        for stream in range(case.streams):
-            prompt = torch.randint(0, vocabulary, (case.prompt,), generator=generator).tolist()
-            engine.llm_engine.add_request(str(stream), {"prompt_token_ids": prompt}, wanted)
-        while engine.llm_engine.has_unfinished_requests():
-            decoding = len(first) == case.streams
-            step = time.perf_counter()
-            outputs = engine.llm_engine.step()
-            now = time.perf_counter()
-            if decoding:
-                steps.append(now - step)
-            for output in outputs:
-                first.setdefault(output.request_id, now - begun)
-        return list(first.values()), steps
-
+    load_with = _Load(
+        engine.llm_engine, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    )
     load_with(Case(min(case.prompt for case in cases), 1))  # first touches and lazy imports
     measured = []
     for case in cases:
@@ -119,6 +98,38 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
             }
         )
     return {"load_s": load, "anonymous_bytes": anonymous, "cases": measured}
+
+
+class _Load:
+    """Loads a vLLM engine with random prompts and times it."""
+
+    def __init__(self, engine: Any, wanted: Any) -> None:
+        import torch
+
+        self._engine, self._wanted = engine, wanted
+        self._vocabulary = engine.model_config.get_vocab_size()
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, case: Case) -> tuple[list[float], list[float]]:
+        """Seconds to each stream's first token, and of every step in which all streams decode."""
+        import torch
+
+        first: dict[str, float] = {}
+        steps: list[float] = []
+        begun = time.perf_counter()
+        for stream in range(case.streams):
+            prompt = torch.randint(0, self._vocabulary, (case.prompt,), generator=self._generator).tolist()
+            self._engine.add_request(str(stream), {"prompt_token_ids": prompt}, self._wanted)
+        while self._engine.has_unfinished_requests():
+            decoding = len(first) == case.streams
+            step = time.perf_counter()
+            outputs = self._engine.step()
+            now = time.perf_counter()
+            if decoding:
+                steps.append(now - step)
+            for output in outputs:
+                first.setdefault(output.request_id, now - begun)
+        return list(first.values()), steps
 
 
 def complete(model: str, dtype: Any, prompt: str, *, tokens: int = 48) -> dict[str, Any]:

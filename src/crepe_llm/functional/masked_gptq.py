@@ -46,12 +46,7 @@ def masked_gptq(
             f"weight {tuple(weight.shape)}, gram {tuple(gram.shape)} and keep {tuple(keep.shape)} do not fit: they "
             "must be [d_out, d_in], [d_in, d_in] and [d_out, d_in]"
         )
-    hessian = gram.float().clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1  # a channel that is never active; nothing depends on its weights
-    order = diagonal.argsort(descending=True) if activation_order else torch.arange(columns, device=weight.device)
-    diagonal += dampening * diagonal.mean()
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order])), upper=True)
+    order, factor = _order_and_factor(gram, dampening, activation_order)
     work = torch.where(keep, weight.float(), 0)[:, order]
     kept = keep[:, order]
     loss = torch.zeros(rows, dtype=torch.float32, device=weight.device)
@@ -70,3 +65,16 @@ def masked_gptq(
     quantized = torch.empty_like(work)
     quantized[:, order] = work
     return quantized, loss
+
+
+def _order_and_factor(
+    gram: torch.Tensor, dampening: float, activation_order: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of the columns, and the upper Cholesky factor of the inverse of the dampened `gram` in that order."""
+    hessian = gram.float().clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1  # a channel that is never active; nothing depends on its weights
+    order = diagonal.argsort(descending=True) if activation_order else torch.arange(len(gram), device=gram.device)
+    diagonal += dampening * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True)

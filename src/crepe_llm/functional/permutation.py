@@ -103,10 +103,6 @@ def refine_channels(
     Source: RIA, ICLR 2024 (OpenReview Tr0lPx9woF), section 4, which makes one sweep in fixed blocks; the L1 distance
     in place of the retained score of every exchange, the sweeps and the random blocks are ours.
     """
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError('channel permutation needs scipy: pip install "crepe-llm[compress]"') from error
     _check_width(scores.shape[1], m)
     for name, value in (("sweeps", sweeps), ("block_groups", block_groups)):
         if value < 1:
@@ -120,12 +116,7 @@ def refine_channels(
         for slot in range(m):
             shuffled = torch.randperm(len(groups), generator=generator).to(scores.device)
             for block in shuffled.tensor_split(-(-len(groups) // block_groups)):
-                members = groups[block]
-                others = members[:, torch.arange(m, device=members.device) != slot]
-                thresholds = channels[others].sort(dim=1).values[:, n - 1]
-                distance = torch.cdist(thresholds, channels[members[:, slot]], p=1)
-                _, assigned = linear_sum_assignment(distance.cpu().numpy(), maximize=True)
-                groups[block, slot] = members[torch.from_numpy(assigned).to(members.device), slot]
+                groups[block, slot] = _assigned(channels, groups[block], slot, n)
         retained = retained_score(scores[:, groups.view(-1)], n, m)
         gain = retained - most
         if gain > 0:
@@ -133,6 +124,19 @@ def refine_channels(
         if gain <= _SMALLEST_GAIN * most:
             break
     return best
+
+
+def _assigned(channels: torch.Tensor, members: torch.Tensor, slot: int, n: int) -> torch.Tensor:
+    """Which channel each of some groups, [groups, m], gets in a slot, [groups]; scores by channel, [d_in, d_out]."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError('channel permutation needs scipy: pip install "crepe-llm[compress]"') from error
+    others = members[:, torch.arange(members.shape[1], device=members.device) != slot]
+    thresholds = channels[others].sort(dim=1).values[:, n - 1]
+    distance = torch.cdist(thresholds, channels[members[:, slot]], p=1)
+    _, assigned = linear_sum_assignment(distance.cpu().numpy(), maximize=True)
+    return members[torch.from_numpy(assigned).to(members.device), slot]
 
 
 def permute_channels(

@@ -1,6 +1,17 @@
 """Re-pruning: another mask of the same sparsity, whose expected outputs come closer to the dense layer's.
 
-Pure functions of tensors, like :mod:`crepe_llm.functional.masks`, which makes the masks that these start from.
+With m and v the mean and variance of the input channels, the expected error of row i is e_i = sum_j (W_ij - W'_ij) m_j,
+where W is the dense and W' the pruned weight. In each cycle every row whose \\|e_i\\| is above its threshold makes one
+swap. It grows one of the pruned weights whose contribution W_ij m_j has the sign of e_i: the one with the largest
+\\|W_ij m_j\\| / v_j^p. What it prunes depends on the mask:
+
+- unstructured, the kept weight of the lowest score among those whose contribution has the other sign;
+- under N:M, the kept weight of the lowest score in the group of the one that grows. If that takes e_i further away,
+  nothing is swapped, and the next pruned weight is looked at.
+
+No weight takes part in two swaps. A row is done when it has no such weights left. As steps overshoot, it ends with the
+mask, of all it went through, at which \\|e_i\\| was smallest. That may be the first, and then the row is as it was.
+Rows keep their number of weights, groups theirs.
 """
 
 from typing import NamedTuple
@@ -45,26 +56,11 @@ def dsnot(
 ) -> Repruned:
     """Grow pruned weights back and prune kept ones in their place, so that each expected output nears the dense one.
 
-    With m and v the mean and variance of the input channels, the expected error of row i is e_i = sum_j (W_ij - W'_ij)
-    m_j, W the dense and W' the pruned weight. In each cycle every row whose \\|e_i\\| is above its threshold makes one
-    swap:
-
-    - it grows, of the pruned weights whose contribution W_ij m_j has the sign of e_i, the one with the largest
-      \\|W_ij m_j\\| / v_j^p;
-    - unstructured, it prunes the kept weight of the lowest score among those whose contribution has the other sign;
-      under N:M, the kept weight of the lowest score in the group of the one that grows, unless that takes e_i further
-      away, when nothing is swapped and the next pruned weight is looked at.
-
-    No weight takes part in two swaps. A row is done when it has no such weights left. As steps overshoot, it ends with
-    the mask, of all it went through, at which \\|e_i\\| was smallest; that may be the first, and then the row is as it
-    was. Rows keep their number of weights, groups theirs.
-
     Args:
         weight: [d_out, d_in], the pruned weight, zero where not `keep`; the kept values may differ from the dense ones.
         dense: [d_out, d_in], what grows back.
         keep: bool [d_out, d_in], the mask to start from.
-        scores: [d_out, d_in], larger is more important: the order in which kept weights are pruned. Wanda's as
-            published.
+        scores: [d_out, d_in], larger is more important: the order in which kept weights are pruned.
         input_mean: [d_in], signed mean of each input channel over the calibration tokens.
         input_variance: [d_in], non-negative variance of the same; may have zeros.
         group: M, for N:M masks, or None for unstructured ones.
@@ -72,113 +68,177 @@ def dsnot(
         threshold: a row is done when \\|e_i\\| is at most this fraction of sum_j \\|W_ij m_j\\|.
         variance_exponent: p; 0 leaves variances out.
 
-    Returns:
-        The new mask with what it does to each row, see :class:`Repruned`.
-
     Raises:
         ValueError: if shapes do not fit, d_in is not divisible by `group`, or a number is out of its range.
 
-    Source: DSnoT, arXiv 2310.08915, and its released code: the orders, one swap a cycle, max_cycles and p. Ours: the
-    prune order as an argument; a threshold relative to the row (the code's 0.1 is absolute, on sums over a sequence's
-    tokens); variances over all tokens, with a floor (the code averages those of batches, and divides by zero); no swap
-    that moves e_i further away (the code grows weights of the wrong sign when the right ones are used up, and asks no
-    sign of what it prunes under N:M); the best mask on the way (the code takes the last, and under N:M stops before the
-    first change of sign).
+    Source: DSnoT, arXiv 2310.08915, and its released code: the orders (with Wanda's scores), one swap a cycle,
+    max_cycles and p. Ours: any scores; a threshold relative to the row (the code's 0.1 is absolute, on sums over a
+    sequence's tokens); variances over all tokens, with a floor (the code averages those of batches, and divides by
+    zero); no swap that moves e_i further away (the code grows weights of the wrong sign when the right ones are used
+    up, and asks no sign of what it prunes under N:M); the best mask on the way (the code takes the last, and under N:M
+    stops before the first change of sign).
     """
-    _check(weight, dense, keep, scores, input_mean, input_variance, group)
-    if max_cycles < 1:
-        raise ValueError(f"max_cycles={max_cycles} must be at least 1")
-    for name, value in (("threshold", threshold), ("variance_exponent", variance_exponent)):
-        if not value >= 0:
-            raise ValueError(f"{name}={value} must be at least 0")
-    rows, columns = weight.shape
-    everyone = torch.arange(rows, device=weight.device)
+    _check_shapes(weight, {"dense": dense, "keep": keep, "scores": scores}, group)
+    _check_channels(weight, {"input_mean": input_mean, "input_variance": input_variance})
+    _check_numbers(max_cycles, {"threshold": threshold, "variance_exponent": variance_exponent})
     mean = input_mean.to(weight.device, torch.float32)
     held, offered = weight.float() * mean, dense.float() * mean
-    before = (offered - held).sum(dim=1, dtype=torch.float64)
     limit = threshold * offered.abs().sum(dim=1, dtype=torch.float64)
+    depth = min(max_cycles, weight.shape[1])
+    growth = _growth(offered.masked_fill(keep, 0), input_variance, variance_exponent, depth)
+    pruning = _FromRows(scores, keep, held, depth) if group is None else _FromGroups(scores, keep, group)
+    swaps = _Swaps((offered - held).sum(dim=1, dtype=torch.float64), max_cycles)
+    while swaps.cycle(growth, pruning, held, offered, limit):
+        pass
+    return swaps.result(keep)
 
-    # Candidates by direction: [0] for rows whose error is negative, [1] for those where it is positive.
-    depth = min(max_cycles, columns)
-    relative = input_variance.to(weight.device, torch.float32)
-    relative = (relative / relative.mean().clamp_min(_TINY)).clamp_min_(_SMALLEST_VARIANCE).pow_(variance_exponent)
-    keys = (offered / relative).masked_fill_(keep, 0)
-    growth = [(-keys).topk(depth, dim=1), keys.topk(depth, dim=1)]
-    grow_columns = torch.stack([found.indices for found in growth])
-    grow_counts = torch.stack([(found.values > 0).sum(dim=1) for found in growth])
-    del keys, growth
-    if group is None:
-        losses = [
+
+class _Queues:
+    """Columns of each row in the order in which they are to be taken.
+
+    A row has two queues: [0] for when its error is negative, [1] for when it is positive.
+    """
+
+    def __init__(self, columns: list[torch.Tensor], present: list[torch.Tensor]) -> None:
+        """Columns int64 [rows, depth], of which those `present`, bool [rows, depth], count: the first ones of a row."""
+        self._columns = torch.stack(columns)
+        self._counts = torch.stack([these.sum(dim=1) for these in present])
+        self._next = torch.zeros_like(self._counts)
+        self._rows = torch.arange(self._counts.shape[1], device=self._counts.device)
+
+    def first(self, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row's queue, whether there is a column left (bool [rows]), and the first of them (int64 [rows])."""
+        place = self._next[direction, self._rows]
+        left = place < self._counts[direction, self._rows]
+        return left, self._columns[direction, self._rows, place.clamp_max(self._columns.shape[2] - 1)]
+
+    def advance(self, direction: torch.Tensor, which: torch.Tensor) -> None:
+        """Drop the first column of the queues of some rows, bool [rows]."""
+        self._next[direction[which], self._rows[which]] += 1
+
+
+def _growth(contributions: torch.Tensor, variance: torch.Tensor, exponent: float, depth: int) -> _Queues:
+    """Which weights grow: those whose contribution has the error's sign, by size relative to the channel's variance."""
+    relative = variance.to(contributions.device, torch.float32)
+    relative = (relative / relative.mean().clamp_min(_TINY)).clamp_min_(_SMALLEST_VARIANCE).pow_(exponent)
+    keys = contributions / relative
+    found = [(-keys).topk(depth, dim=1), keys.topk(depth, dim=1)]
+    return _Queues([each.indices for each in found], [each.values > 0 for each in found])
+
+
+class _FromRows:
+    """Which weights are pruned for those that grow, in unstructured masks: any of the row, by score."""
+
+    def __init__(self, scores: torch.Tensor, keep: torch.Tensor, held: torch.Tensor, depth: int) -> None:
+        found = [
             scores.float().masked_fill(other_sign.logical_not_(), torch.inf).topk(depth, dim=1, largest=False)
             for other_sign in (keep & (held > 0), keep & (held < 0))
         ]
-        prune_columns = torch.stack([found.indices for found in losses])
-        prune_counts = torch.stack([(found.values < torch.inf).sum(dim=1) for found in losses])
-        del losses
-    else:
-        remaining = scores.float().masked_fill(~keep, torch.inf).view(rows, -1, group)
+        self._queues = _Queues([each.indices for each in found], [each.values < torch.inf for each in found])
 
-    error = before.clone()
-    after = before.clone()
-    best, swaps = torch.zeros_like(everyone), torch.zeros_like(everyone)
-    grown = torch.zeros((rows, max_cycles), dtype=torch.int64, device=weight.device)
-    pruned = torch.zeros_like(grown)
-    grow_next, prune_next = torch.zeros_like(grow_counts), torch.zeros_like(grow_counts)
-    for _ in range(max_cycles):
-        direction = (error > 0).long()
-        place = grow_next[direction, everyone]
-        active = (error.abs() > limit) & (place < grow_counts[direction, everyone])
-        grow = grow_columns[direction, everyone, place.clamp_max(depth - 1)]
-        if group is None:
-            prune_place = prune_next[direction, everyone]
-            active &= prune_place < prune_counts[direction, everyone]
-            prune = prune_columns[direction, everyone, prune_place.clamp_max(depth - 1)]
-            swapped = active
-        else:
-            lowest, member = remaining[everyone, grow // group].min(dim=1)
-            prune = grow // group * group + member
-            swapped = active & (lowest < torch.inf)
+    def find(self, direction: torch.Tensor, grow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For each row whether it goes on (bool), whether it has a weight to prune (bool), and which column's."""
+        left, prune = self._queues.first(direction)
+        return left, left, prune
+
+    def take(self, direction: torch.Tensor, prune: torch.Tensor, which: torch.Tensor) -> None:
+        """Prune what was found in some rows, bool [rows]."""
+        self._queues.advance(direction, which)
+
+
+class _FromGroups:
+    """The same for N:M masks: the weight of the lowest score in the group of the one that grows."""
+
+    def __init__(self, scores: torch.Tensor, keep: torch.Tensor, group: int) -> None:
+        self._group = group
+        self._remaining = scores.float().masked_fill(~keep, torch.inf).view(len(scores), -1, group)
+        self._rows = torch.arange(len(scores), device=scores.device)
+
+    def find(self, direction: torch.Tensor, grow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As of :class:`_FromRows`; a row goes on, as another group may have a weight to prune."""
+        lowest, member = self._remaining[self._rows, grow // self._group].min(dim=1)
+        present = lowest < torch.inf
+        return torch.ones_like(present), present, grow // self._group * self._group + member
+
+    def take(self, direction: torch.Tensor, prune: torch.Tensor, which: torch.Tensor) -> None:
+        """As of :class:`_FromRows`."""
+        pruned = prune[which]
+        self._remaining[self._rows[which], pruned // self._group, pruned % self._group] = torch.inf
+
+
+class _Swaps:
+    """The swaps of every row, and how many of them leave it with the smallest error."""
+
+    def __init__(self, error: torch.Tensor, max_cycles: int) -> None:
+        self._before, self._error, self._after = error, error.clone(), error.clone()
+        self._rows = torch.arange(len(error), device=error.device)
+        self._made, self._best = torch.zeros_like(self._rows), torch.zeros_like(self._rows)
+        self._grown = torch.zeros((len(error), max_cycles), dtype=torch.int64, device=error.device)
+        self._pruned = torch.zeros_like(self._grown)
+        self._cycles = 0
+
+    def cycle(
+        self,
+        growth: _Queues,
+        pruning: _FromRows | _FromGroups,
+        held: torch.Tensor,
+        offered: torch.Tensor,
+        limit: torch.Tensor,
+    ) -> bool:
+        """Make one swap in each row that is not done; False when there is none, or no cycle is left."""
+        if self._cycles == self._grown.shape[1]:
+            return False
+        self._cycles += 1
+        direction = (self._error > 0).long()
+        left, grow = growth.first(direction)
+        goes_on, present, prune = pruning.find(direction, grow)
+        active = (self._error.abs() > limit) & left & goes_on
         if not bool(active.any()):
-            break
-        change = (held[everyone, prune] - offered[everyone, grow]).double()
-        swapped = swapped & (change * error < 0)
-        grow_next[direction[active], everyone[active]] += 1
-        moved = everyone[swapped]
-        if group is None:
-            prune_next[direction[moved], moved] += 1
-        else:
-            remaining[moved, prune[moved] // group, prune[moved] % group] = torch.inf
-        grown[moved, swaps[moved]], pruned[moved, swaps[moved]] = grow[moved], prune[moved]
-        error[moved] += change[moved]
-        swaps[moved] += 1
-        better = error.abs() < after.abs()
-        best, after = torch.where(better, swaps, best), torch.where(better, error, after)
+            return False
+        change = (held[self._rows, prune] - offered[self._rows, grow]).double()
+        swapped = active & present & (change * self._error < 0)
+        growth.advance(direction, active)
+        pruning.take(direction, prune, swapped)
+        moved = self._rows[swapped]
+        self._grown[moved, self._made[moved]] = grow[moved]
+        self._pruned[moved, self._made[moved]] = prune[moved]
+        self._error[moved] += change[moved]
+        self._made[moved] += 1
+        better = self._error.abs() < self._after.abs()
+        self._best = torch.where(better, self._made, self._best)
+        self._after = torch.where(better, self._error, self._after)
+        return True
 
-    made = torch.arange(max_cycles, device=weight.device) < best[:, None]
-    row = made.nonzero()[:, 0]
-    result = keep.clone()
-    result[row, grown[made]] = True
-    result[row, pruned[made]] = False
-    return Repruned(result, best, before, after)
+    def result(self, keep: torch.Tensor) -> Repruned:
+        """The mask after each row's best swaps."""
+        made = torch.arange(self._grown.shape[1], device=keep.device) < self._best[:, None]
+        row = made.nonzero()[:, 0]
+        result = keep.clone()
+        result[row, self._grown[made]] = True
+        result[row, self._pruned[made]] = False
+        return Repruned(result, self._best, self._before, self._after)
 
 
-def _check(
-    weight: torch.Tensor,
-    dense: torch.Tensor,
-    keep: torch.Tensor,
-    scores: torch.Tensor,
-    input_mean: torch.Tensor,
-    input_variance: torch.Tensor,
-    group: int | None,
-) -> None:
-    for name, matrix in (("dense", dense), ("keep", keep), ("scores", scores)):
+def _check_shapes(weight: torch.Tensor, matrices: dict[str, torch.Tensor], group: int | None) -> None:
+    for name, matrix in matrices.items():
         if weight.dim() != 2 or matrix.shape != weight.shape:
             raise ValueError(
                 f"the pruned weight {list(weight.shape)} and {name} {list(matrix.shape)} must both be [d_out, d_in]"
             )
+    if group is not None and (group < 2 or weight.shape[1] % group):
+        raise ValueError(f"{weight.shape[1]} input channels cannot be cut into groups of {group}")
+
+
+def _check_channels(weight: torch.Tensor, vectors: dict[str, torch.Tensor]) -> None:
     columns = weight.shape[1]
-    for name, vector in (("input_mean", input_mean), ("input_variance", input_variance)):
+    for name, vector in vectors.items():
         if vector.shape != (columns,):
             raise ValueError(f"{name} must have one entry per input channel, [{columns}], got {list(vector.shape)}")
-    if group is not None and (group < 2 or columns % group):
-        raise ValueError(f"{columns} input channels cannot be cut into groups of {group}")
+
+
+def _check_numbers(max_cycles: int, numbers: dict[str, float]) -> None:
+    if max_cycles < 1:
+        raise ValueError(f"max_cycles={max_cycles} must be at least 1")
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ValueError(f"{name}={value} must be at least 0")

@@ -93,10 +93,7 @@ def crepe_scores(
     _check(weight, input_norm)
     check_coefficients(row, column, neighbourhood, kernel_size, activation_exponent)
     norm_power = input_norm.to(weight.device, torch.float32).pow(activation_exponent)
-    column_sum = torch.zeros_like(norm_power)
-    for block in _row_blocks(weight):
-        column_sum += _magnitude(weight[block]).sum(dim=0)
-    column_sum.clamp_min_(_TINY)
+    column_sum = _column_sums(weight).clamp_min_(_TINY)
     means = _window_means(weight, kernel_size) if neighbourhood > 0 else None
     scores = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     # Block by block, so that every temporary stays in the processor's cache and the scores are the one full copy.
@@ -187,6 +184,14 @@ def window_mean(values: torch.Tensor, kernel_size: int) -> torch.Tensor:
 
 def _magnitude(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().to(torch.float32, copy=True).abs_()
+
+
+def _column_sums(weight: torch.Tensor) -> torch.Tensor:
+    """fp32 [d_in], the sums of |W| over each column."""
+    sums = torch.zeros(weight.shape[1], device=weight.device)
+    for block in _row_blocks(weight):
+        sums += _magnitude(weight[block]).sum(dim=0)
+    return sums
 
 
 def _row_blocks(matrix: torch.Tensor) -> Iterator[slice]:

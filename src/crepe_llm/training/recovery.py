@@ -126,13 +126,7 @@ def recover(
 
     torch.manual_seed(settings.seed)
     adapted = _with_updates(model, layers, dict(zip(blocks, ranks, strict=True)), settings.rank)
-    trainer = Trainer(
-        model=adapted,
-        args=_training_arguments(work, len(ids), settings),
-        train_dataset=[{"input_ids": window, "labels": window} for window in ids],
-        callbacks=[_Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer = _trainer(adapted, ids, work, settings)
     result = trainer.train(resume_from_checkpoint=last)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tenth = max(1, len(losses) // 10)
@@ -184,9 +178,9 @@ def _with_updates(model: Any, layers: dict[str, torch.nn.Module], ranks: dict[st
     return get_peft_model(model, lora)
 
 
-def _training_arguments(work: Path, windows: int, settings: RecoverySettings) -> TrainingArguments:
-    steps = settings.epochs * -(-windows // settings.batch)
-    return TrainingArguments(
+def _trainer(model: Any, ids: torch.Tensor, work: Path, settings: RecoverySettings) -> Trainer:
+    steps = settings.epochs * -(-len(ids) // settings.batch)
+    arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=1,
@@ -203,6 +197,10 @@ def _training_arguments(work: Path, windows: int, settings: RecoverySettings) ->
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
+    data = [{"input_ids": window, "labels": window} for window in ids]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[_Progress()])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 class _Progress(TrainerCallback):
