@@ -12,8 +12,8 @@ from transformers import (
     OPTConfig,
 )
 
-from crepe_llm.evaluation import perplexity as module
 from crepe_llm.evaluation.perplexity import perplexity
+from crepe_llm.models import losses as module
 
 VOCABULARY = 96
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

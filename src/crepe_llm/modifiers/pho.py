@@ -29,6 +29,7 @@ from pydantic import (
 from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.models.losses import summed_loss
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.layers import LayerModifier
@@ -316,15 +317,17 @@ class PHOSearchModifier(LayerModifier):
     def _losses(self, model: torch.nn.Module, coefficients: Coefficients) -> tuple[tuple[float, ...], tuple[int, ...]]:
         """Of the model pruned with these coefficients, the summed loss on sequences of the calibration data, and how
         many tokens of each it predicted."""
-        from crepe_llm.evaluation.perplexity import perplexity
-
-        measured = []
-        with self._pruned(coefficients), _working_head(model), HooksMixin.disable_hooks():
-            for sequence in self._sequences():
-                measured.append(perplexity(model, sequence[None], corpus="calibration", progress=False))
-        if not measured:
+        sequences = list(self._sequences())
+        if not sequences:
             raise ValueError("verify: true needs a calibration sequence of at least two tokens, and there is none")
-        return tuple(each.nll * each.tokens for each in measured), tuple(each.tokens for each in measured)
+        with (
+            self._pruned(coefficients),
+            _working_head(model),
+            HooksMixin.disable_hooks(),
+            summed_loss(model, sequences[0][None]) as loss,
+        ):
+            losses = tuple(loss(sequence[None]) for sequence in sequences)
+        return losses, tuple(len(sequence) - 1 for sequence in sequences)
 
     @contextmanager
     def _pruned(self, coefficients: Coefficients) -> Iterator[None]:
