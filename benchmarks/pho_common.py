@@ -25,7 +25,7 @@ LAYERS_PER_KIND, ROWS = 4, 96  # PHOSearchModifier's defaults
 class Bench:
     """A model (bf16, so that CPUs with bf16 units are fast), statistics of its dense layers' inputs, and windows.
 
-    Every candidate is pruned from the fp32 weights by the dense model's statistics, without recalibration behind pruned
+    Every candidate is pruned from the fp32 weights by the dense model's statistics, without recalibration after pruned
     blocks, so that a candidate's perplexity costs one pruning and one evaluation.
 
     Args:
