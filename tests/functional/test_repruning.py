@@ -86,7 +86,7 @@ def test_against_a_loop_over_rows(seed, rows, groups, structure, max_cycles, thr
     dense, inputs = layer(seed, rows, groups * (structure[1] if structure else 3))
     scores = (crepe_scores if crepe else wanda_scores)(dense, inputs.norm(dim=0))
     keep = keep_n_of_m(scores, *structure) if structure else keep_unstructured(scores, 0.5)
-    # As behind SparseGPT, whose kept weights are not the dense ones.
+    # As after SparseGPT, whose kept weights are not the dense ones.
     weight = (dense + 0.1 * torch.randn_like(dense) * updated) * keep
     group = structure[1] if structure else None
     options = {"group": group, "max_cycles": max_cycles, "threshold": threshold, "variance_exponent": exponent}

@@ -1,6 +1,7 @@
 """Linear layers with 2:4 compressed weights, and the embeddings and output heads that stay dense beside them."""
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -298,6 +299,17 @@ class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
         if layer.weight.device.type == "cpu":
             return torch.nn.functional.linear(x, layer.weight, bias)
         return super().apply(layer, x, bias)
+
+
+@functools.cache
+def _request_amx() -> None:
+    """Ask Linux to let this process use AMX tiles, once.
+
+    vLLM's attention on the CPU uses them wherever the processor has them, and relies on oneDNN's dense products to have
+    asked. Where all products are sparse, nobody has, and the first attention would end in an illegal instruction.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def _return_freed_memory() -> None:

@@ -1,0 +1,33 @@
+import json
+import os
+import subprocess
+import sys
+
+from crepe_llm.cli.main import main
+
+
+def test_evaluate_prints_and_writes_the_conditions(dense, text, tmp_path, capsys):
+    result = tmp_path / "result.json"
+    command = ["evaluate", dense, "--text", text, "--window", 32, "--tokens", 256, "--dtype", "bfloat16"]
+    assert main([*map(str, command), "--json", str(result)]) == 0
+    fields = json.loads(result.read_text())
+    assert (fields["window"], fields["windows"], fields["tokens"]) == (32, 8, 8 * 31)
+    assert (fields["corpus"], fields["dtype"]) == ("fox.txt", "bfloat16")
+    printed = capsys.readouterr().out
+    assert f"perplexity {fields['perplexity']:.4f} on fox.txt: 248 tokens" in printed
+
+
+def test_evaluate_refuses_in_one_line(dense, text, tmp_path, refusal):
+    assert "context of 64" in refusal(["evaluate", dense, "--text", text, "--window", 65])
+    assert "absent.txt" in refusal(["evaluate", dense, "--text", tmp_path / "absent.txt"])
+    assert "absent" in refusal(["evaluate", tmp_path / "absent", "--text", text])
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "the text is empty" in refusal(["evaluate", dense, "--text", tmp_path / "empty.txt"])
+
+
+def test_wikitext2_without_a_network_is_one_line(dense, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "crepe_llm", "evaluate", str(dense), "--wikitext2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "crepe: error: WikiText-2 could not be loaded from the Hugging Face hub" in done.stderr
