@@ -104,6 +104,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.name = layer_name
         self.parts = list(parts)
         self.rows_loaded = dict.fromkeys(SPARSE_24_BITMASK.parts, 0)
+        _request_amx()
 
     def create_weights(
         self,
