@@ -44,7 +44,7 @@ def _git(*arguments: str) -> str | None:
 # Read once, at the start: the code that runs stays what it was when somebody commits meanwhile.
 _COMMIT = _git("rev-parse", "HEAD")
 # Rows that earlier runs appended change no code.
-_CHANGES = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+_CHANGES = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
 
 
 @functools.cache

@@ -10,29 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_models import VOCABULARY, configs
+from tiny_models import VOCABULARY, configs, save_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory):
     """A function: family name -> folder of a saved tiny model with a tokenizer."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folders: dict[str, Path] = {}
 
     def make(family: str) -> Path:
         if family not in folders:
             folder = tmp_path_factory.mktemp(family)
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(configs()[family](), dtype=torch.float32)
-            model.save_pretrained(folder)
-            words = {f"w{index}": index for index in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
-            tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-            transformers.PreTrainedTokenizerFast(
-                tokenizer_object=tokenizer, unk_token="<unk>", bos_token="w0", eos_token="w1", pad_token="w2"
-            ).save_pretrained(folder)
+            save_model(configs()[family](), folder)
             folders[family] = folder
         return folders[family]
 
