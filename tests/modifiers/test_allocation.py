@@ -212,9 +212,9 @@ def test_mixed_n_of_m(method, structure, sparsity, deep_folder, calibration_data
 @pytest.mark.parametrize("targets", [["Linear"], ["LlamaDecoderLayer"]])
 def test_the_toolkits_own_modifiers(pruning, targets, tiny_model_folder, calibration_data, tmp_path):
     modifier = allocation("owl", 0.6, spread=0.2)
-    behind = pruning(sparsity=None, targets=targets, ignore=["re:.*lm_head"])
+    pruner = pruning(sparsity=None, targets=targets, ignore=["re:.*lm_head"])
     model = run(
-        load(tiny_model_folder("llama")), [modifier, behind], calibration_data, output_dir=str(tmp_path / "out")
+        load(tiny_model_folder("llama")), [modifier, pruner], calibration_data, output_dir=str(tmp_path / "out")
     )
     assert max(modifier.chosen.values()) - min(modifier.chosen.values()) == pytest.approx(0.4)
     for block, layers in by_block(model).items():

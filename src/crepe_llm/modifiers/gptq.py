@@ -10,6 +10,7 @@ from llmcompressor.core import State
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.helpers import column_scale_window, prepare_batch, update_batch_qparams
 from loguru import logger
+from pydantic import model_validator
 
 from crepe_llm.functional.masked_gptq import masked_gptq
 from crepe_llm.modifiers.layers import save_sparse
@@ -46,11 +47,20 @@ class MaskedGPTQModifier(GPTQModifier):
     - on_finalize
         - make the model save 2:4 layers as such
 
-    The fields are those of GPTQModifier; `batched_quantization` has no effect, layers are quantized one at a time.
+    The fields are those of GPTQModifier. Layers are quantized one at a time, so `batched_quantization` is left out.
     """
 
+    @model_validator(mode="after")
+    def _check_fields(self) -> "MaskedGPTQModifier":
+        if self.batched_quantization not in ("auto", None, 1):
+            raise ValueError(
+                f"batched_quantization={self.batched_quantization} has no use: MaskedGPTQModifier quantizes "
+                "layers one at a time, each under its own mask: leave it out"
+            )
+        return self
+
     def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
-        """Quantize the calibrated layers one by one, each under the mask of its own zeros."""
+        """Quantize the calibrated layers one by one, each under its own mask."""
         for module in module_list:
             name = self._module_names[module]
             logger.info(f"Quantizing {name} under its mask")

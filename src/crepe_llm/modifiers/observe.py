@@ -18,7 +18,9 @@ Uncalibrated = Literal["error", "dense"]
 
 
 class Observer:
-    """Watches what layers are given during a calibration epoch. Padding is left out.
+    """Watches what layers are given during a calibration epoch.
+
+    Padding is left out, except by experts that only some tokens are routed to: the toolkit does not name their tokens.
 
     Args:
         owner: the modifier that the hooks belong to.
