@@ -2,18 +2,13 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
-import os
-import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.utils import align_module_device, patch_attr
+from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
@@ -26,8 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
-from crepe_llm.functional.scores import crepe_scores
+from crepe_llm.functional.masks import ComparisonGroup, parse_mask_structure
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.losses import summed_loss
 from crepe_llm.modifiers import order
@@ -35,11 +29,12 @@ from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
 from crepe_llm.pruning.block_pass import Wanted
-from crepe_llm.pruning.layer import set_weight_matrix, weight_matrix
-from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, sample_layers
+from crepe_llm.pruning.layer import weight_matrix
+from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
 from crepe_llm.search.search import search
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
-from crepe_llm.search.study import Finalist, Study
+from crepe_llm.search.study import Study
+from crepe_llm.search.verification import pruned, verify
 
 __all__ = ["PHOSearchModifier"]
 
@@ -262,10 +257,10 @@ class PHOSearchModifier(LayerModifier):
                 "layers": [sample.name for sample in self._samples],
                 "rows": self.rows,
                 "tokens": self._tokens,
-                "fingerprint": _fingerprint(self._samples),
+                "fingerprint": fingerprint(self._samples),
             },
         )
-        path = Path(self.record) if self.record is not None else _default_record(study)
+        path = Path(self.record) if self.record is not None else study.default_path()
         self._result = study
         logger.info(f"PHO: searching on {len(self._samples)} layers; recorded in {path}")
         try:
@@ -300,19 +295,10 @@ class PHOSearchModifier(LayerModifier):
         self._hand_over(chosen)
 
     def _verify(self, model: torch.nn.Module, study: Study, path: Path) -> None:
-        """Measure the finalists that the record does not hold yet."""
         own = [] if self._crepe is None else [Coefficients(**{name: self._crepe.value(name) for name in _NAMES})]
-        measured = {finalist.coefficients: finalist for finalist in study.finalists}
-        study.finalists = []
-        for coefficients in study.shortlist(self.finalists, own):
-            finalist = measured.get(coefficients)
-            if finalist is None:
-                started = time.perf_counter()
-                losses, tokens = self._losses(model, coefficients)
-                finalist = Finalist(coefficients, losses, tokens, time.perf_counter() - started)
-                logger.info(f"PHO: perplexity {finalist.perplexity:.3f}: {coefficients}")
-            study.finalists.append(finalist)
-            study.save(path)
+        shortlist = study.shortlist(self.finalists, own)
+        for finalist in verify(study, shortlist, lambda coefficients: self._losses(model, coefficients), path):
+            logger.info(f"PHO: perplexity {finalist.perplexity:.3f}: {finalist.coefficients}")
 
     def _losses(self, model: torch.nn.Module, coefficients: Coefficients) -> tuple[tuple[float, ...], tuple[int, ...]]:
         """Of the model pruned with these coefficients, the summed loss on sequences of the calibration data, and how
@@ -321,33 +307,13 @@ class PHOSearchModifier(LayerModifier):
         if not sequences:
             raise ValueError("verify: true needs a calibration sequence of at least two tokens, and there is none")
         with (
-            self._pruned(coefficients),
+            pruned(self._norms, coefficients, self._mask),
             _working_head(model),
             HooksMixin.disable_hooks(),
             summed_loss(model, sequences[0][None]) as loss,
         ):
             losses = tuple(loss(sequence[None]) for sequence in sequences)
         return losses, tuple(len(sequence) - 1 for sequence in sequences)
-
-    @contextmanager
-    def _pruned(self, coefficients: Coefficients) -> Iterator[None]:
-        """Prune every layer meanwhile, by the dense model's input statistics, and restore it."""
-        originals = {}
-        try:
-            for module, norm in self._norms.items():
-                with torch.no_grad(), align_module_device(module):
-                    weight = weight_matrix(module)
-                    scores = crepe_scores(weight, norm, **dataclasses.asdict(coefficients))
-                    keep = keep_mask(
-                        scores, self._mask.sparsity, self._mask.mask_structure, self._mask.comparison_group
-                    )
-                    originals[module] = weight.detach().clone()
-                    set_weight_matrix(module, weight.masked_fill(~keep, 0))
-            yield
-        finally:
-            for module, weight in originals.items():
-                with torch.no_grad(), align_module_device(module):
-                    set_weight_matrix(module, weight)
 
     def _sequences(self) -> Iterator[torch.Tensor]:
         """The first sequences of the calibration data without their padding, int64 [length] each."""
@@ -435,21 +401,3 @@ def _working_head(model: Any) -> Iterator[None]:
     head = model.get_output_embeddings()
     with patch_attr(head, "forward", functools.partial(type(head).forward, head)):
         yield
-
-
-def _fingerprint(samples: list[LayerSample]) -> str:
-    """Tells samples of other weights, rows or calibration data apart."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.name.encode())
-        for tensor in (sample.rows, sample.weight, sample.input_norm):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _default_record(study: Study) -> Path:
-    settings = [study.proxy, study.optimiser, dataclasses.asdict(study.space), study.seed, study.sample]
-    key = zlib.crc32(json.dumps(settings).encode())
-    mask = str(study.mask).replace(":", "of").replace("% ", "-").replace(" ", "-")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "crepe_llm" / "pho_studies" / f"{study.model}-{mask}-{key:08x}.json"

@@ -7,6 +7,7 @@ sample, whatever the depth of the model.
 """
 
 import dataclasses
+import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ __all__ = [
     "Proxy",
     "PrunedSample",
     "evaluate",
+    "fingerprint",
     "prune",
     "sample_layers",
 ]
@@ -289,3 +291,13 @@ def _energy(rows: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 def _generator(name: str, seed: int) -> torch.Generator:
     # torch's CPU generator takes 32 bits of a seed, so name and seed are hashed into as many.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
+def fingerprint(samples: Sequence[LayerSample]) -> str:
+    """Tells samples of other weights, rows or calibration data apart."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.name.encode())
+        for tensor in (sample.rows, sample.weight, sample.input_norm):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,14 @@ class Study:
                 f"the study searched for {self.mask} masks, and its coefficients are to prune {mask}: "
                 "the best coefficients differ between the two; search again, or take a study of this structure"
             )
+
+    def default_path(self) -> Path:
+        """The file in the user's cache folder where a search with these settings is recorded if none is named."""
+        settings = [self.proxy, self.optimiser, dataclasses.asdict(self.space), self.seed, self.sample]
+        key = zlib.crc32(json.dumps(settings).encode())
+        mask = str(self.mask).replace(":", "of").replace("% ", "-").replace(" ", "-")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cache / "crepe_llm" / "pho_studies" / f"{self.model}-{mask}-{key:08x}.json"
 
     def save(self, path: str | Path) -> None:
         """Write the study as JSON, atomically: a reader or a crash sees the old file or the new one, never a part."""
