@@ -1,8 +1,8 @@
 """What modifiers that work on linear layers share: which these are, and what is checked before any calibration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ class LayerModifier(Modifier):
     _observer: Observer | None = PrivateAttr(default=None)
 
     @property
-    def layers(self) -> dict[torch.nn.Module, str]:
+    def layers(self) -> Mapping[torch.nn.Module, str]:
         """The layers that the modifier works on, with their names, once it has been initialized."""
-        return dict(self._layers)
+        return MappingProxyType(self._layers)
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         """The layers to work on, with their names."""

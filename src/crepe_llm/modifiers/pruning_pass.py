@@ -136,7 +136,7 @@ class PruningPass:
         """Add a modifier's step after those that are there. It works on layers of the leader's only."""
         self._modifiers.append(modifier)
         if modifier is self.leader:
-            self._left = modifier.layers
+            self._left = dict(modifier.layers)
         elif not self.starts_dense:
             self._left |= modifier.layers
         if not self.starts_dense:
