@@ -122,7 +122,7 @@ every_allocation = pytest.mark.parametrize("allocate", ALLOCATIONS.values(), ids
 
 
 def test_every_allocation_is_in_a_table():
-    shared_steps = {"water_fill", "mixed_n_of_m", "plot_allocation"}
+    shared_steps = {"water_fill", "mixed_n_of_m", "plot_allocation", "fraction_of"}
     assert exported(allocation) == set(ALLOCATIONS) | set(MEASURES) | shared_steps
 
 
