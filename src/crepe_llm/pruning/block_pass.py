@@ -139,7 +139,9 @@ def prune_block(
             if calibration.cross:
                 runs.dense[module] = dense
             cross = None if found.routed else found.cross
-            prune(Layer(wanted[module].name, module, dense, found.statistics, dense, None, cross, found.routed))
+            layer = Layer(wanted[module].name, module, dense, found.statistics, dense, None, cross, found.routed)
+            del found, cross  # so that the matrices of the last layer that shares them are gone once it needs them not
+            prune(layer)
 
 
 @dataclass

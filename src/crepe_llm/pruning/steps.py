@@ -125,4 +125,6 @@ class Refit:
             self.remarks[layer.name] = "gets some tokens only: no asymmetric calibration"
         if layer.cross is None:
             return layer.dense
-        return asymmetric_target(layer.dense, layer.gram, layer.cross, share=self.share, dampening=self.dampening)
+        # As large as the Gram matrix, and of no more use: only one modifier of a recipe refits.
+        cross, layer.cross = layer.cross, None
+        return asymmetric_target(layer.dense, layer.gram, cross, share=self.share, dampening=self.dampening)
