@@ -9,7 +9,7 @@ from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.pruning.block_pass import Wanted
+from crepe_llm.pruning.block_pass import Wanted, mask_for
 from crepe_llm.pruning.layer import input_channels, weight_matrix
 
 __all__ = ["Observer", "Uncalibrated", "is_usable"]
@@ -60,9 +60,7 @@ class Observer:
 
     def mask(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """The attention mask of the running batch for hidden states [..., d_in]; None where all tokens count."""
-        mask = self.batch_mask()
-        fits = mask is not None and mask.numel() == inputs.shape[:-1].numel()
-        return mask if fits else None  # routed to an expert: the toolkit does not say which tokens these are
+        return mask_for(self.batch_mask(), inputs)
 
     def batch_mask(self) -> torch.Tensor | None:
         """The attention mask of the running batch, None where nothing in it is padding."""

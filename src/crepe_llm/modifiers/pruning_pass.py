@@ -160,7 +160,7 @@ class PruningPass:
         """Prune the layers whose calibration has just ended."""
         assert self._observer is not None
         for module, name, statistics in self._observer.ended(modules, self.leader.uncalibrated):
-            dense = weight_matrix(module).detach().clone()
+            dense = weight_matrix(module).detach()
             self._prune_layer(Layer(name, module, dense, statistics, dense))
         in_blocks = {module for layers in self._blocks.values() for module in layers}
         for module in modules:

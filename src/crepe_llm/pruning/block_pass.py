@@ -15,7 +15,7 @@ from crepe_llm.models.blocks import kind_of
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.pruning.layer import Layer, input_channels, weight_matrix
 
-__all__ = ["Batch", "Calibration", "TokenWeights", "Wanted", "block_inputs", "block_outputs", "prune_block"]
+__all__ = ["Batch", "Calibration", "TokenWeights", "Wanted", "block_inputs", "block_outputs", "mask_for", "prune_block"]
 
 Call = tuple[torch.nn.Module, torch.Tensor]
 TokenWeights = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
@@ -52,8 +52,7 @@ class Batch:
 
     def mask_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """The mask for a layer's inputs [..., d_in]; None where all tokens count, or where they were routed to it."""
-        fits = self.mask is not None and self.mask.numel() == inputs.shape[:-1].numel()
-        return self.mask if fits else None
+        return mask_for(self.mask, inputs)
 
     def sharing_with(self, other: "Batch") -> "Batch":
         """The same batch, that holds tensors which are equal to another's (rotary embeddings, masks) only once."""
@@ -98,6 +97,14 @@ class Calibration:
         return self.in_turn or self.cross
 
 
+def mask_for(mask: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor | None:
+    """A batch's attention mask where it is one of these inputs [..., d_in], else None.
+
+    It is not where a router has picked tokens for an expert: the toolkit does not say which tokens these are.
+    """
+    return mask if mask is not None and mask.numel() == inputs.shape[:-1].numel() else None
+
+
 def block_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The hidden states among a decoder block's arguments."""
     return cast(torch.Tensor, args[0] if args else kwargs["hidden_states"])
@@ -135,9 +142,10 @@ def prune_block(
         gathered = runs.gather({module: wanted[module] for module in group}, last=group is groups[-1])
         for module in group:
             found = gathered.pop(module)
-            dense = weight_matrix(module).detach().clone()
+            dense = weight_matrix(module).detach()
             if calibration.cross:
-                runs.dense[module] = dense
+                # The module's own weight is overwritten when the steps are done.
+                dense = runs.dense[module] = dense.clone()
             cross = None if found.routed else found.cross
             layer = Layer(wanted[module].name, module, dense, found.statistics, dense, None, cross, found.routed)
             del found, cross  # so that the matrices of the last layer that shares them are gone once it needs them not
@@ -221,7 +229,7 @@ class _Runs:
             statistics = InputStatistics(input_channels(module), gram=gram, device=get_execution_device(module))
             found[module] = _Gathered(wanted[module], statistics)
         for batch in tqdm(self._batches, desc="Calibrating a group of layers", leave=False):
-            given = self._by_layer(batch, wanted)
+            given = _by_layer(self._run(batch, list(wanted))[0] if wanted else [], wanted)
             for module, gathered in found.items():
                 gathered.update(module, batch, given[module])
             if self._calibration.cross:
@@ -258,16 +266,11 @@ class _Runs:
         with _weights(self.dense):
             calls, output = self._run(batch, list(found), batch.dense, stop=not last)
         if differs:
+            beside = _by_layer(calls, found)
             for module, gathered in found.items():
-                gathered.update_cross(module, batch, given[module], [x for other, x in calls if other is module])
+                gathered.update_cross(module, batch, given[module], beside[module])
         if last:
             batch.dense = block_outputs(output).to(block_inputs(batch.args, batch.kwargs).device)
-
-    def _by_layer(self, batch: Batch, layers: Iterable[torch.nn.Module]) -> dict[torch.nn.Module, list[torch.Tensor]]:
-        given: dict[torch.nn.Module, list[torch.Tensor]] = {module: [] for module in layers}
-        for module, inputs in self._run(batch, list(layers))[0] if given else ():
-            given[module].append(inputs)
-        return given
 
     def _run(
         self, batch: Batch, layers: list[torch.nn.Module], hidden: torch.Tensor | None = None, stop: bool = True
@@ -291,6 +294,13 @@ class _Runs:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _by_layer(calls: list[Call], layers: Iterable[torch.nn.Module]) -> dict[torch.nn.Module, list[torch.Tensor]]:
+    given: dict[torch.nn.Module, list[torch.Tensor]] = {module: [] for module in layers}
+    for module, inputs in calls:
+        given[module].append(inputs)
+    return given
 
 
 @contextmanager
