@@ -6,8 +6,8 @@
 A Llama of random weights (bf16, two blocks, a small vocabulary) is pruned by each revision, once for each number of
 calibration tokens, each time in a process of its own. Memory is anonymous memory, sampled every 10 ms, above what the
 process holds with the model loaded. Bytes a calibration token are the slope of its peak over the numbers of tokens.
-The recipes are the shipped ones without channel permutation: of crepe_2of4_best, CRePE and ADMM are left. Every run is
-a row of --results.
+The recipes are the shipped ones without channel permutation: of crepe_2of4_best, CRePE and ADMM are left; "pcg" is
+crepe_2of4 and weight correction. Every run is a row of --results.
 """
 
 import argparse
@@ -35,18 +35,22 @@ SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
 RECIPES = ("crepe_2of4", "crepe_2of4_best")
+CORRECTED = "pcg"
 WORKTREE = "worktree"
 VOCABULARY = 512
 
 
 def recipe_text(name: str) -> str:
-    """A shipped recipe of the working tree without channel permutation, as YAML."""
+    """A shipped recipe of the working tree without channel permutation, or with weight correction, as YAML."""
     import yaml
 
-    stages = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    shipped = "crepe_2of4" if name == CORRECTED else name
+    stages = yaml.safe_load((ROOT / "recipes" / f"{shipped}.yaml").read_text())
     for stage in stages.values():
         for modifiers in stage.values():
             modifiers.pop("ChannelPermutationModifier", None)
+            if name == CORRECTED:
+                modifiers["WeightCorrectionModifier"] = {"method": "pcg"}
     return yaml.safe_dump(stages, sort_keys=False)
 
 
@@ -159,7 +163,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["1b", "8b"], help="of a block (1b 8b)")
-    parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--recipe", nargs="+", choices=(*RECIPES, CORRECTED), default=list(RECIPES))
     parser.add_argument("--rev", nargs="+", default=[WORKTREE], help="git revisions; %(default)s: files as they are")
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192], help="of calibration (%(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window (%(default)s)")

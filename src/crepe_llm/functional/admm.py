@@ -94,32 +94,36 @@ def _alternated(
     """The mask and the weights before refinement. A function of its own, so that its matrices are gone after it."""
     norms = gram.float().diagonal().sqrt()
     norms = torch.where(norms > 0, norms, 1)  # A channel that is never active; nothing depends on its weights.
-    hessian = gram.float() / norms / norms[:, None]
-    hessian.diagonal().fill_(1 + dampening)
+    inverse = _penalised_inverse(gram, norms, dampening, penalty)
     weight = dense.float() * norms
-    target = weight @ hessian
-    hessian.diagonal().add_(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    target = target @ inverse
-    inverse *= penalty
-    dual = torch.zeros_like(weight)
+    # W0 H (H + penalty I)^-1, in one product.
+    target = torch.addmm(weight, weight, inverse, alpha=-1)
+    dual, moved = torch.zeros_like(weight), torch.empty_like(weight)
     for iteration in range(1, iterations + 1):
         dual += weight
         if iteration <= rounds:
-            del weight
-            found = scores(dual / norms)
+            found = scores(torch.div(dual, norms, out=weight))
             keep = mask(found)
             if iteration < rounds:
                 keep = _in_part(found, keep, 1 - (1 - iteration / rounds) ** 3)
             del found
-        weight = dual.masked_fill(~keep, 0)
+        torch.mul(dual, keep, out=weight)
         dual -= weight
         if iteration < iterations:
-            weight = torch.addmm(target, weight - dual, inverse)
+            torch.addmm(target, weight.sub_(dual), inverse, out=moved)
+            weight, moved = moved, weight
     return keep, weight.div_(norms)
+
+
+def _penalised_inverse(gram: torch.Tensor, norms: torch.Tensor, dampening: float, penalty: float) -> torch.Tensor:
+    """penalty (H + penalty I)^-1 of the normalised and dampened Gram matrix H."""
+    hessian = gram.float() / norms / norms[:, None]
+    hessian.diagonal().fill_(1 + dampening + penalty)
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian)).mul_(penalty)
 
 
 def _in_part(scores: torch.Tensor, keep: torch.Tensor, share: float) -> torch.Tensor:
     """A mask that prunes only the given share, with the lowest scores, of what `keep` does."""
-    pruned = 1 - keep.sum().item() / keep.numel()
-    return keep_unstructured(scores.masked_fill(keep, torch.inf), share * pruned, "matrix")
+    candidates = scores[~keep]
+    count = int(share * candidates.numel())
+    return keep.masked_scatter(~keep, keep_unstructured(candidates[None], count / max(1, candidates.numel()), "row"))

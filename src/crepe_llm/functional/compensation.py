@@ -20,6 +20,8 @@ __all__ = [
 
 # Of the dense energy, added to the pruned one: the scale of what lost everything is then finite.
 _EPSILON = 1e-8
+# Of the Gram matrix, whose products are computed in one piece.
+_COLUMNS = 512
 
 
 def output_error(dense: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -37,9 +39,18 @@ def output_error(dense: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor)
         ValueError: if the shapes do not fit.
     """
     _check(dense, changed, gram)
+    matrix, columns = gram.float(), dense.shape[1]
     difference = dense.float() - changed.float()
+    error = torch.zeros(len(dense), dtype=torch.float32, device=dense.device)
+    for start in range(0, columns, _COLUMNS):
+        # The Gram matrix is symmetric: what it says of two channels is computed once and counts twice.
+        stop = min(start + _COLUMNS, columns)
+        block = difference[:, start:stop]
+        error += torch.mm(block, matrix[start:stop, start:stop]).mul_(block).sum(dim=1)
+        if start:
+            error += torch.mm(difference[:, :start], matrix[:start, start:stop]).mul_(block).sum(dim=1).mul_(2)
     # A sum of rounded products can come out below zero where the error is nearly none.
-    return (difference @ gram.float()).mul_(difference).sum(dim=1).clamp_min_(0)
+    return error.clamp_min_(0)
 
 
 def asymmetric_target(
@@ -246,29 +257,30 @@ def conjugate_gradients(
     Source: the refinement on a fixed support of ALPS, arXiv 2406.07831; step lengths for each row are ours.
     """
     _check(dense, keep, gram)
-    hessian = _dampened(gram, dampening)
-    diagonal = hessian.diagonal()
-    original = dense.float()
     if start is not None:
         _check(start, keep, None)
-    solution = (original if start is None else start.float()).masked_fill(~keep, 0)
-    residual = ((original - solution) @ hessian).masked_fill_(~keep, 0)
-    direction = residual / diagonal
+    hessian = _dampened(gram, dampening)
+    inverse = hessian.diagonal().reciprocal()
+    pruned, original = ~keep, dense.float()
+    solution = (original if start is None else start.float()).masked_fill(pruned, 0)
+    residual = ((original - solution) @ hessian).masked_fill_(pruned, 0)
+    direction = residual * inverse
     size = (residual * direction).sum(dim=1, keepdim=True)
     target = size * tolerance**2
+    image, scratch = torch.empty_like(direction), torch.empty_like(direction)
     for _ in range(iterations):
         # A row that is done keeps still: further steps would only divide rounding errors by each other.
         active = size > target
         if not bool(active.any()):
             break
-        image = (direction @ hessian).masked_fill_(~keep, 0)
-        curvature = (direction * image).sum(dim=1, keepdim=True)
+        torch.mm(direction, hessian, out=image).masked_fill_(pruned, 0)
+        curvature = torch.mul(direction, image, out=scratch).sum(dim=1, keepdim=True)
         step = torch.where(active & (curvature > 0), size / curvature, 0)
-        solution += step * direction
-        residual -= step * image
-        preconditioned = residual / diagonal
-        following = (residual * preconditioned).sum(dim=1, keepdim=True)
-        direction = preconditioned + torch.where(active, following / size, 0) * direction
+        solution.addcmul_(direction, step)
+        residual.addcmul_(image, step, value=-1)
+        preconditioned = torch.mul(residual, inverse, out=image)
+        following = torch.mul(residual, preconditioned, out=scratch).sum(dim=1, keepdim=True)
+        direction.mul_(torch.where(active, following / size, 0)).add_(preconditioned)
         size = torch.where(active, following, size)
     return solution
 
