@@ -123,7 +123,6 @@ def _penalised_inverse(gram: torch.Tensor, norms: torch.Tensor, dampening: float
 
 
 def _in_part(scores: torch.Tensor, keep: torch.Tensor, share: float) -> torch.Tensor:
-    """A mask that prunes only the given share, with the lowest scores, of what `keep` does."""
-    candidates = scores[~keep]
-    count = int(share * candidates.numel())
-    return keep.masked_scatter(~keep, keep_unstructured(candidates[None], count / max(1, candidates.numel()), "row"))
+    """A mask that prunes only the given share, with the lowest scores, of what `keep` does. Overwrites the scores."""
+    pruned = 1 - keep.sum().item() / keep.numel()
+    return keep_unstructured(scores.masked_fill_(keep, torch.inf), share * pruned, "matrix")
