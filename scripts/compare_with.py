@@ -2,6 +2,7 @@
 
     python scripts/compare_with.py a2f28ac                                      # every recipe on every family
     python scripts/compare_with.py HEAD~3 --only crepe_2of4 --family llama opt
+    python scripts/compare_with.py a2f28ac --smollm2                            # perplexities of a real model
 
 Every recipe of the working tree prunes small random models (fp32, fixed seeds, calibration batches with padding) by the
 working tree's package and by the revision's, each in processes of its own with one thread. The table has, for each
@@ -9,10 +10,16 @@ family and recipe, the largest difference of any value of the two state dicts, a
 one matrix that the other lacks. The last column, the share of zeros, shows that something was pruned at all. A recipe
 that both refuse (ValueError) counts as equal; both messages are shown if they differ.
 
-Exit status 1 if anything differs.
+With --smollm2 the model is SmolLM2-135M-Instruct (fp32, 16 windows of 512 tokens of the training articles), and the
+table has both perplexities (20 windows of 512 tokens of the test articles).
+
+Exit status 1 if anything differs, perplexities by more than 0.1 %.
 """
 
 import argparse
+import itertools
+import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +34,8 @@ from revisions import check_package, output_of, sources, start  # noqa: E402
 WINDOWS, LENGTH, PADDED_TO, BATCH = 12, 16, 10, 4
 # Fields that make a recipe fast enough here; both sides get them.
 FASTER = {"PHOSearchModifier": {"candidates": 8, "finalists": 3}}
+# Of SmolLM2: windows of calibration and test, their length, and how far perplexities may be apart, relatively.
+REAL_WINDOWS, TEST_WINDOWS, REAL_LENGTH, TOLERANCE = 16, 20, 512, 1e-3
 
 
 def recipe_text(path: Path) -> str:
@@ -57,9 +66,13 @@ def calibration_data() -> Any:
     return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
 
 
-def prune_all(model: Path, recipes: Path, results: Path) -> None:
-    """Prune a saved model by every recipe of a folder; save the state dicts, or why a recipe was refused."""
+def prune_all(model: Path, recipes: Path, results: Path, texts: Path | None = None) -> None:
+    """Prune a saved model by every recipe of a folder; save what came of it, or why a recipe was refused.
+
+    That is the state dict; with a folder of texts (see `save_windows`), which are then what calibrates, the perplexity.
+    """
     import torch
+    from datasets import load_from_disk
     from llmcompressor import oneshot
     from llmcompressor.core import reset_session
     from loguru import logger
@@ -69,17 +82,31 @@ def prune_all(model: Path, recipes: Path, results: Path) -> None:
     logger.remove()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options = {"num_calibration_samples": WINDOWS, "shuffle_calibration_samples": False, "batch_size": BATCH}
+    data = load_from_disk(texts / "calibration") if texts else calibration_data()
+    options = {"num_calibration_samples": len(data), "shuffle_calibration_samples": False}
+    options["batch_size"] = 1 if texts else BATCH
     for recipe in sorted(recipes.glob("*.yaml")):
         torch.manual_seed(0)
         reset_session()
         pruned = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         try:
-            oneshot(model=pruned, recipe=recipe.read_text(), dataset=calibration_data(), **options)
+            oneshot(model=pruned, recipe=recipe.read_text(), dataset=data, **options)
         except ValueError as error:
             (results / f"{recipe.stem}.txt").write_text((str(error).splitlines() or [""])[0])
         else:
-            torch.save(pruned.state_dict(), results / f"{recipe.stem}.pt")
+            if texts:
+                (results / f"{recipe.stem}.json").write_text(json.dumps(perplexity(pruned, torch.load(texts / "test"))))
+            else:
+                torch.save(pruned.state_dict(), results / f"{recipe.stem}.pt")
+
+
+def perplexity(model: Any, windows: Any) -> float:
+    """Of windows of token ids [n, length]; by transformers alone."""
+    import torch
+
+    with torch.no_grad():
+        losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
+    return math.exp(sum(losses) / len(losses))
 
 
 # What is made of their results.
@@ -144,6 +171,47 @@ def compare(family: str, recipes: Path, sides: list[Path], scratch: Path) -> Ite
         yield f"| {family} | {recipe.stem} | {line} |", same
 
 
+def save_windows(folder: Path) -> Path:
+    """Fetch SmolLM2 and save what it is calibrated and tested on; gives the model's folder."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from crepe_llm import samples
+
+    model, corpus = samples.smollm2(), samples.wikipedia()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    calibration = samples.calibration_windows(tokenizer, corpus.train, windows=REAL_WINDOWS, length=REAL_LENGTH, seed=0)
+    calibration.save_to_disk(folder / "calibration")
+    tokens = TEST_WINDOWS * REAL_LENGTH
+    torch.save(samples.token_windows(tokenizer, corpus.test, REAL_LENGTH, tokens=tokens), folder / "test")
+    return model
+
+
+def compare_smollm2(recipes: Path, sides: list[Path], scratch: Path) -> Iterator[tuple[str, bool]]:
+    """The line of each recipe, and whether both sides' perplexities agree."""
+    model = save_windows(scratch)
+    for recipe in sorted(recipes.glob("*.yaml")):
+        alone = scratch / recipe.stem
+        alone.mkdir()
+        (alone / recipe.name).write_text(recipe.read_text())
+        started, said = [], []
+        for number, source in enumerate(sides):
+            folder = alone / str(number)
+            folder.mkdir()
+            worker = ["--worker", *map(str, (source, model, alone, folder, scratch))]
+            started.append(start(Path(__file__), worker, source, folder))
+        for number, process in enumerate(started):
+            output_of(process)
+            refused, found = (alone / str(number) / f"{recipe.stem}{suffix}" for suffix in (".txt", ".json"))
+            said.append(json.loads(found.read_text()) if found.exists() else refused.read_text())
+        ours, theirs = said
+        if isinstance(ours, str) or isinstance(theirs, str):
+            yield f"| {recipe.stem} | {ours} | {theirs} | |", ours == theirs
+        else:
+            apart = ours / theirs - 1
+            yield f"| {recipe.stem} | {ours:.4f} | {theirs:.4f} | {apart:+.3%} |", abs(apart) <= TOLERANCE
+
+
 def main() -> int:
     from transformers.utils.logging import disable_progress_bar
 
@@ -153,6 +221,7 @@ def main() -> int:
     parser.add_argument("revision", help="to compare the working tree with")
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="shipped recipes, by name")
     parser.add_argument("--family", nargs="+", choices=list(configs()), default=list(configs()))
+    parser.add_argument("--smollm2", action="store_true", help="perplexities of SmolLM2, instead of small models")
     options = parser.parse_args()
     disable_progress_bar()
 
@@ -167,11 +236,17 @@ def main() -> int:
                 print(f"{options.revision} has no {path.stem}: left out")
                 continue
             (recipes / path.name).write_text(recipe_text(path))
-        print("| family | recipe | largest difference | mask bits | zeros in matrices |\n|---|---|---|---|---|")
-        for family in options.family:
-            for line, same in compare(family, recipes, [ROOT / "src", theirs], Path(folder)):
-                print(line + " <- differs" * (not same), flush=True)
-                alike &= same
+        sides = [ROOT / "src", theirs]
+        if options.smollm2:
+            print("| recipe | perplexity here | there | apart |\n|---|---|---|---|")
+            lines = compare_smollm2(recipes, sides, Path(folder))
+        else:
+            print("| family | recipe | largest difference | mask bits | zeros in matrices |\n|---|---|---|---|---|")
+            families = (compare(family, recipes, sides, Path(folder)) for family in options.family)
+            lines = itertools.chain.from_iterable(families)
+        for line, same in lines:
+            print(line + " <- differs" * (not same), flush=True)
+            alike &= same
     return 0 if alike else 1
 
 
