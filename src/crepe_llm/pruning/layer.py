@@ -17,6 +17,7 @@ __all__ = [
     "linear_outputs",
     "mask_of",
     "record_mask",
+    "recorded_mask",
     "recorded_masks",
     "set_weight_matrix",
     "weight_matrix",
@@ -97,13 +98,20 @@ def mask_of(module: torch.nn.Module) -> torch.Tensor:
     weight comes from elsewhere (a file, llm-compressor's own modifiers), and its zeros are all that is known.
     """
     weight = weight_matrix(module)
+    keep = recorded_mask(module, weight)
+    return nonzero(weight) if keep is None else keep
+
+
+def recorded_mask(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
+    """The mask that was recorded with a module, bool [d_out, d_in]; None if there is none or it does not hold.
+
+    It does not hold where `weight`, the module's as [d_out, d_in], has another shape or is not zero outside of it.
+    """
     bits = getattr(module, _MASK, None)
-    found = nonzero(weight)
-    if bits is not None and bits.shape == (weight.shape[0], -(-weight.shape[1] // 8)):
-        keep = unpack_bits(bits, weight.shape[1]).to(weight.device)
-        if not bool((found & ~keep).any()):
-            return keep
-    return found
+    if bits is None or bits.shape != (weight.shape[0], -(-weight.shape[1] // 8)):
+        return None
+    keep = unpack_bits(bits, weight.shape[1]).to(weight.device)
+    return None if bool((nonzero(weight) & ~keep).any()) else keep
 
 
 def recorded_masks(model: Any) -> dict[str, torch.Tensor]:
