@@ -12,7 +12,7 @@ ROOMS = {
     "functional": set(),
     "models": {"functional"},
     "pruning": {"functional", "models"},
-    "training": {"functional", "models", "pruning"},
+    "training": {"functional", "models", "pruning", "checkpoints"},
     "search": {"functional", "models", "pruning", "training"},
     "modifiers": {"functional", "models", "pruning", "training", "search", "checkpoints"},
     "kernels": {"functional"},

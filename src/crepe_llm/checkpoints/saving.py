@@ -25,7 +25,7 @@ from crepe_llm.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, rea
 from crepe_llm.functional.bitmask import unpack_bits, wrong_byte
 from crepe_llm.functional.masks import nonzero
 
-__all__ = ["attach", "compress_folder", "decompress_folder"]
+__all__ = ["attach", "compress_folder", "decompress_folder", "pack_folder"]
 
 FORMAT = SPARSE_24_BITMASK  # what is written
 SPARSITY = "sparsity_config"
@@ -107,14 +107,33 @@ def _packing(save: Callable[..., None]) -> Callable[..., None]:
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
-            layers = _pack_in_place(folder, additions.all_masks()) if save_compressed else []
-            if not layers:
+            if save_compressed:
+                pack_folder(folder, additions.all_masks())
+            else:
                 _record_dense(folder)
             for finish in additions.finish:
                 finish(folder)
 
     save_pretrained._additions = additions  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def pack_folder(folder: Path, masks: Mapping[str, torch.Tensor]) -> list[str]:
+    """Pack the 2:4 layers of a checkpoint in place; nobody may be reading it.
+
+    Where there is none, config.json says which layers of a plain checkpoint are 2:4, if any.
+
+    Args:
+        folder: of a checkpoint with plain weights.
+        masks: by layer uint8 [d_out, ceil(d_in / 8)], as for :func:`attach`.
+
+    Returns:
+        The names of the packed layers.
+    """
+    layers = _pack_in_place(folder, masks)
+    if not layers:
+        _record_dense(folder)
+    return layers
 
 
 def compress_folder(source: str | Path, destination: str | Path, *, progress: bool = False) -> list[str]:

@@ -64,6 +64,15 @@ def output_folder(destination: Path) -> AbstractContextManager[Path]:
     return new_folder(destination)
 
 
+def model_folder(name: str) -> str:
+    """The folder of a sample model, which is fetched if need be; any other name as it is."""
+    if name in SAMPLE_MODELS and not Path(name).exists():
+        from crepe_llm import samples
+
+        return str(getattr(samples, name)())
+    return name
+
+
 def load(name: str, dtype: str, *, on_device: bool) -> tuple[Any, Any]:
     """Load a model and its tokenizer; `on_device` puts the model on the accelerators there are."""
     try:
@@ -71,10 +80,7 @@ def load(name: str, dtype: str, *, on_device: bool) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError(f'{error.name} is needed: pip install "crepe-llm[compress]"') from error
-    if name in SAMPLE_MODELS and not Path(name).exists():
-        from crepe_llm import samples
-
-        name = str(getattr(samples, name)())
+    name = model_folder(name)
     placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}
     tokenizer = AutoTokenizer.from_pretrained(name)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement), tokenizer

@@ -1,75 +1,205 @@
-"""`crepe recover`: fine-tuning of a model that CFSP has cut."""
+"""`crepe recover`: training of a pruned model, its masks kept."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import DTYPES, output_folder
+from crepe_llm.cli.common import DTYPES, MODEL_HELP, model_folder, output_folder
+
+# Options of one of the two ways to train; each is there only if it was given.
+_WITH_TEACHER = (
+    *("method", "tokens", "minutes", "warmup", "micro_batch", "cross_entropy", "top_k", "embeddings", "precision"),
+    *("optimizer_state", "gradient_checkpointing", "held_out", "evaluations", "patience", "self_generated"),
+)
+_WITHOUT_TEACHER = ("epochs", "ranks", "dtype")
+_WITH_EITHER = ("rank", "learning_rate", "batch", "length", "seed")
+# Read of a data set where nothing says how much is trained on.
+_TOKENS = 2_000_000
 
 
 def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "recover",
-        help="fine-tune a model that CFSP has cut",
+        help="train a pruned model, its masks kept",
         description=(
-            "Train low-rank updates (LoRA) of a structurally pruned model on a text and merge them into its weights. "
-            "Blocks get ranks by the importances that CFSP found. Interrupted, the same command goes on."
+            "With --teacher, the weights that a pruned model keeps learn the dense model's predictions; its masks stay "
+            "as they are. Without, LoRA fine-tunes a model that CFSP has cut; blocks get ranks by the importances that "
+            "CFSP found. Interrupted, the same command goes on."
         ),
         epilog=(
             "examples:\n"
-            "  crepe prune smollm2 --recipe cfsp_20 --sample --samples 16 --length 512 --output smollm2-cfsp\n"
+            "  crepe prune smollm2 --recipe crepe_2of4_best --sample --samples 16 --length 512 --output smollm2-2of4\n"
+            "  crepe recover smollm2-2of4 --teacher smollm2 --sample --minutes 40 --output smollm2-recovered\n"
+            "  torchrun -m crepe_llm recover DIR --teacher MODEL --dataset NAME --tokens 5000000 --output OUT\n"
             "  crepe recover smollm2-cfsp --sample --windows 256 --output smollm2-recovered\n"
-            "  crepe recover DIR --text FILE --epochs 2 --output OUT\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("model", metavar="DIR", type=Path, help="a checkpoint folder that CFSPModifier has made")
+    parser.add_argument("model", metavar="DIR", type=Path, help="the pruned model's folder")
     parser.add_argument("--output", metavar="OUT", type=Path, required=True, help="a folder that does not exist yet")
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", metavar="FILE", type=Path, help="train on a UTF-8 text file")
-    text.add_argument("--sample", action="store_true", help="train on the sample Wikipedia articles")
-    parser.add_argument("--windows", type=int, help="train on so many windows, spread over the text (all)")
-    parser.add_argument("--length", type=int, default=512, help="tokens per window (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=1, help="how often each window is seen (%(default)s)")
-    parser.add_argument("--rank", type=int, default=8, help="mean LoRA rank of the blocks (%(default)s)")
     parser.add_argument(
-        "--ranks",
-        choices=("important", "unimportant", "uniform"),
-        default="important",
-        help="which blocks get more of it (%(default)s)",
+        "--teacher", metavar="MODEL", default=None, help=f"the dense model that was pruned: {MODEL_HELP}"
     )
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="at the start (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="windows per step (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (as they are stored)")
-    parser.add_argument("--seed", type=int, default=0, help="of start and order (%(default)s)")
+    _add_text(parser)
+    parser.add_argument("--learning-rate", type=float, help="the highest (4e-4; without --teacher 2e-4)")
+    parser.add_argument("--batch", type=int, help="windows per step (4; without --teacher 8)")
+    parser.add_argument("--rank", type=int, help="of LoRA (16; without --teacher 8, the blocks' mean)")
+    parser.add_argument("--seed", type=int, help="of start, order and self-generated text (0)")
+    _add_distillation(parser.add_argument_group("with --teacher"))
+    group = parser.add_argument_group("without --teacher")
+    group.add_argument("--epochs", type=int, help="how often each window is seen (1)")
+    group.add_argument(
+        "--ranks", choices=("important", "unimportant", "uniform"), help="which blocks get more rank (important)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="of the weights (as they are stored)")
     parser.set_defaults(run=run)
 
 
+def _add_text(parser: Any) -> None:
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="FILE", type=Path, default=None, help="train on a UTF-8 text file")
+    text.add_argument(
+        "--dataset",
+        metavar="NAME[:CONFIG]",
+        default=None,
+        help="train on the column `text` of a data set or a folder's files",
+    )
+    text.add_argument("--sample", action="store_true", default=False, help="train on the sample Wikipedia articles")
+    parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
+    parser.add_argument(
+        "--windows", type=int, default=None, help="train on so many windows, spread over the text (all)"
+    )
+    parser.add_argument("--length", type=int, default=512, help="tokens per window (%(default)s)")
+
+
+def _add_distillation(group: Any) -> None:
+    group.add_argument("--tokens", type=int, help="train on so many, with repetitions (the text once)")
+    group.add_argument("--minutes", type=float, help="train for so long instead")
+    group.add_argument("--method", choices=("full", "lora"), help="all kept weights, or masked LoRA (full)")
+    group.add_argument("--warmup", type=int, help="steps in which the learning rate rises (10)")
+    group.add_argument("--micro-batch", type=int, help="windows at once (all of a step)")
+    group.add_argument("--cross-entropy", metavar="SHARE", type=float, help="of the text's own loss (0)")
+    group.add_argument(
+        "--top-k", type=int, help="keep the teacher's likeliest tokens in a file; 0 asks it in every epoch (0)"
+    )
+    group.add_argument("--embeddings", action="store_true", help="train embeddings and head, too")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of products (bf16 where it is fast)")
+    group.add_argument(
+        "--optimizer-state", choices=("fp32", "8bit", "4bit"), help="of AdamW; less than fp32 needs torchao (fp32)"
+    )
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--held-out", metavar="WINDOWS", type=int, help="to tell the best state by (a tenth, <= 16)")
+    group.add_argument("--evaluations", type=int, help="of the held-out windows (10)")
+    group.add_argument("--patience", type=int, help="evaluations without a better one that end it (3)")
+    group.add_argument("--self-generated", metavar="N", type=int, help="tokens of text that the teacher writes")
+
+
 def run(options: argparse.Namespace) -> None:
-    from crepe_llm import samples
+    given = {name: value for name, value in vars(options).items() if name in _WITH_TEACHER + _WITHOUT_TEACHER}
+    wrong = _WITHOUT_TEACHER if options.teacher is not None else _WITH_TEACHER
+    for name in given:
+        if name in wrong:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} goes {'without' if options.teacher is not None else 'with'} --teacher")
+    if not (options.text or options.dataset or options.sample or given.get("self_generated")):
+        raise ValueError("there is nothing to train on: give --text, --dataset, --sample or --self-generated")
+    given |= {name: getattr(options, name) for name in _WITH_EITHER if hasattr(options, name)}
+    if options.teacher is not None:
+        _distill(options, given)
+    else:
+        _recover(options, given)
+
+
+def _distill(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    from accelerate import PartialState
+
+    from crepe_llm.evaluation.model_card import Recovery, write_recovery_card
+    from crepe_llm.training.distillation import DistillationSettings, distill
+    from crepe_llm.training.loop import DivergedError
+
+    settings = DistillationSettings(**given)
+    diverged: DivergedError | None = None
+    with output_folder(options.output) as folder:
+        text, texts = _texts(options, given.get("tokens"))
+        windows = None if texts is None else lambda tokenizer: _windows(options, tokenizer, texts)
+        try:
+            made = distill(options.model, folder, _work(options), model_folder(options.teacher), windows, settings)
+        except DivergedError as error:
+            diverged = error
+        else:
+            if PartialState().is_main_process:
+                write_recovery_card(
+                    folder,
+                    Recovery(
+                        source=options.model,
+                        teacher=options.teacher,
+                        text=text,
+                        settings=settings,
+                        losses=made.trained.losses,
+                        held_out=made.trained.held_out,
+                        best_step=made.trained.best_step,
+                        tokens=made.tokens,
+                        seconds=made.trained.seconds,
+                        command=options.command_line,
+                    ),
+                )
+    if diverged is not None:
+        raise diverged
+    if PartialState().is_main_process:
+        first, best = made.trained.held_out[0], min(made.trained.held_out, key=lambda evaluation: evaluation[1])
+        print(
+            f"{options.output}: held-out loss {first[1]:.4f} became {best[1]:.4f} in {best[0]} of "
+            f"{made.trained.steps} steps, {made.tokens:,} tokens, {made.trained.seconds / 60:.1f} minutes"
+            + f"; stopped early: {made.trained.ended}"
+            * bool(made.trained.ended)
+        )
+
+
+def _recover(options: argparse.Namespace, given: dict[str, Any]) -> None:
     from crepe_llm.training.recovery import RecoverySettings, recover
 
-    texts = samples.wikipedia().train if options.sample else [options.text.read_text(encoding="utf-8")]
-    tokens = None if options.windows is None else options.windows * options.length
-    settings = RecoverySettings(
-        rank=options.rank,
-        allocation=options.ranks,
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        batch=options.batch,
-        dtype=options.dtype,
-        seed=options.seed,
-    )
-    work = options.output.absolute().parent / f".{options.output.name}-recovery"
+    given.pop("length")
+    if "ranks" in given:
+        given["allocation"] = given.pop("ranks")
+    settings = RecoverySettings(**given)
     with output_folder(options.output) as folder:
+        _, texts = _texts(options, None)
         result = recover(
-            options.model,
-            folder,
-            work,
-            lambda tokenizer: samples.token_windows(tokenizer, texts, options.length, tokens=tokens),
-            settings,
+            options.model, folder, _work(options), lambda tokenizer: _windows(options, tokenizer, texts or []), settings
         )
     print(
         f"{options.output}: loss {result.first_loss:.4f} became {result.last_loss:.4f} in {result.steps} steps, "
         f"{result.seconds:.0f} s"
     )
+
+
+def _texts(options: argparse.Namespace, tokens: int | None) -> tuple[str, list[str] | None]:
+    """The text to train on and its name; none where the teacher writes all of it."""
+    from crepe_llm import samples
+
+    if options.text is not None:
+        return options.text.name, [options.text.read_text(encoding="utf-8")]
+    if options.sample:
+        sample = samples.wikipedia()
+        return f"{sample.name}, train", sample.train
+    if options.dataset is None:
+        return "", None
+    name, _, config = options.dataset.partition(":")
+    wanted = tokens or (options.windows * options.length if options.windows else _TOKENS)
+    # Twice the text that so many tokens take at 5 characters each, an upper bound for prose in most vocabularies.
+    texts = samples.dataset_texts(
+        name, config=config or None, split=options.split, characters=10 * wanted, seed=getattr(options, "seed", 0)
+    )
+    return f"{options.dataset}, {options.split}", texts
+
+
+def _windows(options: argparse.Namespace, tokenizer: Any, texts: list[str]) -> Any:
+    from crepe_llm import samples
+
+    tokens = None if options.windows is None else options.windows * options.length
+    return samples.token_windows(tokenizer, texts, options.length, tokens=tokens)
+
+
+def _work(options: argparse.Namespace) -> Path:
+    return options.output.absolute().parent / f".{options.output.name}-recovery"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,114 @@ def model_card(made: Pruning) -> str:
     return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """What was done to a pruned model by `crepe recover --teacher`.
+
+    Attributes:
+        source: the pruned model's folder.
+        teacher: the id or name of the dense model.
+        text: what was trained on, in words; empty where the teacher wrote all of it.
+        settings: of the training, a dataclass.
+        losses: of each step.
+        held_out: step and held-out loss of each evaluation.
+        best_step: whose state was written.
+        tokens: that were trained on.
+        seconds: that it took.
+        command: the command that made the model.
+    """
+
+    source: Path
+    teacher: str
+    text: str
+    settings: Any
+    losses: Sequence[float]
+    held_out: Sequence[tuple[int, float]]
+    best_step: int
+    tokens: int
+    seconds: float
+    command: str
+
+
+def write_recovery_card(folder: Path, made: Recovery) -> None:
+    """Write the model card of a recovered model, with the loss curve where matplotlib is installed.
+
+    The pruned model's own card, if it has one, is the end of it.
+    """
+    plot = _plot_losses(folder / "loss.png", made)
+    settings = {name: value for name, value in dataclasses.asdict(made.settings).items() if value is not None}
+    written = settings.get("self_generated", 0)
+    texts = [made.text] * bool(made.text) + [f"{written:,} tokens that the teacher wrote"] * bool(written)
+    lines = [
+        "---",
+        f"base_model: {made.teacher}",
+        "library_name: transformers",
+        "tags: [pruning, sparsity, distillation, crepe]",
+        "---",
+        "",
+        f"# {made.teacher}, pruned and recovered",
+        "",
+        f"The weights that `{made.source.name}` keeps, its norms and its biases were trained on the predictions of "
+        f"{made.teacher}; its masks are as they were. Made by",
+        "",
+        f"    {made.command}",
+        "",
+        f"Teacher: {made.teacher}. Text: {' and '.join(texts)}. {made.tokens:,} tokens, repetitions included, in "
+        f"{len(made.losses)} steps and {made.seconds / 60:.1f} minutes. The state is that of step {made.best_step}.",
+        "",
+        *(["![training loss and held-out loss by step](loss.png)", ""] if plot else []),
+        "| step | held-out loss |",
+        "|---|---|",
+        *(f"| {step} | {loss:.4f} |" for step, loss in made.held_out),
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items()),
+        "",
+        "## Versions of the recovery",
+        "",
+        "| package | version |",
+        "|---|---|",
+        *(f"| {name} | {version} |" for name, version in _versions().items()),
+        "",
+    ]
+    before = made.source / "README.md"
+    if before.is_file():
+        lines += [_without_front_matter(before.read_text(encoding="utf-8")).strip(), ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _plot_losses(path: Path, made: Recovery) -> bool:
+    """Plot training and held-out loss by step; whether that could be done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(range(1, len(made.losses) + 1), made.losses, linewidth=0.8, label="training")
+    if made.held_out:
+        axes.plot(*zip(*made.held_out, strict=True), marker="o", label="held out")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _without_front_matter(card: str) -> str:
+    parts = card.split("---\n", 2)
+    return parts[2] if len(parts) == 3 and not parts[0].strip() else card
+
+
 def _versions() -> dict[str, Any]:
     packages = ("crepe-llm", "llmcompressor", "compressed-tensors", "transformers", "torch")
-    return {name: importlib.metadata.version(name) for name in packages}
+    return {name: version for name in packages if (version := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -11,29 +11,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm.functional.structured import RankAllocation, recovery_ranks
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.ffn import is_transposed
+from crepe_llm.training.loop import Plan, fingerprint, resumable, train
 
 __all__ = ["Recovered", "RecoverySettings", "recover"]
 
-_SETTINGS = "settings.json"
 # A dense model holds few exact zeros, one dequantised from 4 bit up to 11 % a layer (Gemma-3-270M), a pruned one more.
 _SPARSE = 0.25
 # LoRA's alpha over its rank: what the product of its matrices is multiplied by, the same for blocks of any rank.
 _SCALE = 2
-_CHECKPOINTS = 10
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ class Recovered:
         first_loss: mean training loss over the first tenth of the steps.
         last_loss: over the last.
         ranks: LoRA rank of each block.
-        seconds: this run took; an earlier, interrupted one is not counted.
+        seconds: it took, interrupted runs included up to their last checkpoint.
     """
 
     steps: int
@@ -122,13 +112,12 @@ def recover(
     ranks = recovery_ranks(importance, settings.rank, settings.allocation)
     layers = _linear_layers(blocks)
     _refuse_sparse(source, layers)
-    last = _resumable(work, _identity(source, ids, ranks, str(model.dtype), settings))
+    resumable(work, _identity(source, ids, ranks, str(model.dtype), settings))
 
     torch.manual_seed(settings.seed)
     adapted = _with_updates(model, layers, dict(zip(blocks, ranks, strict=True)), settings.rank)
-    trainer = _trainer(adapted, ids, work, settings)
-    result = trainer.train(resume_from_checkpoint=last)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trained = train(adapted, ids, ids[:0], _likelihood, _plan(len(ids), settings), work)
+    losses = trained.losses
     tenth = max(1, len(losses) // 10)
 
     adapted.merge_and_unload(safe_merge=True).save_pretrained(destination)
@@ -137,11 +126,11 @@ def recover(
         shutil.copyfile(source / "recipe.yaml", destination / "recipe.yaml")
     shutil.rmtree(work)
     return Recovered(
-        steps=trainer.state.global_step,
+        steps=trained.steps,
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
         ranks=ranks,
-        seconds=result.metrics["train_runtime"],
+        seconds=trained.seconds,
     )
 
 
@@ -150,7 +139,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What an interrupted training must share with the one that goes on with it."""
     return {
-        "source": [str(source.resolve()), *_fingerprint(source)],
+        "source": fingerprint(source),
         "windows": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
         "ranks": ranks,
         "epochs": settings.epochs,
@@ -178,48 +167,18 @@ def _with_updates(model: Any, layers: dict[str, torch.nn.Module], ranks: dict[st
     return get_peft_model(model, lora)
 
 
-def _trainer(model: Any, ids: torch.Tensor, work: Path, settings: RecoverySettings) -> Trainer:
-    steps = settings.epochs * -(-len(ids) // settings.batch)
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.batch,
+def _plan(windows: int, settings: RecoverySettings) -> Plan:
+    return Plan(
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=max(1, steps // _CHECKPOINTS),
-        save_total_limit=2,
-        report_to=[],
+        batch=settings.batch,
+        steps=settings.epochs * -(-windows // settings.batch),
         seed=settings.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
     )
-    data = [{"input_ids": window, "labels": window} for window in ids]
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[_Progress()])
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
-class _Progress(TrainerCallback):
-    """One bar over all steps with the loss; transformers' own prints a line a step."""
-
-    bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="recovering", unit=" steps")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+def _likelihood(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean negative log-likelihood of a batch's tokens."""
+    return model(input_ids=inputs["input_ids"], labels=inputs["input_ids"]).loss
 
 
 def _refuse_compressed(source: Path) -> None:
@@ -231,7 +190,8 @@ def _refuse_compressed(source: Path) -> None:
         if config.get(field):
             raise ValueError(
                 f"{source} is sparse or quantized ({field} in config.json), and training would fill its zeros and "
-                "leave its scales: recover the model that CFSP has cut, and prune or quantize what comes of it"
+                "leave its scales: give --teacher to recover a sparse model, or recover the model that CFSP has cut "
+                "and prune or quantize what comes of it"
             )
 
 
@@ -241,8 +201,8 @@ def _refuse_sparse(source: Path, layers: dict[str, torch.nn.Module]) -> None:
         zeros = 1 - int(weight.count_nonzero()) / weight.numel()
         if zeros > _SPARSE:
             raise ValueError(
-                f"{source} is sparse: {zeros:.0%} of {name} are zeros, which training would fill. Recover the model "
-                "that CFSP has cut, and prune what comes of it"
+                f"{source} is sparse: {zeros:.0%} of {name} are zeros, which training would fill. Give --teacher to "
+                "recover it with its masks, or recover the model that CFSP has cut, and prune what comes of it"
             )
 
 
@@ -265,22 +225,3 @@ def _linear_layers(blocks: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Mod
         for name, module in inside.named_modules()
         if isinstance(module, torch.nn.Linear) or is_transposed(module)
     }
-
-
-def _fingerprint(source: Path) -> list[list[Any]]:
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(source.glob("*.safetensors"))]
-
-
-def _resumable(work: Path, settings: dict[str, Any]) -> str | None:
-    """The last checkpoint of an interrupted training with the same settings, None if there is none."""
-    path = work / _SETTINGS
-    if path.is_file():
-        if json.loads(path.read_text()) != settings:
-            raise ValueError(
-                f"{work} holds an interrupted recovery with other settings, text or model: repeat that command to "
-                "finish it, or remove the folder"
-            )
-        return get_last_checkpoint(str(work))
-    work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
-    return None

@@ -1,0 +1,407 @@
+"""One training loop for all that recovers a pruned model: transformers' `Trainer` with a budget and held-out text.
+
+The budget is a number of steps or of minutes. Held-out windows are evaluated along the way. The best state is kept in
+a file, and training stops when it gets worse. Interrupted, the loop goes on where its last checkpoint was made.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+__all__ = [
+    "DivergedError",
+    "Loss",
+    "OptimizerState",
+    "Plan",
+    "Trained",
+    "best_state",
+    "fingerprint",
+    "resumable",
+    "train",
+]
+
+OptimizerState = Literal["fp32", "8bit", "4bit"]
+Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
+
+_SETTINGS = "settings.json"
+_BEST = "best.safetensors"
+# Checkpoints and evaluations are spread over a training so evenly; checkpoints take a twentieth of the time at most.
+_CHECKPOINTS = 10
+_SAVING_SHARE = 0.05
+# A budget of minutes has no number of steps; transformers wants one.
+_ENDLESS = 1_000_000
+_OPTIMIZERS = {"fp32": "adamw_torch_fused", "8bit": "adamw_torch_8bit", "4bit": "adamw_torch_4bit"}
+
+
+class DivergedError(ValueError):
+    """A loss that is no number, or a held-out loss that has doubled."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model trains.
+
+    Attributes:
+        learning_rate: of AdamW after the warm-up; it falls linearly to 0 at the end of the budget.
+        batch: windows a step, of all processes together.
+        micro_batch: windows at once in a process.
+        steps: the budget; None where it is `minutes`.
+        minutes: the budget, evaluations included.
+        warmup: steps in which the learning rate rises.
+        betas: of AdamW.
+        bf16: whether products are taken in bf16, beside fp32 weights.
+        state: precision of the optimiser's state; less than fp32 needs torchao.
+        gradient_checkpointing: whether activations are computed again instead of kept.
+        evaluations: of the held-out windows, spread over the budget, besides one at the start.
+        patience: so many evaluations in a row without a better one end the training.
+        seed: of the order of the windows.
+    """
+
+    learning_rate: float
+    batch: int
+    micro_batch: int = 1
+    steps: int | None = None
+    minutes: float | None = None
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    bf16: bool = False
+    state: OptimizerState = "fp32"
+    gradient_checkpointing: bool = False
+    evaluations: int = 10
+    patience: int = 3
+    seed: int = 0
+
+    def share(self, step: int, seconds: float) -> float:
+        """How much of the budget is spent after so many steps and seconds, 0 to 1."""
+        spent = seconds / (60 * self.minutes) if self.steps is None and self.minutes else step / (self.steps or 1)
+        return min(1.0, spent)
+
+    def rate(self, step: int, seconds: float) -> float:
+        """The learning rate of the step after `step`, as a share of the highest."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.steps is None:
+            return 1 - self.share(step, seconds)
+        return max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did.
+
+    Attributes:
+        steps: of the optimiser.
+        losses: the training loss of each step.
+        held_out: step and held-out loss of each evaluation; empty without held-out windows.
+        seconds: it took, interrupted runs included up to their last checkpoint.
+        ended: why it ended, in words; empty where the budget was spent.
+        best_step: after which the state was best.
+    """
+
+    steps: int
+    losses: list[float]
+    held_out: list[tuple[int, float]]
+    seconds: float
+    ended: str
+    best_step: int
+
+
+def train(
+    model: Any,
+    windows: torch.Tensor,
+    held_out: torch.Tensor,
+    loss: Loss,
+    plan: Plan,
+    work: Path,
+    callbacks: list[TrainerCallback] | None = None,
+) -> Trained:
+    """Train the parameters of a model that want gradients.
+
+    Args:
+        model: a transformers causal language model.
+        windows: token ids to train on, int64 [windows, length].
+        held_out: token ids to evaluate, [windows, length]; none of them are [0, length].
+        loss: of the (wrapped) model and a batch, which has `input_ids` [windows, length] and `index` [windows]; an
+            index counts the windows, and after them those held out.
+        plan: the budget and the optimiser.
+        work: a folder for checkpoints and for the best state, which :func:`best_state` reads; see :func:`resumable`.
+        callbacks: for the `Trainer`.
+
+    Raises:
+        DivergedError: after the best state was kept.
+        KeyboardInterrupt: as it came; the same call goes on from the last checkpoint.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    trainer = _Loop(model, windows, held_out, loss, plan, work)
+    trainer.remove_callback(PrinterCallback)
+    for callback in [_Budget(trainer), _Progress(trainer), *(callbacks or [])]:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    trainer.keep_last()
+    history = trainer.state.log_history
+    return Trained(
+        steps=trainer.state.global_step,
+        losses=[entry["loss"] for entry in history if "loss" in entry],
+        held_out=trainer.evaluations,
+        seconds=trainer.seconds,
+        ended=trainer.ended,
+        best_step=trainer.best[0],
+    )
+
+
+def resumable(work: Path, identity: dict[str, Any]) -> bool:
+    """Whether a folder holds an interrupted training of the same identity; makes the folder if it does not.
+
+    Raises:
+        ValueError: it holds another training.
+    """
+    path = work / _SETTINGS
+    if path.is_file():
+        if json.loads(path.read_text()) != json.loads(json.dumps(identity)):
+            raise ValueError(
+                f"{work} holds an interrupted recovery with other settings, text or model: repeat that command to "
+                "finish it, or remove the folder"
+            )
+        return True
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(identity, indent=1) + "\n")
+    return False
+
+
+def fingerprint(source: Path) -> list[Any]:
+    """What tells a folder's weights from others: path, names, sizes and times."""
+    files = sorted(source.glob("*.safetensors"))
+    return [str(source.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
+class _Loop(Trainer):
+    """transformers' `Trainer` with a loss, a schedule and an evaluation of ours."""
+
+    def __init__(
+        self, model: Any, windows: torch.Tensor, held_out: torch.Tensor, loss: Loss, plan: Plan, work: Path
+    ) -> None:
+        data = [{"input_ids": window, "index": index} for index, window in enumerate(windows)]
+        super().__init__(model=model, args=_arguments(plan, work), train_dataset=data)
+        self.model_accepts_loss_kwargs = False
+        self.plan, self.loss, self.work = plan, loss, work
+        self.held_out = held_out
+        self.first_held_out = len(windows)
+        self.ended = ""
+        self._started = time.monotonic()
+        self._seconds_before: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, by process 0's clock; at a resumption from what the checkpoint says."""
+        if self._seconds_before is None:
+            history = self.state.log_history
+            self._seconds_before = next((e["seconds"] for e in reversed(history) if "seconds" in e), 0.0)
+        return self._seconds_before + self.agreed(time.monotonic() - self._started)
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        return [(int(entry["step"]), entry["eval_loss"]) for entry in self.state.log_history if "eval_loss" in entry]
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """Step and held-out loss of the best state; the last step where nothing is held out."""
+        evaluations = self.evaluations or [(self.state.global_step, math.nan)]
+        return min(evaluations, key=lambda evaluation: evaluation[1])
+
+    def agreed(self, value: float) -> float:
+        """Process 0's value, in every process."""
+        return broadcast_object_list([value])[0] if self.accelerator.num_processes > 1 else value
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return self.loss(model, inputs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: self.plan.rate(step, 0.0 if self.plan.steps else self.seconds)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Raises DivergedError for a loss or a gradient that is no number."""
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise DivergedError(self._diverged(f"the {name} of step {self.state.global_step} is {logs[name]}"))
+        super().log(logs | {"seconds": self.seconds}, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The mean loss of the held-out windows; keeps the state if none was better.
+
+        Raises DivergedError if it has doubled since the best.
+        """
+        step = self.state.global_step
+        if not len(self.held_out) or (self.evaluations and self.evaluations[-1][0] == step):
+            return {}
+        model = self.model_wrapped
+        model.eval()
+        total = 0.0
+        for start in range(0, len(self.held_out), self.plan.micro_batch):
+            ids = self.held_out[start : start + self.plan.micro_batch]
+            index = torch.arange(start, start + len(ids)) + self.first_held_out
+            total += self.loss(model, self._prepare_inputs({"input_ids": ids, "index": index})).item() * len(ids)
+        model.train()
+        loss = self.agreed(total / len(self.held_out))
+        best = self.best[1]
+        if not math.isfinite(loss) or loss > 2 * best:
+            raise DivergedError(
+                self._diverged(f"the held-out loss was {best:.4f} and is {loss:.4f} after {step} steps")
+            )
+        self.log({"eval_loss": loss})
+        if step and self.best[0] == step:
+            self.keep()
+        worse = len([entry for entry in self.evaluations if entry[0] > self.best[0]])
+        if worse >= self.plan.patience and step:
+            self.ended = f"{worse} evaluations in a row were no better than that of step {self.best[0]}"
+            self.control.should_training_stop = True
+        return {"eval_loss": loss}
+
+    def keep(self) -> None:
+        """Write the parameters that train, whole, into the file of the best state."""
+        trained = {
+            name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
+            if parameter.requires_grad
+        }
+        if self.is_world_process_zero():
+            partial = self.work / f".{_BEST}"
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in trained.items()}
+            save_file(tensors, partial, metadata={"step": str(self.state.global_step)})
+            partial.replace(self.work / _BEST)
+
+    def keep_last(self) -> None:
+        """Keep the last state, where nothing is held out that could tell a better one."""
+        if not len(self.held_out):
+            self.keep()
+
+    def _diverged(self, what: str) -> str:
+        return f"{what}: training diverges at a learning rate of {self.plan.learning_rate:g}; take a lower one"
+
+
+class _Budget(TrainerCallback):
+    """Says after each step whether to evaluate, to save, or to stop."""
+
+    def __init__(self, loop: _Loop) -> None:
+        self.loop = loop
+        self.last_save = (0.0, 0.0)  # when, and how long it took
+        self.before = (0.0, 0.0)  # share of the budget and seconds after the step before
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = (self.loop.plan.share(state.global_step, self.loop.seconds), self.loop.seconds)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        plan, seconds = self.loop.plan, self.loop.seconds
+        spent = plan.share(state.global_step, seconds)
+        last = spent >= 1
+        if plan.steps is None and plan.minutes:
+            last = seconds + (seconds - self.before[1]) >= 60 * plan.minutes
+        control.should_training_stop |= last
+        if last or _crosses(self.before[0], spent, plan.evaluations):
+            control.should_evaluate = True
+        if not last and _crosses(self.before[0], spent, _CHECKPOINTS):
+            at, took = self.last_save
+            control.should_save = took < 1 or took < _SAVING_SHARE * (seconds - at)
+        self.before = (spent, seconds)
+        self.saving_since = time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last_save = (self.loop.seconds, time.monotonic() - self.saving_since)
+
+
+class _Progress(TrainerCallback):
+    """One bar over all steps with the losses; transformers' own prints a line a step."""
+
+    def __init__(self, loop: _Loop) -> None:
+        self.loop = loop
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=self.loop.plan.steps,
+            initial=state.global_step,
+            desc="recovering",
+            unit=" steps",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        losses = [entry["loss"] for entry in state.log_history[-20:] if "loss" in entry]
+        parts = [f"loss {losses[-1]:.3f}"] if losses else []
+        if self.loop.evaluations:
+            parts.append(f"held out {self.loop.evaluations[-1][1]:.4f}, best {self.loop.best[1]:.4f}")
+        if self.loop.plan.steps is None and self.loop.plan.minutes:
+            parts.append(f"{self.loop.seconds / 60:.1f} of {self.loop.plan.minutes:g} minutes")
+        self.bar.set_postfix_str(", ".join(parts))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _crosses(before: float, after: float, parts: int) -> bool:
+    """Whether a share has gone beyond one of the marks that cut the whole into parts."""
+    return int(before * parts + 1e-9) < int(after * parts + 1e-9)
+
+
+def _arguments(plan: Plan, work: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=plan.steps or _ENDLESS,
+        per_device_train_batch_size=plan.micro_batch,
+        learning_rate=plan.learning_rate,
+        adam_beta1=plan.betas[0],
+        adam_beta2=plan.betas[1],
+        optim=_OPTIMIZERS[plan.state],
+        bf16=plan.bf16,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_on_start=True,
+        save_strategy="no",
+        save_total_limit=1,
+        report_to=[],
+        seed=plan.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=True,
+    )
+    arguments.gradient_accumulation_steps = max(1, plan.batch // (plan.micro_batch * arguments.world_size))
+    return arguments
+
+
+def best_state(work: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """The step of a training's best state so far, and the parameters that trained by name; 0 and none without one."""
+    path = work / _BEST
+    if not path.is_file():
+        return 0, {}
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        return int(file.metadata()["step"]), tensors

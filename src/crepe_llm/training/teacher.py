@@ -1,0 +1,201 @@
+"""The dense model that a pruned one learns from: whether it is the parent, what it predicts, what it writes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from crepe_llm.training.targets import Predictions, TopK, Whole, find_head, keep_top
+
+__all__ = ["Teacher", "check_config", "check_embeddings", "check_tokenizers", "keep_predictions", "sample_windows"]
+
+# What a parent shares with a pruned model of it; FFN widths differ after structured pruning.
+_SHARED = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+# Embeddings are compared by the inner products of so many of their rows, which permuted channels do not change.
+_ROWS = 512
+# The largest relative difference of the inner products. Quantization to 4 bit makes one of about 0.02; unrelated
+# embeddings one of 1.4.
+_MOST_DIFFERENT = 0.3
+_GENERATED_AT_ONCE = 32
+
+
+def check_config(student: Path, teacher: str | Path) -> None:
+    """Raise ValueError if a teacher's config.json says that it is not the parent of a student.
+
+    Layers of their own width and what a pruned model adds to its config do not count.
+    """
+    configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (student, teacher)]
+    for field in _SHARED:
+        ours, theirs = (getattr(config, field, None) for config in configs)
+        if field == "model_type":  # of a model with layers of their own width, the family is the first word
+            ours, theirs = (str(name).split()[0] for name in (ours, theirs))
+        if ours != theirs:
+            raise ValueError(
+                f"teacher={teacher} is not the parent of {student}: its {field} is {theirs}, the model's is {ours}. "
+                "Give the dense model that was pruned"
+            )
+
+
+def check_tokenizers(student: Any, teacher: Any, names: tuple[Any, Any]) -> None:
+    """Raise ValueError if two tokenizers have different vocabularies or cut a text differently."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        token = min(dict(ours.items() ^ theirs.items()), key=str)
+        raise ValueError(
+            f"teacher={names[1]} has another vocabulary than {names[0]}: {len(theirs)} tokens, not {len(ours)}; "
+            f"{token!r} is {theirs.get(token)} there and {ours.get(token)} here. Give the dense model that was pruned"
+        )
+    text = "The first of 12,345 lines;\n\tthe second: naïve — 3.14."
+    if student(text)["input_ids"] != teacher(text)["input_ids"]:
+        raise ValueError(
+            f"teacher={names[1]} has another tokenizer than {names[0]}: they cut the same text differently. Give the "
+            "dense model that was pruned, with its own tokenizer"
+        )
+
+
+@torch.no_grad()
+def check_embeddings(student: Any, teacher: Any, names: tuple[Any, Any]) -> None:
+    """Raise ValueError if a student's embeddings, which pruning leaves alone, are nothing like the teacher's.
+
+    Permuted channels are the same embeddings: the inner products of some rows are compared.
+    """
+    tables = [model.get_input_embeddings().weight for model in (student, teacher)]
+    if tables[0].shape[0] != tables[1].shape[0]:
+        raise ValueError(
+            f"teacher={names[1]} has {tables[1].shape[0]} embeddings, {names[0]} has {tables[0].shape[0]}: it has "
+            "another vocabulary. Give the dense model that was pruned"
+        )
+    rows = torch.linspace(0, tables[0].shape[0] - 1, min(_ROWS, tables[0].shape[0])).long()
+    chosen = [table[rows.to(table.device)].float().cpu() for table in tables]
+    ours, theirs = (part @ part.T for part in chosen)
+    difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+    if not difference <= _MOST_DIFFERENT:
+        raise ValueError(
+            f"teacher={names[1]} is not the parent of {names[0]}: inner products of embeddings, which pruning leaves "
+            f"alone, differ by {difference:.0%}. Give the dense model that was pruned"
+        )
+
+
+class Teacher:
+    """A model's predictions of the tokens of windows; those of held-out windows are made once.
+
+    Args:
+        model: a causal language model; it is put into evaluation mode.
+        first_held_out: the index from which on windows are held out.
+    """
+
+    def __init__(self, model: Any, first_held_out: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.first_held_out = first_held_out
+        device = model.get_input_embeddings().weight.device
+        self.head = find_head(
+            model, torch.arange(min(8, model.get_input_embeddings().weight.shape[0]))[None].to(device)
+        )
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def __call__(self, ids: torch.Tensor, index: torch.Tensor) -> Whole:
+        """Predictions of all tokens but each window's first. ids: int64 [windows, length]; index: [windows]."""
+        numbers = index.tolist()
+        if all(number in self._kept for number in numbers):
+            hidden = torch.stack([self._kept[number] for number in numbers])
+        else:
+            hidden = self._hidden(ids)
+            if self.head is not None:
+                self._kept |= {n: row for n, row in zip(numbers, hidden, strict=True) if n >= self.first_held_out}
+        hidden = hidden.flatten(0, 1)
+        if self.head is None:
+            return Whole(hidden)
+        return Whole(hidden, *self.head.matrix(hidden.dtype), self.head.cap)
+
+    @torch.no_grad()
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.head is None:
+            return self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+        return self.model.base_model(input_ids=ids, use_cache=False)[0][:, :-1].to(self.model.dtype)
+
+
+def keep_predictions(
+    teacher: Teacher, windows: torch.Tensor, k: int, path: Path
+) -> Callable[[torch.Tensor, torch.Tensor], Predictions]:
+    """A teacher's k likeliest tokens for each token of all windows, in a file that is made once.
+
+    Args:
+        teacher: needed no more afterwards.
+        windows: all that will be asked for, int64 [windows, length]; an index is a row.
+        k: how many tokens; 6 bytes are kept for each.
+        path: of the file.
+
+    Returns:
+        What takes the teacher's place.
+    """
+    if not path.is_file():
+        parts = []
+        device = teacher.model.get_input_embeddings().weight.device
+        for index, window in enumerate(tqdm(windows, desc="teacher", unit=" windows")):
+            parts.append(keep_top(teacher(window[None].to(device), torch.tensor([index])), k))
+        partial = path.with_name(f".{path.name}")
+        tokens = torch.stack([part.tokens for part in parts])
+        save_file({"tokens": tokens, "log_p": torch.stack([part.log_p for part in parts])}, partial)
+        partial.replace(path)
+    kept = load_file(path)
+
+    def predictions(ids: torch.Tensor, index: torch.Tensor) -> TopK:
+        rows = index.cpu()
+        return TopK(*(kept[name][rows].flatten(0, 1).to(ids.device) for name in ("tokens", "log_p")))
+
+    return predictions
+
+
+@torch.no_grad()
+def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed: int, path: Path) -> torch.Tensor:
+    """Text that a teacher writes, at temperature 1, in a file that is made once.
+
+    Each window starts with the token that begins texts, or, where the tokenizer adds none, with a token drawn from the
+    vocabulary. The end of a text is never drawn.
+
+    Args:
+        teacher: a causal language model.
+        tokenizer: of it.
+        tokens: about how many; rounded down to whole windows, at least one.
+        length: of a window.
+        seed: of the draws.
+        path: of the file.
+
+    Returns:
+        int64 [windows, length].
+    """
+    settings = {"tokens": str(tokens), "length": str(length), "seed": str(seed)}
+    if path.is_file():
+        return load_file(path)["windows"].long()
+    device = teacher.get_input_embeddings().weight.device
+    count = max(1, tokens // length)
+    torch.manual_seed(seed)
+    starts = torch.randint(len(tokenizer), (count, 1))
+    if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        starts.fill_(tokenizer.bos_token_id)
+    parts = []
+    with tqdm(total=count, desc="sampling from the teacher", unit=" windows") as bar:
+        for start in starts.split(_GENERATED_AT_ONCE):
+            written = teacher.generate(
+                start.to(device),
+                attention_mask=torch.ones_like(start).to(device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            )
+            parts.append(written.cpu().int())
+            bar.update(len(start))
+    partial = path.with_name(f".{path.name}")
+    save_file({"windows": torch.cat(parts).contiguous()}, partial, metadata={"sampled": json.dumps(settings)})
+    partial.replace(path)
+    return torch.cat(parts).long()
