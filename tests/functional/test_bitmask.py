@@ -1,10 +1,12 @@
 """Bits of masks against loops over columns."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepe_llm.functional.bitmask import kept_columns, pack_bits, unpack_bits, wrong_byte
+from crepe_llm.functional import bitmask
+from crepe_llm.functional.bitmask import kept_columns, pack_bits, unpack_bits, wrong_byte, zero_pruned_
 
 
 def random_two_of_four(rows, columns, seed):
@@ -53,3 +55,26 @@ def test_the_first_wrong_byte_of_many_rows_is_named():
     bits[2500, 7] = 0
     bits[2500, 9] = 0
     assert wrong_byte(bits, 8192) == (2500, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(300, 577), (3, 8), (5, 3), (4, 6, 20), (0, 16)])
+def test_entries_outside_the_mask_become_zero_whatever_they_are(shape, dtype, monkeypatch):
+    monkeypatch.setattr(bitmask, "_BLOCK_ENTRIES", 1000)
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(shape, generator=generator) < 0.5
+    weight = torch.randn(shape, generator=generator)
+    weight[torch.rand(shape, generator=generator) < 0.1] = float("nan")
+    weight[torch.rand(shape, generator=generator) < 0.1] = -0.0
+    weight = weight.to(dtype)
+    expected = torch.where(keep, weight.float(), 0.0)
+    zero_pruned_(weight, pack_bits(keep.flatten(0, -2)))
+    torch.testing.assert_close(weight.float(), expected, rtol=0, atol=0, equal_nan=True)
+    assert not torch.signbit(weight.float()[~keep]).any()
+
+
+def test_columns_that_are_not_side_by_side_are_zeroed_in_place():
+    keep = torch.rand(24, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    stored = torch.ones(16, 24)
+    zero_pruned_(stored.T, pack_bits(keep))
+    assert torch.equal(stored.T.bool(), keep)

@@ -6,10 +6,15 @@ compressed-tensors' `sparse-24-bitmask`.
 
 import torch
 
-__all__ = ["kept_columns", "pack_bits", "unpack_bits", "wrong_byte"]
+__all__ = ["kept_columns", "pack_bits", "unpack_bits", "wrong_byte", "zero_pruned_"]
 
 # Rows are handled in blocks of about this many bytes, so that the temporaries stay small beside the bitmask.
 _BLOCK_BYTES = 1 << 21
+# Entries of a weight that are masked at once on a CPU.
+_BLOCK_ENTRIES = 1 << 16
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# The eight mask entries of every byte, as the bytes of one number, so that they are looked up at once.
+_EIGHTS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.uint8).view(torch.int64).flatten()
 # The two columns (0 to 3) of a group of four whose bits are set in a nibble; 0 where not exactly two are.
 _PAIRS = [[column for column in range(4) if nibble >> column & 1] for nibble in range(16)]
 _COLUMNS = torch.tensor([pair if len(pair) == 2 else [0, 0] for pair in _PAIRS], dtype=torch.uint8)
@@ -21,7 +26,7 @@ def pack_bits(keep: torch.Tensor) -> torch.Tensor:
     keep = keep.contiguous()
     if columns % 8:
         keep = torch.nn.functional.pad(keep, (0, 8 - columns % 8))
-    eight = keep.view(torch.uint8).view(rows, -1, 8)
+    eight = keep.view(torch.uint8).view(rows, -(-columns // 8), 8)
     packed = eight[..., 0].clone()
     for position in range(1, 8):
         packed |= eight[..., position] << position
@@ -30,10 +35,27 @@ def pack_bits(keep: torch.Tensor) -> torch.Tensor:
 
 def unpack_bits(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
     """Unpack uint8 [rows, ceil(columns / 8)] into a mask, bool [rows, columns]: the inverse of :func:`pack_bits`."""
-    bits = torch.empty((*bitmask.shape, 8), dtype=torch.uint8, device=bitmask.device)
-    for position in range(8):
-        bits[..., position] = (bitmask >> position) & 1
-    return bits.view(bitmask.shape[0], -1)[:, :columns].bool()
+    eights = _EIGHTS.to(bitmask.device).index_select(0, bitmask.flatten().int())
+    return eights.view(torch.bool).view(bitmask.shape[0], 8 * bitmask.shape[1])[:, :columns]
+
+
+def zero_pruned_(weight: torch.Tensor, bitmask: torch.Tensor) -> None:
+    """Set all entries of a matrix outside its mask to +0.0 in place, infinities and NaN included.
+
+    Args:
+        weight: [rows, columns], or [..., rows, columns] whose dimensions but the last are rows; any dtype.
+        bitmask: uint8 [rows, ceil(columns / 8)].
+    """
+    if weight.dim() > 2:
+        for part, bits in zip(weight, bitmask.chunk(max(1, len(weight))), strict=True):
+            zero_pruned_(part, bits)
+        return
+    # As integers, so that one "and" clears an entry whatever it is; block by block, so that masks stay in the caches.
+    integers = weight.view(_INTEGERS[weight.element_size()])
+    step = max(1, (_BLOCK_ENTRIES if weight.device.type == "cpu" else _BLOCK_ENTRIES << 10) // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        keep = unpack_bits(bitmask[start : start + step], weight.shape[1]).view(torch.int8)
+        integers[start : start + step].bitwise_and_(keep.to(integers.dtype).neg_())
 
 
 def kept_columns(bitmask: torch.Tensor, columns: int) -> torch.Tensor:

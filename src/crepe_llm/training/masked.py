@@ -1,8 +1,8 @@
 """Masks that hold while a model trains: pruned weights stay exactly zero, whatever the loop and the optimiser.
 
-Gradients are masked before they are accumulated, so that the optimiser never hears of a pruned weight: its state stays
-zero there, and gradient norms count kept weights only. After each step of an optimiser the pruned weights are set to
-zero, so that an update that mixes a matrix's entries (Muon) or a state from elsewhere cannot bring them back.
+Gradients are masked as soon as they are accumulated, so that the optimiser never hears of a pruned weight: its state
+stays zero there, and gradient norms count kept weights only. After each step of an optimiser the pruned weights are set
+to zero, so that an update that mixes a matrix's entries (Muon) or a state from elsewhere cannot bring them back.
 """
 
 import weakref
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from crepe_llm.functional.bitmask import pack_bits, unpack_bits
+from crepe_llm.functional.bitmask import pack_bits, unpack_bits, zero_pruned_
 from crepe_llm.functional.masks import nonzero
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.pruning.layer import recorded_mask
@@ -200,11 +200,8 @@ class _Kept:
         if weight is self._hooked or not weight.requires_grad:
             return False
         self.detach()
-        if isinstance(weight, DTensor):
-            # FSDP2 reduces gradients itself and calls only these hooks, once a gradient is complete.
-            self._hook = weight.register_post_accumulate_grad_hook(lambda shard: self._zero(shard.grad))
-        else:
-            self._hook = weight.register_hook(self._masked)
+        # Before DDP reduces a gradient, after FSDP2 has done so, and in both cases before norms are taken.
+        self._hook = weight.register_post_accumulate_grad_hook(lambda trained: self._zero(trained.grad))
         self._hooked = weight
         return True
 
@@ -223,7 +220,8 @@ class _Kept:
     @torch.no_grad()
     def is_broken(self) -> bool:
         weight = _local(self.weight)
-        return bool((nonzero(weight) & ~self._keep(weight)).any())
+        keep = unpack_bits(self._bits_at(weight.device), weight.shape[-1]).view(weight.shape)
+        return bool((nonzero(weight) & ~keep).any())
 
     def _parameter(self) -> torch.Tensor:
         module = self._module()
@@ -239,18 +237,15 @@ class _Kept:
             keep = keep.narrow(dimension, min(start, keep.shape[dimension] - size), size)
         self.bits = pack_bits(keep.flatten(0, -2)).to(_local(weight).device)
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.bits.device != tensor.device:
-            self.bits = self.bits.to(tensor.device)
-        return unpack_bits(self.bits, tensor.shape[-1]).view(tensor.shape)
-
-    def _masked(self, gradient: torch.Tensor) -> torch.Tensor:
-        return torch.where(self._keep(gradient), gradient, gradient.new_zeros(()))
+    def _bits_at(self, device: torch.device) -> torch.Tensor:
+        if self.bits.device != device:
+            self.bits = self.bits.to(device)
+        return self.bits
 
     @torch.no_grad()
     def _zero(self, tensor: torch.Tensor) -> None:
         tensor = _local(tensor).detach()
-        torch.where(self._keep(tensor), tensor, tensor.new_zeros(()), out=tensor)
+        zero_pruned_(tensor, self._bits_at(tensor.device))
 
 
 def _call(reference: "weakref.ref[KeptMasks]", method: Any, optimizer: torch.optim.Optimizer) -> None:
