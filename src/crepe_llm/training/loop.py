@@ -41,6 +41,8 @@ _BEST = "best.safetensors"
 # Checkpoints and evaluations are spread over a training so evenly; checkpoints take a twentieth of the time at most.
 _CHECKPOINTS = 10
 _SAVING_SHARE = 0.05
+# A held-out loss counts as doubled if it is larger than that by so much, in nats.
+_NOISE = 0.01
 # A budget of minutes has no number of steps; transformers wants one.
 _ENDLESS = 1_000_000
 _OPTIMIZERS = {"fp32": "adamw_torch_fused", "8bit": "adamw_torch_8bit", "4bit": "adamw_torch_4bit"}
@@ -147,9 +149,13 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     trainer = _Loop(model, windows, held_out, loss, plan, work)
     trainer.remove_callback(PrinterCallback)
-    for callback in [_Budget(trainer), _Progress(trainer), *(callbacks or [])]:
+    progress = _Progress(trainer)
+    for callback in [_Budget(trainer), progress, *(callbacks or [])]:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    finally:
+        progress.close()
     trainer.keep_last()
     history = trainer.state.log_history
     return Trained(
@@ -265,7 +271,7 @@ class _Loop(Trainer):
         model.train()
         loss = self.agreed(total / len(self.held_out))
         best = self.best[1]
-        if not math.isfinite(loss) or loss > 2 * best:
+        if not math.isfinite(loss) or loss > 2 * best + _NOISE:
             raise DivergedError(
                 self._diverged(f"the held-out loss was {best:.4f} and is {loss:.4f} after {step} steps")
             )
@@ -358,8 +364,10 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        """End the bar's line, so that what is printed next has one of its own."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _crosses(before: float, after: float, parts: int) -> bool:

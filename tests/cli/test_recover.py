@@ -1,0 +1,91 @@
+"""`crepe recover --teacher`: the folder, its card and plot, and which options go together."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crepe_llm.checkpoints.reading import read_folder
+from crepe_llm.checkpoints.saving import pack_folder
+from crepe_llm.cli.main import main
+from sparse_models import prune_2of4
+
+
+@pytest.fixture(scope="module")
+def dense(dense, tmp_path_factory):
+    """The small model of the other tests, with weights so large that it predicts something."""
+    folder = tmp_path_factory.mktemp("dense") / "dense"
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(dense, tmp_path_factory):
+    """The same model, 2:4, with a card of its own."""
+    folder = tmp_path_factory.mktemp("packed") / "sparse"
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    prune_2of4(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+    pack_folder(folder, {})
+    (folder / "README.md").write_text("---\nbase_model: x\n---\n\n# x, pruned\n\nBy a recipe.\n")
+    return folder
+
+
+def arguments(packed, dense, text, output, *more):
+    options = ("--length", 32, "--tokens", 1280, "--learning-rate", 5e-3, "--warmup", 2)
+    command = ("recover", packed, "--teacher", dense, "--text", text, "--output", output, *options, *more)
+    return [str(argument) for argument in command]
+
+
+def test_recover_writes_a_folder_with_a_card_and_a_plot(dense, packed, text, tmp_path, capsys):
+    output = tmp_path / "recovered"
+    assert main(arguments(packed, dense, text, output)) == 0
+    out = capsys.readouterr().out
+    assert "training: " in out and "10 steps, 1,280 tokens, about" in out
+    assert f"{output}: held-out loss " in out and "of 10 steps, 1,280 tokens" in out
+    assert sorted(tmp_path.iterdir()) == [output]
+    before, after = read_folder(packed), read_folder(output)
+    assert before.layers.keys() == after.layers.keys()
+    for name in before.layers:
+        assert torch.equal(before.load(f"{name}.bitmask"), after.load(f"{name}.bitmask")), name
+    card = (output / "README.md").read_text()
+    assert f"Teacher: {dense}. Text: fox.txt. 1,280 tokens, repetitions included, in 10 steps" in card
+    assert "| learning_rate | 0.005 |" in card and "| 0 | " in card and f"crepe recover {packed}" in card
+    assert card.count("---\n") == 2 and card.rstrip().endswith("# x, pruned\n\nBy a recipe.")
+    assert "(loss.png)" in card and (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["evaluate", str(output), "--text", str(text), "--window", "32", "--tokens", "64"]) == 0
+
+
+def test_the_teacher_may_write_the_text(dense, packed, tmp_path):
+    output = tmp_path / "recovered"
+    command = ["recover", packed, "--teacher", dense, "--self-generated", 640, "--length", 32, "--output", output]
+    assert main([*map(str, command), "--learning-rate", "5e-3", "--warmup", "0", "--method", "lora"]) == 0
+    assert "Text: 640 tokens that the teacher wrote." in (output / "README.md").read_text()
+
+
+def test_a_divergence_leaves_the_best_state_or_nothing(dense, packed, text, tmp_path, refusal):
+    output = tmp_path / "recovered"
+    error = refusal(arguments(packed, dense, text, output, "--learning-rate", 90, "--warmup", 0))
+    assert "diverges at a learning rate of 90" in error and "none is written" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_do_not_go_together_are_refused(dense, packed, text, tmp_path, refusal):
+    output = tmp_path / "recovered"
+    assert "--epochs goes without --teacher" in refusal(arguments(packed, dense, text, output, "--epochs", 2))
+    without = ["recover", packed, "--text", text, "--output", output]
+    assert "--self-generated goes with --teacher" in refusal([*without, "--self-generated", 100])
+    assert "sparse or quantized" in refusal(without) and "give --teacher" in refusal(without)
+    nothing = ["recover", packed, "--teacher", dense, "--output", output]
+    assert "give --text, --dataset, --sample or --self-generated" in refusal(nothing)
+    assert "tokens=1280 and minutes=1.0 are two budgets" in refusal(
+        arguments(packed, dense, text, output, "--minutes", 1)
+    )
+    assert "is not pruned" in refusal(arguments(dense, dense, text, output))
+    assert not list(tmp_path.iterdir())
