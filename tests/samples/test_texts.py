@@ -50,3 +50,12 @@ def test_questions_have_one_right_answer_each():
     # Where BoolQ's and PIQA's answers come from is not always the same side.
     for task in ("boolq", "piqa"):
         assert 0.4 < sum(row["label"] for row in questions[task]) / len(questions[task]) < 0.7
+
+
+def test_news_are_stories_that_are_not_wikipedias():
+    stories = samples.news()
+    assert len(stories) == 300 and min(map(len, stories)) > 200
+    assert 340_000 < sum(map(len, stories)) < 370_000
+    assert stories[0].startswith("Hundreds of people have been forced to vacate their homes")
+    articles = " ".join(samples.wikipedia().train)
+    assert not any(story[:80] in articles for story in stories)

@@ -1,0 +1,242 @@
+"""Recovery by distillation: perplexity against tokens and minutes, by start, method and seed.
+
+    python benchmarks/recover.py                                              # both models, 2:4, all starts
+    python benchmarks/recover.py --models SmolLM2-135M-Instruct --starts "CRePE + permutation + admm" --tokens 200000
+    python benchmarks/recover.py --structures 50% 70% --starts CRePE --methods full lora
+    python benchmarks/recover.py --self-generated 200000 --tokens 400000      # with text that the teacher writes
+    python benchmarks/recover.py --report
+
+A start is a method of methods.py: its model is pruned once a seed, kept in --folder and measured as it is (the rows of
+0 tokens). It then learns from the dense model on the training articles. Each row has the perplexity on the test and the
+validation articles and on news, a corpus that is not Wikipedia. Rows are appended to --results as they are made, and
+not made twice; a run that was interrupted goes on from its last checkpoint.
+"""
+
+import argparse
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crepe_llm import samples
+from crepe_llm.evaluation.perplexity import perplexity
+from crepe_llm.training.distillation import DistillationSettings, distill
+from method_recipes import METHODS, MODELS, STRUCTURES, runs_of
+from method_runs import prune
+from records import RESULTS, Row, append, is_done, read
+
+# Raised by every change of a default or of how something is measured.
+PROTOCOL = 1
+
+STARTS = ["CRePE", "CRePE + pcg", "CRePE + permutation + admm"]
+CORPORA = ("test", "valid", "news")
+
+
+def texts_of(corpus: str) -> tuple[str, list[str]]:
+    """What a report calls a corpus, and its texts."""
+    if corpus == "news":
+        return "ABC news 2001 (gensim 4.4.0)", samples.news()
+    wikipedia = samples.wikipedia()
+    return f"{wikipedia.name}, {corpus}", getattr(wikipedia, corpus)
+
+
+def measure(model: Any, tokenizer: Any, length: int, tokens: int) -> Row:
+    """Perplexity on every corpus, and how many tokens it was measured on."""
+    found: Row = {"perplexity": {}, "predicted": {}}
+    for corpus in CORPORA:
+        name, texts = texts_of(corpus)
+        windows = samples.token_windows(tokenizer, texts, length, tokens=tokens)
+        result = perplexity(model, windows, corpus=name, progress=False)
+        found["perplexity"][corpus], found["predicted"][corpus] = result.perplexity, result.tokens
+    return found
+
+
+def starts_of(options: argparse.Namespace) -> list[Row]:
+    """The conditions of every start, and of the dense models, as methods.py has them."""
+    asked = argparse.Namespace(**vars(options) | {"methods": ["dense", *options.starts], "split": "test"})
+    asked.tokens = options.measured
+    return [{name: value for name, value in run.items() if name != "split"} for run in runs_of(asked)]
+
+
+def keys_of(options: argparse.Namespace) -> list[Row]:
+    """The conditions of every row: those of its start, and those of its training."""
+    keys = []
+    for start in starts_of(options):
+        run = {name: value for name, value in start.items() if name not in ("method", "tokens")}
+        run |= {"start": start["method"], "measured": start["tokens"]}
+        keys.append(run | {"method": "", "tokens": 0})
+        if start["method"] == "dense":
+            continue
+        training = {name: getattr(options, name) for name in ("learning_rate", "batch", "warmup", "self_generated")}
+        training |= {"rank": options.rank}
+        keys += [
+            run
+            | {"method": method, "tokens": tokens}
+            | {k: v for k, v in training.items() if k != "rank" or method == "lora"}
+            for method in options.methods
+            for tokens in options.tokens
+        ]
+    return keys
+
+
+def pruned(key: Row, folder: Path) -> tuple[Path, float]:
+    """The folder of a start, made if it is not there yet, and the seconds that pruning took."""
+    name = "-".join(str(key[field]) for field in ("model", "start", "structure", "seed", "dtype")).replace(" ", "")
+    made = folder / name
+    if not (made / "config.json").is_file():
+        shutil.rmtree(made, ignore_errors=True)
+        model, tokenizer, seconds, _ = prune(key | {"method": key["start"]})
+        tokenizer.save_pretrained(made)
+        (made / "seconds.txt").write_text(f"{seconds:.1f}\n")
+        model.save_pretrained(made)
+    return made, float((made / "seconds.txt").read_text())
+
+
+def row_of(key: Row, options: argparse.Namespace) -> Row:
+    """Prune, recover where the key names a method, and measure."""
+    dense = MODELS[key["model"]]()
+    if key["start"] == "dense":
+        source, row = dense, dict(key)
+    else:
+        source, seconds = pruned(key, options.folder)
+        row = key | {"pruning_s": seconds}
+    if key["method"]:
+        name = f"{source.name}-{key['method']}-{key['tokens']}-{key['self_generated']}"
+        source, report = recovered(key, source, dense, options.folder / name)
+        row |= report
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, key["dtype"])).eval()
+    row |= measure(model, tokenizer, key["length"], key["measured"])
+    if key["method"] and not options.keep:
+        shutil.rmtree(source)
+    return row
+
+
+def recovered(key: Row, source: Path, dense: Path, target: Path) -> tuple[Path, Row]:
+    """Train a start; the folder that comes of it, and the figures of the training."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    fields = ("method", "tokens", "learning_rate", "batch", "warmup", "self_generated", "rank", "length", "seed")
+    settings = DistillationSettings(**{name: key[name] for name in fields if key.get(name) is not None})
+    train = samples.wikipedia().train
+    started = time.perf_counter()
+    made = distill(
+        source,
+        target,
+        target.with_name(f"{target.name}-work"),
+        dense,
+        lambda tokenizer: samples.token_windows(tokenizer, train, key["length"]),
+        settings,
+    )
+    return target, {
+        "seconds": round(time.perf_counter() - started, 1),
+        "training_s": round(made.trained.seconds, 1),
+        "steps": made.trained.steps,
+        "best_step": made.trained.best_step,
+        "trained_tokens": made.tokens,
+        "held_out": made.trained.held_out,
+        "ended": made.trained.ended,
+    }
+
+
+def mean_of(rows: list[Row], corpus: str) -> str:
+    """Mean over seeds and half the range between the lowest and the highest."""
+    values = [row["perplexity"][corpus] for row in rows]
+    if not values:
+        return ""
+    spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def table(rows: list[Row], options: argparse.Namespace) -> str:
+    """Markdown: a line for each model, structure, start, method and budget; means over seeds."""
+    lines = ["| model | structure | start | method | tokens | test | validation | news | minutes |", "|---" * 9 + "|"]
+    cells = list(dict.fromkeys(tuple(row[name] for name in _CELL) for row in rows))
+    for cell in cells:
+        mine = [row for row in rows if tuple(row[name] for name in _CELL) == cell]
+        seconds = [row["training_s"] for row in mine if "training_s" in row]
+        model, structure, start, method, tokens = cell
+        minutes = f"{statistics.mean(seconds) / 60:.0f}" if seconds else ""
+        figures = " | ".join(mean_of(mine, corpus) for corpus in CORPORA)
+        lines.append(f"| {model} | {structure} | {start} | {method} | {tokens or ''} | {figures} | {minutes} |")
+    lines.append(
+        f"\nPerplexity on {options.measured} tokens of the test and validation articles and of ABC news, in windows of "
+        f"{options.length}; mean ± half the range over seeds {', '.join(map(str, options.seeds))} of calibration and "
+        "training. Minutes are those of the training on the processor that the rows name."
+    )
+    return "\n".join(lines)
+
+
+_CELL = ("model", "structure", "start", "method", "tokens")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Test perplexity against tokens, a line for each start and method, a panel for each model and structure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((row["model"], row["structure"]) for row in rows if row["start"] != "dense"))
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (model, structure) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        mine = [row for row in rows if row["model"] == model and row["structure"] == structure]
+        for start in dict.fromkeys(row["start"] for row in mine):
+            for method in dict.fromkeys(row["method"] for row in mine if row["start"] == start and row["method"]):
+                points: dict[int, list[float]] = {}
+                for row in mine:
+                    if row["start"] == start and row["method"] in ("", method):
+                        points.setdefault(row["tokens"], []).append(row["perplexity"]["test"])
+                ordered = sorted((tokens, statistics.mean(values)) for tokens, values in points.items())
+                axes.plot(*zip(*ordered, strict=True), marker="o", label=f"{start}, {method}")
+        dense = [row["perplexity"]["test"] for row in rows if row["model"] == model and row["start"] == "dense"]
+        if dense:
+            axes.axhline(dense[0], color="grey", linestyle="--", label="dense")
+        axes.set(title=f"{model}, {structure}", xlabel="tokens trained on", ylabel="test perplexity", yscale="log")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=["2:4"])
+    parser.add_argument(
+        "--starts", nargs="+", choices=METHODS, default=STARTS, metavar="METHOD", help="of: %(choices)s"
+    )
+    parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[50_000, 200_000], help="budgets of the training")
+    parser.add_argument("--self-generated", type=int, default=0, help="tokens that the teacher writes (%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of calibration and training")
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--batch", type=int, default=4, help="windows a step (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=10, help="steps (%(default)s)")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA (%(default)s)")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of every window (%(default)s)")
+    parser.add_argument("--measured", type=int, default=8192, help="tokens of each corpus (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the folders")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
+    parser.add_argument("--keep", action="store_true", help="keep the recovered models, too")
+    parser.add_argument("--results", type=Path, default=RESULTS / "recover.jsonl")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--plot", type=Path, help="draw perplexity against tokens there")
+    options = parser.parse_args()
+    logger.remove()
+    keys, rows = keys_of(options), read(options.results)
+    missing = [] if options.report else [key for key in keys if not is_done(key, rows, PROTOCOL)]
+    for key in tqdm(missing, unit=" runs"):
+        rows.append(append(options.results, PROTOCOL, row_of(key, options)))
+    found = [row for key in keys for row in rows if is_done(key, [row], PROTOCOL)]
+    print(table(found, options))
+    if options.plot:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
