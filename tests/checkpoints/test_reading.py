@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from crepe_llm.checkpoints import FormatError, compress_folder, decompress_folder, read_files, read_folder
-from crepe_llm.checkpoints.reading import INDEX, SINGLE, read_config
+from crepe_llm.checkpoints.reading import INDEX, SINGLE, read_config, refuse_two_checkpoints
 from sparse_models import prune_2of4
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -122,19 +122,6 @@ def test_malformed_layers_are_named(packed, tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} == {"bad"}
 
 
-def test_a_layer_that_the_model_has_in_another_shape_or_dtype_is_named(packed, tmp_path):
-    def wider(tensors):
-        for part, value in zip(("compressed", "bitmask"), (2, 2), strict=True):
-            tensors[f"{LAYER}.{part}"] = tensors[f"{LAYER}.{part}"].repeat(1, value)
-        tensors[f"{LAYER}.shape"] = torch.tensor([[32], [96]])
-
-    with pytest.raises(RuntimeError, match="conversion"):
-        AutoModelForCausalLM.from_pretrained(rewritten(packed, tmp_path / "wider", wider))
-    narrow = rewritten(packed, tmp_path / "int8", put("compressed", lambda t: t.to(torch.int8)))
-    with pytest.raises(RuntimeError, match="conversion"):
-        AutoModelForCausalLM.from_pretrained(narrow)
-
-
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 2000, -1])
 def test_truncated_files_are_named(packed, tmp_path, length):
     folder = shutil.copytree(packed, tmp_path / "bad")
@@ -204,6 +191,51 @@ def test_an_index_that_does_not_match_its_files_is_refused(sharded, tmp_path):
     (folder / INDEX).unlink()
     with pytest.raises(FormatError, match="only safetensors"):
         read_folder(folder)
+
+
+def test_a_single_file_beside_an_index_is_what_is_read_as_by_transformers(packed, sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "both")
+    shutil.copyfile(packed / SINGLE, folder / SINGLE)
+    for change in (lambda tensors: None, put("compressed", torch.zeros_like)):
+        shutil.rmtree(tmp_path / "old", ignore_errors=True)
+        old = rewritten(packed, tmp_path / "old", change) / SINGLE
+        shutil.copyfile(old, folder / SINGLE)
+        assert read_folder(folder).files == (folder / SINGLE,)
+        loaded = AutoModelForCausalLM.from_pretrained(folder).get_parameter(f"{LAYER}.weight")
+        assert torch.equal(read_folder(folder).load_weight(LAYER), loaded)
+        # Whoever reads the index, as vLLM does, has to know that there are two.
+        with pytest.raises(FormatError, match=r"both model\.safetensors and model\.safetensors\.index\.json"):
+            refuse_two_checkpoints(folder)
+    decompress_folder(folder, tmp_path / "plain")
+    assert [path.name for path in (tmp_path / "plain").glob("*.safetensors*")] == [SINGLE]
+    for whole in (packed, sharded, tmp_path / "plain"):
+        refuse_two_checkpoints(whole)
+
+
+@pytest.mark.parametrize("name", [f"{LAYER}.compressed", "model.norm.weight"])
+def test_one_16_bit_float_among_others_is_a_wrong_label(packed, tmp_path, name):
+    bad = rewritten(packed, tmp_path / "bad", lambda t: t.update({name: t[name].view(torch.float16)}))
+    with pytest.raises(FormatError, match=rf"tensor {name} is F16, \d+ others are BF16; one of the labels is wrong"):
+        read_folder(bad)
+    with pytest.raises(FormatError, match=r"is F16, \d+ others are BF16"):
+        decompress_folder(bad, tmp_path / "plain")
+    decompress_folder(packed, tmp_path / "plain")
+    dense = "model.layers.0.mlp.down_proj.weight"
+    mixed = rewritten(tmp_path / "plain", tmp_path / "mixed", lambda t: t.update({dense: t[dense].half()}))
+    with pytest.raises(FormatError, match=rf"tensor {dense} is F16"):
+        compress_folder(mixed, tmp_path / "packed")
+
+
+@pytest.mark.parametrize("groups", [None, {}, {"g": 1}, {"g": {"weights": {"type": "float", "num_bits": 8}}}, "x"])
+def test_layers_of_8_bits_that_the_config_does_not_tell_of_are_named(packed, tmp_path, groups):
+    bad = rewritten(packed, tmp_path / "bad", put("compressed", lambda t: t.to(torch.int8)))
+    config = read_config(bad)
+    config["quantization_config"]["config_groups"] = groups
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        FormatError, match=rf"tensor {LAYER}\.compressed is I8, but config.json quantizes nothing to 8-bit ints"
+    ):
+        decompress_folder(bad, tmp_path / "plain")
 
 
 def test_a_tensor_in_two_files_is_refused(packed, tmp_path):
@@ -335,6 +367,6 @@ def test_fuzzed_values(packed, tmp_path, data):
     wrapped=st.booleans(),
 )
 def test_fuzzed_index(packed, tmp_path, content, wrapped):
-    shutil.copyfile(packed / SINGLE, tmp_path / SINGLE)
+    shutil.copyfile(packed / SINGLE, tmp_path / "a.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": content} if wrapped else content))
     survives(tmp_path)

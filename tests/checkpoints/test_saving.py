@@ -9,11 +9,15 @@ import textwrap
 import pytest
 import torch
 from compressed_tensors.offload import dispatch_with_map
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from crepe_llm.checkpoints import FormatError, attach, compress_folder, decompress_folder, read_folder, unpack
+from crepe_llm.checkpoints.saving import _least_bytes, _least_packed_bytes, _plain_bytes
 from crepe_llm.cli.main import main
 from crepe_llm.functional.bitmask import pack_bits
 from sparse_models import bytes_of, linears, prune_2of4
@@ -269,15 +273,16 @@ def test_existing_folders(dense_folder, tmp_path):
     # So is one in which a file of ours would be overwritten.
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy/recipe.yaml").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"recipe\.yaml"):
+    with pytest.raises(FileExistsError, match=r"recipe\.yaml.*the finished folder is .*busy-1"):
         model.save_pretrained(tmp_path / "busy")
     assert names_in(tmp_path / "busy") == ["recipe.yaml"]
+    assert (tmp_path / "busy-1/model.safetensors").read_bytes() == content
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         model.save_pretrained(tmp_path / "file")
     with pytest.raises(ValueError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "hub", push_to_hub=True)
-    assert names_in(tmp_path) == ["busy", "file", "out", "out-1", "out-2"]
+    assert names_in(tmp_path) == ["busy", "busy-1", "file", "out", "out-1", "out-2"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -315,6 +320,111 @@ def test_conversions_that_make_no_sense_are_refused(dense_folder, tmp_path):
     with pytest.raises(FormatError, match="neither"):
         compress_folder(tmp_path / "absent", tmp_path / "out")
     assert names_in(tmp_path) == ["sparse", "sparse-to-be"]
+
+
+def test_a_folder_is_not_written_over_the_one_that_is_read(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    model.save_pretrained(tmp_path / "dense")
+    compress_folder(tmp_path / "dense", tmp_path / "packed")
+    for name in ("dense", "packed"):
+        (tmp_path / f"to_{name}").symlink_to(name)
+        convert = compress_folder if name == "dense" else decompress_folder
+        before = stored_tensors(tmp_path / name)
+        for source, destination in [(name, f"to_{name}"), (f"to_{name}", name), (name, name), (name, f"x/../{name}")]:
+            with pytest.raises(FileExistsError, match=r"is the folder .* that is to be read"):
+                convert(tmp_path / source, tmp_path / destination)
+        assert stored_tensors(tmp_path / name).keys() == before.keys()
+    assert names_in(tmp_path) == ["dense", "packed", "to_dense", "to_packed"]
+
+
+def test_a_destination_inside_the_source(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    source = tmp_path / "dense"
+    model.save_pretrained(source)
+    (source / "sub").mkdir()
+    compress_folder(source, source / "sub" / "packed")
+    assert names_in(source / "sub") == ["packed"]
+    assert names_in(source / "sub/packed") == ["config.json", "generation_config.json", "model.safetensors", "sub"]
+    assert names_in(source / "sub/packed/sub") == []
+
+
+def test_what_links_out_of_the_folder_name_is_not_copied(dense_folder, tmp_path, caplog):
+    model, _ = pruned(dense_folder)
+    source, secret = tmp_path / "dense", tmp_path / "secret"
+    model.save_pretrained(source)
+    secret.mkdir()
+    (secret / "key").write_text("key")
+    (source / "code").mkdir()
+    (source / "code/file.py").write_text("code")
+    for link, target in {
+        "tokenizer.json": secret / "key",
+        "vocab.txt": "../secret/key",
+        "keys": secret,
+        "code/key": secret / "key",
+        "loop": ".",
+        "dangling": "nowhere",
+        "alias.py": "code/file.py",
+    }.items():
+        (source / link).symlink_to(target)
+    os.mkfifo(source / "pipe")
+    compress_folder(source, tmp_path / "out")
+    assert names_in(tmp_path / "out") == [
+        "alias.py",
+        "code",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert names_in(tmp_path / "out/code") == ["file.py"]
+    assert (tmp_path / "out/alias.py").read_text() == "code" and not (tmp_path / "out/alias.py").is_symlink()
+    for name in ("tokenizer.json", "vocab.txt", "keys", "code/key", "loop", "dangling", "pipe"):
+        assert f"{source / name} is " in caplog.text
+
+
+def test_a_folder_of_the_hubs_cache_is_copied_whole(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    model.save_pretrained(tmp_path / "dense")
+    cache = tmp_path / "models--someone--model"
+    snapshot = cache / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, path in enumerate((tmp_path / "dense").iterdir()):
+        path.rename(cache / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    compress_folder(snapshot, tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["config.json", "generation_config.json", "model.safetensors"]
+    assert len(read_folder(tmp_path / "out").layers) == 14
+
+
+def test_the_least_size_is_no_more_than_what_is_written(tmp_path):
+    def written(folder):
+        return sum(tensor.nbytes for tensor in stored_tensors(folder).values())
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    for scheme in (None, "W8A8", "W4A16"):
+        model, _ = pruned(tmp_path / "dense")
+        whole = sum(parameter.nbytes for parameter in model.parameters())
+        if scheme:
+            reset_session()
+            oneshot(model=model, recipe=[QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])])
+        attach(model)
+        least = _least_bytes(model)
+        model.save_pretrained(tmp_path / f"{scheme}")
+        if scheme is None:
+            packed = read_folder(tmp_path / "None")
+            assert _plain_bytes(packed) == least == whole
+            decompress_folder(tmp_path / "None", tmp_path / "plain")
+            plain = read_folder(tmp_path / "plain")
+            assert written(tmp_path / "plain") == least
+            sizes = sum(_least_packed_bytes(plain, name) for name in plain.tensors)
+            assert written(tmp_path / "None") * 0.99 < sizes <= written(tmp_path / "None")
+        elif scheme == "W4A16":  # which is not packed any further
+            assert whole / 3 < written(tmp_path / scheme) * 0.9 < least <= written(tmp_path / scheme)
+        else:
+            assert whole / 2 < least < whole
 
 
 def test_float8_negative_zeros_survive_as_zeros(tmp_path):

@@ -1,44 +1,113 @@
 """Folders that are complete or absent: written under a hidden name, flushed to disk, renamed."""
 
+import errno
+import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
+from crepe_llm.checkpoints.leftovers import MARKER, marked, partial_prefix, remove_leftovers
 from crepe_llm.checkpoints.reading import CONFIG, INDEX
 
-__all__ = ["new_folder"]
+__all__ = ["building_place", "check_space", "is_empty", "new_folder", "resolved"]
+
+_logger = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# How libraries that are not written in Python word an operating system's "the disk is full".
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", *(f"os error {number}" for number in _FULL))
+# What file systems answer that cannot flush a folder (FUSE, SMB).
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 @contextmanager
-def new_folder(destination: Path, keep: bool = False) -> Iterator[Path]:
-    """Give a hidden folder beside `destination` that becomes it when the block ends, and vanishes if it raises.
+def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator[Path]:
+    """Give a hidden folder that becomes `destination` when the block ends, and vanishes if it raises.
 
     A destination that exists may hold other files (a tokenizer, say), none of them of a name that is written. If it
     holds a model, FileExistsError is raised: at once, or, with `keep`, after the work was kept under another name.
+    Links are followed. The hidden folder lies beside the destination, or inside where nothing can be moved from there
+    (a mount point, a parent that is not writable); then the files are moved one by one, config.json last.
+
+    SIGTERM and SIGHUP, where nobody handles them, end the block as an exception does. What an earlier run on this
+    machine could not remove (after SIGKILL) is removed. When the block is done nothing is deleted any more: a folder
+    that cannot take its name is kept beside, and the error says where.
+
+    `size` is the least number of bytes that will be written; OSError is raised at once where they are not free, and
+    when the disk runs full later.
     """
-    destination = Path(os.path.abspath(destination))
-    if destination.exists() and not destination.is_dir():
-        raise NotADirectoryError(f"{destination} is a file; name a folder to save to")
+    destination = resolved(destination)
+    _make_parents(destination.parent)
+    name = destination.name
+    for folder in (destination.parent, destination):
+        remove_leftovers(folder, name)
+    place = building_place(destination)
     final = destination
     if _holds_model(destination):
         if not keep:
             raise FileExistsError(f"{destination} already holds a model; name another folder, or remove it first")
-        count = 1
-        while final.exists():
-            final, count = destination.with_name(f"{destination.name}-{count}"), count + 1
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
-    try:
-        yield partial
-        if any(partial.iterdir()):
-            _publish(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if final != destination:
+        final = _free_name(place, name)
+    check_space(place, size)
+    with _signals_raise():
+        partial = Path(tempfile.mkdtemp(prefix=partial_prefix(name), dir=place))
+        try:
+            with marked(partial):
+                yield partial
+                _flush_all(partial)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if _is_full(error):
+                raise OSError(errno.ENOSPC, f"the disk of {place} is full, {destination} was not written") from error
+            raise
+        _publish_or_keep(partial, final)
+    if final != destination and final.exists():
         raise FileExistsError(f"{destination} already holds a model and was left alone; the new one is in {final}")
+
+
+def resolved(destination: Path) -> Path:
+    """The folder that a destination names, all links followed, whether it exists or not.
+
+    Raises NotADirectoryError if it is a file or a link that leads nowhere.
+    """
+    path = Path(os.path.realpath(destination))
+    if path.is_symlink():
+        raise NotADirectoryError(f"{destination} is a link that leads to itself; name a folder to save to")
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{destination} is a file; name a folder to save to")
+    return path
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what a new file system has, and what unfinished work keeps there."""
+    ours = f".{resolved(folder).name}"
+    return not any(path.name != "lost+found" and not path.name.startswith(ours) for path in folder.iterdir())
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raise OSError if fewer than `size` bytes are free on the disk of `folder`, or of its first parent that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    disk = os.statvfs(folder)
+    free = disk.f_frsize * (disk.f_bavail if os.geteuid() else disk.f_bfree)
+    if disk.f_blocks and size > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"at least {size / 1e9:.3g} GB are to be written, but {folder} has {free / 1e9:.3g} GB free; make room, or "
+            "name a folder on another disk",
+        )
+
+
+def _make_parents(folder: Path) -> None:
+    for path in [folder, *folder.parents]:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file; name a folder to save to")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _holds_model(folder: Path) -> bool:
@@ -48,21 +117,120 @@ def _holds_model(folder: Path) -> bool:
     )
 
 
+def building_place(destination: Path) -> Path:
+    """The folder for unfinished work on a resolved destination: the one that holds it, if work can be moved from there
+    into the destination, else the destination itself."""
+    if not destination.is_dir():
+        return destination.parent
+    try:
+        probe = Path(tempfile.mkdtemp(prefix=partial_prefix(destination.name), dir=destination.parent))
+    except OSError:
+        return destination
+    try:
+        os.rename(probe, destination / probe.name)
+        probe = destination / probe.name
+    except OSError:
+        return destination
+    finally:
+        probe.rmdir()
+    return destination.parent
+
+
+def _free_name(place: Path, name: str) -> Path:
+    count = 1
+    while os.path.lexists(place / f"{name}-{count}"):
+        count += 1
+    return place / f"{name}-{count}"
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit in the block, where the process leaves them to the system."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise SystemExit(128 + number)
+        signal.signal(number, signal.SIG_DFL)  # a child that inherited this handler, not the work
+        os.kill(os.getpid(), number)
+
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _publish_or_keep(partial: Path, final: Path) -> None:
+    """Move a complete folder to its name. If that fails it stays, under a name that the error gives."""
+    if not any(partial.iterdir()):
+        partial.rmdir()
+        return
+    try:
+        _publish(partial, final)
+    except BaseException as error:
+        kept = partial
+        with suppress(OSError):
+            free = _free_name(partial.parent, final.name)
+            os.rename(partial, free)
+            kept = free
+        if not isinstance(error, OSError):
+            _logger.warning("%s is not there; the finished folder is %s", final, kept)
+            raise
+        reason = f"{final} cannot be written ({error.strerror or error}); the finished folder is {kept}"
+        raise OSError(error.errno or errno.EIO, reason) from error
+
+
 def _publish(partial: Path, final: Path) -> None:
-    partial.chmod(0o777 & ~_umask())
-    for path in [*partial.rglob("*"), partial]:
-        _flush(path)
-    if not final.exists() or not any(final.iterdir()):
+    with suppress(OSError):
+        partial.chmod(0o777 & ~_umask())
+    if not final.exists():
         os.rename(partial, final)
+    elif partial.parent == final or any(final.iterdir()):
+        _move_entries(partial, final)
     else:
-        entries = sorted(partial.iterdir(), key=lambda path: path.name == CONFIG)  # what makes it a model comes last
-        taken = [path.name for path in entries if (final / path.name).exists()]
-        if taken:
-            raise FileExistsError(f"{final} already has {', '.join(taken)}; name another folder, or remove them first")
+        try:
+            os.rename(partial, final)
+        except OSError:  # an empty folder that cannot be replaced, such as a mount point
+            _move_entries(partial, final)
+    _flush(final)
+    _flush(final.parent)
+
+
+def _move_entries(partial: Path, final: Path) -> None:
+    entries = sorted(partial.iterdir(), key=lambda path: path.name == CONFIG)  # what makes it a model comes last
+    taken = [path.name for path in entries if os.path.lexists(final / path.name)]
+    if taken:
+        raise FileExistsError(errno.EEXIST, f"it already has {', '.join(taken)}")
+    moved: list[Path] = []
+    try:
         for path in entries:
             os.rename(path, final / path.name)
-        _flush(final)
-    _flush(final.parent)
+            moved.append(path)
+    except BaseException:
+        for path in moved:
+            with suppress(OSError):
+                os.rename(final / path.name, path)
+        raise
+    partial.rmdir()
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, says that the disk is full; libraries do in words of their own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return True
+        if any(text in str(seen) for text in _FULL_TEXTS):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _umask() -> int:
@@ -71,9 +239,18 @@ def _umask() -> int:
     return mask
 
 
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.name != MARKER:
+            _flush(path)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)

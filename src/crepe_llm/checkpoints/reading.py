@@ -16,13 +16,25 @@ from safetensors import safe_open
 
 from crepe_llm.checkpoints.formats import CheckpointFormat, FormatError, StoredTensor, format_of_part
 
-__all__ = ["Checkpoint", "SparseLayer", "StoredTensor", "read_config", "read_files", "read_folder"]
+__all__ = [
+    "Checkpoint",
+    "SparseLayer",
+    "StoredTensor",
+    "check_halves",
+    "objects_in",
+    "read_config",
+    "read_files",
+    "read_folder",
+    "refuse_two_checkpoints",
+    "tensor_names",
+]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # The largest index of a published model is about 10 MB; JSON of any size is not parsed.
 _MAX_JSON_BYTES = 256 << 20
+_HALVES = ("F16", "BF16")
 _PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
@@ -76,8 +88,8 @@ class Checkpoint:
 
 
 def read_folder(folder: str | Path) -> Checkpoint:
-    """Read the headers of the checkpoint in `folder`: of `model.safetensors`, or of the files that
-    `model.safetensors.index.json` names.
+    """Read the headers of the checkpoint in `folder`: of `model.safetensors`, or, where that is not there, of the files
+    that `model.safetensors.index.json` names. transformers chooses alike.
 
     No tensor is read but the stored shapes (16 bytes each). Raises FormatError if a file is missing, truncated or
     malformed, if the index names a file outside the folder or a tensor that its file lacks, and if a packed layer is
@@ -85,11 +97,10 @@ def read_folder(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return read_files([folder / SINGLE])
     if not index.is_file():
-        single = folder / SINGLE
-        if not single.is_file():
-            raise FormatError(f"{folder}: neither {SINGLE} nor {INDEX} is there; only safetensors are read")
-        return read_files([single])
+        raise FormatError(f"{folder}: neither {SINGLE} nor {INDEX} is there; only safetensors are read")
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map is not a mapping of tensor names to files")
@@ -135,7 +146,26 @@ def read_files(files: Iterable[str | Path]) -> Checkpoint:
             continue
         if part in (form.values, form.pattern) or f"{layer}.weight" not in tensors:
             checkpoint.layers[layer] = _read_layer(checkpoint, layer, form)
+    if checkpoint.layers:
+        check_halves(checkpoint)
     return checkpoint
+
+
+def refuse_two_checkpoints(folder: Path) -> None:
+    """Raise FormatError if a folder holds a single file and an index of others: vLLM reads these, transformers that."""
+    if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or set(weight_map.values()) != {SINGLE}:
+            raise FormatError(f"{folder}: both {SINGLE} and {INDEX} are there and differ; remove the one that is old")
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Read the names of a safetensors file's tensors. Raises FormatError if it is no such file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except Exception as error:
+        raise FormatError(f"{file}: not a readable safetensors file: {error}") from error
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -144,6 +174,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FormatError(f"{path} does not exist; is {folder} the folder of a Hugging Face model?")
     return _read_json(path)
+
+
+def objects_in(value: Any) -> dict[str, Any]:
+    """A part of config.json that should be an object of others: itself, or an empty one if it is anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _read_layer(checkpoint: Checkpoint, layer: str, form: CheckpointFormat) -> SparseLayer:
@@ -160,6 +195,20 @@ def _read_layer(checkpoint: Checkpoint, layer: str, form: CheckpointFormat) -> S
     stored = {part: tensors[f"{layer}.{part}"] for part in form.parts}
     dtype, shape = form.read_layer(layer, stored, lambda part: checkpoint.load(f"{layer}.{part}"))
     return SparseLayer(layer, form, dtype, shape)
+
+
+def check_halves(checkpoint: Checkpoint) -> None:
+    """Raise FormatError if a checkpoint mixes the two 16-bit floats: nobody saves one, so that a label is wrong."""
+    by_dtype = {
+        dtype: [name for name, stored in checkpoint.tensors.items() if stored.dtype == dtype] for dtype in _HALVES
+    }
+    fewer, more = sorted(_HALVES, key=lambda dtype: len(by_dtype[dtype]))
+    if by_dtype[fewer]:
+        name = by_dtype[fewer][0]
+        raise FormatError(
+            f"{checkpoint.tensors[name].file}: tensor {name} is {fewer}, {len(by_dtype[more])} others are {more}; "
+            "one of the labels is wrong. Export the model again in one dtype"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -19,13 +19,23 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from crepe_llm.checkpoints.copying import copy_rest, two_folders
 from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
-from crepe_llm.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, read_config, read_folder
+from crepe_llm.checkpoints.reading import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    check_halves,
+    objects_in,
+    read_config,
+    read_folder,
+)
 from crepe_llm.functional.bitmask import unpack_bits, wrong_byte
 from crepe_llm.functional.masks import nonzero
 
-__all__ = ["attach", "compress_folder", "decompress_folder", "pack_folder"]
+__all__ = ["attach", "compress_folder", "decompress_folder", "pack_folder", "plain_2of4"]
 
 FORMAT = SPARSE_24_BITMASK  # what is written
 SPARSITY = "sparsity_config"
@@ -75,13 +85,14 @@ def attach(model: Any, masks: Masks | None = None, finish: Finish | None = None)
     its `masks` and `finish` to those of earlier calls, each once, and changes nothing else.
 
     The folder is complete or absent. If it already holds a model, the new one is written beside it, under the first
-    free of the names `folder-1`, `folder-2`, ..., and FileExistsError says so.
+    free of the names `folder-1`, `folder-2`, ..., and FileExistsError says so. OSError is raised before anything is
+    written where the disk has no room for it.
     """
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 
     modify_save_pretrained(model)
     if not hasattr(model.save_pretrained, "_additions"):
-        model.save_pretrained = _packing(model.save_pretrained)
+        model.save_pretrained = _packing(model.save_pretrained, weakref.ref(model))
     additions = model.save_pretrained._additions
     if masks is not None and masks not in additions.masks:
         additions.masks.append(masks)
@@ -89,7 +100,7 @@ def attach(model: Any, masks: Masks | None = None, finish: Finish | None = None)
         additions.finish.append(finish)
 
 
-def _packing(save: Callable[..., None]) -> Callable[..., None]:
+def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..., None]:
     """llm-compressor's `save_pretrained` wrapped, so that it packs what it saved."""
     additions = _Additions()
 
@@ -103,7 +114,7 @@ def _packing(save: Callable[..., None]) -> Callable[..., None]:
         options = {"quantization_format": quantization_format, "save_compressed": save_compressed, **kwargs}
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub is not supported here: save to a folder, then upload that")
-        with new_folder(Path(save_directory), keep=True) as folder:
+        with new_folder(Path(save_directory), keep=True, size=_least_bytes(model())) as folder:
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
@@ -145,16 +156,18 @@ def compress_folder(source: str | Path, destination: str | Path, *, progress: bo
     Raises FormatError if no layer is 2:4 (naming what the first candidate holds) or the source is malformed, and
     FileExistsError if `destination` already has a model.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = two_folders(source, destination)
     checkpoint = read_folder(source)
     if checkpoint.layers:
         raise FormatError(f"{source} is already packed: layer {next(iter(checkpoint.layers))} has a bitmask")
+    check_halves(checkpoint)
     config = read_config(source)
-    with new_folder(destination) as folder:
+    least = sum(_least_packed_bytes(checkpoint, name) for name in checkpoint.tensors)
+    with new_folder(destination, size=least) as folder:
         layers = _convert(checkpoint, folder, functools.partial(_pack_tensor, {}), progress)
         if not layers:
             raise FormatError(f"{source} has no 2:4 layer: {_why_none(checkpoint)}")
-        _copy_rest(checkpoint, source, folder)
+        copy_rest(source, folder)
         _write_sparse_config(folder, config, layers)
     return layers
 
@@ -167,21 +180,27 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
     FormatError if the source is malformed or holds no packed layer, and FileExistsError if `destination` already has
     a model.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = two_folders(source, destination)
     checkpoint = read_folder(source)
     if not checkpoint.layers:
         raise FormatError(f"{source} has no {FORMAT.name} layer: there is nothing to decompress")
     config = read_config(source)
-    with new_folder(destination) as folder:
+    _check_types(checkpoint, config)
+    with new_folder(destination, size=_plain_bytes(checkpoint)) as folder:
         _convert(checkpoint, folder, _unpack_tensor, progress)
-        _copy_rest(checkpoint, source, folder)
-        quantization = {k: v for k, v in config.get(QUANTIZATION, {}).items() if k != SPARSITY}
+        copy_rest(source, folder)
+        quantization = {k: v for k, v in objects_in(config.get(QUANTIZATION)).items() if k != SPARSITY}
         config.pop(QUANTIZATION, None)
         if quantization.get("config_groups"):
             config[QUANTIZATION] = quantization | {SPARSITY: {}}
         _write_json(folder / CONFIG, config)
         _record_dense(folder)
     return list(checkpoint.layers)
+
+
+def plain_2of4(checkpoint: Checkpoint) -> list[str]:
+    """The prefixes of the linear layers whose plain weights are exactly 2:4; all weights are read, one at a time."""
+    return [name.removesuffix(".weight") for name in checkpoint.tensors if _packs(checkpoint, name)]
 
 
 def _pack_in_place(folder: Path, masks: Mapping[str, torch.Tensor]) -> list[str]:
@@ -362,16 +381,51 @@ def _int4_nonzero(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2) != _INT4_ZERO
 
 
-def _copy_rest(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
-    """Copy what is neither weights nor their index nor hidden: config, tokenizer, recipe, code."""
-    skip = {file.name for file in checkpoint.files} | {INDEX}
-    for path in source.iterdir():
-        if path.name in skip or path.name.startswith("."):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        else:
-            shutil.copyfile(path, folder / path.name)
+def _least_bytes(model: Any) -> int:
+    """The least number of bytes that a model takes on disk while it is saved, before its layers are packed."""
+    from compressed_tensors.offload import disable_onloading
+
+    with disable_onloading():
+        bits = {
+            id(module.weight): module.quantization_scheme.weights.num_bits
+            for module in model.modules()
+            if getattr(getattr(module, "quantization_scheme", None), "weights", None) and hasattr(module, "weight")
+        }
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        return sum(
+            weight.numel() * min(8 * weight.element_size(), bits.get(id(weight), 64)) // 8
+            for name, weight in model.named_parameters()
+            if name not in tied and not name.endswith(_QUANTIZATION_SUFFIXES)
+        )
+
+
+def _least_packed_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """The bytes of a tensor that stays as it is, or of its packed form if it can be that of a 2:4 layer."""
+    stored = checkpoint.tensors[name]
+    if not _is_linear_weight(checkpoint, name):
+        return stored.size
+    return stored.size // 2 + prod(stored.shape) // 8
+
+
+def _check_types(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Check that the layers of 8 bits are of a type to which config.json quantizes."""
+    groups = objects_in(objects_in(config.get(QUANTIZATION)).get("config_groups"))
+    types = {objects_in(objects_in(group).get("weights")).get("type") for group in groups.values()}
+    for layer in checkpoint.layers.values():
+        kind = "float" if layer.dtype.is_floating_point else "int"
+        if layer.dtype.itemsize == 1 and kind not in types:
+            name = f"{layer.name}.{layer.format.values}"
+            stored = checkpoint.tensors[name]
+            raise FormatError(
+                f"{stored.file}: tensor {name} is {stored.dtype}, but config.json quantizes nothing to 8-bit {kind}s"
+            )
+
+
+def _plain_bytes(checkpoint: Checkpoint) -> int:
+    """The bytes of a checkpoint's tensors once its layers are unpacked."""
+    parts = {f"{layer}.{part}" for layer, packed in checkpoint.layers.items() for part in packed.format.parts}
+    plain = sum(stored.size for name, stored in checkpoint.tensors.items() if name not in parts)
+    return plain + sum(prod(layer.shape) * layer.dtype.itemsize for layer in checkpoint.layers.values())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

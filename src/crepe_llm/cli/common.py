@@ -48,19 +48,19 @@ def calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, li
 
 
 def output_folder(destination: Path) -> AbstractContextManager[Path]:
-    """A temporary folder beside `destination` that takes its name if the block succeeds, and vanishes if not.
+    """A temporary folder that takes the name `destination`, links followed, if the block succeeds, and vanishes if not.
 
     Raises:
         FileExistsError: `destination` is a file or a folder with something in it.
         FileNotFoundError: the folder that is to hold it does not exist.
     """
-    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+    from crepe_llm.checkpoints.folders import is_empty, new_folder
+
+    if destination.is_file() or (destination.is_dir() and not is_empty(destination)):
         raise FileExistsError(f"{destination} exists already; give another --output, or remove it first")
-    parent = destination.absolute().parent
+    parent = destination.resolve().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent} does not exist; create it, or give another --output")
-    from crepe_llm.checkpoints.folders import new_folder
-
     return new_folder(destination)
 
 

@@ -202,4 +202,8 @@ def _windows(options: argparse.Namespace, tokenizer: Any, texts: list[str]) -> A
 
 
 def _work(options: argparse.Namespace) -> Path:
-    return options.output.absolute().parent / f".{options.output.name}-recovery"
+    """Where checkpoints are kept until the folder is complete: beside it, or inside where nothing can be beside."""
+    from crepe_llm.checkpoints.folders import building_place, resolved
+
+    output = resolved(options.output)
+    return building_place(output) / f".{output.name}-recovery"

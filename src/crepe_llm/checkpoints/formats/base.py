@@ -1,5 +1,7 @@
 """What a checkpoint format is: how a packed weight lies in a file, as a set of named tensors."""
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,12 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its bytes in the file."""
+        digits = re.search(r"\d+", self.dtype)  # safetensors' names say the bits, but BOOL, which takes a byte
+        return math.prod(self.shape) * int(digits[0] if digits else 8) // 8
 
 
 class CheckpointFormat(ABC):

@@ -1,0 +1,49 @@
+"""From folder to folder: two that are not the same, and what lies beside the weights."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from crepe_llm.checkpoints.folders import resolved
+
+__all__ = ["copy_rest", "two_folders"]
+
+_logger = logging.getLogger(__name__)
+
+
+def two_folders(source: str | Path, destination: str | Path) -> tuple[Path, Path]:
+    """The folder to read and the one to write, which must be another, links followed."""
+    if os.path.realpath(source) == str(resolved(Path(destination))):
+        raise FileExistsError(f"{destination} is the folder {source} that is to be read; name another one to write to")
+    return Path(source), Path(destination)
+
+
+def copy_rest(source: Path, folder: Path) -> None:
+    """Copy what is neither weights nor their index nor hidden: config, tokenizer, recipe, code.
+
+    Links to files in the folder are followed, also to where the hub's cache keeps the files of its folders. What a
+    link to elsewhere names is not copied.
+    """
+    source = Path(os.path.realpath(source))
+    roots = [source, source.parents[1] / "blobs"] if source.parent.name == "snapshots" else [source]
+    for path in sorted(source.iterdir()):
+        if not path.name.startswith(".") and not path.name.endswith((".safetensors", ".safetensors.index.json")):
+            _copy(path, folder / path.name, roots, folder)
+
+
+def _copy(path: Path, target: Path, roots: list[Path], written: Path) -> None:
+    """Copy a file or folder; links out of `roots`, links to folders and what is no file are left out, with a line."""
+    real = Path(os.path.realpath(path))
+    if path.is_symlink() and (path.is_dir() or not any(real.is_relative_to(root) for root in roots)):
+        _logger.warning("%s is a link to %s and was not copied", path, real)
+    elif path.is_dir():
+        if real == Path(os.path.realpath(written)):  # the destination lies inside the source
+            return
+        target.mkdir()
+        for inside in sorted(path.iterdir()):
+            _copy(inside, target / inside.name, roots, written)
+    elif path.is_file():
+        shutil.copyfile(path, target)
+    else:
+        _logger.warning("%s is no file and was not copied", path)
