@@ -29,6 +29,12 @@ def _register_loader() -> None:
     register()
 
 
+def _register_refusal() -> None:
+    from crepe_llm.checkpoints.loading import register_refusal
+
+    register_refusal()
+
+
 def _register_per_block() -> None:
     from crepe_llm.models.per_block import register
 
@@ -42,4 +48,5 @@ def _autoload() -> None:
 # Each trigger is a module whose import completes only after everything that the callback itself imports.
 after_import("llmcompressor.entrypoints.oneshot", _register_modifiers)
 after_import("transformers.quantizers.auto", _register_loader)
+after_import("transformers.modeling_utils", _register_refusal)
 after_import("transformers.models.auto.configuration_auto", _register_per_block)

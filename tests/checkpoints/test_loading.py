@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from compressed_tensors.offload import disable_onloading
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from crepe_llm.checkpoints import attach, compress_folder, decompress_folder, read_folder
@@ -106,6 +107,71 @@ def test_the_quantizer_is_in_place_once(checkpoints):
     register()
     assert AUTO_QUANTIZER_MAPPING["compressed-tensors"] is Sparse24HfQuantizer
     assert Sparse24HfQuantizer.__mro__[1].__module__.startswith("transformers.")
+
+
+# What llm-compressor 0.1 to 0.6 wrote beside plain weights.
+DENSE_RECORD = {
+    "format": "dense",
+    "global_sparsity": 0.14,
+    "ignore": [],
+    "registry_requires_subclass": False,
+    "sparsity_structure": "2:4",
+    "targets": ["Linear"],
+}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"config_groups": {}, "ignore": [], "format": "dense", "quantization_status": "compressed"},
+        {"config_groups": None, "kv_cache_scheme": None, "ignore": None, "global_compression_ratio": None},
+        {"sparsity_config": DENSE_RECORD | {"sparsity_structure": "unstructured", "targets": []}},
+        {"sparsity_config": {"format": "dense"}},
+        {"sparsity_config": {}},
+        {"sparsity_config": None},
+    ],
+)
+def test_plain_weights_with_a_record_of_their_sparsity_load(checkpoints, tmp_path, extra):
+    _, plain = checkpoints("llama")
+    folder = shutil.copytree(plain, tmp_path / "dense")
+    content = json.loads((folder / "config.json").read_text())
+    content.pop("sparsity_config")
+    content["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "version": "0.6.0",
+        "sparsity_config": DENSE_RECORD,
+    } | extra
+    (folder / "config.json").write_text(json.dumps(content))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same(model, AutoModelForCausalLM.from_pretrained(plain))
+    assert not hasattr(model.config, "quantization_config") and getattr(model, "hf_quantizer", None) is None
+    compress_folder(folder, tmp_path / "packed")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), model)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8_DYNAMIC"])
+def test_quantized_weights_with_a_record_of_their_sparsity_load(tmp_path, scheme):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    prune_2of4(model)
+    reset_session()
+    oneshot(model=model, recipe=[QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])])
+    attach(model)
+    model.save_pretrained(tmp_path / "plain", save_compressed=True)
+    if read_folder(tmp_path / "plain").layers:
+        (tmp_path / "plain").rename(tmp_path / "packed")
+        decompress_folder(tmp_path / "packed", tmp_path / "plain")
+    folder = shutil.copytree(tmp_path / "plain", tmp_path / "dense")
+    content = json.loads((folder / "config.json").read_text())
+    content.pop("sparsity_config", None)
+    content["quantization_config"]["sparsity_config"] = DENSE_RECORD
+    (folder / "config.json").write_text(json.dumps(content))
+    assert_same(AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(tmp_path / "plain"))
 
 
 REPORT = """

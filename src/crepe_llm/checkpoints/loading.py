@@ -2,29 +2,49 @@
 
 transformers knows compressed-tensors checkpoints by `quant_method` and hands them to one quantizer class. `register`
 puts a subclass in its place that behaves as its parent until the files hold packed layers; those it unpacks through
-transformers' own weight conversions while they are read.
+transformers' own weight conversions while they are read. `register_refusal` makes an error of packed layers that no
+quantizer is told of, which transformers would leave at random values.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from crepe_llm.checkpoints.formats import FORMATS, CheckpointFormat, FormatError
-from crepe_llm.checkpoints.reading import Checkpoint, read_files
+from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
+from crepe_llm.checkpoints.model_check import check_model
+from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names
 
-__all__ = ["Sparse24HfQuantizer", "Unpack", "register"]
+__all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal"]
 
 
 def register() -> None:
     """Make transformers load checkpoints with packed layers. Idempotent."""
     AUTO_QUANTIZER_MAPPING["compressed-tensors"] = Sparse24HfQuantizer
+
+
+def register_refusal() -> None:
+    """Make transformers refuse packed layers in a folder whose config.json does not say so. Idempotent."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    load = PreTrainedModel._load_pretrained_model
+    if getattr(load, "_refuses_packed", False):
+        return
+
+    @functools.wraps(load)
+    def checked(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if state_dict is None and not isinstance(load_config.hf_quantizer, Sparse24HfQuantizer):
+            _refuse_packed(checkpoint_files or [])
+        return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    checked._refuses_packed = True  # type: ignore[attr-defined]
+    PreTrainedModel._load_pretrained_model = staticmethod(checked)  # type: ignore[method-assign]
 
 
 class Unpack(ConversionOps):
@@ -44,16 +64,12 @@ class Unpack(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         """Unpack one layer; a floating-point weight is cast to the dtype that the model was asked for.
 
-        Raises FormatError, naming the weight, if its parts are malformed or do not have the model's shape.
+        Raises FormatError, naming the weight, if its parts are malformed.
         """
         parts = {part: input_dict[pattern][0] for part, pattern in zip(self.form.parts, source_patterns, strict=True)}
         parameter = model.get_parameter(full_layer_name)
         try:
             weight = self.form.unpack(parts)
-            if weight.shape != parameter.shape:
-                raise FormatError(f"has shape {tuple(weight.shape)}, the model's is {tuple(parameter.shape)}")
-            if weight.element_size() == 1 and weight.dtype != parameter.dtype:
-                raise FormatError(f"is stored as {weight.dtype}, which config.json does not give this layer")
         except FormatError as error:
             raise FormatError(f"{full_layer_name}: {error}") from None
         return {target_patterns[0]: weight if weight.element_size() == 1 else weight.to(parameter.dtype)}
@@ -62,14 +78,18 @@ class Unpack(ConversionOps):
 class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     """transformers' compressed-tensors quantizer, which also reads packed layers.
 
-    A sparse-only checkpoint becomes an ordinary model with the zeros in place; with quantization on top, the model is
-    the one that the same checkpoint with plain weights would give.
+    A sparse-only checkpoint, packed or not, becomes an ordinary model with the zeros in place; with quantization on
+    top, the model is the one that the same checkpoint with plain weights would give. The files' headers are compared
+    with the model first: transformers itself does not where a quantizer is at work.
     """
 
     _packed: Checkpoint | None = None
+    # What is to be compared with the model as soon as its conversions are known, which is before weights are read.
+    _unchecked: tuple[Any, Checkpoint] | None = None
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+        quantized = self.compressor.quantization_config is not None
         if _any_packed(files):
             folders = {os.path.abspath(file.parent) for file in files}
             if len(folders) > 1:
@@ -77,20 +97,27 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             self._packed = read_files(files)
             # transformers turns an error inside a conversion into a line of a report; here it is raised as it is.
             self._packed.check_patterns()
-        if self._packed is None or self.compressor.quantization_config is not None:
+        elif files and _says_packed(files[0].parent):
+            raise FormatError(
+                f"{files[0].parent}: config.json says {SPARSE_24_BITMASK.name}, but no tensor is named "
+                f"*.{SPARSE_24_BITMASK.values}; export the model again, or remove sparsity_config from config.json if "
+                "its weights are dense"
+            )
+        if quantized:
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+        if files and (self._packed is not None or not quantized):
+            self._unchecked = model, self._packed or read_files(files)
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        if self._packed is None:
-            return super().update_weight_conversions(weight_conversions)
         # The parent looks for the quantization scheme of merged experts, which a sparse-only checkpoint has none of.
         quantized = self.compressor.quantization_config is not None
         conversions = super().update_weight_conversions(weight_conversions) if quantized else weight_conversions
-        unpacking = [
-            WeightConverter([rf"\.{part}$" for part in form.parts], [".weight"], operations=[Unpack(form)])
-            for form in FORMATS.values()
-        ]
-        return [*conversions, *unpacking]
+        if self._packed is not None:
+            conversions = [*conversions, *_unpacking()]
+        if self._unchecked is not None:
+            (model, checkpoint), self._unchecked = self._unchecked, None
+            check_model(checkpoint, model, conversions)
+        return conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._packed is not None:
@@ -103,14 +130,36 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
 
 
+def _unpacking() -> list[WeightConverter]:
+    return [
+        WeightConverter([rf"\.{part}$" for part in form.parts], [".weight"], operations=[Unpack(form)])
+        for form in FORMATS.values()
+    ]
+
+
+def _refuse_packed(checkpoint_files: Sequence[str]) -> None:
+    for file in checkpoint_files:
+        try:
+            packed = _any_packed([Path(file)]) if str(file).endswith(".safetensors") else False
+        except FormatError:
+            return  # a file that transformers itself finds unreadable
+        if packed:
+            raise FormatError(
+                f"{file}: holds packed 2:4 layers, but config.json has no quantization_config of compressed-tensors; "
+                "put the config.json there that was saved with it"
+            )
+
+
+def _says_packed(folder: Path) -> bool:
+    """Whether config.json, if there is one, says that layers are packed."""
+    try:
+        config = read_config(folder)
+    except FormatError:
+        return False
+    return objects_in(objects_in(config.get("quantization_config")).get("sparsity_config")).get("format") in FORMATS
+
+
 def _any_packed(files: Sequence[Path]) -> bool:
     """Whether one of the files names a tensor as a part of a packed layer; only their headers are read."""
     marks = tuple(f".{part}" for form in FORMATS.values() for part in (form.values, form.pattern))
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                if any(name.endswith(marks) for name in file.keys()):  # noqa: SIM118
-                    return True
-        except Exception as error:
-            raise FormatError(f"{path}: not a readable safetensors file: {error}") from error
-    return False
+    return any(name.endswith(marks) for file in files for name in tensor_names(file))

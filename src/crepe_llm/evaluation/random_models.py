@@ -53,7 +53,7 @@ def write_random_model(
     generator = torch.Generator().manual_seed(0)
     keep_dense = re.compile("|".join(dense_layers)) if dense_layers else None
     tensors: dict[str, torch.Tensor] = {}
-    unquantized: list[str] = []
+    unquantized = ["lm_head"] if config.tie_word_embeddings else []
     for name, shape in (shapes or _shapes_of(config)).items():
         weight = torch.empty(*shape).normal_(0.0, config.initializer_range, generator=generator).to(dtype)
         if "norm" in name:
