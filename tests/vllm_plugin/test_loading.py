@@ -86,7 +86,7 @@ def test_registering_again_changes_nothing() -> None:
     ("config", "ours"),
     [
         ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}, True),
-        ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}}, False),
+        ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}}, True),
         ({"quant_method": "compressed-tensors", "sparsity_config": {}}, False),
         ({"quant_method": "compressed-tensors", "sparsity_config": None}, False),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, False),
@@ -94,7 +94,7 @@ def test_registering_again_changes_nothing() -> None:
         ({"quant_method": "other", "sparsity_config": {"format": "sparse-24-bitmask"}}, False),
     ],
 )
-def test_claims_one_format_only(config: dict[str, Any], ours: bool) -> None:
+def test_claims_two_formats_only(config: dict[str, Any], ours: bool) -> None:
     """No other registered method may be asked in our place, nor ours in another's."""
     from crepe_llm.vllm_plugin.config import Sparse24Config
 

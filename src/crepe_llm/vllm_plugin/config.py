@@ -11,22 +11,28 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
-from crepe_llm.checkpoints.reading import read_folder
+from crepe_llm.checkpoints.reading import read_folder, refuse_two_checkpoints
+from crepe_llm.checkpoints.saving import plain_2of4
 from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, DenseLinearMethod, Scheme, Sparse24LinearMethod
 
 _logger = logging.getLogger(__name__)
 
+# What `sparsity_config.format` is called where 2:4 weights are stored plain, zeros and all.
+PLAIN = "dense"
+
 
 class Sparse24Config(CompressedTensorsConfig):
     """compressed-tensors checkpoints in the format ``sparse-24-bitmask``, with or without INT8 or FP8 on top.
 
-    Which layers are sparse is read from the checkpoint's tensor names. A sparse linear layer is multiplied from its
-    compressed weight. Where vLLM has no place for one (a fused layer of which only some parts are sparse, the
+    Which layers are sparse is read from the checkpoint's tensor names; where its sparsity format is ``dense``, plain
+    weights that are 2:4 are found by their values and packed while they are loaded. A sparse linear layer is multiplied
+    from its compressed weight. Where vLLM has no place for one (a fused layer of which only some parts are sparse, the
     experts of a Mixture of Experts, an embedding), its tensors are expanded while they are loaded, one at a time,
     and the layer is served dense, with a warning. Everything else is vLLM's own compressed-tensors.
     """
@@ -35,21 +41,25 @@ class Sparse24Config(CompressedTensorsConfig):
         super().__init__(*args, **kwargs)
         self._checkpoint_name: dict[str, str] = {}  # vLLM's name of a sparse module -> the checkpoint's
         self._expanded: set[str] = set()  # the checkpoint's names of the sparse modules that are served dense
+        self._plain = False  # whether the sparse modules are stored as plain weights
+        self._packed: set[str] = set()  # the checkpoint's names of those among them that are packed while loaded
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> Any:
-        """Claims compressed-tensors checkpoints whose sparsity format is sparse-24-bitmask, and nothing else."""
+        """Claims compressed-tensors checkpoints of the sparsity format sparse-24-bitmask or dense, and nothing else."""
         sparsity = hf_quant_cfg.get("sparsity_config") or {}
         ours = hf_quant_cfg.get("quant_method") == "compressed-tensors" and isinstance(sparsity, dict)
-        return QUANTIZATION if ours and sparsity.get("format") == SPARSE_24_BITMASK.name else None
+        return QUANTIZATION if ours and sparsity.get("format") in (SPARSE_24_BITMASK.name, PLAIN) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
         """Reads config.json's ``quantization_config``; the sparsity part is left out, vLLM refuses it."""
-        made = super().from_config({key: value for key, value in config.items() if key != "sparsity_config"})
+        used = {key: value for key, value in config.items() if key != "sparsity_config" and value is not None}
+        made = super().from_config(used)
         assert isinstance(made, cls)
+        made._plain = (config.get("sparsity_config") or {}).get("format") == PLAIN
         return made
 
     def get_name(self) -> Any:
@@ -62,6 +72,14 @@ class Sparse24Config(CompressedTensorsConfig):
             ValueError: none is sparse, or a file or tensor of the checkpoint is missing or damaged (named; a checkpoint
                 that is still on the hub is checked while it is loaded).
         """
+        if Path(model_name).is_dir():
+            refuse_two_checkpoints(Path(model_name))
+        if self._plain:
+            folder = model_name
+            if not Path(folder).is_dir():
+                folder = download_weights_from_hf(model_name, None, ["*.safetensors"], revision)
+            self._checkpoint_name = {name: name for name in plain_2of4(read_folder(folder))}
+            return
         if Path(model_name).is_dir():
             names = set(read_folder(model_name).layers)
         else:
@@ -85,8 +103,9 @@ class Sparse24Config(CompressedTensorsConfig):
         }
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        """The loader's view of the checkpoint: modules that are served dense arrive as a plain ``.weight``."""
-        return _ExpandingMapper(super().get_checkpoint_weight_mapper(), self._expanded)
+        """The loader's view of the checkpoint: modules that are served dense arrive as a plain ``.weight``, and plain
+        weights that are served sparse arrive packed."""
+        return _ExpandingMapper(super().get_checkpoint_weight_mapper(), self._expanded, self._packed)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Chooses how a layer is computed.
@@ -98,8 +117,10 @@ class Sparse24Config(CompressedTensorsConfig):
             parts = self._parts(prefix)
             sparse = [part for part in parts if part in self._checkpoint_name]
             if sparse and len(sparse) == len(parts):
-                scheme = Scheme.of(prefix, self.get_scheme_dict(layer, prefix))
-                return Sparse24LinearMethod(scheme, prefix, parts)
+                scheme = self._sparse_scheme(layer, prefix)
+                if scheme is not None:
+                    self._packed.update(self._checkpoint_name[part] for part in parts if self._plain)
+                    return Sparse24LinearMethod(scheme, prefix, parts)
             self._expand(prefix, sparse, "only some of its parts are sparse")
             method = super().get_quant_method(layer, prefix)
             return DenseLinearMethod(prefix, parts) if type(method) is UnquantizedLinearMethod else method
@@ -112,32 +133,43 @@ class Sparse24Config(CompressedTensorsConfig):
                 return DenseEmbeddingMethod(prefix or type(layer).__name__)
         return super().get_quant_method(layer, prefix)
 
+    def _sparse_scheme(self, layer: torch.nn.Module, prefix: str) -> Scheme | None:
+        """How a sparse layer is quantized; None: in a way that is served dense, which a plain weight can be."""
+        try:
+            return Scheme.of(prefix, self.get_scheme_dict(layer, prefix))
+        except ValueError:
+            if not self._plain:
+                raise
+            return None
+
     def _parts(self, prefix: str) -> list[str]:
         """The unfused names of a layer: ``...qkv_proj`` is ``...q_proj``, ``...k_proj`` and ``...v_proj``."""
         parent, _, name = prefix.rpartition(".")
         return [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
 
     def _expand(self, layer: str, modules: list[str], reason: str) -> None:
-        if modules:
+        if modules and not self._plain:
             _logger.warning("%s is served dense, expanded from 2:4 while it is loaded: %s", layer, reason)
             self._expanded.update(self._checkpoint_name[module] for module in modules)
 
 
 class _ExpandingMapper(WeightsMapper):
-    """A mapper of weight names that also turns the three tensors of chosen modules into one dense weight.
+    """A mapper of weight names that also turns the three tensors of chosen modules into one dense weight, and the
+    dense weight of others into three tensors.
 
     vLLM merges the mappers of a model with ``|``; the merged one must still expand, hence the operators.
     """
 
-    def __init__(self, mapper: WeightsMapper, expanded: set[str]) -> None:
+    def __init__(self, mapper: WeightsMapper, expanded: set[str], packed: set[str]) -> None:
         super().__init__(**vars(mapper))
         self._modules = expanded
+        self._plain = packed
 
     def __or__(self, other: WeightsMapper) -> WeightsMapper:
-        return _ExpandingMapper(_fields(self) | other, self._modules)
+        return _ExpandingMapper(_fields(self) | other, self._modules, self._plain)
 
     def __ror__(self, other: WeightsMapper) -> WeightsMapper:
-        return _ExpandingMapper(other | _fields(self), self._modules)
+        return _ExpandingMapper(other | _fields(self), self._modules, self._plain)
 
     def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         return super().apply(self._expand(weights))
@@ -146,6 +178,10 @@ class _ExpandingMapper(WeightsMapper):
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in weights:
             module, _, kind = name.rpartition(".")
+            if kind == "weight" and module in self._plain:
+                for part, value in SPARSE_24_BITMASK.pack(tensor).items():
+                    yield f"{module}.{part}", value
+                continue
             if module not in self._modules or kind not in SPARSE_24_BITMASK.parts:
                 yield name, tensor
                 continue
@@ -161,4 +197,4 @@ class _ExpandingMapper(WeightsMapper):
 
 
 def _fields(mapper: _ExpandingMapper) -> WeightsMapper:
-    return WeightsMapper(**{name: value for name, value in vars(mapper).items() if name != "_modules"})
+    return WeightsMapper(**{name: value for name, value in vars(mapper).items() if name not in ("_modules", "_plain")})
