@@ -226,6 +226,37 @@ def test_one_16_bit_float_among_others_is_a_wrong_label(packed, tmp_path, name):
         compress_folder(mixed, tmp_path / "packed")
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.norm.weight", torch.int16),
+        ("model.norm.weight", torch.int32),
+        ("model.embed_tokens.weight", torch.int8),
+        (f"{LAYER}.bias", torch.int64),
+        (f"{LAYER}.weight_scale", torch.uint8),
+        (f"{LAYER}.input_scale", torch.bool),
+    ],
+)
+def test_integers_where_only_floats_make_sense_are_named(packed, tmp_path, name, dtype):
+    """Whoever reads the folder without comparing it with a model, as vLLM does, would cast them."""
+
+    def change(tensors):
+        tensors[name] = tensors.get(name, torch.ones(32)).to(dtype)
+
+    with pytest.raises(FormatError, match=rf"tensor {name} is \w+ \[\d+.*\], not one of F64, F32, F16, BF16"):
+        read_folder(rewritten(packed, tmp_path / "bad", change))
+
+
+def test_integers_of_layers_that_are_quantized_but_not_packed_are_read(packed, tmp_path):
+    def change(tensors):
+        tensors["lm_head.weight"] = torch.ones(8, 8, dtype=torch.int8)
+        tensors["lm_head.weight_scale"] = torch.ones(8, 1)
+        tensors["other.weight_packed"] = torch.ones(8, 1, dtype=torch.int32)
+        tensors["other.weight_scale"] = torch.ones(8, 1, dtype=torch.uint8)
+
+    assert len(read_folder(rewritten(packed, tmp_path / "mixed", change)).layers) == 14
+
+
 @pytest.mark.parametrize("groups", [None, {}, {"g": 1}, {"g": {"weights": {"type": "float", "num_bits": 8}}}, "x"])
 def test_layers_of_8_bits_that_the_config_does_not_tell_of_are_named(packed, tmp_path, groups):
     bad = rewritten(packed, tmp_path / "bad", put("compressed", lambda t: t.to(torch.int8)))

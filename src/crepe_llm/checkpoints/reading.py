@@ -35,6 +35,7 @@ SINGLE = "model.safetensors"
 # The largest index of a published model is about 10 MB; JSON of any size is not parsed.
 _MAX_JSON_BYTES = 256 << 20
 _HALVES = ("F16", "BF16")
+_FLOATS = ("F64", "F32", *_HALVES)
 _PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
@@ -148,6 +149,7 @@ def read_files(files: Iterable[str | Path]) -> Checkpoint:
             checkpoint.layers[layer] = _read_layer(checkpoint, layer, form)
     if checkpoint.layers:
         check_halves(checkpoint)
+        _check_plain_dtypes(checkpoint)
     return checkpoint
 
 
@@ -209,6 +211,22 @@ def check_halves(checkpoint: Checkpoint) -> None:
             f"{checkpoint.tensors[name].file}: tensor {name} is {fewer}, {len(by_dtype[more])} others are {more}; "
             "one of the labels is wrong. Export the model again in one dtype"
         )
+
+
+def _check_plain_dtypes(checkpoint: Checkpoint) -> None:
+    """Check the dtypes that need no model to be known wrong, beside packed layers: readers would cast them in silence.
+
+    Norms, biases and the scales of packed layers are floats of 16 bits or more; so is any other weight without a scale.
+    """
+    for name, stored in checkpoint.tensors.items():
+        prefix, _, part = name.rpartition(".")
+        is_scale = part in ("weight_scale", "input_scale") and prefix in checkpoint.layers
+        is_scaled = len(stored.shape) > 1 and f"{name}_scale" in checkpoint.tensors
+        plain = part == "bias" or is_scale or (part == "weight" and not is_scaled)
+        if plain and stored.dtype not in _FLOATS:
+            raise FormatError(
+                f"{stored.file}: tensor {name} is {stored.dtype} {list(stored.shape)}, not one of {', '.join(_FLOATS)}"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
