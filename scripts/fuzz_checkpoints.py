@@ -123,6 +123,14 @@ def relabel(folder: Path, rng: random.Random, change: Callable[[dict[str, Any], 
     return said
 
 
+def reindex(folder: Path, rng: random.Random) -> None:
+    """Make the index say what is in the files, half of the time, so that it does not give every damage away."""
+    path = folder / INDEX
+    if path.is_file() and rng.random() < 0.5:
+        weight_map = {name: file.name for file in sorted(folder.glob("*.safetensors")) for name in load_file(file)}
+        path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
 def shape(folder: Path, rng: random.Random) -> str | None:
     def change(tensors: Tensors, name: str) -> str:
         old = tensors[name]
@@ -197,6 +205,7 @@ def missing(folder: Path, rng: random.Random) -> str | None:
     for file in folder.glob("*.safetensors"):
         kept = {name: t for name, t in load_file(file).items() if name != prefix and not name.startswith(prefix + ".")}
         save_file(kept, file, {"format": "pt"})
+    reindex(folder, rng)
     return f"{prefix} is missing"
 
 
@@ -207,7 +216,9 @@ def unexpected(folder: Path, rng: random.Random) -> str | None:
         tensors[new] = tensors.pop(name) if rng.random() < 0.5 else tensors[name].clone()
         return f"{name} is {'now' if name not in tensors else 'also'} {new}"
 
-    return edit(folder, rng, change)
+    said = edit(folder, rng, change)
+    reindex(folder, rng)
+    return said
 
 
 def both_forms(folder: Path, rng: random.Random) -> str | None:
@@ -343,6 +354,7 @@ SIZES = [
 def size_in_config(content: dict[str, Any], rng: random.Random) -> str:
     key = rng.choice(SIZES)
     old = content[key]
+    content.pop("layer_types", None)  # transformers compares its length
     content[key] = rng.choice([old + 1, old - 1, old * 2, max(1, old // 2), 0, -1, str(old) + "x", None])
     return f"{key}: {old} became {content[key]!r}"
 

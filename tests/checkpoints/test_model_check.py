@@ -84,7 +84,7 @@ DAMAGED = {
     "a short norm": (replace(NORM, lambda t: t[:63]), None, rf"{NORM} is BF16 \[63\], the model has BF16 \[64\] there"),
     "a norm that is a number": (replace(NORM, lambda t: t[0]), None, rf"{NORM} is BF16 \[\], the model has BF16"),
     "a norm in a row": (replace(NORM, lambda t: t[None]), None, rf"{NORM} is BF16 \[1, 64\]"),
-    "an integer norm": (replace(NORM, lambda t: t.int()), None, rf"{NORM} is I32 \[64\], not one of F64, F32, F16, BF16"),
+    "an integer norm": (replace(NORM, lambda t: t.int()), None, rf"{NORM} is I32 \[64\], not one of F64, F32"),
     "a float8 norm": (replace(NORM, lambda t: t.to(torch.float8_e4m3fn)), None, rf"{NORM} is F8_E4M3 \[64\]"),
     "a relabelled norm": (relabelled(torch.int16, NORM), None, rf"{NORM} is I16 \[64\]"),
     "a long embedding": (replace(EMBEDDING, lambda t: torch.cat([t, t[:1]])), None, rf"{EMBEDDING} is BF16 \[97, 64\]"),
