@@ -239,6 +239,20 @@ def test_merged_experts_are_compared(tmp_path):
         AutoModelForCausalLM.from_pretrained(changed(tmp_path / "packed", tmp_path / "none", without(*experts)))
 
 
+def test_buffers_of_old_checkpoints_are_no_surprise(base, tmp_path):
+    """Frequencies of rotary positions, masks of attention: saved once, computed now."""
+
+    def add(tensors):
+        tensors["model.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors[f"{ATTENTION}.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors[f"{ATTENTION}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+        tensors[f"{ATTENTION}.masked_bias"] = torch.tensor(-1e9)
+
+    loaded = AutoModelForCausalLM.from_pretrained(changed(base(None), tmp_path / "old", add)).state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(base(None)).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 def test_what_this_package_saves_passes(tiny_model_folder, tmp_path):
     """Learned positions, fused projections, norms with biases: every tiny family loads what it saved."""
     for family in ("opt", "gemma3", "mixtral"):

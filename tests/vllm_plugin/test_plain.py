@@ -93,3 +93,19 @@ def test_two_checkpoints_in_one_folder_are_refused(tmp_path: Path) -> None:
     made = Sparse24Config.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
     with pytest.raises(FormatError, match=r"both model\.safetensors and model\.safetensors\.index\.json"):
         made.maybe_update_config(str(folder))
+
+
+def test_4_bit_weights_are_served_by_vllm(tmp_path: Path) -> None:
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM
+
+    config = llama(intermediate_size=256)
+    source = write_random_model(config, tmp_path / "source", sparse=False, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    oneshot(model=model, recipe=[QuantizationModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])])
+    for name in ("twin", "plain"):
+        model.save_pretrained(tmp_path / name)
+    served, layers = generate(with_record(tmp_path / "plain"), dtype="bfloat16", inspect=packed_layers)
+    assert not [name for name in layers if "layers." in name]
+    assert_same(served, generate(tmp_path / "twin", dtype="bfloat16"), tie=0.05)  # the heads are multiplied otherwise

@@ -149,7 +149,7 @@ class _Comparison:
         for one, other in [*tied.items(), *((source, target) for target, source in tied.items())]:
             if other in self.source:
                 missing.discard(one)
-        info = LoadStateDictInfo(missing, set(unexpected), set(), [], {}, set())
+        info = LoadStateDictInfo(missing, set(unexpected) - self._old_buffers(unexpected), set(), [], {}, set())
         self.model._adjust_missing_and_unexpected_keys(info)
         prefix = f"{self.model.base_model_prefix}."
         if not self.same_class and any(name.startswith(prefix) for name in self.expected):
@@ -167,6 +167,18 @@ class _Comparison:
                 unexpected[name],
                 f"is not one of the model's, {type(self.model).__name__}" + _and_more(info.unexpected_keys),
             )
+
+    def _old_buffers(self, unexpected: dict[str, str]) -> set[str]:
+        """What old checkpoints hold and models now compute: buffers that are not saved any more, masks of attention."""
+        prefix = self.model.base_model_prefix
+        buffers = {name.removeprefix(f"{prefix}.") for name, _ in self.model.named_buffers()}
+        return {
+            target
+            for target, name in unexpected.items()
+            if target.removeprefix(f"{prefix}.") in buffers
+            or target.endswith(".masked_bias")
+            or (target.endswith(".bias") and len(self.checkpoint.tensors[name].shape) == 4)
+        }
 
     def _error(self, name: str, what: str) -> FormatError:
         return FormatError(f"{self.checkpoint.tensors[name].file}: tensor {name} {what}")

@@ -222,7 +222,8 @@ def _check_plain_dtypes(checkpoint: Checkpoint) -> None:
         prefix, _, part = name.rpartition(".")
         is_scale = part in ("weight_scale", "input_scale") and prefix in checkpoint.layers
         is_scaled = len(stored.shape) > 1 and f"{name}_scale" in checkpoint.tensors
-        plain = part == "bias" or is_scale or (part == "weight" and not is_scaled)
+        is_bias = part == "bias" and len(stored.shape) == 1  # old checkpoints of GPTs have masks of this name
+        plain = is_bias or is_scale or (part == "weight" and not is_scaled)
         if plain and stored.dtype not in _FLOATS:
             raise FormatError(
                 f"{stored.file}: tensor {name} is {stored.dtype} {list(stored.shape)}, not one of {', '.join(_FLOATS)}"

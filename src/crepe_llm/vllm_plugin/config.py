@@ -11,20 +11,16 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_folder, refuse_two_checkpoints
-from crepe_llm.checkpoints.saving import plain_2of4
 from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, DenseLinearMethod, Scheme, Sparse24LinearMethod
+from crepe_llm.vllm_plugin.plain import PLAIN, modules_2of4, pack_weights
 
 _logger = logging.getLogger(__name__)
-
-# What `sparsity_config.format` is called where 2:4 weights are stored plain, zeros and all.
-PLAIN = "dense"
 
 
 class Sparse24Config(CompressedTensorsConfig):
@@ -75,10 +71,7 @@ class Sparse24Config(CompressedTensorsConfig):
         if Path(model_name).is_dir():
             refuse_two_checkpoints(Path(model_name))
         if self._plain:
-            folder = model_name
-            if not Path(folder).is_dir():
-                folder = download_weights_from_hf(model_name, None, ["*.safetensors"], revision)
-            self._checkpoint_name = {name: name for name in plain_2of4(read_folder(folder))}
+            self._checkpoint_name = {name: name for name in modules_2of4(model_name, revision)}
             return
         if Path(model_name).is_dir():
             names = set(read_folder(model_name).layers)
@@ -172,16 +165,12 @@ class _ExpandingMapper(WeightsMapper):
         return _ExpandingMapper(other | _fields(self), self._modules, self._plain)
 
     def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-        return super().apply(self._expand(weights))
+        return super().apply(self._expand(pack_weights(weights, self._plain)))
 
     def _expand(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in weights:
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and module in self._plain:
-                for part, value in SPARSE_24_BITMASK.pack(tensor).items():
-                    yield f"{module}.{part}", value
-                continue
             if module not in self._modules or kind not in SPARSE_24_BITMASK.parts:
                 yield name, tensor
                 continue
