@@ -33,6 +33,26 @@ static void put(uint8_t* to, int32_t dtype) {
 
 static int64_t bytes_of(int32_t dtype) { return dtype == kFp32 ? 4 : dtype == kInt8 ? 1 : 2; }
 
+// A problem whose sizes do not belong together is refused before anything is read.
+static int refuses_wrong_sizes(const Problem& right, int portable) {
+    if (crepe_multiply(&right, 99, nullptr, 1) != 2 || crepe_multiply(&right, -1, nullptr, 1) != 2) return 1;
+    void (*const damages[])(Problem&) = {
+        [](Problem& p) { p.weight_bytes--; },     [](Problem& p) { p.x_columns--; },
+        [](Problem& p) { p.scale_count = 1; },    [](Problem& p) { p.bias_count--; },
+        [](Problem& p) { p.n += 16; },            [](Problem& p) { p.k += 32; },
+        [](Problem& p) { p.n = -p.n; },           [](Problem& p) { p.n = p.k = int64_t(1) << 40; },
+        [](Problem& p) { p.layout = 2; },         [](Problem& p) { p.weight_format = kFormatCount; },
+        [](Problem& p) { p.x_dtype = kInt8; },    [](Problem& p) { p.bias_dtype = -1; },
+        [](Problem& p) { p.x_row_stride = -1; },  [](Problem& p) { p.weight = nullptr; },
+    };
+    for (auto damage : damages) {
+        Problem wrong = right;
+        damage(wrong);
+        if (crepe_multiply(&wrong, portable, nullptr, 1) != 2) return 1;
+    }
+    return 0;
+}
+
 int main() {
     int portable = 0, checked = 0;
     while (std::strcmp(crepe_instruction_set(portable), "portable")) portable++;
@@ -66,12 +86,18 @@ int main() {
         std::vector<float> scale, bias;
         for (int64_t i = 0; i < p.n; i++) scale.push_back(float(pick(1, 8)) / 4), bias.push_back(float(pick(-8, 8)));
         p.weight = weight.data();
+        p.weight_bytes = int64_t(weight.size());
+        p.x_columns = p.k;
+        p.scale_count = p.bias_count = p.n;
         p.x = x.data();
         p.scale = rng() % 2 ? scale.data() : nullptr;
         p.bias = rng() % 2 ? bias.data() : nullptr;
         p.bias_dtype = kFp32;
         std::vector<uint8_t> expected(size_t(p.m * p.n * xb)), y(expected.size());
         p.y = expected.data();
+        Problem full = p;
+        full.scale = scale.data(), full.bias = bias.data();
+        if (p.n > 1 && refuses_wrong_sizes(full, portable)) return 3;
         if (crepe_multiply(&p, portable, nullptr, 1)) return 2;
         p.y = y.data();
         for (int index = 0; crepe_instruction_set(index); index++) {

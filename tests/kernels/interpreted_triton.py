@@ -149,3 +149,21 @@ def test_packing_measures_and_linear_follows(dtype, room, tmp_path, monkeypatch)
             exact, token_scale = reference.quantize_inputs(exact, inputs)
         wanted = exact.double() @ dense.t() * token_scale.double()[:, None] * (1 if scale is None else scale.double())
         torch.testing.assert_close(y.double(), wanted, rtol=2.0**-7, atol=1e-3)
+
+
+def test_operands_of_other_sizes_are_refused():
+    _, values, metadata = weight(32, 64, torch.bfloat16)
+    packed, config = packed_weight(values, metadata), CONFIGS[0]
+    for columns in (32, 128):
+        x = torch.ones(2, columns, dtype=torch.bfloat16, device=DEVICE)
+        with pytest.raises(ValueError, match="its last dimension must be 64"):
+            triton_kernels.decode(x, packed, None, None, torch.bfloat16, config)
+    x = torch.ones(2, 64, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(ValueError, match="bias has 31 elements"):
+        triton_kernels.decode(x, packed, None, torch.ones(31, device=DEVICE), torch.bfloat16, config)
+    with pytest.raises(ValueError, match="token_scale has shape"):
+        triton_kernels.decode(x, packed, torch.ones(1, device=DEVICE), None, torch.bfloat16, config)
+    with pytest.raises(ValueError, match="metadata has shape"):
+        triton_kernels.expand(values, metadata[:-1], 64)
+    with pytest.raises(ValueError, match="values has shape"):
+        triton_kernels.expand(values, metadata, 128)

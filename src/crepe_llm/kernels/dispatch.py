@@ -4,13 +4,16 @@ The operators (``torch.ops.crepe_llm``) have fake implementations, so that torch
 graph break.
 """
 
+import math
+from typing import Any
+
 import torch
 
-from crepe_llm.kernels import cpu, cuda, reference
+from crepe_llm.kernels import checks, cpu, cuda, reference
 from crepe_llm.kernels.cuda import products
 from crepe_llm.kernels.cuda.products import CUSPARSELT, CUSPARSELT_LIMITS, CUTLASS, CUTLASS_LIMITS, TRITON, fits
 from crepe_llm.kernels.cuda.weight import CudaWeight
-from crepe_llm.kernels.formats import FORMATS, Format
+from crepe_llm.kernels.formats import FORMATS, Format, format_named
 from crepe_llm.kernels.packed import (
     DenseWeight,
     Inputs,
@@ -19,12 +22,9 @@ from crepe_llm.kernels.packed import (
     deinterleave,
     fitted_scale,
     interleave,
-    packed_bytes,
     split,
     split_compressed,
 )
-
-_ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Most tokens for which the dense kernel beats torch's linear, by instruction set, for half-precision weights and, last,
 # for fp32 weights, where torch calls MKL. docs/kernels.md has the measurement (benchmarks/kernel.py --dense).
@@ -104,16 +104,13 @@ def linear(
 
     A dense weight is multiplied by the kernel for few tokens where that is faster, and by torch elsewhere.
 
-    Raises ValueError when shapes do not fit and TypeError for another activation dtype.
+    Raises ValueError when shapes or devices do not fit, TypeError for another activation dtype, and RuntimeError where
+    an operand requires a gradient and gradients are recorded: there is none.
     """
     n, k = packed.shape
-    if x.shape[-1] != k:
+    if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; the weight is {n} x {k}, so its last dimension must be {k}")
-    if x.dtype not in _ACTIVATION_DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; bfloat16, float16 or float32 is needed")
-    if bias is not None and bias.numel() != n:
-        raise ValueError(f"bias has {bias.numel()} elements; the weight has {n} rows")
-    flat = x.reshape(-1, k)
+    flat = x.reshape(-1, k) if k else x.reshape(math.prod(x.shape[:-1]), 0)
     if isinstance(packed, DenseWeight):
         y = (_dense_linear if _direct(flat) else torch.ops.crepe_llm.dense_linear)(flat, packed.weight, bias)
     elif isinstance(packed, CudaWeight):
@@ -178,6 +175,7 @@ def _scheme(form: Format, inputs: str | float | None) -> Inputs | None:
 
 def _quantized_cuda(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
     # Quantization stays outside the operator: torch.compile fuses it with what comes before.
+    checks.product(x, weight, bias)
     values, token_scale = (x, None) if weight.inputs is None else reference.quantize_inputs(x, weight.inputs)
     return torch.ops.crepe_llm.sparse24_cuda_linear(
         values,
@@ -197,11 +195,12 @@ def _quantized_cuda(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | No
 
 def _quantized_cpu(x: torch.Tensor, packed: PackedWeight, inputs: Inputs, bias: torch.Tensor | None) -> torch.Tensor:
     # Quantized values and weights are exact in x's dtype, so that the product is the quantized one.
+    checks.product(x, packed, bias)
     values, token_scale = reference.quantize_inputs(x, inputs)
     if token_scale is None:
         return _sparse(values.to(x.dtype), packed, bias)
     y = _sparse(values.to(x.dtype), packed, None) * token_scale[:, None]
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias.reshape(-1)).to(x.dtype)
 
 
 def _sparse(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -216,54 +215,57 @@ def _direct(x: torch.Tensor) -> bool:
 
 
 def _multiply(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    data, (n, k), form = packed.data, packed.shape, packed.format
-    if data.dtype != torch.uint8 or data.numel() != packed_bytes(n, k, form):
-        raise ValueError(
-            f"packed data has {data.numel()} bytes; {n} x {k} {form.name} needs {packed_bytes(n, k, form)}"
-        )
     if cpu.library() is None:
         return reference.sparse_linear(x, packed, bias)
     return cpu.multiply(x, packed, bias)
 
 
-def _sparse24_linear(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    format: str,
-) -> torch.Tensor:
-    return _multiply(x, PackedWeight(data, (n, k), FORMATS[format], scale), bias)
+def _sparse24_call(*operands: Any) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None]:
+    """x, weight and bias from the operands of the CPU's operator, in the order of its schema."""
+    x, data, scale, bias, n, k, name = operands
+    return x, PackedWeight(data, (n, k), format_named(name), scale), bias
 
 
-def _cuda_linear(
-    x: torch.Tensor,
-    token_scale: torch.Tensor | None,
-    values: torch.Tensor | None,
-    metadata: torch.Tensor | None,
-    cutlass: torch.Tensor | None,
-    cusparselt: torch.Tensor | None,
-    dense: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    format: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    weight = CudaWeight((n, k), FORMATS[format], values, metadata, cutlass, cusparselt, dense, scale)
-    return cuda.linear(x, weight, token_scale, bias, out_dtype)
+def _sparse24_linear(*operands: Any) -> torch.Tensor:
+    return _multiply(*_sparse24_call(*operands))
+
+
+def _sparse24_shape(*operands: Any) -> torch.Tensor:
+    x, packed, bias = _sparse24_call(*operands)
+    checks.product(x, packed, bias)
+    return x.new_empty(x.shape[0], packed.shape[0])
+
+
+def _cuda_call(*operands: Any) -> tuple[Any, ...]:
+    """What :func:`crepe_llm.kernels.cuda.linear` takes, from the operands of its operator in the schema's order."""
+    x, token_scale, *parts, bias, n, k, name, out_dtype = operands
+    return x, CudaWeight((n, k), format_named(name), *parts), token_scale, bias, out_dtype
+
+
+def _cuda_linear(*operands: Any) -> torch.Tensor:
+    return cuda.linear(*_cuda_call(*operands))
+
+
+def _cuda_shape(*operands: Any) -> torch.Tensor:
+    x, weight, token_scale, bias, out_dtype = _cuda_call(*operands)
+    cuda.check_call(x, weight, token_scale, bias, out_dtype)
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
 
 
 def _dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.is_cpu and x.shape[0] <= _dense_tokens(weight.dtype):
-        return cpu.multiply(x, DenseWeight(weight), bias)
+    packed = DenseWeight(weight)
+    if x.is_cpu and weight.numel() and len(x) <= _dense_tokens(weight.dtype):
+        return cpu.multiply(x, packed, bias)
+    checks.product(x, packed, bias)
     # torch wants one dtype, and neither side may lose digits.
     common = torch.promote_types(x.dtype, weight.dtype)
-    bias = None if bias is None else bias.to(common)
+    bias = None if bias is None else bias.to(common).reshape(-1)
     return torch.nn.functional.linear(x.to(common), weight.to(common), bias).to(x.dtype)
+
+
+def _dense_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    checks.product(x, DenseWeight(weight), bias)
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _dense_tokens(dtype: torch.dtype) -> int:
@@ -275,12 +277,12 @@ def _dense_tokens(dtype: torch.dtype) -> int:
 
 
 _library = torch.library.Library("crepe_llm", "DEF")
-for _schema, _function, _key, _fake in (
-    (_SPARSE24, _sparse24_linear, "CPU", lambda x, data, scale, bias, n, *rest: x.new_empty(x.shape[0], n)),
-    (_DENSE, _dense_linear, "CompositeExplicitAutograd", lambda x, weight, bias: x.new_empty(len(x), len(weight))),
-    (_CUDA, _cuda_linear, "CompositeExplicitAutograd", lambda x, *rest: x.new_empty(len(x), rest[8], dtype=rest[11])),
+for _schema, _function, _key, _shape in (
+    (_SPARSE24, _sparse24_linear, "CPU", _sparse24_shape),
+    (_DENSE, _dense_linear, "CompositeExplicitAutograd", _dense_shape),
+    (_CUDA, _cuda_linear, "CompositeExplicitAutograd", _cuda_shape),
 ):
     _library.define(_schema)
     _name = _schema.partition("(")[0]
     _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"crepe_llm::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"crepe_llm::{_name}", _shape, lib=_library)

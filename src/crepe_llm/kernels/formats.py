@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-__all__ = ["COLUMN_CHUNK", "FORMATS", "METADATA_BYTES", "ROW_BLOCK", "Format", "format_of"]
+__all__ = ["COLUMN_CHUNK", "FORMATS", "METADATA_BYTES", "ROW_BLOCK", "Format", "format_named", "format_of"]
 
 ROW_BLOCK = 16
 COLUMN_CHUNK = 32
@@ -66,6 +66,13 @@ class Format:
             return tuple(range(0, 2 * _VALUES, 2))
         return tuple(2 * (value // self.lane) + 32 // self.lane * (value % self.lane) for value in range(_VALUES))
 
+    def check_shape(self, n: int, k: int) -> None:
+        """Raises ValueError where no weight of this format has the shape [n, k]."""
+        if n < 1 or k < 4 or k % 4:
+            raise ValueError(f"weight is {n} x {k} (N x K); at least one row and K a positive multiple of 4 are needed")
+        if self.max_columns is not None and k > self.max_columns:
+            raise ValueError(f"{self.name} weight has {k} columns; at most {self.max_columns} fit its sums")
+
     def scale_shape(self, n: int, k: int) -> tuple[int, ...]:
         """The shape of the scales of a weight [n, k]: [n], or [n, groups of columns]."""
         return (n,) if self.scale_group is None else (n, -(-k // self.scale_group))
@@ -94,6 +101,13 @@ FORMATS: dict[str, Format] = {
 }
 
 _BY_DTYPE = {form.dtype: form for form in FORMATS.values()}
+
+
+def format_named(name: str) -> Format:
+    """The format that operators call ``name``. Raises ValueError where there is none."""
+    if name not in FORMATS:
+        raise ValueError(f"format is {name!r}; one of {', '.join(FORMATS)} is needed")
+    return FORMATS[name]
 
 
 def format_of(dtype: torch.dtype) -> Format:

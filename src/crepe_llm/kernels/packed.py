@@ -28,6 +28,7 @@ import torch
 
 from crepe_llm.functional.bitmask import kept_columns, wrong_byte
 from crepe_llm.functional.masks import nonzero
+from crepe_llm.kernels import checks
 from crepe_llm.kernels.formats import COLUMN_CHUNK, FORMATS, METADATA_BYTES, ROW_BLOCK, Format, format_of
 from crepe_llm.kernels.memory import on_huge_pages
 
@@ -74,6 +75,8 @@ class PackedWeight:
     ``data`` is the layout's bytes (uint8, flat), ``shape`` the dense (N, K), ``scale`` the format's fp32 scales ([N],
     they multiply the outputs), or None, and ``inputs`` how activations are quantized, or None (the int8 kernel
     quantizes them itself, one scale a token).
+
+    Raises ValueError or TypeError where the tensors are not those of such a weight.
     """
 
     data: torch.Tensor
@@ -81,6 +84,16 @@ class PackedWeight:
     format: Format
     scale: torch.Tensor | None = None
     inputs: Inputs | None = None
+
+    def __post_init__(self) -> None:
+        (n, k), form = self.shape, self.format
+        form.check_shape(n, k)
+        checks.part(f"packed data of {n} x {k} {form.name}", self.data, (packed_bytes(n, k, form),), (torch.uint8,))
+        checks.part("scale", self.scale, form.scale_shape(n, k), (torch.float32,))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.data,) if self.scale is None else (self.data, self.scale)
 
     @property
     def nbytes(self) -> int:
@@ -90,12 +103,23 @@ class PackedWeight:
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight:
-    """A dense weight [N, K] (bf16, fp16 or fp32, rows contiguous) for :func:`crepe_llm.kernels.linear`.
+    """A dense weight [N, K] (bf16, fp16 or fp32, contiguous) for :func:`crepe_llm.kernels.linear`.
 
     The tensor is kept as it is, not copied: an embedding can share it.
+
+    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix.
     """
 
     weight: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(f"weight has shape {tuple(self.weight.shape)}; a matrix [N, K] is needed")
+        checks.part("weight", self.weight, self.weight.shape, checks.ACTIVATIONS)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight,)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,8 +149,9 @@ def split(weight: torch.Tensor) -> Kept:
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a matrix [N, K] is needed")
     n, k = weight.shape
-    _check_shape(n, k)
     form = format_of(weight.dtype)
+    form.check_shape(n, k)
+    weight = weight.resolve_neg()
     kept = nonzero(weight).reshape(n, k // 4, 4)
     surplus = (kept.sum(-1, dtype=torch.uint8) > 2).nonzero()
     if surplus.numel():
@@ -151,8 +176,9 @@ def split_compressed(compressed: torch.Tensor, bitmask: torch.Tensor, shape: tup
     bits beyond column K are set; TypeError for a dtype without a format.
     """
     n, k = (int(s) for s in (shape.flatten().tolist() if isinstance(shape, torch.Tensor) else shape))
-    _check_shape(n, k)
     form = format_of(compressed.dtype)
+    form.check_shape(n, k)
+    compressed, bitmask = compressed.resolve_neg(), bitmask.resolve_neg()
     if bitmask.dtype != torch.uint8:
         raise TypeError(f"bitmask has dtype {bitmask.dtype}; torch.uint8 is needed")
     if tuple(compressed.shape) != (n, k // 2):
@@ -182,14 +208,8 @@ def _damage(bitmask: torch.Tensor, k: int, row: int, byte: int) -> str:
 def pack_dense(weight: torch.Tensor) -> DenseWeight:
     """Wraps a dense weight [N, K] (bf16, fp16 or fp32) for :func:`crepe_llm.kernels.linear`; nothing is copied.
 
-    Raises TypeError for another dtype and ValueError when ``weight`` is no matrix or its rows are not contiguous.
+    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix.
     """
-    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"weight has dtype {weight.dtype}; bfloat16, float16 or float32 is needed")
-    if weight.ndim != 2 or not weight.is_contiguous():
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, strides {weight.stride()}; a contiguous matrix is needed"
-        )
     return DenseWeight(weight)
 
 
@@ -210,14 +230,9 @@ def deinterleave(packed: PackedWeight) -> torch.Tensor:
 
 
 def interleave(kept: Kept, scale: torch.Tensor | None = None, inputs: Inputs | None = None) -> PackedWeight:
-    """The CPU kernels' layout of a weight whose format they know.
-
-    Raises ValueError when the weight has more columns than the format allows.
-    """
+    """The CPU kernels' layout of a weight whose format they know."""
     values, columns, form = kept
     n, k = kept.shape
-    if form.max_columns is not None and k > form.max_columns:
-        raise ValueError(f"{form.name} weight has {k} columns; at most {form.max_columns} fit its sums")
     rows, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
     padding = (0, 0, 0, chunks * _GROUPS - k // 4, 0, rows * ROW_BLOCK - n)
     if any(padding):
@@ -252,10 +267,5 @@ def fitted_scale(scale: torch.Tensor | None, kept: Kept) -> torch.Tensor | None:
     shape = kept.format.scale_shape(*kept.shape)
     if scale.numel() not in (1, math.prod(shape)):
         raise ValueError(f"scale has shape {tuple(scale.shape)}; one value or one for each of {shape} is needed")
-    scale = scale.detach().to(kept.values.device, torch.float32)
+    scale = scale.detach().resolve_neg().to(kept.values.device, torch.float32)
     return (scale.reshape(()).expand(shape) if scale.numel() == 1 else scale.reshape(shape)).contiguous()
-
-
-def _check_shape(n: int, k: int) -> None:
-    if n < 1 or k < 4 or k % 4:
-        raise ValueError(f"weight is {n} x {k} (N x K); at least one row and K a positive multiple of 4 are needed")

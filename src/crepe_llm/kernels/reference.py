@@ -2,6 +2,7 @@
 
 import torch
 
+from crepe_llm.kernels import checks
 from crepe_llm.kernels.packed import Inputs, PackedWeight, deinterleave
 
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -42,7 +43,11 @@ def quantize_inputs(x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torc
 
 
 def sparse_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x`` [M, K] times the packed weight, plus ``bias``: [M, N] in x's dtype, accumulated in fp32 or int32."""
+    """``x`` [M, K] times the packed weight, plus ``bias``: [M, N] in x's dtype, accumulated in fp32 or int32.
+
+    Raises as :func:`crepe_llm.kernels.checks.product`.
+    """
+    checks.product(x, packed, bias)
     weight = deinterleave(packed)
     if packed.format.always_quantizes:
         values, token_scale = quantize_per_token(x)
@@ -53,5 +58,5 @@ def sparse_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | No
     if packed.scale is not None:
         y = y * packed.scale
     if bias is not None:
-        y = y + bias.float()
+        y = y + bias.float().reshape(-1)
     return y.to(x.dtype)

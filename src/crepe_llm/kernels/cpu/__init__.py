@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from crepe_llm.kernels import checks
 from crepe_llm.kernels.formats import FORMATS
 from crepe_llm.kernels.packed import DenseWeight, PackedWeight
 
@@ -21,6 +22,7 @@ ISA_VARIABLE = "CREPE_CPU_ISA"
 # Activations, biases and dense weights have the codes of the formats of their dtype.
 _FLOATS = {form.dtype: form.code for form in FORMATS.values() if form.dtype.is_floating_point and form.code is not None}
 _SPARSE24, _DENSE = 0, 1
+_NO_MEMORY = 1  # what crepe_multiply returns; 2: sizes that do not belong together
 
 
 class _Problem(ctypes.Structure):
@@ -29,6 +31,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "x", "scale", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "x_row_stride", "x_column_stride")),
+        *((name, ctypes.c_int64) for name in ("weight_bytes", "x_columns", "scale_count", "bias_count")),
         *((name, ctypes.c_int32) for name in ("layout", "weight_format", "x_dtype", "bias_dtype")),
     )
 
@@ -109,17 +112,25 @@ def multiply(
 ) -> torch.Tensor:
     """``x`` [M, K] (any strides) times ``weight``, plus ``bias``: [M, N] in x's dtype.
 
-    The caller has checked shapes and dtypes, and that :func:`library` is there. ``instruction_set`` is one of
-    :func:`instruction_sets` (default: :func:`default_instruction_set`).
+    The caller has checked that :func:`library` is there. ``instruction_set`` is one of :func:`instruction_sets`
+    (default: :func:`default_instruction_set`). Raises as :func:`crepe_llm.kernels.checks.product`.
     """
+    checks.product(x, weight, bias)
+    if not x.is_cpu:
+        raise ValueError(f"x is on {x.device}; these kernels run on the CPU")
     n, k = weight.shape
     if isinstance(weight, PackedWeight):
+        if weight.format.code is None:
+            raise ValueError(
+                f"the CPU has no kernel for {weight.format.name} weights; crepe_llm.kernels.pack widens them"
+            )
         layout, data, scale, code = _SPARSE24, weight.data, weight.scale, weight.format.code
     else:
         layout, data, scale, code = _DENSE, weight.weight, None, _FLOATS[weight.dtype]
-    y = torch.empty(x.shape[0], n, dtype=x.dtype)
-    if bias is not None and not (bias.is_contiguous() and bias.dtype in _FLOATS):
-        bias = bias.to(torch.float32).contiguous()
+    x = x.resolve_neg()
+    y = x.new_empty(x.shape[0], n)
+    if bias is not None:
+        bias = bias.resolve_neg().to(bias.dtype if bias.dtype in _FLOATS else torch.float32).contiguous()
     problem = _Problem(
         data.data_ptr(),
         x.data_ptr(),
@@ -131,6 +142,10 @@ def multiply(
         k,
         x.stride(0),
         x.stride(1),
+        data.nbytes,
+        x.shape[1],
+        0 if scale is None else scale.numel(),
+        0 if bias is None else bias.numel(),
         layout,
         code,
         _FLOATS[x.dtype],
@@ -139,6 +154,9 @@ def multiply(
     index = instruction_sets()[instruction_set or default_instruction_set() or ""]
     lib = library()
     assert lib is not None
-    if lib.crepe_multiply(ctypes.addressof(problem), index, _parallel(), torch.get_num_threads()):
+    status = lib.crepe_multiply(ctypes.addressof(problem), index, _parallel(), torch.get_num_threads())
+    if status == _NO_MEMORY:
         raise MemoryError(f"no memory for the converted activations of {x.shape[0]} tokens x {k} columns")
+    if status:
+        raise ValueError(f"the operands do not fit a product of {x.shape[0]} tokens with a weight of {n} x {k}")
     return y

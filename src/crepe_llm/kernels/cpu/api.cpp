@@ -55,6 +55,29 @@ void multiply_tasks(void* data) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+bool is_float(int32_t code) { return code == kBf16 || code == kFp16 || code == kFp32; }
+
+// Whether the buffers have the sizes that the product reads and writes.
+bool fits(const Problem& p) {
+    constexpr int64_t most = int64_t(1) << 30;  // no size below can overflow
+    if (p.m < 0 || p.n < 0 || p.k < 0 || p.m > most || p.n > most || p.k > most) return false;
+    if (p.layout != kSparse24 && p.layout != kDense) return false;
+    if (p.weight_format < 0 || p.weight_format >= kFormatCount || !is_float(p.x_dtype)) return false;
+    if (p.x_columns != p.k || p.x_row_stride < 0 || p.x_column_stride < 0) return false;
+    if (p.scale && p.scale_count != p.n) return false;
+    if (p.bias && (p.bias_count != p.n || !is_float(p.bias_dtype))) return false;
+    const WeightFormat& format = kWeightFormats[p.weight_format];
+    int64_t bytes = p.n * p.k * (format.bits / 8);
+    if (p.layout == kSparse24) {
+        // A sum of K / 2 products of at most 127 * 128 has to stay below 2^31.
+        if (p.k % 4 || (format.quantizes_inputs && p.k > kMostInt8Columns)) return false;
+        bytes = ceil_div(p.n, kRowBlock) * ceil_div(p.k, kColumnChunk) * chunk_bytes(p.weight_format);
+    } else if (!is_float(p.weight_format)) {
+        return false;
+    }
+    return p.weight_bytes == bytes && (!p.m || !p.n || (p.k && p.weight && p.x && p.y));
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -66,8 +89,11 @@ EXPORT const char* crepe_instruction_set(int32_t index) { return index >= 0 && i
 EXPORT int32_t crepe_supported(int32_t index) { return index >= 0 && index < kSetCount && kSets[index]->supported(); }
 
 // Computes `problem` with instruction set `index` on `threads` threads of the team that `parallel` starts (null: on
-// the calling thread). Returns 0, or 1 when there is no memory for the converted activations. The caller has checked sizes.
+// the calling thread). Returns 0, 1 when there is no memory for the converted activations, or 2 when the processor cannot
+// run it or sizes do not belong together; nothing was read then.
 EXPORT int32_t crepe_multiply(const Problem* problem, int32_t index, Parallel parallel, int32_t threads) {
+    if (!crepe_supported(index) || !fits(*problem)) return 2;
+    if (threads < 1) threads = 1;
     if (problem->m == 0 || problem->n == 0) return 0;
     const InstructionSet& set = *kSets[index];
     Job job{};

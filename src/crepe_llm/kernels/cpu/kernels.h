@@ -20,6 +20,7 @@ struct Problem {
     void* y;              // [m, n], contiguous, dtype of x
     int64_t m, n, k;
     int64_t x_row_stride, x_column_stride;
+    int64_t weight_bytes, x_columns, scale_count, bias_count;  // sizes of the buffers: bytes, and elements
     int32_t layout;       // kSparse24 or kDense
     int32_t weight_format, x_dtype, bias_dtype;  // codes of weight_formats.h
 };

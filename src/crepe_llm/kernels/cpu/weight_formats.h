@@ -23,6 +23,7 @@ constexpr WeightFormat kWeightFormats[kFormatCount] = {
 
 constexpr int64_t kRowBlock = 16;     // rows of a block
 constexpr int64_t kColumnChunk = 32;  // columns of a chunk
+constexpr int64_t kMostInt8Columns = 262144;  // for int32 sums
 constexpr int64_t kMetadataBytes = 4 * kRowBlock;
 
 constexpr int64_t chunk_bytes(int32_t format) { return kMetadataBytes + kRowBlock * kColumnChunk / 2 * kWeightFormats[format].bits / 8; }

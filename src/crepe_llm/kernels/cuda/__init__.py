@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from crepe_llm.kernels import checks
 from crepe_llm.kernels.cuda import products
 from crepe_llm.kernels.cuda.plans import (
     Candidate,
@@ -25,7 +26,7 @@ from crepe_llm.kernels.cuda.weight import CudaWeight, cutlass_metadata, metadata
 from crepe_llm.kernels.formats import Format
 from crepe_llm.kernels.packed import INTEGERS, Inputs, Kept
 
-__all__ = ["CudaWeight", "chosen", "linear", "pack", "to_dense"]
+__all__ = ["CudaWeight", "check_call", "chosen", "linear", "pack", "to_dense"]
 
 
 def pack(kept: Kept, scale: torch.Tensor | None, inputs: Inputs | None, backends: Sequence[str]) -> CudaWeight:
@@ -70,11 +71,36 @@ def linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[M, N] in ``out_dtype``; ``x`` [M, K] is quantized as the weight says, with its scales [M] in ``token_scale``."""
+    """[M, N] in ``out_dtype``; ``x`` [M, K] is quantized as the weight says, with its scales [M] in ``token_scale``.
+
+    Raises as :func:`check_call`.
+    """
+    check_call(x, weight, token_scale, bias, out_dtype)
+    x = x.resolve_neg()
+    bias = None if bias is None else bias.resolve_neg().reshape(-1).contiguous()
     if x.shape[0] == 0:
         return torch.empty(0, weight.shape[0], dtype=out_dtype, device=x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         return products.product(chosen(x, weight), x, weight, token_scale, bias, out_dtype)
+
+
+def check_call(
+    x: torch.Tensor,
+    weight: CudaWeight,
+    token_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    """Checks what comes with a call of :func:`linear`.
+
+    Raises ValueError, TypeError or RuntimeError as :func:`crepe_llm.kernels.checks.product`; ValueError too where the
+    weight lacks the tensors of every product.
+    """
+    checks.product(x, weight, bias, products.input_dtypes(weight.format), token_scale)
+    if out_dtype not in checks.ACTIVATIONS:
+        raise TypeError(f"out_dtype is {out_dtype}; bfloat16, float16 or float32 is needed")
+    if weight.dense is None and (weight.values is None or weight.metadata is None):
+        raise ValueError("the weight has neither values and metadata nor a dense copy")
 
 
 def chosen(x: torch.Tensor, weight: CudaWeight) -> Candidate:

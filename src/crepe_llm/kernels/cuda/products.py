@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from crepe_llm.kernels import checks
 from crepe_llm.kernels.cuda.weight import CudaWeight, to_dense
 from crepe_llm.kernels.formats import Format
 
@@ -56,6 +57,11 @@ def fits(limits: dict[str, Limits], n: int, k: int, form: Format) -> bool:
     """Whether a weight [n, k] can go to the library with these limits."""
     limit = limits.get(form.name)
     return limit is not None and n % limit.rows == 0 and k % limit.columns == 0
+
+
+def input_dtypes(form: Format) -> tuple[torch.dtype, ...]:
+    """The dtypes of activations that products with a weight of this format take."""
+    return checks.ACTIVATIONS if form.dtype in checks.ACTIVATIONS else (form.dtype,)
 
 
 @functools.cache

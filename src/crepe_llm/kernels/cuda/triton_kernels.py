@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from crepe_llm.kernels.cuda.weight import CudaWeight
+from crepe_llm.kernels import checks
+from crepe_llm.kernels.cuda.products import input_dtypes
+from crepe_llm.kernels.cuda.weight import CudaWeight, metadata_shape
 
 
 class Config(NamedTuple):
@@ -175,11 +177,15 @@ def decode(
     """``(x W^T) * scale * token_scale + bias`` [M, N], accumulated in fp32 (int32 for int8), rounded once.
 
     ``x`` is contiguous [M, K]; the weight has its ``values`` and ``metadata``. ``x`` is int8 or float8_e4m3fn where the
-    values are, and any of bf16, fp16 and fp32 where they are one of those.
+    values are, and any of bf16, fp16 and fp32 where they are one of those. Raises as
+    :func:`crepe_llm.kernels.checks.product`.
     """
+    checks.product(x, weight, bias, input_dtypes(weight.format), token_scale)
+    x = x.resolve_neg().contiguous()
+    bias = None if bias is None else bias.resolve_neg().reshape(-1).contiguous()
     values, metadata, scale = weight.values, weight.metadata, weight.scale
     assert values is not None and metadata is not None
-    (m, k), n = x.shape, values.shape[0]
+    m, (n, k) = x.shape[0], weight.shape
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     constants = decode_constants(x.dtype, values.dtype, m, config)
     if constants["COMPUTE"] == tl.bfloat16 and not x.is_cuda:
@@ -224,8 +230,13 @@ def decode_constants(x: torch.dtype, values: torch.dtype, tokens: int, config: C
 
 
 def expand(values: torch.Tensor, metadata: torch.Tensor, k: int) -> torch.Tensor:
-    """The dense weight [N, K] of ``values`` and ``metadata``, in the values' dtype."""
+    """The dense weight [N, K] of ``values`` and ``metadata``, in the values' dtype.
+
+    Raises ValueError or TypeError where their shapes, dtypes or strides are not those of such a weight.
+    """
     n = values.shape[0]
+    checks.part("values", values, (n, k // 2), tuple(_TRITON))
+    checks.part("metadata", metadata, metadata_shape(n, k), (torch.int32,))
     dense = torch.empty(n, k, dtype=values.dtype, device=values.device)
     block_n, block_g = 16, 64
     stored = dense.view(torch.uint8) if dense.dtype == torch.float8_e4m3fn else dense

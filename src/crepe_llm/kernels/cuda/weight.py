@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from crepe_llm.kernels import checks
 from crepe_llm.kernels.formats import Format
 from crepe_llm.kernels.packed import INTEGERS, Inputs
 
@@ -26,6 +27,8 @@ class CudaWeight:
     - ``cutlass``: the same columns in CUTLASS's order
     - ``cusparselt``: cuSPARSELt's own compressed tensor, of which ``values`` may be a view
     - ``dense`` [N, K]
+
+    Raises ValueError or TypeError where one of them is not of such a weight.
     """
 
     shape: tuple[int, int]
@@ -38,12 +41,34 @@ class CudaWeight:
     scale: torch.Tensor | None = None
     inputs: Inputs | None = None
 
+    def __post_init__(self) -> None:
+        (n, k), form = self.shape, self.format
+        form.check_shape(n, k)
+        checks.part("values", self.values, (n, k // 2), (form.dtype,))
+        checks.part("metadata", self.metadata, metadata_shape(n, k), (torch.int32,))
+        checks.part("dense", self.dense, (n, k), (form.dtype,))
+        checks.part("scale", self.scale, form.scale_shape(n, k), (torch.float32,))
+        # The libraries check the shapes of what they made themselves; these are the sizes that no product may exceed.
+        if self.cutlass is not None and self.cutlass.nbytes * 8 < n * k:
+            raise ValueError(f"cutlass has {self.cutlass.nbytes} bytes; a weight {n} x {k} needs {-(-n * k // 8)}")
+        if self.cusparselt is not None and self.cusparselt.numel() * 2 < n * k:
+            raise ValueError(f"cusparselt has {self.cusparselt.numel()} elements; a weight {n} x {k} has more")
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        parts = (self.values, self.metadata, self.cutlass, self.cusparselt, self.dense, self.scale)
+        return tuple(tensor for tensor in parts if tensor is not None)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the weight takes."""
-        tensors = (self.values, self.metadata, self.cutlass, self.cusparselt, self.dense, self.scale)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors}
         return sum(storages.values())
+
+
+def metadata_shape(n: int, k: int) -> tuple[int, int]:
+    """The shape of the ``metadata`` of a weight [n, k]."""
+    return n, -(-k // (4 * _WORD_GROUPS))
 
 
 def metadata_words(columns: torch.Tensor) -> torch.Tensor:
