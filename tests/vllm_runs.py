@@ -7,9 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    DeepseekV2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    StableLmConfig,
+)
 
-from crepe_llm.evaluation.random_models import write_random_model
+from crepe_llm.evaluation.random_models import shapes_of, write_random_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -61,6 +71,65 @@ def mixtral() -> PretrainedConfig:
     )
 
 
+def qwen2_moe() -> PretrainedConfig:
+    return Qwen2MoeConfig(
+        **SIZES,
+        architectures=["Qwen2MoeForCausalLM"],
+        tie_word_embeddings=False,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        decoder_sparse_step=1,
+    )
+
+
+def stablelm() -> PretrainedConfig:
+    """vLLM knows only from the mapper of weight names that it fuses q, k and v, gate and up."""
+    return StableLmConfig(**SIZES, architectures=["StableLmForCausalLM"], tie_word_embeddings=False, use_qkv_bias=True)
+
+
+def glm4() -> PretrainedConfig:
+    """gate and up are one tensor in the checkpoint; vLLM's table names them apart."""
+    return Glm4Config(**SIZES, architectures=["Glm4ForCausalLM"], tie_word_embeddings=False, pad_token_id=0)
+
+
+def deepseek(**changes: Any) -> PretrainedConfig:
+    """Multi-head latent attention."""
+    sizes = {**SIZES, "num_key_value_heads": 4, "head_dim": 64}
+    return DeepseekV2Config(
+        **{
+            **sizes,
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "tie_word_embeddings": False,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 32,
+            "n_routed_experts": 4,
+            "first_k_dense_replace": 2,  # no experts
+            **changes,
+        }
+    )
+
+
+def qwen2_moe_shapes() -> dict[str, tuple[int, ...]]:
+    """The tensors of a published Qwen2-MoE checkpoint: transformers' own, with one matrix for each expert."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes_of(qwen2_moe()).items():
+        at, dot, fused = name.rpartition(".experts.")
+        if not dot:
+            shapes[name] = shape
+            continue
+        experts, rows, columns = shape
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[fused]
+        for expert in range(experts):
+            for part in parts:
+                shapes[f"{at}.experts.{expert}.{part}.weight"] = (rows // len(parts), columns)
+    return shapes
+
+
 def mixtral_shapes() -> dict[str, tuple[int, ...]]:
     """The tensors of a published Mixtral checkpoint, one matrix for each expert."""
     hidden, inner, heads, kv_heads, dim = (
@@ -85,7 +154,12 @@ def mixtral_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (SIZES["vocab_size"], hidden)}
 
 
-def generate(folder: Path, dtype: str = "float32", inspect: Callable[[Any], Any] | None = None, **options: Any) -> Any:
+def generate(
+    folder: Path,
+    dtype: str = "float32",
+    inspect: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Any:
     """Greedy tokens of every prompt with the log-probabilities of the two best; and what ``inspect`` says of it."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -7,15 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 
 from crepe_llm.checkpoints import FormatError
+from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.vllm_plugin import QUANTIZATION, register
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from crepe_llm.vllm_plugin.loading import WrittenMemory, _guard  # noqa: E402 - imports vLLM
 
 LAYER = "model.layers.0.self_attn.o_proj"
 
@@ -193,13 +198,182 @@ def test_other_quantizations_are_refused_with_the_layers_name(weights: Any, inpu
         Scheme.of("model.layers.3.mlp.up_proj", described)
 
 
-def test_missing_dense_weight_is_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["lm_head.weight"]
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+GONE = {
+    "model.layers.0.self_attn.k_proj": (*SPARSE_24_BITMASK.parts, "weight_scale", "bias"),
+    "model.layers.0.self_attn.q_proj": ("bias",),
+    "model.layers.0.mlp.gate_proj": SPARSE_24_BITMASK.parts,
+    "model.layers.0.mlp.down_proj": ("weight_scale",),
+    "model.layers.0.input_layernorm": ("weight",),
+    "model.layers.1.self_attn.v_proj": ("weight",),  # dense
+    "model.layers.2": (),  # the whole block
+    "model.norm": ("weight",),
+    "model.embed_tokens": ("weight",),
+    "lm_head": ("weight",),
+}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_all_that_is_missing_is_named_before_anything_is_served(
+    quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        architectures=["Qwen2ForCausalLM"],
+        tie_word_embeddings=False,
+    )
+    dense = [r"layers\.1\.self_attn"]
+    folder = write_random_model(config, tmp_path, sparse=True, quantization=quantization, dense_layers=dense)
+    tensors = load_file(folder / "model.safetensors")
+    gone = {name for name in tensors if name.startswith("model.layers.2.")}
+    gone |= {f"{layer}.{part}" for layer, parts in GONE.items() for part in parts} & tensors.keys()
+    left = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="damaged checkpoint") as raised:
         start(folder, monkeypatch)
+    listed = set(str(raised.value).partition("does not hold ")[2].partition(";")[0].split(", "))
+    # What is sparse now has no tensor there that says so: vLLM's own name of the weight stands for the three parts.
+    wanted = {name for name in gone if name.rpartition(".")[2] not in SPARSE_24_BITMASK.parts}
+    wanted |= {f"{name.rpartition('.')[0]}.weight" for name in gone if name.endswith(".compressed")}
+    assert listed == wanted
+
+
+def filled(shape: tuple[int, ...], index: Any, how: str) -> tuple[torch.Tensor, torch.Tensor, WrittenMemory]:
+    """A parameter of which a part was written, where that was, and the record of it."""
+    parameter, mask = torch.empty(shape), torch.zeros(shape, dtype=torch.bool)
+    with WrittenMemory([parameter]) as written:
+        view = parameter.data[index]
+        if how == "copy":
+            view.copy_(torch.ones(view.shape))
+        elif how == "fill":
+            view.fill_(2.0)
+        elif how == "item":
+            parameter[index] = torch.ones(view.shape)
+        else:
+            view.add_(1.0)
+    if how != "add":
+        mask[index] = True
+    return parameter, mask, written
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple),
+    how=st.sampled_from(["copy", "fill", "item", "add"]),
+    data=st.data(),
+)
+def test_gaps_are_the_elements_that_nothing_has_filled(shape: tuple[int, ...], how: str, data: st.DataObject) -> None:
+    bounds = [sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+    steps = [data.draw(st.integers(1, 3)) for _ in shape]
+    index = tuple(slice(*bound, step) for bound, step in zip(bounds, steps, strict=True))
+    parameter, mask, written = filled(shape, index, how)
+    base = parameter.data_ptr()
+    unread = {at for gap in written.gaps(parameter) for at in range(gap.start - base, gap.stop - base, 4)}
+    assert unread == {4 * at for at in (~mask).flatten().nonzero().flatten().tolist()}
+    if len(shape) == 2:
+        turned = parameter.t()
+        assert {at - base for gap in written.gaps(turned) for at in range(gap.start, gap.stop, 4)} == unread
+
+
+class Loads(torch.nn.Module):
+    """A model that reads what it is given by name, and says that it has read ``claimed``, too."""
+
+    def __init__(self, claimed: set[str]) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(4)
+        self.embedding, self.head = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight  # tied
+        self.later = torch.nn.Parameter(torch.empty(3))
+        self.register_buffer("table", torch.zeros(5))
+        self.claimed = claimed
+
+    def load_weights(self, weights: Any) -> set[str]:
+        parameters = dict(self.named_parameters())
+        read = set()
+        for name, tensor in weights:
+            parameters[name].data[: len(tensor)].copy_(tensor)
+            read.add(name)
+        return read | self.claimed
+
+
+def loads(folder: Path, check: bool = True, claimed: tuple[str, ...] = ("later",), **changes: Any) -> Loads:
+    model = Loads(set(claimed))
+    _guard(model, read(folder), "folder", check)
+    tensors = {"norm.weight": torch.ones(4), "norm.bias": torch.ones(4), "embedding.weight": torch.ones(8, 4)}
+    tensors = {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None}
+    model.load_weights(iter(tensors.items()))
+    return model
+
+
+def test_tied_weights_buffers_and_what_a_model_fills_later_are_not_missing(folder: Path) -> None:
+    assert torch.equal(loads(folder).head.weight, torch.ones(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"claimed": ()}, "hold later;"),
+        ({"norm.bias": None, "norm.weight": None}, r"hold norm\.weight, norm\.bias;"),
+        ({"norm.bias": torch.ones(3)}, r"hold norm\.bias \(rows 3 to 3\);"),
+        ({"embedding.weight": torch.ones(5, 4)}, r"hold embedding\.weight \(rows 5 to 7\);"),
+        # A model that claims to have read a weight of which it has read a part is not believed.
+        ({"embedding.weight": torch.ones(5, 4), "claimed": ("embedding.weight", "later")}, "rows 5 to 7"),
+    ],
+)
+def test_what_is_missing_is_named(folder: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        loads(folder, **changes)
+    loads(folder, check=False, **changes)
+
+
+def test_sparse_layers_cannot_be_reloaded(folder: Path) -> None:
+    model = loads(folder)
+    model.head.packed = object()
+    with pytest.raises(NotImplementedError, match="cannot be reloaded"):
+        model.load_weights([])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layer_that_vllm_does_not_quantize_gets_its_scaled_weight(folder: Path, packed: bool) -> None:
+    config, scale = read(folder), torch.rand(64, 1)
+    stored = load_file(folder / "model.safetensors")
+    parts = {part: stored[f"{LAYER}.{part}"] for part in SPARSE_24_BITMASK.parts}
+    weight = SPARSE_24_BITMASK.unpack(parts)
+    if packed:
+        config._scaled = {LAYER: LAYER}
+    else:
+        config._unquantized, config._checkpoint_name = {LAYER}, {}
+        parts = {"weight": weight}
+    given = {f"{LAYER}.{part}": tensor for part, tensor in parts.items()}
+    given |= {
+        f"{LAYER}.weight_scale": scale,
+        f"{LAYER}.input_scale": torch.ones(1),
+        "model.norm.weight": torch.ones(64),
+    }
+    got = dict(config.expand(given.items()))
+    assert got.keys() == {f"{LAYER}.weight", "model.norm.weight"}
+    assert torch.equal(got[f"{LAYER}.weight"], weight.float() * scale)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "layer", "parts"),
+    [
+        ({".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k")}, "a.0.qkv_proj", ["a.0.q_proj", "a.0.k_proj"]),
+        ({".mlp.up_proj": (".mlp.gate_up_proj", 1)}, "b.mlp.gate_up_proj", ["b.mlp.up_proj"]),
+        ({".mlp.up_proj": (".mlp.gate_up_proj", 1)}, "b.shared.gate_up_proj", []),
+        ({".attn.q.": (".attn.qkv.", "q"), ".attn.v.": (".attn.qkv.", "v")}, "attn.qkv", []),
+        ({".q.weight": (".qkv.weight", "q"), ".q.bias": (".qkv.bias", "q")}, "x.qkv", ["x.q"]),
+    ],
+)
+def test_parts_of_a_fused_layer_from_a_mapper(fusion: Any, layer: str, parts: list[str]) -> None:
+    from crepe_llm.vllm_plugin.config import _parts_by
+
+    assert _parts_by(fusion, layer) == parts
 
 
 @pytest.mark.parametrize("kind", ["int", "float"])
@@ -232,7 +406,6 @@ def test_quantized_products_follow_their_definition(kind: str, inputs: str | Non
     if inputs == "static":
         layer.input_scale = torch.nn.Parameter(torch.tensor([2.0, 3.0]) / largest)
     method = Sparse24LinearMethod(scheme, "layer", ["layer"])
-    method.rows_loaded = dict.fromkeys(method.rows_loaded, 24)
     method.process_weights_after_loading(layer)
     assert not list(layer.parameters()), "the checkpoint's tensors must be freed"
 

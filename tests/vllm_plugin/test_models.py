@@ -1,15 +1,33 @@
 """vLLM with the plugin against vLLM with the same masked weights stored dense: greedy tokens must be the same."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
 from crepe_llm.evaluation.random_models import write_random_model
-from vllm_runs import assert_same, gemma3, generate, in_process, llama, mixtral, mixtral_shapes, qwen2, twins
+from vllm_runs import (
+    assert_same,
+    deepseek,
+    gemma3,
+    generate,
+    glm4,
+    in_process,
+    llama,
+    mixtral,
+    mixtral_shapes,
+    qwen2,
+    qwen2_moe,
+    qwen2_moe_shapes,
+    stablelm,
+    twins,
+)
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -30,13 +48,13 @@ def linear_parameters(model: torch.nn.Module) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("make", [llama, qwen2, gemma3], ids=["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("make", [llama, qwen2, gemma3, stablelm, glm4])
 def test_same_tokens_as_dense(make: Callable[[], PretrainedConfig], tmp_path: Path) -> None:
     sparse, dense = twins(tmp_path, make())
     ours, layers = generate(sparse, inspect=linear_parameters)
     assert layers
     for name, left in layers.items():
-        biased = make is qwen2 and name.endswith("qkv_proj")
+        biased = make in (qwen2, stablelm, glm4) and name.endswith("qkv_proj")
         assert left == (["bias"] if biased else []) + ["PackedWeight"], name
     assert_same(ours, generate(dense))
 
@@ -59,6 +77,45 @@ def test_experts_are_served_dense(tmp_path: Path) -> None:
     sparse, dense = twins(tmp_path, mixtral(), shapes=mixtral_shapes())
     ours, layers = generate(sparse, inspect=linear_parameters)
     assert {name.rsplit(".", 1)[1] for name, left in layers.items() if "PackedWeight" in left} == {"qkv_proj", "o_proj"}
+    assert_same(ours, generate(dense))
+
+
+def test_a_gate_that_vllm_does_not_quantize_is_served_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sparse, dense = twins(tmp_path, qwen2_moe(), shapes=qwen2_moe_shapes())
+    ours, layers = generate(sparse, inspect=linear_parameters)
+    packed = {name.rsplit(".", 1)[1] for name, left in layers.items() if "PackedWeight" in left}
+    assert packed == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert "model.layers.*.mlp.shared_expert_gate (2 layers): served dense" in caplog.text
+    assert_same(ours, generate(dense))
+
+
+def dequantize(folder: Path, kind: str) -> None:
+    """Stores a kind of layer in fp32: on a CPU, vLLM alone cannot serve latent attention with an INT8 kv_b_proj."""
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    for name in [name for name in tensors if name.endswith(f"{kind}.weight")]:
+        tensors[name] = tensors[name].float() * tensors.pop(f"{name}_scale")
+        config["quantization_config"]["ignore"].append(name.removesuffix(".weight"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_latent_attention_has_its_dense_weight(
+    quantization: Literal["int8"] | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    sparse, dense = twins(tmp_path, deepseek(), quantization=quantization)
+    if quantization:
+        dequantize(dense, "kv_b_proj")
+    ours, layers = generate(sparse, inspect=linear_parameters)
+    dense_layers = {name.rsplit(".", 1)[1] for name, left in layers.items() if "PackedWeight" not in left}
+    assert dense_layers == {"kv_b_proj"}
+    assert "kv_b_proj (2 layers): served dense" in caplog.text
+    assert "multi-head latent attention" in caplog.text
     assert_same(ours, generate(dense))
 
 

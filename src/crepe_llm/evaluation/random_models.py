@@ -54,7 +54,7 @@ def write_random_model(
     keep_dense = re.compile("|".join(dense_layers)) if dense_layers else None
     tensors: dict[str, torch.Tensor] = {}
     unquantized = ["lm_head"] if config.tie_word_embeddings else []
-    for name, shape in (shapes or _shapes_of(config)).items():
+    for name, shape in (shapes or shapes_of(config)).items():
         weight = torch.empty(*shape).normal_(0.0, config.initializer_range, generator=generator).to(dtype)
         if "norm" in name:
             weight += 1.0 if config.model_type != "gemma3_text" else 0.0
@@ -83,7 +83,8 @@ def write_random_model(
     return folder
 
 
-def _shapes_of(config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
+def shapes_of(config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of the tensors that transformers' model of ``config`` is saved as."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

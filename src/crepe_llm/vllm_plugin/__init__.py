@@ -26,6 +26,7 @@ def register() -> None:
         from vllm.model_executor.models import ModelRegistry
 
         from crepe_llm.models import per_block as configs
+        from crepe_llm.vllm_plugin import loading
         from crepe_llm.vllm_plugin import per_block as models
         from crepe_llm.vllm_plugin.config import Sparse24Config
     except ImportError as error:
@@ -36,6 +37,7 @@ def register() -> None:
         )
         return
     register_quantization_config(QUANTIZATION)(Sparse24Config)
+    loading.install()
     configs.register()
     for architecture, location in models.architectures().items():
         ModelRegistry.register_model(architecture, location)

@@ -1,11 +1,14 @@
 """The quantization config through which vLLM learns which layers of a checkpoint are 2:4 sparse."""
 
 import logging
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -17,10 +20,11 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_folder, refuse_two_checkpoints
 from crepe_llm.vllm_plugin import QUANTIZATION
-from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, DenseLinearMethod, Scheme, Sparse24LinearMethod
+from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, Scheme, Sparse24LinearMethod
 from crepe_llm.vllm_plugin.plain import PLAIN, modules_2of4, pack_weights
 
 _logger = logging.getLogger(__name__)
+_SCALE, _INPUT_SCALE = "weight_scale", "input_scale"
 
 
 class Sparse24Config(CompressedTensorsConfig):
@@ -29,16 +33,22 @@ class Sparse24Config(CompressedTensorsConfig):
     Which layers are sparse is read from the checkpoint's tensor names; where its sparsity format is ``dense``, plain
     weights that are 2:4 are found by their values and packed while they are loaded. A sparse linear layer is multiplied
     from its compressed weight. Where vLLM has no place for one (a fused layer of which only some parts are sparse, the
-    experts of a Mixture of Experts, an embedding), its tensors are expanded while they are loaded, one at a time,
-    and the layer is served dense, with a warning. Everything else is vLLM's own compressed-tensors.
+    experts of a Mixture of Experts, an embedding, a gate that is built without this config, a projection whose dense
+    weight multi-head latent attention reads), its tensors are expanded while they are loaded, one at a time, and the
+    layer is served dense, with a warning. Everything else is vLLM's own compressed-tensors.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoint_name: dict[str, str] = {}  # vLLM's name of a sparse module -> the checkpoint's
-        self._expanded: set[str] = set()  # the checkpoint's names of the sparse modules that are served dense
         self._plain = False  # whether the sparse modules are stored as plain weights
-        self._packed: set[str] = set()  # the checkpoint's names of those among them that are packed while loaded
+        self._scaled: dict[str, str] = {}  # the same of a module with a weight_scale
+        # Of the model that is being built, by the checkpoint's names: the modules served sparse; of those served dense,
+        # the layer and the reason; those served without their quantization. And how its mappers fuse modules.
+        self._sparse: set[str] = set()
+        self._dense: dict[str, tuple[str, str]] = {}
+        self._unquantized: set[str] = set()
+        self._fusions: list[Mapping[str, Any]] = []
 
     @classmethod
     def override_quantization_method(
@@ -74,11 +84,10 @@ class Sparse24Config(CompressedTensorsConfig):
             self._checkpoint_name = {name: name for name in modules_2of4(model_name, revision)}
             return
         if Path(model_name).is_dir():
-            names = set(read_folder(model_name).layers)
+            tensors: Iterable[str] = read_folder(model_name).tensors
         else:
             tensors = get_safetensors_params_metadata(model_name, revision=revision)
-            values = f".{SPARSE_24_BITMASK.values}"
-            names = {name.removesuffix(values) for name in tensors if name.endswith(values)}
+        names = _modules_with(SPARSE_24_BITMASK.values, tensors)
         if not names:
             raise ValueError(
                 f"{model_name}: config.json says {SPARSE_24_BITMASK.name}, but no tensor is named "
@@ -86,19 +95,24 @@ class Sparse24Config(CompressedTensorsConfig):
                 "export the model again, or remove sparsity_config from config.json if its weights are dense"
             )
         self._checkpoint_name = {name: name for name in names}
+        self._scaled = {name: name for name in _modules_with(_SCALE, tensors)}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
-        self._checkpoint_name = {
-            mapped: name
-            for seen, name in self._checkpoint_name.items()
-            if (mapped := hf_to_vllm_mapper.map_name(seen)) is not None
-        }
+        self._checkpoint_name = _mapped(self._checkpoint_name, hf_to_vllm_mapper)
+        self._scaled = _mapped(self._scaled, hf_to_vllm_mapper)
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        """The loader's view of the checkpoint: modules that are served dense arrive as a plain ``.weight``, and plain
-        weights that are served sparse arrive packed."""
-        return _ExpandingMapper(super().get_checkpoint_weight_mapper(), self._expanded, self._packed)
+    def begin_model(self, model_class: type) -> None:
+        """Forgets the model built before, and learns from the new one's class which modules vLLM fuses.
+
+        Most models have a table of that for quantization configs; all have it in their mappers of weight names, the
+        model's own or those of the classes that it is made of.
+        """
+        self._sparse, self._dense, self._unquantized = set(), {}, set()
+        files = [sys.modules[base.__module__] for base in model_class.__mro__]
+        classes = [value for file in files for value in vars(file).values() if isinstance(value, type)]
+        mappers = [getattr(cls, "hf_to_vllm_mapper", None) for cls in (model_class, *classes)]
+        self._fusions = [mapper.orig_to_new_stacked for mapper in mappers if isinstance(mapper, WeightsMapper)]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Chooses how a layer is computed.
@@ -107,23 +121,24 @@ class Sparse24Config(CompressedTensorsConfig):
             ValueError: the layer is sparse with a quantization other than INT8 or FP8 W8A8; names the layer.
         """
         if isinstance(layer, LinearBase):
-            parts = self._parts(prefix)
+            parts = self.parts(prefix)
             sparse = [part for part in parts if part in self._checkpoint_name]
-            if sparse and len(sparse) == len(parts):
-                scheme = self._sparse_scheme(layer, prefix)
-                if scheme is not None:
-                    self._packed.update(self._checkpoint_name[part] for part in parts if self._plain)
-                    return Sparse24LinearMethod(scheme, prefix, parts)
-            self._expand(prefix, sparse, "only some of its parts are sparse")
-            method = super().get_quant_method(layer, prefix)
-            return DenseLinearMethod(prefix, parts) if type(method) is UnquantizedLinearMethod else method
-        if isinstance(layer, RoutedExperts):
+            if prefix.endswith("kv_b_proj") and _uses_latent_attention():
+                self._serve_dense(prefix, sparse, "multi-head latent attention reads its dense weight")
+                self._unquantized.update(self._scaled[part] for part in parts if part in self._scaled)
+                return UnquantizedLinearMethod()
+            scheme = self._sparse_scheme(layer, prefix) if len(sparse) == len(parts) else None
+            if scheme is not None:
+                self._sparse.update(self._checkpoint_name[part] for part in sparse)
+                return Sparse24LinearMethod(scheme, prefix, parts)
+            self._serve_dense(prefix, sparse, "only some of its parts are sparse")
+        elif isinstance(layer, RoutedExperts):
             experts = [name for name in self._checkpoint_name if name.startswith(prefix + ".")]
-            self._expand(prefix, experts, "vLLM's expert kernels are dense")
+            self._serve_dense(prefix, experts, "vLLM's expert kernels are dense")
         elif isinstance(layer, VocabParallelEmbedding):
-            self._expand(prefix, [prefix] if prefix in self._checkpoint_name else [], "its rows are looked up")
+            self._serve_dense(prefix, [prefix] if prefix in self._checkpoint_name else [], "its rows are looked up")
             if self.get_scheme_dict(layer, prefix) is None:
-                return DenseEmbeddingMethod(prefix or type(layer).__name__)
+                return DenseEmbeddingMethod()
         return super().get_quant_method(layer, prefix)
 
     def _sparse_scheme(self, layer: torch.nn.Module, prefix: str) -> Scheme | None:
@@ -135,55 +150,91 @@ class Sparse24Config(CompressedTensorsConfig):
                 raise
             return None
 
-    def _parts(self, prefix: str) -> list[str]:
-        """The unfused names of a layer: ``...qkv_proj`` is ``...q_proj``, ``...k_proj`` and ``...v_proj``."""
-        parent, _, name = prefix.rpartition(".")
-        return [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
+    def parts(self, layer: str) -> list[str]:
+        """The unfused names of a layer: ``...qkv_proj`` is ``...q_proj``, ``...k_proj`` and ``...v_proj``.
 
-    def _expand(self, layer: str, modules: list[str], reason: str) -> None:
-        if modules and not self._plain:
-            _logger.warning("%s is served dense, expanded from 2:4 while it is loaded: %s", layer, reason)
-            self._expanded.update(self._checkpoint_name[module] for module in modules)
+        Where the checkpoint has the layer fused already, its one name.
+        """
+        if layer in self._checkpoint_name:
+            return [layer]
+        parent, dot, name = layer.rpartition(".")
+        listed = [parent + dot + part for part in self.packed_modules_mapping.get(name, [])]
+        mapped = [_parts_by(fusion, layer) for fusion in self._fusions]
+        known = [parts for parts in (listed, *mapped) if parts]
+        return next((parts for parts in known if self._checkpoint_name.keys() & parts), (known or [[layer]])[0])
 
+    def expand(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """A checkpoint's tensors, the three of each sparse module that vLLM has built dense turned into a weight.
 
-class _ExpandingMapper(WeightsMapper):
-    """A mapper of weight names that also turns the three tensors of chosen modules into one dense weight, and the
-    dense weight of others into three tensors.
+        Plain weights of modules that are served sparse are packed.
 
-    vLLM merges the mappers of a model with ``|``; the merged one must still expand, hence the operators.
-    """
-
-    def __init__(self, mapper: WeightsMapper, expanded: set[str], packed: set[str]) -> None:
-        super().__init__(**vars(mapper))
-        self._modules = expanded
-        self._plain = packed
-
-    def __or__(self, other: WeightsMapper) -> WeightsMapper:
-        return _ExpandingMapper(_fields(self) | other, self._modules, self._plain)
-
-    def __ror__(self, other: WeightsMapper) -> WeightsMapper:
-        return _ExpandingMapper(other | _fields(self), self._modules, self._plain)
-
-    def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-        return super().apply(self._expand(pack_weights(weights, self._plain)))
-
-    def _expand(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        Where vLLM has built the module without its quantization, too, the weight is of the model's own dtype.
+        """
+        dense = set() if self._plain else set(self._checkpoint_name.values()) - self._sparse
+        self._warn_of_dense(dense)
+        unscaled = self._unquantized | (dense - self._dense.keys()) & set(self._scaled.values())
         waiting: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in weights:
-            module, _, kind = name.rpartition(".")
-            if module not in self._modules or kind not in SPARSE_24_BITMASK.parts:
+        for name, tensor in pack_weights(weights, self._sparse if self._plain else ()):
+            module, _, part = name.rpartition(".")
+            needed = set(SPARSE_24_BITMASK.parts if module in dense else ("weight",))
+            if module in unscaled:
+                needed.add(_SCALE)
+            if part in needed and (module in dense or module in unscaled):
+                tensors = waiting.setdefault(module, {})
+                tensors[part] = tensor
+                if tensors.keys() == needed:
+                    yield f"{module}.weight", _weight(module, waiting.pop(module))
+            elif part != _INPUT_SCALE or module not in unscaled:
                 yield name, tensor
-                continue
-            tensors = waiting.setdefault(module, {})
-            tensors[kind] = tensor
-            if len(tensors) == len(SPARSE_24_BITMASK.parts):
-                del waiting[module]
-                try:
-                    dense = SPARSE_24_BITMASK.unpack(tensors)
-                except FormatError as error:
-                    raise FormatError(f"damaged checkpoint: {module}: {error}") from error
-                yield f"{module}.weight", dense
+
+    def _serve_dense(self, layer: str, modules: list[str], reason: str) -> None:
+        self._dense |= {self._checkpoint_name[module]: (layer, reason) for module in modules}
+
+    def _warn_of_dense(self, modules: Iterable[str]) -> None:
+        """One line for each kind of layer and each reason."""
+        layers: dict[tuple[str, str], set[str]] = {}
+        for module in modules:
+            layer, reason = self._dense.get(module, (module, "vLLM builds it without a quantization"))
+            layers.setdefault((_kind(layer), reason), set()).add(layer)
+        for (kind, reason), names in sorted(layers.items()):
+            name = f"{kind} ({len(names)} layers)" if len(names) > 1 else names.pop()
+            _logger.warning("%s: served dense, expanded from 2:4 while it is loaded: %s", name, reason)
 
 
-def _fields(mapper: _ExpandingMapper) -> WeightsMapper:
-    return WeightsMapper(**{name: value for name, value in vars(mapper).items() if name not in ("_modules", "_plain")})
+def _weight(module: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The dense weight of tensors by the name of the part, a scale multiplied in."""
+    try:
+        weight = tensors["weight"] if "weight" in tensors else SPARSE_24_BITMASK.unpack(tensors)
+    except FormatError as error:
+        raise FormatError(f"damaged checkpoint: {module}: {error}") from error
+    if _SCALE in tensors:
+        return (weight.float() * tensors[_SCALE].float().reshape(-1, 1)).to(torch.get_default_dtype())
+    return weight
+
+
+def _mapped(names: dict[str, str], mapper: WeightsMapper) -> dict[str, str]:
+    return {new: name for seen, name in names.items() if (new := mapper.map_name(seen)) is not None}
+
+
+def _modules_with(part: str, tensors: Iterable[str]) -> set[str]:
+    return {name.removesuffix(f".{part}") for name in tensors if name.endswith(f".{part}")}
+
+
+def _uses_latent_attention() -> bool:
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.model_config is not None and config.model_config.use_mla
+
+
+def _kind(module: str) -> str:
+    """A module's name with * for its numbers."""
+    return re.sub(r"\.\d+(?=\.)", ".*", module)
+
+
+def _parts_by(fusion: Mapping[str, Any], layer: str) -> list[str]:
+    """The modules that a mapper's table (``.q_proj`` -> ``.qkv_proj``, shard) fuses into a layer."""
+    parts = []
+    for name, (fused, _) in fusion.items():
+        old, new = (re.sub(r"(\.(weight|bias))?\.?$", "", end) for end in (name, fused))
+        if layer.endswith(new):
+            parts.append(layer.removesuffix(new) + old)
+    return list(dict.fromkeys(parts))

@@ -12,7 +12,6 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
-    UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
@@ -103,7 +102,6 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.scheme = scheme
         self.name = layer_name
         self.parts = list(parts)
-        self.rows_loaded = dict.fromkeys(SPARSE_24_BITMASK.parts, 0)
         _request_amx()
 
     def create_weights(
@@ -135,35 +133,24 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.register_parameter("compressed", weight("compressed", columns // 2, form.dtype if form else params_dtype))
         layer.register_parameter("bitmask", weight("bitmask", (columns + 7) // 8, torch.uint8))
         shape = BasevLLMParameter(
-            data=torch.empty(2, 1, dtype=torch.int64), weight_loader=self._checked(layer, "shape", None)
+            data=torch.empty(2, 1, dtype=torch.int64), weight_loader=self._checked(layer, "shape", _keep_shape)
         )
         layer.register_parameter("shape", shape)
         if form is None:
             return
-        # NaN marks a scale that the checkpoint does not hold.
+        a_part = torch.empty(len(output_partition_sizes), dtype=torch.float32)
         if self.scheme.per_channel:
             scale: BasevLLMParameter = ChannelQuantScaleParameter(
-                data=torch.full((rows, 1), torch.nan), output_dim=0, weight_loader=loader
+                data=torch.empty(rows, 1, dtype=torch.float32), output_dim=0, weight_loader=loader
             )
         else:
-            scale = PerTensorScaleParameter(
-                data=torch.full((len(output_partition_sizes),), torch.nan), weight_loader=loader
-            )
+            scale = PerTensorScaleParameter(data=a_part, weight_loader=loader)
         layer.register_parameter("weight_scale", scale)
         if self.scheme.input == "static":
-            input_scale = PerTensorScaleParameter(
-                data=torch.full((len(output_partition_sizes),), torch.nan), weight_loader=loader
-            )
+            input_scale = PerTensorScaleParameter(data=torch.empty_like(a_part), weight_loader=loader)
             layer.register_parameter("input_scale", input_scale)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        expected = sum(self._full_rows(layer))
-        for kind, rows in self.rows_loaded.items():
-            if rows != expected:
-                raise ValueError(
-                    f"damaged checkpoint: {self.name} needs {expected} rows of .{kind} from {', '.join(self.parts)}, "
-                    f"but {rows} were found"
-                )
         compressed, scale, form = layer.compressed.data, None, self.scheme.format
         if form is not None:
             scale = layer.weight_scale.data
@@ -205,7 +192,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         return [layer.output_size]
 
     def _checked(
-        self, layer: Any, kind: str, loader: Callable[..., None] | None
+        self, layer: Any, kind: str, loader: Callable[..., None]
     ) -> Callable[[torch.nn.Parameter, torch.Tensor], None]:
         """Wraps vLLM's loader of one tensor: what does not fit the layer stops loading with the tensor's name."""
 
@@ -232,9 +219,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                     f"as {' or '.join(str(dtype) for dtype in dtypes)}; export it again, with the config.json that "
                     "belongs to it"
                 )
-            self.rows_loaded[kind] += rows
-            if loader is not None:
-                loader(param, loaded) if shard is None else loader(param, loaded, shard)
+            loader(param, loaded) if shard is None else loader(param, loaded, shard)
 
         return load
 
@@ -245,48 +230,17 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
 
 
-@register_weight_loader_v2_supported_method
-class DenseLinearMethod(UnquantizedLinearMethod):
-    """vLLM's own dense linear layer, which also notices a weight that the checkpoint does not hold.
-
-    Args:
-        layer_name: vLLM's name of the layer, for messages.
-        parts: the names of the layer's unfused parts, for messages.
-    """
-
-    def __init__(self, layer_name: str, parts: Sequence[str]) -> None:
-        super().__init__()
-        self.name = layer_name
-        self.parts = list(parts)
-
-    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
-        super().create_weights(layer, *sizes, **attributes)
-        _mark_unloaded(layer.weight)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        _check_loaded(layer.weight, self.name, self.parts)
-        super().process_weights_after_loading(layer)
-
-
 class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
     """A dense embedding or output head on a CPU, without the second copy that vLLM keeps for its matrix product.
 
     The head is multiplied by the kernels' own dense product, from the rows that the embedding looks up.
-
-    Args:
-        layer_name: vLLM's name of the layer, for messages.
     """
-
-    def __init__(self, layer_name: str) -> None:
-        self.name = layer_name
 
     def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         super().create_weights(layer, *sizes, **attributes)
         on_huge_pages(layer.weight.data)
-        _mark_unloaded(layer.weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        _check_loaded(layer.weight, self.name, [self.name])
         is_head = isinstance(layer, ParallelLMHead)
         if layer.weight.device.type != "cpu":
             super().process_weights_after_loading(layer)
@@ -320,13 +274,5 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _mark_unloaded(weight: torch.Tensor) -> None:
-    """vLLM does not check that every weight of a quantized checkpoint is there: NaN marks the rows not yet read."""
-    if weight.device.type != "meta":
-        weight.data[:, 0] = torch.nan
-
-
-def _check_loaded(weight: torch.Tensor, layer: str, parts: Sequence[str]) -> None:
-    if weight.device.type != "meta" and bool(torch.isnan(weight.data[:, 0]).any()):
-        names = ", ".join(f"{part}.weight" for part in parts)
-        raise ValueError(f"damaged checkpoint: {layer}: rows of {names} are missing or not numbers")
+def _keep_shape(parameter: torch.nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
+    parameter.data.copy_(loaded.reshape(2, 1))

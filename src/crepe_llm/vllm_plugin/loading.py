@@ -1,0 +1,212 @@
+"""What happens while vLLM reads a sparse checkpoint: dense layers get dense weights, and nothing may be left unread.
+
+vLLM does not check that a quantized checkpoint is complete: a parameter that no tensor fills keeps whatever was in its
+memory. So the memory that loading writes is recorded, whatever function writes it, and compared with the parameters.
+"""
+
+import bisect
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod, KVCacheScaleParameter
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.utils import get_model_cls
+
+from crepe_llm.vllm_plugin.config import Sparse24Config
+
+_aten = torch.ops.aten
+# The operators by which a loader fills a tensor. Arithmetic in place is none: it needs what was there.
+_FILLING = {
+    _aten.copy_,
+    _aten.fill_,
+    _aten.zero_,
+    _aten.index_copy_,
+    _aten.index_put_,
+    _aten.masked_scatter_,
+    _aten.scatter_,
+}
+_NAMED = 100  # so many names fit a message
+
+
+class Run(NamedTuple):
+    """The bytes from address ``start`` to before ``stop``."""
+
+    start: int
+    stop: int
+
+
+class WrittenMemory(TorchDispatchMode):
+    """Records which bytes of some tensors are filled while it is active.
+
+    Args:
+        tensors: what is watched, with all views of its memory.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._watched = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._written: list[Run] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _FILLING and args[0].untyped_storage().data_ptr() in self._watched:
+            self._written += runs_of(args[0])
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._written = _merged(self._written)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory is watched: one that was given other memory meanwhile was loaded so."""
+        return tensor.untyped_storage().data_ptr() in self._watched
+
+    def gaps(self, tensor: torch.Tensor) -> list[Run]:
+        """The tensor's bytes that nothing has filled; for when recording is over."""
+        gaps = []
+        for start, stop in runs_of(tensor):
+            first = max(bisect.bisect(self._written, (start, start)) - 1, 0)
+            for written in self._written[first:]:
+                if written.start >= stop:
+                    break
+                if written.start > start:
+                    gaps.append(Run(start, written.start))
+                start = max(start, written.stop)
+            if start < stop:
+                gaps.append(Run(start, stop))
+        return gaps
+
+
+def runs_of(tensor: torch.Tensor) -> list[Run]:
+    """The addresses of a strided tensor's elements, as contiguous runs."""
+    if not tensor.numel():
+        return []
+    length, starts = 1, [0]
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride == length and len(starts) == 1:
+            length *= size
+        else:
+            starts = [start + step * stride for start in starts for step in range(size)]
+    base, width = tensor.data_ptr(), tensor.element_size()
+    return [Run(base + start * width, base + (start + length) * width) for start in starts]
+
+
+def install() -> None:
+    """Makes every loader of vLLM expand and check sparse checkpoints; models with other quantizations stay as they are.
+
+    vLLM hands a model to nobody between building it and reading its weights, so the method that builds it is wrapped.
+    """
+    original = BaseModelLoader.create_model
+
+    @functools.wraps(original)
+    def create_model(self: BaseModelLoader, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        config = vllm_config.quant_config
+        if not isinstance(config, Sparse24Config):
+            return original(self, vllm_config, model_config, prefix)
+        config.begin_model(get_model_cls(model_config))
+        model = original(self, vllm_config, model_config, prefix)
+        track = self.load_config.model_loader_extra_config or {}
+        _guard(model, config, model_config.model, check=track.get("enable_weights_track") is not False)
+        return model
+
+    BaseModelLoader.create_model = create_model  # type: ignore[method-assign]
+
+
+def _guard(model: Any, config: Sparse24Config, checkpoint: str, check: bool) -> None:
+    """Wraps the model's ``load_weights``."""
+    original = model.load_weights
+
+    @functools.wraps(original)
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        if any(hasattr(module, "packed") for module in model.modules()):
+            raise NotImplementedError("sparse layers cannot be reloaded in a running engine; start it again")
+        expected = [parameter for _, _, parameter in _parameters(model)]
+        with WrittenMemory(expected) as written:
+            loaded = original(config.expand(weights), *args, **kwargs)
+        missing = [
+            name
+            for layer, attribute, parameter in _parameters(model)
+            for name in _unread(layer, attribute, parameter, written, config, set(loaded or ()))
+        ]
+        if missing and check:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            raise ValueError(
+                f"damaged checkpoint: {checkpoint} does not hold {', '.join(missing[:_NAMED])}{more}; download or "
+                "export it again"
+            )
+        return loaded
+
+    model.load_weights = load_weights
+
+
+def _parameters(model: torch.nn.Module) -> Iterator[tuple["_Layer", str, torch.Tensor]]:
+    """The parameters that a checkpoint must fill, each once, with the layer and the name that they have there."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        # Scales of the key-value cache have defaults; online quantization makes its parameters while it loads.
+        if isinstance(method, BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
+            continue
+        for attribute, parameter in module.named_parameters(recurse=False):
+            needed = parameter.numel() and not parameter.is_meta and not isinstance(parameter, KVCacheScaleParameter)
+            if needed and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield _Layer(name, module), attribute, parameter
+
+
+class _Layer(NamedTuple):
+    name: str
+    module: torch.nn.Module
+
+
+def _unread(
+    layer: _Layer,
+    attribute: str,
+    parameter: torch.Tensor,
+    written: WrittenMemory,
+    config: Sparse24Config,
+    claimed: set[str],
+) -> Iterator[str]:
+    """The names, as a checkpoint has them, of what of a parameter was not read."""
+    name = f"{layer.name}.{attribute}" if layer.name else attribute
+    gaps = written.gaps(parameter.data) if written.holds(parameter) else []
+    total = sum(stop - start for start, stop in runs_of(parameter.data))
+    empty = sum(stop - start for start, stop in gaps) == total
+    if not gaps or (empty and name in claimed):  # some models fill a parameter later, and say that they have it
+        return
+    rows, base = parameter.shape[0] if parameter.ndim else 1, parameter.data_ptr()
+    width = total // rows
+    touched = sorted(
+        {row for gap in gaps for row in range((gap.start - base) // width, -(-(gap.stop - base) // width))}
+    )
+    sizes = getattr(layer.module, "output_partition_sizes", [])
+    parts = config.parts(layer.name)
+    if len(parts) > 1 and len(parts) == len(sizes):
+        ends = _ends(sizes, rows)
+        yield from (f"{parts[part]}.{attribute}" for part in sorted({bisect.bisect(ends, row) for row in touched}))
+    elif empty:
+        yield name
+    else:
+        yield f"{name} (rows {touched[0]} to {touched[-1]})"
+
+
+def _ends(sizes: list[int], rows: int) -> list[int]:
+    """Where the parts of a fused layer end in a parameter of ``rows`` rows: one a part, or rows packed together."""
+    if rows == len(sizes):
+        return list(range(1, rows + 1))
+    return [sum(sizes[: part + 1]) * rows // sum(sizes) for part in range(len(sizes))]
+
+
+def _merged(runs: list[Run]) -> list[Run]:
+    merged: list[Run] = []
+    for start, stop in sorted(runs):
+        if merged and start <= merged[-1].stop:
+            merged[-1] = Run(merged[-1].start, max(stop, merged[-1].stop))
+        else:
+            merged.append(Run(start, stop))
+    return merged
