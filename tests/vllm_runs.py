@@ -158,18 +158,22 @@ def generate(
     folder: Path,
     dtype: str = "float32",
     inspect: Callable[[Any], Any] | None = None,
+    lora: Path | None = None,
     **options: Any,
 ) -> Any:
     """Greedy tokens of every prompt with the log-probabilities of the two best; and what ``inspect`` says of it."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
     options = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 64, **options}
     engine = LLM(str(folder), dtype=dtype, max_model_len=160, skip_tokenizer_init=True, **options)
     try:
         seen = engine.apply_model(inspect)[0] if inspect else None
         wanted = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
-        outputs = engine.generate([{"prompt_token_ids": p} for p in PROMPTS], wanted, use_tqdm=False)
+        adapter = None if lora is None else LoRARequest("adapter", 1, str(lora))
+        prompts = [{"prompt_token_ids": p} for p in PROMPTS]
+        outputs = engine.generate(prompts, wanted, use_tqdm=False, lora_request=adapter)
         made = [
             (
                 list(o.outputs[0].token_ids),

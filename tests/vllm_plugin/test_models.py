@@ -119,6 +119,34 @@ def test_latent_attention_has_its_dense_weight(
     assert_same(ours, generate(dense))
 
 
+def write_adapter(folder: Path) -> Path:
+    """A LoRA adapter that turns every output of attention and FFN."""
+    sizes = {"q_proj": (128, 128), "v_proj": (64, 128), "o_proj": (128, 128), "down_proj": (128, 212)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for block in range(2):
+        for name, (rows, columns) in sizes.items():
+            at = f"base_model.model.model.layers.{block}.{'mlp' if name == 'down_proj' else 'self_attn'}.{name}"
+            tensors[f"{at}.lora_A.weight"] = torch.randn(8, columns, generator=generator) / 8
+            tensors[f"{at}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) / 8
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": list(sizes), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_lora_over_sparse_layers_gives_the_tokens_of_lora_over_dense_ones(tmp_path: Path) -> None:
+    sparse, dense = twins(tmp_path, llama())
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    adapter = write_adapter(tmp_path / "adapter")
+    ours = generate(sparse, lora=adapter, **options)
+    assert_same(ours, generate(dense, lora=adapter, **options))
+    without = generate(sparse, **options)
+    assert [tokens for tokens, _ in without] != [tokens for tokens, _ in ours]
+    assert_same(without, generate(dense))
+
+
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
 def test_quantized_same_tokens_as_vllms_own_w8a8(
     quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

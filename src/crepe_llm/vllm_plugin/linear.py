@@ -174,6 +174,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 delattr(layer, name)
         layer.packed = packed
+        # vLLM's LoRA looks here for the device of the layer that it wraps.
+        layer.weight_packed = torch.empty(0, device=compressed.device)
         _return_freed_memory()
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
