@@ -119,6 +119,13 @@ def test_latent_attention_has_its_dense_weight(
     assert_same(ours, generate(dense))
 
 
+def test_latent_attention_on_amx_says_what_serves_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    folder = write_random_model(deepseek(num_hidden_layers=1), tmp_path, sparse=True, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"0\.self_attn\.kv_b_proj: .* has no fp32; use --dtype bfloat16"):
+        generate(folder)
+
+
 def write_adapter(folder: Path) -> Path:
     """A LoRA adapter that turns every output of attention and FFN."""
     sizes = {"q_proj": (128, 128), "v_proj": (64, 128), "o_proj": (128, 128), "down_proj": (128, 212)}

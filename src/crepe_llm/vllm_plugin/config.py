@@ -15,7 +15,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_folder, refuse_two_checkpoints
@@ -118,12 +120,13 @@ class Sparse24Config(CompressedTensorsConfig):
         """Chooses how a layer is computed.
 
         Raises:
-            ValueError: the layer is sparse with a quantization other than INT8 or FP8 W8A8; names the layer.
+            ValueError: the layer is sparse with a quantization other than INT8 or FP8 W8A8, or vLLM's latent attention
+                cannot use it in the served dtype; names the layer.
         """
         if isinstance(layer, LinearBase):
             parts = self.parts(prefix)
             sparse = [part for part in parts if part in self._checkpoint_name]
-            if prefix.endswith("kv_b_proj") and _uses_latent_attention():
+            if prefix.endswith("kv_b_proj") and _uses_latent_attention(prefix):
                 self._serve_dense(prefix, sparse, "multi-head latent attention reads its dense weight")
                 self._unquantized.update(self._scaled[part] for part in parts if part in self._scaled)
                 return UnquantizedLinearMethod()
@@ -220,9 +223,19 @@ def _modules_with(part: str, tensors: Iterable[str]) -> set[str]:
     return {name.removesuffix(f".{part}") for name in tensors if name.endswith(f".{part}")}
 
 
-def _uses_latent_attention() -> bool:
+def _uses_latent_attention(layer: str) -> bool:
+    """Whether vLLM multiplies by the layer's weight itself; ValueError where it cannot in the served dtype."""
     config = get_current_vllm_config_or_none()
-    return config is not None and config.model_config is not None and config.model_config.use_mla
+    if config is None or config.model_config is None or not config.model_config.use_mla:
+        return False
+    chosen, dtype = config.attention_config.backend, config.model_config.dtype
+    on_amx = current_platform.is_cpu() and torch.cpu._is_amx_tile_supported()
+    if on_amx and dtype == torch.float32 and chosen != AttentionBackendEnum.CPU_MLA:
+        raise ValueError(
+            f"{layer}: vLLM's latent attention for processors with AMX has no fp32; use --dtype bfloat16, or "
+            "--attention-backend CPU_MLA"
+        )
+    return True
 
 
 def _kind(module: str) -> str:
