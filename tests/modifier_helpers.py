@@ -3,9 +3,10 @@
 import pytest
 import torch
 from llmcompressor import oneshot
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm.modifiers import CRePEModifier
+from tiny_models import VOCABULARY
 
 # Where each part of a tiny Llama or Qwen2 lives, to see that modifiers reach weights that are not in memory.
 OFFLOADED = {
@@ -16,6 +17,27 @@ OFFLOADED = {
     "model.rotary_emb": "cpu",
     "lm_head": "cpu",
 }
+
+# Fields of a small model of any family.
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def save(model, folder, tokenizer_folder):
+    """The folder, with the model and a tokenizer from another folder in it."""
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
 
 
 def load(folder, dtype=torch.float32, **kwargs):

@@ -3,7 +3,8 @@
 Importing this package is cheap (no torch, no llm-compressor) and makes two toolkits aware of it, each at
 the moment it is imported itself, or at once where it already was:
 
-- llm-compressor learns the modifiers of :mod:`crepe_llm.modifiers`, so that recipes can name them;
+- llm-compressor learns the modifiers of :mod:`crepe_llm.modifiers`, so that recipes can name them, and the names of
+  the recipes that ship with this package;
 - transformers learns to load ``sparse-24-bitmask`` checkpoints, and those whose blocks have FFNs of different widths
   (:mod:`crepe_llm.checkpoints`).
 
@@ -21,6 +22,12 @@ __version__ = "0.1.0"
 def _register_modifiers() -> None:
     # Whoever imports the modifiers first is importing them now, and they register when that is done.
     importlib.import_module("crepe_llm.modifiers")
+
+
+def _register_oneshot() -> None:
+    from crepe_llm.modifiers.checked_oneshot import register
+
+    register()
 
 
 def _register_loader() -> None:
@@ -47,6 +54,7 @@ def _autoload() -> None:
 
 # Each trigger is a module whose import completes only after everything that the callback itself imports.
 after_import("llmcompressor.entrypoints.oneshot", _register_modifiers)
+after_import("llmcompressor.entrypoints.oneshot", _register_oneshot)
 after_import("transformers.quantizers.auto", _register_loader)
 after_import("transformers.modeling_utils", _register_refusal)
 after_import("transformers.models.auto.configuration_auto", _register_per_block)

@@ -269,7 +269,6 @@ RECIPES = {
 }
 # Those that cannot work on GPT-2, and how they say so.
 NOT_FOR_GPT2 = {
-    "ChannelPermutationModifier": "family gpt2 cannot be permuted",
     "MaskedGPTQModifier": "unable to find any modules to quantize",  # compressed-tensors quantizes no Conv1D
 }
 # Sparsity 0 with the fields of the line; a correction or re-pruning has nothing to work on there, and says so.

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from crepe_llm.models.tokens import check_vocabulary
+
 __all__ = ["check_tokens", "summed_loss"]
 
 Loss = Callable[[torch.Tensor], float]
@@ -48,12 +50,7 @@ def check_tokens(model: Any, windows: torch.Tensor) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and windows.shape[1] > longest:
         raise ValueError(f"the window of {windows.shape[1]} tokens exceeds the model's context of {longest}")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if windows.max() >= vocabulary:
-        raise ValueError(
-            f"token id {windows.max()} is outside the model's vocabulary of {vocabulary}: "
-            "the windows were made with another model's tokenizer"
-        )
+    check_vocabulary(model, int(windows.min()), int(windows.max()))
 
 
 def _choose(model: Any, ids: torch.Tensor) -> Loss:

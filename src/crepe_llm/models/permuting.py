@@ -7,6 +7,8 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 
+from crepe_llm.models.ffn import is_transposed
+
 __all__ = ["permute_parameters"]
 
 _KINDS = ("weight", "bias")
@@ -19,8 +21,8 @@ def permute_parameters(
 
     Args:
         modules: by name.
-        indices: by the same names, for each axis of the weight as stored which old channel stands where (int64), or
-            None for an axis that stays. A bias has the first axis.
+        indices: by the same names, for each axis of the weight (of a linear layer [d_out, d_in], however it is stored)
+            which old channel stands where (int64), or None for an axis that stays. A bias has the first axis.
     """
     with disable_onloading():
         stored = {(name, kind): getattr(modules[name], kind, None) for name in indices for kind in _KINDS}
@@ -33,7 +35,8 @@ def permute_parameters(
                     continue
                 permuted.add(id(stored[name, kind]))
                 parameter = cast(torch.Tensor, getattr(module, kind)).detach()
-                for dimension, index in zip(range(parameter.dim()), axes, strict=False):
+                stored_axes = axes[::-1] if kind == "weight" and is_transposed(module) else axes
+                for dimension, index in zip(range(parameter.dim()), stored_axes, strict=False):
                     if index is not None:
                         parameter = parameter.index_select(dimension, index.to(parameter.device))
                 update_offload_parameter(module, kind, parameter)

@@ -172,6 +172,7 @@ class SparsityAllocationModifier(LayerModifier):
         )
         self._check_contradictions()
         self._group = self._wanted_group()
+        self.take_data(state, **kwargs)
         self._find_blocks(state.model, kwargs.get("sequential_targets"))
         if self._group is None:
             # Until the blocks have theirs, so that the modifier that prunes can check its fields.
@@ -195,7 +196,8 @@ class SparsityAllocationModifier(LayerModifier):
                 f"{type(self._pruning).__name__} prunes, so each needs a calibration epoch of its own: leave out "
                 'pipeline=, or give oneshot pipeline="independent" (alphapruning and atp need no epoch)'
             )
-        self._observer = Observer(self, self._dataloader, {m: Wanted(name) for m, name in self._layers.items()})
+        wanted = {module: Wanted(name) for module, name in self._layers.items()}
+        self._observer = Observer(self, state.model, self._dataloader, wanted)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any

@@ -23,6 +23,7 @@ from crepe_llm.models import per_block
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.ffn import FFN, cut, find_ffns
 from crepe_llm.modifiers import order
+from crepe_llm.modifiers.calibration_data import calibration_data
 from crepe_llm.modifiers.layers import save_sparse
 from crepe_llm.modifiers.observe import Observer
 from crepe_llm.pruning.block_pass import Wanted, block_inputs, block_outputs
@@ -83,12 +84,7 @@ class CFSPModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the FFNs, and refuse what cannot work before any time is spent."""
         order.check(self)
-        self._dataloader = kwargs.get("calib_data")
-        if self._dataloader is None:
-            raise ValueError(
-                "CFSPModifier needs calibration data, and oneshot was given none: pass `dataset=` (a name, or a "
-                "tokenized datasets.Dataset)"
-            )
+        self._dataloader = calibration_data(self, state, **kwargs)
         self._ffns = find_ffns(state.model)
         widths = [ffn.width for ffn in self._ffns]
         kept_widths([1 - self.sparsity if self.uniform else 1.0] * len(widths), widths, self.round_to)
@@ -110,7 +106,8 @@ class CFSPModifier(Modifier):
                 f"CFSPModifier must have cut the FFNs before {type(others[0]).__name__} works on them, so each needs a "
                 'calibration epoch of its own: leave out pipeline=, or give oneshot pipeline="independent"'
             )
-        self._observer = Observer(self, self._dataloader, {ffn.output: Wanted(ffn.name) for ffn in self._ffns})
+        wanted = {ffn.output: Wanted(ffn.name) for ffn in self._ffns}
+        self._observer = Observer(self, state.model, self._dataloader, wanted)
         for block in find_blocks(state.model).values():
             self._turns[block] = BlockImportance()
             self._observer.watch_block(block, self._see_block, "forward")

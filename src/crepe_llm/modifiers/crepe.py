@@ -7,6 +7,7 @@ from compressed_tensors.utils import match_name
 from llmcompressor.core import State
 from loguru import logger
 from pydantic import (
+    BeforeValidator,
     Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
@@ -18,6 +19,7 @@ from pydantic import (
 from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
 from crepe_llm.functional.scores import check_coefficients, crepe_scores, cvr_scores, magnitude_scores
 from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.modifiers.fields import unquoted
 from crepe_llm.modifiers.pruning_pass import PruningModifier
 from crepe_llm.pruning.layer import input_channels
 from crepe_llm.pruning.steps import Mask
@@ -91,7 +93,7 @@ class CRePEModifier(PruningModifier):
     """
 
     sparsity: float | dict[str, float] | None = None
-    mask_structure: str | dict[str, str] = "0:0"
+    mask_structure: Annotated[str | dict[str, str], BeforeValidator(unquoted)] = "0:0"
     comparison_group: ComparisonGroup = "row"
     score: Literal["crepe", "cvr", "magnitude"] = "crepe"
     row: Coefficient = 1.0

@@ -1,5 +1,7 @@
 """What modifiers that work on linear layers share: which these are, and what is checked before any calibration."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, MethodType
@@ -7,13 +9,21 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.utils import match_named_modules
+from compressed_tensors.utils import match_name, match_named_modules
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
+from loguru import logger
 from pydantic import Field, PrivateAttr
+from transformers import PreTrainedModel
 
 from crepe_llm.checkpoints import attach
+from crepe_llm.models.blocks import block_of, kind_of
+from crepe_llm.models.dense_layers import dense_by_default
+from crepe_llm.models.ffn import is_transposed
 from crepe_llm.modifiers import order
+from crepe_llm.modifiers.calibration_data import calibration_data, uncalled_layers
+from crepe_llm.modifiers.experts import check_experts, restore_experts
+from crepe_llm.modifiers.fields import Patterns
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
 from crepe_llm.pruning.layer import recorded_masks
 
@@ -23,7 +33,10 @@ __all__ = ["LayerModifier", "save_sparse"]
 class LayerModifier(Modifier):
     """Base of modifiers that work on the linear layers of a model.
 
-    :param targets: layers to work on, by class name, exact name or `re:` pattern; all linear layers where left out
+    :param targets: layers to work on, by class name, exact name or `re:` pattern; all linear layers where left out.
+        Those that only a class name matches stay dense, and the log says so, where calibration does not reach them (a
+        vision tower, where all is text), and where they are output heads, routers or gates of experts, have fewer than
+        8 rows or columns, or are read without being called (dt_proj, kv_b_proj)
     :param ignore: layers to leave alone, likewise; the output head where left out
     :param uncalibrated: what to do with a layer that no calibration token reached, such as an expert that was never
         routed to: `error`, or leave it `dense`
@@ -32,12 +45,13 @@ class LayerModifier(Modifier):
     # llm-compressor chooses the pipeline by it when the recipe has been read; it is no part of a saved recipe.
     requires_calibration_data: bool = Field(default=True, exclude=True)
 
-    targets: list[str] = Field(default_factory=lambda: ["Linear", "Conv1D"])
-    ignore: list[str] = Field(default_factory=lambda: ["re:.*lm_head"])
+    targets: Patterns = Field(default_factory=lambda: ["Linear", "Conv1D"])
+    ignore: Patterns = Field(default_factory=lambda: ["re:.*lm_head"])
     uncalibrated: Uncalibrated = "error"
 
     _layers: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
     _dataloader: Any = PrivateAttr(default=None)
+    _uncalled: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _observer: Observer | None = PrivateAttr(default=None)
 
     @property
@@ -45,23 +59,34 @@ class LayerModifier(Modifier):
         """The layers that the modifier works on, with their names, once it has been initialized."""
         return MappingProxyType(self._layers)
 
+    @property
+    def uncalled(self) -> set[torch.nn.Module]:
+        """The modules that calibration will not reach, once the first modifier of the recipe has its data."""
+        found = order.first(self, LayerModifier)
+        assert isinstance(found, LayerModifier)
+        return found._uncalled
+
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         """The layers to work on, with their names."""
-        return {module: name for name, module in match_named_modules(model, self.targets, self.ignore)}
+        matched = dict(match_named_modules(model, self.targets, self.ignore))
+        dense = self._left_dense(model, matched)
+        return {module: name for name, module in matched.items() if name not in dense}
 
     def check_layer(self, name: str, module: torch.nn.Module) -> None:
         """Raise ValueError if the modifier cannot work on a layer as its fields ask; called before any calibration."""
 
+    def take_data(self, state: State, **kwargs: Any) -> None:
+        """Take the calibration data, and learn which layers it will not reach; called before the layers are found."""
+        if self._dataloader is None:
+            self._dataloader = calibration_data(self, state, **kwargs)
+            if order.first(self, LayerModifier) is self and isinstance(state.model, PreTrainedModel):
+                self._uncalled = uncalled_layers(state.model, self._dataloader)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the layers, and refuse what cannot work before any time is spent."""
         order.check(self)
-        # Not state.data.calib: that is a deep copy of the loader that the pipelines iterate.
-        self._dataloader = kwargs.get("calib_data")
-        if self._dataloader is None:
-            raise ValueError(
-                f"{type(self).__name__} needs calibration data, and oneshot was given none: pass `dataset=` "
-                "(a name, or a tokenized datasets.Dataset)"
-            )
+        self._refuse_quantized(state.model)
+        self.take_data(state, **kwargs)
         self._layers = self.find_layers(state.model)
         if not self._layers:
             classes = sorted({type(m).__name__ for m in state.model.modules() if hasattr(m, "weight")})
@@ -72,16 +97,11 @@ class LayerModifier(Modifier):
         with disable_onloading():
             tables = {id(m.weight): n for n, m in state.model.named_modules() if isinstance(m, torch.nn.Embedding)}
             for module, name in self._layers.items():
-                weight = getattr(module, "weight", None)
-                if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-                    kind = type(module).__name__
-                    raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is no linear layer")
-                if id(weight) in tables:
-                    raise ValueError(
-                        f"{name} shares its weight with the embedding {tables[id(weight)]}, which would change too: "
-                        f"add {name} to `ignore`, or load the model with tie_word_embeddings=False"
-                    )
+                self._check_weight(name, module, tables)
                 self.check_layer(name, module)
+        if order.first(self, LayerModifier) is self:
+            check_experts(state.model, [m for m in order.modifiers_after(self) if order.role_of(m) == "quantizes"])
+            self._say_what_stays_dense(state.model)
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -91,10 +111,20 @@ class LayerModifier(Modifier):
         if unseen:
             raise ValueError(
                 f"{len(unseen)} targeted layers were not part of the calibrated model, the first being {unseen[0]}: "
-                "add them to `ignore`"
+                'add them to `ignore`, or give oneshot pipeline="basic", which runs the model as a whole'
             )
         save_sparse(state.model)
         return True
+
+    def refuse_unreached(self) -> None:
+        """Raise ValueError if a target names a layer that the calibration data does not reach."""
+        names = [name for module, name in self._layers.items() if module in self.uncalled]
+        if names and self.uncalibrated == "error":
+            raise ValueError(
+                f"targets={self.targets} name {len(names)} layers that this calibration data does not reach, such as "
+                f"{names[0]}: calibrate with inputs that reach them, add them to `ignore` (such as "
+                f'"re:{re.escape(block_of(names[0]) or names[0])}.*"), or set `uncalibrated: dense`'
+            )
 
     def unseen(self) -> list[str]:
         """The names of layers whose calibration has not ended when that of the model has."""
@@ -105,11 +135,61 @@ class LayerModifier(Modifier):
         if self._observer is not None:
             self._observer.stop()
 
+    def _left_dense(self, model: torch.nn.Module, matched: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+        """Of the matched layers those that stay dense, with what they are; not those that a target names."""
+        found = {n: m for n, m in matched.items() if not any(match_name(n, target) for target in self.targets)}
+        with disable_onloading():
+            dense = dense_by_default(found, (name for name, _ in model.named_modules()))
+        unreached = "layers that this calibration data does not reach"
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        return (
+            {name: unreached for name, module in found.items() if module in self.uncalled}
+            | dense
+            | {name: "output heads" for name, module in found.items() if module is head}
+        )
+
+    def _refuse_quantized(self, model: torch.nn.Module) -> None:
+        with disable_onloading():
+            for name, module in match_named_modules(model, self.targets, self.ignore):
+                dtype = getattr(getattr(module, "weight", None), "dtype", torch.float32)
+                if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                    raise ValueError(
+                        f"the weight of {name} is {str(dtype).removeprefix('torch.')}: the model is quantized, and "
+                        "pruning starts from full precision: load the model that it was made from"
+                    )
+
+    def _check_weight(self, name: str, module: torch.nn.Module, tables: Mapping[int, str]) -> None:
+        weight, kind = getattr(module, "weight", None), type(module).__name__
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is no linear layer")
+        if id(weight) in tables:
+            raise ValueError(
+                f"{name} shares its weight with the embedding {tables[id(weight)]}, which would change too: "
+                f"add {name} to `ignore`, or load the model with tie_word_embeddings=False"
+            )
+
+    def _say_what_stays_dense(self, model: torch.nn.Module) -> None:
+        dense = self._left_dense(model, dict(match_named_modules(model, self.targets, self.ignore)))
+        for what in dict.fromkeys(dense.values()):
+            kinds = Counter(kind_of(name) for name, found in dense.items() if found == what)
+            listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+            logger.warning(f"Left dense are {what}: {listed}. To prune them, name them in `targets`")
+        for what, names in (
+            ("Conv1D layers", [name for module, name in self._layers.items() if is_transposed(module)]),
+            ("layers of experts", [name for name in self._layers.values() if ".experts." in name]),
+        ):
+            if names:
+                logger.warning(
+                    f"{len(names)} {what} such as {names[0]} are pruned along their input channels and saved dense, as "
+                    "no sparse format holds them: they will be no smaller and no faster"
+                )
+
 
 def save_sparse(model: Any, finish: Callable[[Path], None] | None = None) -> None:
-    """Make a model save its 2:4 layers as such, by the masks that were recorded with them.
+    """Make a model save its 2:4 layers as such, by the recorded masks, and its experts as they are loaded.
 
     `finish` is called on the folder when all else is in it.
     """
+    restore_experts(model)
     # Bound, so that a second call gives the same callable again.
     attach(model, masks=MethodType(recorded_masks, model), finish=finish)

@@ -1,5 +1,6 @@
 """Statistics of layers' inputs, gathered during a calibration epoch; no weight changes."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -21,18 +22,26 @@ class Observer:
     """Watches what layers are given during a calibration epoch.
 
     Padding is left out, except by experts that only some tokens are routed to: the toolkit does not name their tokens.
+    Attention masks tell it: those that the model is called with or, where a pipeline runs it in parts, those that
+    iterating the data has recorded.
 
     Args:
         owner: the modifier that the hooks belong to.
-        dataloader: what the epoch iterates; its attention masks tell padding.
+        model: the model that is calibrated.
+        dataloader: what the epoch iterates.
         wanted: the layers to watch, with what is gathered for each.
     """
 
-    def __init__(self, owner: Modifier, dataloader: Any, wanted: dict[torch.nn.Module, Wanted]) -> None:
-        self._owner, self._dataloader, self._wanted = owner, dataloader, dict(wanted)
+    def __init__(
+        self, owner: Modifier, model: torch.nn.Module, dataloader: Any, wanted: dict[torch.nn.Module, Wanted]
+    ) -> None:
+        self._owner, self._model, self._dataloader, self._wanted = owner, model, dataloader, dict(wanted)
         self._statistics: dict[torch.nn.Module, InputStatistics] = {}
+        self._running: list[torch.Tensor | None] = []  # the mask of the call of the whole model that is under way
         self._watching = True
         _start_recording(dataloader)
+        owner.register_hook(model, self._begin, "forward_pre", with_kwargs=True)  # type: ignore[arg-type]
+        owner.register_hook(model, self._end, "forward")  # type: ignore[arg-type]
         for module in wanted:
             owner.register_hook(module, self._update, "forward_pre")  # type: ignore[arg-type]
 
@@ -48,8 +57,12 @@ class Observer:
     def ended(
         self, modules: list[torch.nn.Module], uncalibrated: Uncalibrated
     ) -> Iterator[tuple[torch.nn.Module, str, InputStatistics]]:
-        """Those of these modules that are watched and usable, with names and statistics, weights on the device."""
-        for module in modules:
+        """Those of these modules that are watched and usable, with names and statistics, weights on the device.
+
+        So are layers that have been called and are not among the modules of any part of the model: pipelines do not
+        name those of an encoder that its decoder's part runs in one call.
+        """
+        for module in dict.fromkeys([*modules, *self._statistics]):
             wanted = self._wanted.pop(module, None)
             if wanted is None:
                 continue
@@ -64,6 +77,8 @@ class Observer:
 
     def batch_mask(self) -> torch.Tensor | None:
         """The attention mask of the running batch, None where nothing in it is padding."""
+        if self._running:
+            return self._running[-1]
         return self._dataloader.masks[active_session().state.current_batch_idx]
 
     @property
@@ -77,6 +92,13 @@ class Observer:
             self._watching = False
             self._owner.remove_hooks()
             _stop_recording(self._dataloader)
+
+    def _begin(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        self._running.append(_padding(given.get("attention_mask")))
+
+    def _end(self, model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._running.clear()
 
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         inputs, wanted = args[0], self._wanted[module]
@@ -113,20 +135,20 @@ def is_usable(name: str, module: torch.nn.Module, statistics: InputStatistics, u
 
 
 def _start_recording(dataloader: Any) -> None:
-    """Have a dataloader remember every batch's attention mask in `.masks`.
+    """Have a dataloader remember every batch's attention mask in `.masks`; nothing to do for a list or a tuple.
 
     Pipelines hand hooks a layer's inputs and the index of the batch, but no mask; giving the loader a subclass of its
     own class is the one way to watch its iteration that works for any loader, also with worker processes.
     """
+    if isinstance(dataloader, list | tuple):
+        return
     if not hasattr(dataloader, "recorders"):
         original = type(dataloader)
 
         def iterate(self: Any) -> Iterator[Any]:
             self.masks = []
             for batch in original.__iter__(self):
-                mask = batch.get("attention_mask") if hasattr(batch, "get") else None
-                has_padding = mask is not None and mask.dim() == 2 and not bool(mask.all())
-                self.masks.append(mask if has_padding else None)
+                self.masks.append(_padding(batch.get("attention_mask") if hasattr(batch, "get") else None))
                 yield batch
 
         dataloader.__class__ = type(f"MaskRecording{original.__name__}", (original,), {"__iter__": iterate})
@@ -136,7 +158,16 @@ def _start_recording(dataloader: Any) -> None:
 
 def _stop_recording(dataloader: Any) -> None:
     """Undo :func:`_start_recording`, once for each time that it was called."""
+    if isinstance(dataloader, list | tuple):
+        return
     dataloader.recorders -= 1
     if dataloader.recorders == 0:
         dataloader.__class__ = type(dataloader).__bases__[0]
-        del dataloader.recorders, dataloader.masks
+        vars(dataloader).pop("masks", None)
+        del dataloader.recorders
+
+
+def _padding(mask: Any) -> torch.Tensor | None:
+    """An attention mask [batch, length] that has padding, else None."""
+    is_one = isinstance(mask, torch.Tensor) and mask.dim() == 2
+    return mask if is_one and not bool(mask.all()) else None

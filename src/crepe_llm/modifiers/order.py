@@ -8,7 +8,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 
-__all__ = ["check", "markdown_table", "modifiers_after", "modifiers_before", "role_of"]
+__all__ = ["check", "first", "markdown_table", "modifiers_after", "modifiers_before", "role_of"]
 
 Role = Literal["cuts", "searches", "allocates", "permutes", "prunes", "re-prunes", "refits", "quantizes", "saves"]
 
@@ -122,6 +122,13 @@ def modifiers_before(modifier: Modifier) -> list[Modifier]:
 def modifiers_after(modifier: Modifier) -> list[Modifier]:
     """The modifiers after this one in the recipe that is being applied, in order."""
     return _around(modifier)[1]
+
+
+def first(modifier: Modifier, kind: type[Modifier] = Modifier) -> Modifier:
+    """The first modifier of this package and of a kind in the recipe that is being applied, or this one outside it."""
+    modifiers = active_session().lifecycle.recipe.modifiers
+    ours = [other for other in modifiers if isinstance(other, kind) and _place_of(other) is not None]
+    return ours[0] if any(other is modifier for other in ours) else modifier
 
 
 def check(modifier: Modifier) -> None:

@@ -4,6 +4,7 @@ import time
 from typing import Any, cast
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device
 from llmcompressor.core import Event, State, active_session
 from loguru import logger
@@ -12,7 +13,6 @@ from tqdm import tqdm
 
 from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.blocks import block_of
 from crepe_llm.models.channels import AXES, module_axes
 from crepe_llm.models.permuting import permute_parameters
 from crepe_llm.modifiers import order
@@ -64,7 +64,8 @@ class ChannelPermutationModifier(LayerModifier):
     Lifecycle:
 
     - on_initialize
-        - find the CRePEModifier and its layers; refuse other orders of the recipe and unknown families of models
+        - find the CRePEModifier and its layers; refuse other orders of the recipe
+        - where it is unknown which modules of the model share channels, say so and do nothing from here on
     - on_calibration_start
         - watch the layers' inputs
     - on_sequential_epoch_end
@@ -117,13 +118,18 @@ class ChannelPermutationModifier(LayerModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         order.check(self)
         self._crepe = next(m for m in order.modifiers_after(self) if isinstance(m, CRePEModifier))
+        super().on_initialize(state, **kwargs)
         config = state.model.config
         names = [name for name, _ in state.model.named_parameters(remove_duplicate=False)]
-        self._axes = module_axes(config.model_type, names)
+        try:
+            self._axes = module_axes(config.model_type, names)
+        except ValueError as error:
+            logger.warning(f"ChannelPermutationModifier does nothing, and the recipe goes on without it: {error}")
+            self.requires_calibration_data, self._layers = False, {}
+            return True
         self._modules = {name: state.model.get_submodule(name) for name in self._axes}
-        self._heads = config.num_key_value_heads
-        self._repeat = config.num_attention_heads // config.num_key_value_heads
-        super().on_initialize(state, **kwargs)
+        self._heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._repeat = config.num_attention_heads // self._heads
         for name in self._layers.values():
             axis = self._axes[name][-1]
             if axis is not None and getattr(self, axis):
@@ -140,6 +146,8 @@ class ChannelPermutationModifier(LayerModifier):
         return self._crepe.find_layers(model)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        if not self._axes:
+            return
         if active_session().lifecycle.recipe.modifiers != [self]:
             raise ValueError(
                 "ChannelPermutationModifier must have permuted the model before the modifiers after it look at it, so "
@@ -147,17 +155,21 @@ class ChannelPermutationModifier(LayerModifier):
             )
         for site in self._sites:
             self._structure(site)
-        self._observer = Observer(self, self._dataloader, {m: Wanted(name) for m, name in self._layers.items()})
+        wanted = {module: Wanted(name) for module, name in self._layers.items()}
+        self._observer = Observer(self, state.model, self._dataloader, wanted)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
         """Keep the statistics; the layers stay as they are until those of all are known."""
-        assert self._observer is not None
+        if self._observer is None:
+            return
         for _, name, statistics in self._observer.ended(modules, self._crepe.uncalibrated):
             self._inputs[name] = statistics
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        if self._observer is None:
+            return
         self.stop_watching()
         started = time.perf_counter()
         orders = self._search()
@@ -203,9 +215,11 @@ class ChannelPermutationModifier(LayerModifier):
             # Only inputs hold heads more than once.
             repeats = [self._head_counts(axis)[1] if place else 1 for place, axis in enumerate(axes)]
             if any(each is not None for each in found):
+                with disable_onloading():
+                    sizes = weight_matrix(self._modules[name]).shape
                 indices[name] = tuple(
-                    None if each is None else channel_index(each, repeat)
-                    for each, repeat in zip(found, repeats, strict=True)
+                    None if each is None else _as_often_as_held(channel_index(each, repeat), size)
+                    for each, repeat, size in zip(found, repeats, sizes, strict=True)
                 )
         permute_parameters(self._modules, indices)
         self._crepe.score_in_original_order({name: (i[0], i[1]) for name, i in indices.items() if len(i) == 2})
@@ -258,5 +272,16 @@ class ChannelPermutationModifier(LayerModifier):
 
 
 def _site(module: str, axis: str) -> str:
-    """The name of the channels that a module shares on an axis."""
-    return axis if axis == "residual" else f"{block_of(module)}.{axis}"
+    """The name of the channels that a module shares on an axis: with its block, or with its expert alone."""
+    within = ".".join(module.split(".")[: _last_number(module) + 1])
+    return axis if axis == "residual" else f"{within}.{axis}"
+
+
+def _last_number(name: str) -> int:
+    return max((place for place, part in enumerate(name.split(".")) if part.isdecimal()), default=-1)
+
+
+def _as_often_as_held(index: torch.Tensor, size: int) -> torch.Tensor:
+    """The order of an axis that holds the channels several times, one set after the other."""
+    width = len(index)
+    return torch.cat([index + start for start in range(0, size, width)])

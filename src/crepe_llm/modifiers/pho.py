@@ -26,6 +26,7 @@ from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.losses import summed_loss
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.fields import MaskStructure
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
 from crepe_llm.pruning.block_pass import Wanted
@@ -118,7 +119,7 @@ class PHOSearchModifier(LayerModifier):
     verify: bool = False
     finalists: int = Field(default=8, gt=0)
     found: dict[str, float] | None = None
-    mask_structure: str | None = None
+    mask_structure: MaskStructure | None = None
     sparsity: float | None = None
     comparison_group: ComparisonGroup | None = None
     uncalibrated: Uncalibrated = "dense"
@@ -199,7 +200,7 @@ class PHOSearchModifier(LayerModifier):
             )
         gram = PROXIES[self.proxy].needs_gram
         wanted = {module: Wanted(name, gram and name in self._sampled) for module, name in self._layers.items()}
-        self._observer = Observer(self, self._dataloader, wanted)
+        self._observer = Observer(self, state.model, self._dataloader, wanted)
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         return super().find_layers(model) if self._crepe is None else self._crepe.find_layers(model)

@@ -9,6 +9,7 @@ from compressed_tensors.utils import align_module_device
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from pydantic import PrivateAttr
+from transformers.cache_utils import Cache
 
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.modifiers import order
@@ -54,6 +55,7 @@ class PruningModifier(LayerModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)
+        self.refuse_unreached()
         self._pass = self._shared_pass() or PruningPass(self, self._dataloader)
         self._pass.add(self)
         self.requires_calibration_data = self._pass.leader is self
@@ -152,7 +154,7 @@ class PruningPass:
             for layers in self._blocks.values():
                 for module in layers:
                     del watched[module]
-        self._observer = Observer(self.leader, self._dataloader, {m: self._wanted(m) for m in watched})
+        self._observer = Observer(self.leader, model, self._dataloader, {m: self._wanted(m) for m in watched})
         for block in self._blocks:
             self._observer.watch_block(block, self._capture, "forward_pre")
 
@@ -162,6 +164,7 @@ class PruningPass:
         for module, name, statistics in self._observer.ended(modules, self.leader.uncalibrated):
             dense = weight_matrix(module).detach()
             self._prune_layer(Layer(name, module, dense, statistics, dense))
+            self._left.pop(module, None)
         in_blocks = {module for layers in self._blocks.values() for module in layers}
         for module in modules:
             if module not in in_blocks:
@@ -208,6 +211,8 @@ class PruningPass:
     def _capture(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._observer is not None
         batches = self._captured.setdefault(block, [])
+        # A cache would grow with every run of the block.
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         batch = Batch(send_to_device(args, "cpu"), send_to_device(kwargs, "cpu"), self._observer.batch_mask())
         batches.append(batch.sharing_with(batches[-1]) if batches else batch)
 

@@ -1,0 +1,132 @@
+"""Calibration data: what a modifier is given, and what can be known to fail before any time is spent."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pyarrow.compute
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.utils import get_execution_device
+from datasets import Dataset
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from llmcompressor.utils import calibration_forward_context
+from loguru import logger
+
+from crepe_llm.models.generation import repair_generation_config
+from crepe_llm.models.tokens import check_positions, check_vocabulary
+from crepe_llm.modifiers import order
+
+__all__ = ["TEXT", "calibration_data", "refuse_several_processes", "token_lengths", "uncalled_layers"]
+
+# What batches of text alone may have.
+TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "loss_mask"}
+# Enough for every layer to be called, whatever the text.
+_FIRST_TOKENS = 8
+
+
+def calibration_data(modifier: Modifier, state: State, **kwargs: Any) -> Any:
+    """The data that the calibration will iterate; the first modifier of this package in a recipe checks it.
+
+    Raises:
+        ValueError: if there is none, the job has several processes, the model cannot take these tokens, or
+            transformers would refuse to save it.
+    """
+    refuse_several_processes()
+    # Not state.data.calib if there is another: that is a deep copy of the loader that the pipelines iterate.
+    data = kwargs.get("calib_data")
+    data = state.data.calib if data is None else data
+    if data is None:
+        raise ValueError(
+            f"{type(modifier).__name__} needs calibration data, and was given none: pass `dataset=` to oneshot (a "
+            "name, or a tokenized datasets.Dataset), or `calib_data=` to state.update"
+        )
+    if order.first(modifier) is modifier and hasattr(state.model, "get_decoder"):
+        changes = repair_generation_config(state.model)
+        if changes:
+            logger.warning(
+                f"generation_config.json is one that transformers loads but refuses to save; it is saved with {changes}"
+            )
+        _check_tokens(state.model, data)
+    return data
+
+
+def token_lengths(dataset: Dataset) -> torch.Tensor:
+    """How many tokens each row of a tokenized data set has, int64 [rows]."""
+    return torch.tensor(pyarrow.compute.list_value_length(_ids_column(dataset)).to_pylist(), dtype=torch.int64)
+
+
+@torch.no_grad()
+def uncalled_layers(model: torch.nn.Module, data: Any) -> set[torch.nn.Module]:
+    """The modules with weight matrices that calibration will not reach, such as a vision tower's where all is text.
+
+    Found by running the first few tokens. Experts are left out of account, as these tokens may be routed to others.
+    """
+    with disable_onloading():
+        matrices = {module for name, module in model.named_modules() if _has_matrix(module) and ".experts." not in name}
+    uncalled = set(matrices)
+    handles = [m.register_forward_pre_hook(lambda module, args: uncalled.discard(module)) for m in matrices]
+    with torch.random.fork_rng(devices=[]):
+        batch = dict(next(iter(data), {}))
+    if not batch:
+        raise ValueError("the calibration data has no batch")
+    if batch.keys() <= TEXT:
+        batch = {name: value[:1, :_FIRST_TOKENS] if value.dim() == 2 else value for name, value in batch.items()}
+    try:
+        with calibration_forward_context(model), HooksMixin.disable_hooks():
+            model(**cast(dict[str, Any], tensors_to_device(batch, get_execution_device(model))))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return uncalled
+
+
+def _has_matrix(module: torch.nn.Module) -> bool:
+    shape = getattr(module._parameters.get("weight"), "shape", ())
+    return len(shape) == 2 and not isinstance(module, torch.nn.Embedding)
+
+
+def refuse_several_processes() -> None:
+    """Raise ValueError in a job of several processes, such as torchrun starts."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if distributed else int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1:
+        raise ValueError(
+            f"this job has {processes} processes, and each would prune by its own share of the calibration data: "
+            "start it without torchrun; one process uses all GPUs that device_map gives it"
+        )
+
+
+def _check_tokens(model: Any, data: Any) -> None:
+    """Raise ValueError if calibration data, where it is text, is more than the model can be given."""
+    with torch.random.fork_rng(devices=[]):
+        found = list(_extents(data))
+    if found:
+        lengths, lowest, highest = zip(*found, strict=True)
+        check_positions(model, max(lengths))
+        check_vocabulary(model, min(lowest), max(highest))
+
+
+def _extents(data: Any) -> Iterator[tuple[int, int, int]]:
+    """Length, lowest and highest token id of batches of text; of a data set those of all rows, as any may be drawn."""
+    dataset = getattr(data, "dataset", None)
+    if not isinstance(dataset, Dataset) or not set(dataset.column_names) <= TEXT:
+        for batch in data:
+            ids = batch.get("input_ids") if hasattr(batch, "keys") and batch.keys() <= TEXT else None
+            if ids is not None and ids.numel():
+                yield ids.shape[-1], int(ids.min()), int(ids.max())
+        return
+    column = _ids_column(dataset)
+    length = getattr(data.collate_fn, "max_seq_length", None)
+    if length is not None:
+        column = pyarrow.compute.list_slice(column, 0, length)
+    ids = pyarrow.compute.min_max(pyarrow.compute.list_flatten(column)).as_py()
+    if ids["min"] is not None:
+        yield pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py(), ids["min"], ids["max"]
+
+
+def _ids_column(dataset: Dataset) -> Any:
+    return dataset.with_format("arrow")[:]["input_ids"]

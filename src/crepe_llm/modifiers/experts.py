@@ -1,0 +1,122 @@
+"""Mixtures of experts: oneshot takes experts apart into linear layers, and these are saved as transformers reads them.
+
+What transformers reads, vLLM reads, too. A family whose checkpoints hold one matrix an expert (Mixtral's w1, w2, w3)
+is saved under those names; in all others (GraniteMoE, GPT-OSS, Llama 4) the experts are put together again.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from compressed_tensors.utils import match_named_modules, patch_attr
+from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_linearized_moes
+from loguru import logger
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
+
+__all__ = ["check_experts", "restore_experts"]
+
+# How a checkpoint's matrix of each expert is written in transformers' table, and which of our layers are in it.
+_EACH = re.compile(r"experts\.?\*\.(\w+)\.weight$")
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+
+
+def check_experts(model: Any, quantizing: list[Any]) -> None:
+    """Raise ValueError if experts that oneshot has taken apart cannot be saved such that transformers reads them.
+
+    Args:
+        model: in oneshot's hands.
+        quantizing: the modifiers of the recipe that quantize.
+    """
+    apart = _taken_apart(model)
+    if not apart or _with_own_names(model) is not None:
+        return
+    name, experts = apart[0]
+    again = type(experts).from_experts_module(_together(experts), cast(Any, experts._source_config))
+    same = all(torch.equal(one, other) for one, other in zip(experts.parameters(), again.parameters(), strict=True))
+    if not same:
+        raise ValueError(
+            f"the experts {name} of {type(model).__name__} cannot be put together again as transformers reads them, so "
+            "this model cannot be pruned in oneshot"
+        )
+    for modifier in quantizing:
+        matched = match_named_modules(model, modifier.resolved_targets, modifier.ignore)
+        if any(f"{prefix}." in layer for layer, _ in matched for prefix, _ in apart):
+            raise ValueError(
+                f"{type(modifier).__name__} would quantize the experts of {type(model).__name__}, which transformers "
+                f'reads in full precision only: add "re:.*experts.*" to its `ignore`'
+            )
+
+
+def restore_experts(model: Any) -> None:
+    """Have experts that oneshot has taken apart saved as transformers reads them. Idempotent."""
+    apart = _taken_apart(model)
+    own = _with_own_names(model) if apart else None
+    if own is not None:
+        model._weight_conversions = own
+        return
+    for name, experts in apart:
+        if any(hasattr(module, "quantization_scheme") for module in experts.modules()):
+            logger.warning(f"{name} is quantized and stays taken apart: transformers will not read it")
+            continue
+        model.set_submodule(name, _together(experts))
+
+
+def _taken_apart(model: Any) -> list[tuple[str, LinearExperts2D]]:
+    """Experts that oneshot took apart; those that were loaded so have their names already."""
+    return [(name, one) for name, one in get_linearized_moes(model) if hasattr(one, "_source_experts_cls")]
+
+
+def _together(experts: LinearExperts2D) -> Any:
+    kind = type(experts[0])
+    if experts.is_concatenated or not isinstance(experts[0], ExpertMLPWithGate):
+        return experts.to_experts_module()
+    # llm-compressor takes interleaved gates apart, but puts them together as halves.
+    with patch_attr(kind, "copy_to_experts_module", _interleave(experts.is_transposed)):
+        return experts.to_experts_module()
+
+
+def _interleave(transposed: bool) -> Callable[[ExpertMLPWithGate, Any, int], None]:
+    def copy_to(self: ExpertMLPWithGate, experts: Any, index: int) -> None:
+        gate_up = torch.stack([self.gate_proj.weight, self.up_proj.weight], 1).flatten(0, 1)
+        experts.gate_up_proj[index].copy_(gate_up.T if transposed else gate_up)
+        experts.down_proj[index].copy_(self.down_proj.weight.T if transposed else self.down_proj.weight)
+        if experts.has_bias:
+            experts.gate_up_proj_bias[index].copy_(torch.stack([self.gate_proj.bias, self.up_proj.bias], 1).flatten())
+            experts.down_proj_bias[index].copy_(self.down_proj.bias)
+
+    return copy_to
+
+
+def _with_own_names(model: Any) -> list[WeightTransform] | None:
+    """The model's conversions, with names for each expert's layers in the place of those that merge experts.
+
+    None if its checkpoints do not hold each expert by itself.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    named = [_names_of(conversion) for conversion in conversions]
+    if all(names is None for names in named):
+        return None
+    pairs = zip(conversions, named, strict=True)
+    return [new for conversion, names in pairs for new in ([conversion] if names is None else names)]
+
+
+def _names_of(conversion: WeightTransform) -> list[WeightTransform] | None:
+    """Renamings of each expert's layers for a conversion that merges them; None for any other."""
+    if not isinstance(conversion, WeightConverter):
+        return None
+    stored = [_EACH.search(source) for source in conversion._original_source_patterns]
+    parts = _PARTS.get(conversion._original_target_patterns[0].rpartition(".")[2], ())
+    if len(stored) != len(parts) or not all(stored):
+        return None
+    renamings: list[WeightTransform] = []
+    for match, part in zip(stored, parts, strict=True):
+        assert match is not None
+        renaming = WeightRenaming(rf"\.experts\.(\d+)\.{match[1]}\.", rf".experts.\1.{part}.")
+        renaming.scope_prefix, renaming.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+        renamings.append(renaming)
+    return renamings

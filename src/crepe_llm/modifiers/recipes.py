@@ -1,0 +1,123 @@
+"""Reading recipes, such that whatever is wrong with one is said in a line that names the place and the cure."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from llmcompressor.modifiers import ModifierFactory
+from llmcompressor.recipe import Recipe
+from llmcompressor.recipe.utils import filter_dict
+from pydantic import ValidationError
+
+from crepe_llm.recipe_files import recipe_path
+
+__all__ = ["read_recipe"]
+
+_PLACE = (
+    "modifiers go under `NAME_stage:` and `NAME_modifiers:`, as in the recipe that `crepe recipes crepe_2of4` prints"
+)
+
+
+def read_recipe(recipe: Any, stage: str | None = None) -> Recipe:
+    """A recipe as llm-compressor reads it, from a shipped recipe's name, too.
+
+    Args:
+        recipe: a shipped recipe's name, a file, YAML or JSON text, or what else llm-compressor takes.
+        stage: take only the stages whose names begin so.
+
+    Raises:
+        ValueError: it is none of these, or something in it is wrong.
+    """
+    if not isinstance(recipe, str | Path):
+        return Recipe.create_instance(recipe, target_stage=stage)
+    text, source = str(recipe), "the recipe"
+    if Path(text).suffix == ".md":
+        return Recipe.create_instance(text, target_stage=stage)
+    if os.path.isfile(text) or not any(mark in text for mark in "\n:"):
+        path = recipe_path(text)
+        text, source = path.read_text(encoding="utf-8"), str(path)
+    content = _parse(text, source)
+    _check(content, source)
+    try:
+        return Recipe.from_dict(filter_dict(content, target_stage=stage))
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_plain(error)}") from error
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"{source}{place} is no YAML: {problem}; look at the indentation and the quotes") from error
+    if content is None:
+        raise ValueError(f"{source} is empty: {_PLACE}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} is no mapping but {type(content).__name__} {str(content)[:60]!r}: {_PLACE}")
+    return content
+
+
+def _check(content: dict[str, Any], source: str) -> None:
+    """Raise ValueError if modifiers are missing or unknown; a modifier without fields gets none."""
+    groups = [
+        group
+        for stage, inside in content.items()
+        if str(stage).endswith("_stage") and isinstance(inside, dict)
+        for name, group in inside.items()
+        if str(name).endswith("_modifiers") and isinstance(group, dict)
+    ]
+    if not any(groups):
+        raise ValueError(f"{source} names no modifiers: {_PLACE}")
+    known = _known()
+    for group in groups:
+        for name, fields in group.items():
+            if name not in known:
+                raise ValueError(f"{source}: {_why_unknown(str(name), group, known)}")
+            if fields is None:
+                group[name] = {}
+            elif not isinstance(fields, dict):
+                raise ValueError(f"{source}: {name} has {fields!r} where its fields go, such as `targets: [Linear]`")
+
+
+def _known() -> dict[str, Any]:
+    if not ModifierFactory._loaded:
+        ModifierFactory.refresh()
+    return (
+        ModifierFactory._main_registry | ModifierFactory._experimental_registry | ModifierFactory._registered_registry
+    )
+
+
+def _why_unknown(name: str, group: dict[str, Any], known: dict[str, Any]) -> str:
+    for modifier in group:
+        if modifier in known and name in known[modifier].model_fields:
+            return f"{name} stands beside {modifier}, and is a field of it: indent it further than {modifier}"
+    return f"no modifier is called {name}{_nearest(name, known)}"
+
+
+def _nearest(name: str, known: Any) -> str:
+    of_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), of_lower, n=1)
+    return f": did you mean {of_lower[close[0]]}?" if close else f"; there are {', '.join(sorted(known))}"
+
+
+def _plain(error: ValidationError) -> str:
+    """What pydantic found, the first for each field."""
+    said: dict[str, str] = {}
+    for found in error.errors():
+        field = str(found["loc"][0]) if found["loc"] else ""
+        said.setdefault(field, _problem(error.title, field, found))
+    return "; ".join(said.values())
+
+
+def _problem(modifier: str, field: str, found: Any) -> str:
+    message = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "extra_forbidden":
+        kind = _known().get(modifier)
+        return f"{modifier} has no field {field}{_nearest(field, kind.model_fields if kind else {})}"
+    if found["type"] == "missing":
+        return f"{modifier} needs the field {field}"
+    return f"{modifier}: {field}={found['input']!r}: {message}" if field and field not in message else message

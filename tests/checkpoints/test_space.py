@@ -1,0 +1,21 @@
+import pytest
+
+from crepe_llm.checkpoints.space import check_destination
+
+
+def test_places_that_can_be_written(tmp_path):
+    check_destination(tmp_path, 1000)
+    check_destination(tmp_path / "new" / "newer", 1000)
+
+
+def test_places_that_cannot(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        check_destination(tmp_path / "file", 1000)
+    with pytest.raises(OSError, match=r"GB free, and saving this model takes up to 1000012\.00 GB"):
+        check_destination(tmp_path / "new", 10**15)
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        check_destination(tmp_path / "file" / "new", 1000)
+    with pytest.raises(OSError, match=r"/proc/crepe/new cannot be written \("):
+        check_destination("/proc/crepe/new", 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,41 @@
+import pytest
+import transformers
+
+from crepe_llm.models.tokens import check_positions, check_vocabulary, learned_positions
+from tiny_models import configs
+
+
+def model_of(config):
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(("family", "positions"), [("opt", 64), ("gpt2", 64), ("llama", None), ("gemma3", None)])
+def test_learned_positions(family, positions):
+    assert learned_positions(model_of(configs()[family]())) == positions
+
+
+def test_as_many_positions_as_a_model_runs_on():
+    import torch
+
+    bart = transformers.BartConfig(
+        vocab_size=96, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=32,
+        max_position_embeddings=40, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    for config in (bart, configs()["opt"](), configs()["gpt2"]()):
+        model = model_of(config)
+        positions = learned_positions(model)
+        model(input_ids=torch.full((1, positions), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, positions + 1), 5))
+
+
+def test_refusals_name_the_numbers():
+    model = model_of(configs()["gpt2"]())
+    check_positions(model, 64)
+    check_vocabulary(model, 0, 95)
+    with pytest.raises(ValueError, match=r"sequences of 65 tokens.*64 positions.*max_seq_length=64"):
+        check_positions(model, 65)
+    with pytest.raises(ValueError, match=r"token id 96 is outside the model's vocabulary of 96"):
+        check_vocabulary(model, 0, 96)
+    with pytest.raises(ValueError, match=r"token id -1 is outside"):
+        check_vocabulary(model, -1, 5)

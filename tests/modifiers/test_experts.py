@@ -1,0 +1,104 @@
+"""Mixtures of experts after oneshot: what is saved is what transformers reads, whatever oneshot makes of experts."""
+
+import json
+
+import pytest
+import torch
+import transformers as t
+from llmcompressor.modifiers.pruning import WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from safetensors.torch import load_file
+
+from crepe_llm.modifiers import SparseCheckpointModifier
+from crepe_llm.modifiers.experts import check_experts
+from modifier_helpers import SMALL, crepe, load, run, save
+
+TWO = {"num_experts_per_tok": 2}
+MODELS = {
+    "mixtral": (t.MixtralConfig, {"num_local_experts": 4, "sliding_window": None}),
+    "phimoe": (t.PhimoeConfig, {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2_moe": (
+        t.Qwen2MoeConfig,
+        {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
+    "qwen3_moe": (t.Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}),
+    "olmoe": (t.OlmoeConfig, {"num_experts": 4}),
+    "granitemoe": (t.GraniteMoeConfig, {"num_local_experts": 4}),
+    "gpt_oss": (t.GptOssConfig, {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
+}
+STORED = {
+    "mixtral": "model.layers.0.block_sparse_moe.experts.1.w1.weight",
+    "phimoe": "model.layers.0.block_sparse_moe.experts.1.w1.weight",
+    "qwen2_moe": "model.layers.0.mlp.experts.1.gate_proj.weight",
+    "qwen3_moe": "model.layers.0.mlp.experts.1.gate_proj.weight",
+    "olmoe": "model.layers.0.mlp.experts.1.gate_proj.weight",
+    "granitemoe": "model.layers.0.block_sparse_moe.input_linear.weight",
+    "gpt_oss": "model.layers.0.mlp.experts.gate_up_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tiny_model_folder, tmp_path_factory):
+    folders = {}
+
+    def make(family):
+        if family not in folders:
+            torch.manual_seed(0)
+            kind, fields = MODELS[family]
+            config = kind(**{**SMALL, "initializer_range": 0.1, **TWO, **fields})
+            model = t.AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                for parameter in model.parameters():  # biases, too
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            folders[family] = save(model, tmp_path_factory.mktemp(family), tiny_model_folder("llama"))
+        return folders[family]
+
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[5, 7, 50, 60, 33]])).logits
+
+
+RECIPES = {
+    "crepe": lambda: [crepe()],
+    "wanda": lambda: [WandaPruningModifier(sparsity=0.5, mask_structure="2:4"), SparseCheckpointModifier()],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", MODELS)
+def test_experts_are_read_back(family, recipe, folder_of, calibration_data, tmp_path):
+    if recipe == "wanda" and family not in ("mixtral", "gpt_oss"):
+        pytest.skip("two families show it")
+    model = run(load(folder_of(family)), RECIPES[recipe](), calibration_data, output_dir=str(tmp_path / "out"))
+    wanted = logits(model)
+    assert float((wanted - logits(load(folder_of(family)))).abs().max()) > 1e-3, "nothing was pruned"
+    again, info = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(logits(again), wanted, rtol=1e-5, atol=1e-6)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert STORED[family] in stored
+    # Of each expert, two of four weights are gone, in whatever form it is stored.
+    assert float((stored[STORED[family]] == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+def test_families_that_store_whole_experts_refuse_to_quantize_them(folder_of, calibration_data, tmp_path):
+    recipe = [crepe(), QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=["lm_head"])]
+    with pytest.raises(ValueError, match=r'quantize the experts of GptOssForCausalLM.*"re:\.\*experts\.\*"'):
+        run(load(folder_of("gpt_oss")), recipe, calibration_data)
+    recipe[1] = QuantizationModifier(
+        targets=["Linear"], scheme="W8A8", ignore=["lm_head", "re:.*experts.*", "re:.*router.*"]
+    )
+    recipe[0] = crepe()
+    out = tmp_path / "out"
+    model = run(load(folder_of("gpt_oss")), recipe, calibration_data, output_dir=str(out))
+    assert torch.isfinite(logits(model)).all()
+    _, info = t.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_model_without_experts_passes(tiny_model_folder):
+    check_experts(load(tiny_model_folder("llama")), [])

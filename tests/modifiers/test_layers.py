@@ -1,0 +1,236 @@
+"""Which layers modifiers work on: those that stay dense by default, those that calibration does not reach."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as t
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.core import Event, EventType, State
+from torch.utils.data import DataLoader
+
+from crepe_llm.modifiers import ADMMModifier, CFSPModifier, ChannelPermutationModifier, CRePEModifier
+from modifier_helpers import SMALL, crepe, linears, load, run, save
+from tiny_models import VOCABULARY
+
+
+def words(folder):
+    return t.AutoTokenizer.from_pretrained(folder)
+
+
+def pruned(module):
+    return float((module.weight == 0).float().mean()) > 0.4
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tiny_model_folder, tmp_path_factory):
+    """A Gemma 3 that sees: a vision tower, a projector and a language model."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = t.Gemma3Config(
+        text_config={**SMALL, "head_dim": 8, "sliding_window": 8, "layer_types": kinds},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, image_token_index=90, boi_token_index=91, eoi_token_index=92,
+    )  # fmt: skip
+    model = t.Gemma3ForConditionalGeneration(config)
+    return save(model, tmp_path_factory.mktemp("vision"), tiny_model_folder("llama"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pipeline"),
+    [("crepe_2of4", "independent"), ("crepe_2of4", "basic"), ("crepe_2of4_best", "independent")],
+)
+def test_text_prunes_the_language_model_and_leaves_the_vision_tower(
+    recipe, pipeline, vision_folder, calibration_data, messages
+):
+    dense = load(vision_folder)
+    model = run(load(vision_folder), recipe, calibration_data, pipeline=pipeline, processor=words(vision_folder))
+    for name, module in linears(model).items():
+        assert pruned(module) == ("language_model" in name), name
+        if "language_model" not in name:
+            assert torch.equal(module.weight, dense.get_submodule(name).weight)
+    (line,) = [line for line in messages if "does not reach" in line]
+    assert "1 x model.vision_tower.encoder.layers.*.mlp.fc1" in line and "targets" in line
+
+
+def test_a_vision_tower_that_targets_name_is_refused_before_calibration(vision_folder, calibration_data, messages):
+    model = load(vision_folder)
+    recipe = [crepe(targets=["re:.*vision_tower.*proj", "re:.*language_model.*proj"])]
+    with pytest.raises(ValueError, match=r'does not reach, such as model\.vision_tower.*`ignore` \(such as "re:'):
+        run(model, recipe, calibration_data, processor=words(vision_folder))
+    assert not any(pruned(module) for module in linears(model).values())
+
+
+def whisper():
+    return t.WhisperForConditionalGeneration(
+        t.WhisperConfig(
+            vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=16,
+            max_target_positions=32, decoder_start_token_id=2, pad_token_id=2, bos_token_id=0, eos_token_id=1,
+            suppress_tokens=None, begin_suppress_tokens=None,
+        )
+    )  # fmt: skip
+
+
+def t5():
+    return t.T5ForConditionalGeneration(
+        t.T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4,
+            decoder_start_token_id=2, pad_token_id=2, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [whisper, t5])
+@pytest.mark.parametrize("second", [[], [ADMMModifier]])
+def test_encoders_are_pruned_with_their_decoders(make, second, tiny_model_folder, tmp_path):
+    torch.manual_seed(0)
+    model = make()
+    folder = save(model, tmp_path / "model", tiny_model_folder("llama"))
+    ids = torch.randint(3, 90, (8, 12), generator=torch.Generator().manual_seed(0))
+    columns = {"input_ids": ids.tolist(), "decoder_input_ids": ids.flip(0).tolist()}
+    if make is whisper:
+        columns["input_features"] = torch.randn(8, 8, 32).tolist()
+    names = ["input_features", "decoder_input_ids"] if make is whisper else ["input_ids", "decoder_input_ids"]
+    model = type(model).from_pretrained(folder)
+    oneshot(
+        model=model,
+        processor=words(folder),
+        recipe=[crepe(ignore=["re:.*(lm_head|proj_out)"]), *(kind() for kind in second)],
+        dataset=Dataset.from_dict(columns),
+        data_collator=lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in names},
+        num_calibration_samples=8,
+    )
+    layers = {n: m for n, m in linears(model).items() if "proj_out" not in n}
+    assert sum(".encoder." in f".{name}" for name in layers) == 12
+    assert all(pruned(module) for module in layers.values())
+
+
+def test_routers_gates_and_narrow_layers_stay_dense(tiny_model_folder, calibration_data, tmp_path, messages):
+    torch.manual_seed(0)
+    config = t.Qwen2MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    )
+    folder = save(t.Qwen2MoeForCausalLM(config), tmp_path / "model", tiny_model_folder("llama"))
+    model = run(load(folder), "crepe_2of4", calibration_data)
+    gates = [module for name, module in linears(model).items() if name.endswith("shared_expert_gate")]
+    assert len(gates) == 2 and not any(map(pruned, gates))
+    assert all(pruned(m) for n, m in linears(model).items() if not n.endswith("shared_expert_gate"))
+    (line,) = [line for line in messages if "Left dense are routers and gates" in line]
+    assert "2 x model.layers.*.mlp.shared_expert_gate" in line
+    named = run(load(folder), [crepe(targets=["Linear", "re:.*shared_expert_gate"])], calibration_data)
+    assert all(pruned(m) for n, m in linears(named).items())
+
+
+def test_weights_that_mamba_reads_stay_dense(tiny_model_folder, calibration_data, tmp_path, messages):
+    torch.manual_seed(0)
+    config = t.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=8)
+    folder = save(t.MambaForCausalLM(config), tmp_path / "model", tiny_model_folder("llama"))
+    rows = calibration_data.select_columns(["input_ids"])
+    model = run(load(folder), "crepe_2of4", rows)
+    for name, module in linears(model).items():
+        assert pruned(module) == (not name.endswith("dt_proj")), name
+    assert any("read directly" in line and "dt_proj" in line for line in messages)
+
+
+def test_conv1d_is_said_to_be_saved_dense(tiny_model_folder, calibration_data, messages):
+    run(load(tiny_model_folder("gpt2")), [crepe(), ADMMModifier()], calibration_data)
+    assert sum("8 Conv1D layers such as transformer.h.0.attn.c_attn" in line for line in messages) == 1
+
+
+@pytest.mark.parametrize("targets", ["Linear", ["Linear"], "re:.*_proj"])
+def test_targets_may_be_one_text(targets, tiny_model_folder, calibration_data):
+    model = run(load(tiny_model_folder("llama")), [crepe(targets=targets, ignore="lm_head")], calibration_data)
+    assert all(pruned(module) for module in linears(model).values())
+
+
+@pytest.mark.parametrize("kind", [CRePEModifier, CFSPModifier, ChannelPermutationModifier])
+def test_several_processes_are_refused(kind, tiny_model_folder, calibration_data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fields = {"sparsity": 0.25} if kind is CFSPModifier else {}
+    recipe = [kind(**{"mask_structure": "2:4"} if kind is CRePEModifier else fields), crepe()]
+    with pytest.raises(ValueError, match=r"this job has 2 processes.*without torchrun"):
+        run(load(tiny_model_folder("llama")), recipe[: 1 + (kind is ChannelPermutationModifier)], calibration_data)
+
+
+def test_torchrun_is_refused(tiny_model_folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from compressed_tensors.distributed import init_dist\n"
+        "import torch, os\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "from datasets import Dataset\n"
+        "from llmcompressor import oneshot\n"
+        "data = Dataset.from_dict({'input_ids': [[5] * 8] * 4, 'attention_mask': [[1] * 8] * 4})\n"
+        f"try: oneshot(model={str(tiny_model_folder('llama'))!r}, recipe='crepe_2of4', dataset=data)\n"
+        "except ValueError as error: print('REFUSED', error)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stdout.count("REFUSED this job has 2 processes") == 2, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_rows_beyond_learned_positions_are_refused(family, tiny_model_folder):
+    data = Dataset.from_dict({"input_ids": [[5] * 70] * 4, "attention_mask": [[1] * 70] * 4})
+    with pytest.raises(ValueError, match=r"sequences of 70 tokens.*embeddings for 64 positions"):
+        run(load(tiny_model_folder(family)), "crepe_2of4", data)
+    run(load(tiny_model_folder(family)), "crepe_2of4", data, max_seq_length=64)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(tiny_model_folder):
+    rows = [[5, 6, 7, 8], [5, 6, 7, VOCABULARY]]
+    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 4] * 2})
+    loader = DataLoader([{"input_ids": torch.tensor(row)} for row in rows], batch_size=1)
+    for given in (data, loader):
+        with pytest.raises(ValueError, match=rf"token id {VOCABULARY} is outside the model's vocabulary"):
+            oneshot(model=load(tiny_model_folder("llama")), recipe="crepe_2of4", dataset=given)
+
+
+def test_quantized_weights_are_refused_by_name(tiny_model_folder, calibration_data):
+    model = load(tiny_model_folder("llama"))
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    batch = {"input_ids": torch.tensor([[5, 6]])}
+    with pytest.raises(ValueError, match=r"weight of model\.layers\.1\.mlp\.up_proj is int8: the model is quantized"):
+        crepe(targets=["re:.*up_proj"]).on_initialize(State(model=model), calib_data=[batch])
+
+
+def low_level(model, given, fed):
+    """A modifier driven as llm-compressor's own tests do it; `fed(data)` is what the model is run on."""
+    state, modifier = State(), crepe()
+    state.update(model=model, calib_data=given)
+    modifier.initialize(state)
+    modifier.update_event(state, Event(type_=EventType.CALIBRATION_START))
+    with torch.no_grad():
+        for batch in fed(state.data.calib):
+            model(**batch)
+    modifier.update_event(state, Event(type_=EventType.SEQUENTIAL_EPOCH_END), modules=list(model.modules()))
+    modifier.update_event(state, Event(type_=EventType.CALIBRATION_END))
+    modifier.finalize(state)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["loader", "list", "own loader"])
+def test_modifiers_driven_without_oneshot(kind, tiny_model_folder, calibration_data):
+    """Padding does not count, whatever holds the data and whoever iterates it."""
+    batches = [
+        {name: torch.tensor(calibration_data[start : start + 4][name]) for name in ("input_ids", "attention_mask")}
+        for start in range(0, 12, 4)
+    ]
+    loader = DataLoader(batches, batch_size=None)
+    fed = (lambda data: loader) if kind == "own loader" else (lambda data: data)
+    model = low_level(load(tiny_model_folder("llama")), batches if kind == "list" else loader, fed)
+    expected = run(load(tiny_model_folder("llama")), [crepe()], calibration_data, pipeline="basic")
+    for (name, one), (_, other) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_what_is_missing_without_data(tiny_model_folder):
+    state = State(model=load(tiny_model_folder("llama")))
+    with pytest.raises(ValueError, match=r"CRePEModifier needs calibration data, and was given none.*state\.update"):
+        crepe().initialize(state)

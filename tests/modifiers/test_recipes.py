@@ -1,0 +1,74 @@
+"""Recipes as users write them: what is read, and the one line that says what is wrong."""
+
+import re
+
+import pytest
+
+from crepe_llm.modifiers import CRePEModifier, SparseCheckpointModifier
+from crepe_llm.modifiers.recipes import read_recipe
+from crepe_llm.recipe_files import recipe_path, shipped_recipes
+from modifier_helpers import linears, load, run
+
+GROUP = "s_stage:\n  p_modifiers:\n"
+START = "s_stage:\n  p_modifiers:\n    CRePEModifier:\n"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_read_by_name_file_and_text(name):
+    by_name = read_recipe(name)
+    assert by_name.modifiers
+    assert by_name.to_dict() == read_recipe(recipe_path(name)).to_dict()
+    assert by_name.to_dict() == read_recipe(recipe_path(name).read_text()).to_dict()
+
+
+def test_oneshot_takes_a_shipped_name(tiny_model_folder, calibration_data):
+    model = run(load(tiny_model_folder("llama")), "crepe_2of4", calibration_data)
+    for name, module in linears(model).items():
+        assert bool(((module.weight.view(-1, 4) != 0).sum(1) == 2).all()), name
+
+
+def test_stages_targets_as_text_and_modifiers_without_fields():
+    fields = "      mask_structure: '2:4'\n      targets: Linear\n      ignore: lm_head\n"
+    text = f"{START}{fields}    SparseCheckpointModifier:\n"
+    crepe, saves = read_recipe(text).modifiers
+    assert isinstance(crepe, CRePEModifier) and isinstance(saves, SparseCheckpointModifier)
+    assert crepe.targets == ["Linear"] and crepe.ignore == ["lm_head"]
+    assert read_recipe(text, stage="other").modifiers == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{START}      mask_structure: 2:4\n", r'number 124.*quote it, mask_structure: "2:4"'),
+        (f"{START}      mask_structure: 16:32\n", r'quote it, mask_structure: "16:32"'),
+        (f"{START}      mask_structure: {{'re:.*': 4:8}}\n", r'quote it, mask_structure: "4:8"'),
+        (f"{GROUP}    PHOSearchModifier:\n      mask_structure: 2:4\n", r'quote it.*"2:4"'),
+        (f"{GROUP}   CRePEModifier:\n      row: 1\n     column: 3\n", r"the recipe, line 5 is no YAML.*indentation"),
+        (f'{START}      mask_structure: "2:4\n', r"is no YAML.*quotes"),
+        (f"{START}    mask_structure: '2:4'\n", r"mask_structure stands beside CRePEModifier.*indent it"),
+        (f"{GROUP}    CrepeModifier: {{}}\n", r"no modifier is called CrepeModifier: did you mean CRePEModifier\?"),
+        (f"{GROUP}    Blah: {{}}\n", r"no modifier is called Blah; there are ADMMModifier, "),
+        (f"{START}      colunm: 3\n", r"CRePEModifier has no field colunm: did you mean column\?"),
+        (f"{START}      row: many\n", r"CRePEModifier: row='many': "),
+        (f"{START}      kernel_size: 3.5\n", r"CRePEModifier: kernel_size=3.5: "),
+        (f"{GROUP}    CRePEModifier: [row]\n", r"CRePEModifier has \['row'\] where its fields go"),
+        (f"{GROUP}    CFSPModifier:\n", r"CFSPModifier needs the field sparsity"),
+        ("s_stage:\n  CRePEModifier:\n    row: 1\n", r"names no modifiers: modifiers go under `NAME_stage:`"),
+        ("\n# only a comment\n", r"the recipe is empty: modifiers go under"),
+        ("a: b: c", r"is no YAML"),
+        ("- CRePEModifier:\n", r"is no mapping but list"),
+        ("no_such_recipe", r"no recipe 'no_such_recipe': it is neither a file nor one of the shipped .*crepe_2of4"),
+        ("no/such/recipe.yaml", r"no recipe 'no/such/recipe\.yaml'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(text, message):
+    with pytest.raises(ValueError) as caught:
+        read_recipe(text)
+    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_files_are_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{START}      mask_structure: 2:4\n")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*quote it"):
+        read_recipe(path)
