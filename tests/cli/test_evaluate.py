@@ -25,6 +25,12 @@ def test_evaluate_refuses_in_one_line(dense, text, tmp_path, refusal):
     assert "the text is empty" in refusal(["evaluate", dense, "--text", tmp_path / "empty.txt"])
 
 
+def test_where_the_result_goes_is_checked_before_the_work(dense, text, tmp_path, refusal):
+    command = ["evaluate", tmp_path / "absent" / "model", "--text", text, "--json"]
+    assert "--json" in refusal([*command, tmp_path]) and "is a folder" in refusal([*command, tmp_path])
+    assert "the folder" in refusal([*command, tmp_path / "none" / "a.json"])
+
+
 def test_wikitext2_without_a_network_is_one_line(dense, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "crepe_llm", "evaluate", str(dense), "--wikitext2"]

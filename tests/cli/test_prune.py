@@ -1,11 +1,14 @@
 import json
+import shutil
 
 import llmcompressor  # noqa: F401  its log must not be bound to a single test's captured stderr
+import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from crepe_llm.cli.main import main
 from crepe_llm.recipe_files import recipe_path
+from tiny_models import letters_tokenizer
 
 
 def test_prune_writes_a_model_that_loads_and_a_card(dense, text, tmp_path, capsys):
@@ -80,3 +83,125 @@ def test_prune_never_writes_over_a_folder(dense, text, tmp_path, refusal):
     assert "exists already" in refusal([*arguments, tmp_path])
     assert "does not exist" in refusal([*arguments, tmp_path / "a" / "b"])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def copied(dense, tmp_path, **files):
+    """The dense model with other or further files, None for one that is missing."""
+    folder = tmp_path / "model"
+    shutil.copytree(dense, folder)
+    for name, content in files.items():
+        path = next((path for path in folder.iterdir() if path.stem == name), folder / f"{name}.json")
+        if content is None:
+            path.unlink()
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def prune(model, text, tmp_path, *options, recipe="crepe_2of4"):
+    fixed = ["--recipe", recipe, "--text", text, "--samples", 4, "--length", 32, "--output", tmp_path / "out"]
+    return [str(argument) for argument in ["prune", model, *fixed, *options]]
+
+
+def test_a_generation_config_that_cannot_be_saved_costs_no_work(dense, text, tmp_path):
+    folder = copied(dense, tmp_path, generation_config={"do_sample": False, "temperature": 0.6, "top_p": 0.9})
+    assert main(prune(folder, text, tmp_path)) == 0
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.6, 0.9)
+
+
+def test_files_of_processors_are_kept(dense, text, tmp_path):
+    files = {"preprocessor_config": {"size": 28}, "processor_config": {"a": 1}, "video_preprocessor_config": {"b": 2}}
+    folder = copied(dense, tmp_path, **files, unrelated={"c": 3})
+    assert main(prune(folder, text, tmp_path)) == 0
+    for name, content in files.items():
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text()) == content
+    assert not (tmp_path / "out" / "unrelated.json").exists()
+
+
+def test_code_of_a_model_runs_if_it_is_trusted(dense, text, tmp_path, refusal):
+    fields = {"model_type": "mine", "architectures": ["Mine"]}
+    fields["auto_map"] = {"AutoConfig": "mine_config.MineConfig", "AutoModelForCausalLM": "mine_model.Mine"}
+    folder = copied(dense, tmp_path, config=json.loads((dense / "config.json").read_text()) | fields)
+    (folder / "mine_config.py").write_text(
+        "from transformers import LlamaConfig\nclass MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+    )
+    (folder / "mine_model.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .mine_config import MineConfig\n"
+        "class Mine(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    assert "brings code of its own" in refusal(prune(folder, text, tmp_path))
+    assert "--trust-remote-code" in refusal(["evaluate", folder, "--text", text])
+    assert main(prune(folder, text, tmp_path, "--trust-remote-code")) == 0
+    saved = ["evaluate", tmp_path / "out", "--text", text, "--window", 32, "--tokens", 64, "--trust-remote-code"]
+    assert main([str(argument) for argument in saved]) == 0
+
+
+def test_recipes_are_refused_in_one_line_before_the_model_is_loaded(dense, text, tmp_path, refusal):
+    recipe = tmp_path / "mine.yaml"
+    start = "s_stage:\n  p_modifiers:\n"
+    for content, wanted in (
+        (f"{start}    CRePEModifier:\n      mask_structure: 2:4\n", f"{recipe}: mask_structure is the number 124"),
+        (f"{start}   CRePEModifier:\n      row: 1\n     column: 3\n", f"{recipe}, line 5 is no YAML"),
+        (f"{start}    CrepeModifier:\n      row: 1\n", "did you mean CRePEModifier?"),
+        (f"{start}    CRePEModifier:\n    row: 1\n", "row stands beside CRePEModifier"),
+        ("", "is empty: modifiers go under"),
+    ):
+        recipe.write_text(content)
+        assert wanted in refusal(prune(tmp_path / "no" / "model", text, tmp_path, recipe=recipe))
+    recipe.write_bytes(b"\xff")
+    assert "utf-8" in refusal(prune(dense, text, tmp_path, recipe=recipe))
+
+
+def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, tmp_path, refusal):
+    config = json.loads((dense / "config.json").read_text())
+    assert "there is no folder ./absent" in refusal(prune("./absent", text, tmp_path))
+    assert "absent/model is no folder here" in refusal(prune("absent/model", text, tmp_path))
+    assert "has no config.json" in refusal(prune(tmp_path, text, tmp_path))
+    assert "fox.txt is a file" in refusal(prune(text, text, tmp_path))
+    for number, (files, wanted) in enumerate((
+        ({"tokenizer": None, "tokenizer_config": None}, "has no tokenizer that transformers can load"),
+        ({"config": config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}}, "is quantized (gptq)"),
+        ({"config": config | {"quantization_config": 5}}, "quantization_config is 5, which is no object"),
+        ({"config": "{"}, "could not be read"),
+    )):  # fmt: skip
+        (tmp_path / str(number)).mkdir()
+        assert wanted in refusal(prune(copied(dense, tmp_path / str(number), **files), text, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_are_refused_by_name(dense, tmp_path, refusal):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"words and \xff more words")
+    assert f"{path} is no UTF-8 text: byte 10 is 0xff" in refusal(prune(dense, path, tmp_path))
+    path.write_text(" \n")
+    assert f"{path}: the text is empty" in refusal(prune(dense, path, tmp_path))
+    assert "cannot be read: Is a directory" in refusal(prune(dense, tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize("option", ["--samples", "--length"])
+def test_numbers_are_refused_by_the_options_name(option, dense, text, tmp_path, capsys):
+    for number in ("0", "-3", "many", "2.5"):
+        with pytest.raises(SystemExit):
+            main(prune(dense, text, tmp_path, option, number))
+        assert f"argument {option}: {number} is no whole number from" in capsys.readouterr().err
+
+
+def test_no_space_is_known_before_calibration(dense, text, tmp_path, refusal, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "0.00 GB free, and saving this model takes up to" in refusal(prune(dense, text, tmp_path))
+
+
+def test_mixtures_of_experts(text, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, sliding_window=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    letters_tokenizer(True).save_pretrained(tmp_path / "model")
+    assert main(prune(tmp_path / "model", text, tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "are removed" not in printed and "50.00% of the weights of 5 linear layers are zero" in printed
+    assert "| model.layers.0.mlp.experts | 384 x 32 | 50.00% | 0.00% |" in (tmp_path / "out" / "README.md").read_text()

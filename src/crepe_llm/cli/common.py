@@ -1,7 +1,11 @@
-"""What several subcommands share: the options of calibration, loading a model, the output folder."""
+"""What several subcommands share: the options of calibration, loading a model, the files that are written."""
 
 import argparse
-from contextlib import AbstractContextManager
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +25,42 @@ def add_calibration(parser: Any) -> None:
     )
     text.add_argument("--sample", action="store_true", help="calibrate on the sample Wikipedia articles")
     parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
-    parser.add_argument("--length", type=int, help="tokens per window (2048, or the model's context if smaller)")
+    parser.add_argument("--samples", type=at_least(1), default=128, help="calibration windows (%(default)s)")
+    parser.add_argument(
+        "--length", type=at_least(2), help="tokens per window (2048, or the model's context if smaller)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of windows (%(default)s)")
+    add_loading(parser)
+
+
+def add_loading(parser: Any) -> None:
+    """The options of `open_model`."""
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (as they are stored)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that a model brings along, if it needs that"
+    )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+        return number
+
+    return parse
 
 
 def calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, list[str]]:
     from crepe_llm import samples
 
     if options.text is not None:
-        return options.text.name, [options.text.read_text(encoding="utf-8")]
+        return options.text.name, [samples.text_file(options.text)]
     if options.sample:
         sample = samples.wikipedia()
         return f"{sample.name}, train", sample.train
@@ -73,24 +102,151 @@ def model_folder(name: str) -> str:
     return name
 
 
-def load(name: str, dtype: str, *, on_device: bool) -> tuple[Any, Any]:
-    """Load a model and its tokenizer; `on_device` puts the model on the accelerators there are."""
-    try:
+@dataclass(frozen=True)
+class Model:
+    """A model that is known to be there, with its tokenizer; the weights are not loaded yet.
+
+    Attributes:
+        name: a Hugging Face id or a folder.
+        config: as transformers reads it.
+        tokenizer: likewise.
+        options: the command's `dtype` and `trust_remote_code`.
+    """
+
+    name: str
+    config: Any
+    tokenizer: Any
+    options: argparse.Namespace
+
+    def load(self, *, on_device: bool) -> Any:
+        """Load the weights; `on_device` puts them on the accelerators there are."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
+
+        placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}
+        with _named_code(self.name):
+            return AutoModelForCausalLM.from_pretrained(
+                self.name,
+                dtype=self.options.dtype,
+                trust_remote_code=self.options.trust_remote_code,
+                **placement,
+            )
+
+
+def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
+    """Find the model of a command, its config and its tokenizer.
+
+    Raises:
+        ValueError, OSError: there is no such model, it has no tokenizer or code that is not trusted, or it is quantized
+            and `dense` asks for one that is not.
+    """
+    try:
+        from transformers import AutoConfig, AutoTokenizer
     except ImportError as error:
         raise ImportError(f'{error.name} is needed: pip install "crepe-llm[compress]"') from error
-    name = model_folder(name)
-    placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement), tokenizer
+    name = model_folder(options.model)
+    _check_config(name, dense)
+    trust = options.trust_remote_code
+    with _named_code(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise
+            raise ValueError(
+                f"{name} has no tokenizer that transformers can load ({_first_line(error)}): put the files of its base "
+                "model's tokenizer into the folder (tokenizer.json, tokenizer_config.json)"
+            ) from error
+    return Model(name, config, tokenizer, options)
 
 
-def window_length(asked: int | None, model: Any) -> int:
+def copy_processor(name: str, folder: Path) -> None:
+    """Copy what a model has for images, sounds and chats beside its tokenizer, where the tokenizer has not saved it."""
+    from transformers import utils
+
+    names = (
+        utils.PROCESSOR_NAME,
+        utils.FEATURE_EXTRACTOR_NAME,
+        utils.VIDEO_PROCESSOR_NAME,
+        utils.CHAT_TEMPLATE_FILE,
+        "chat_template.json",
+    )
+    for file in names:
+        found = utils.cached_file(
+            name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        if found is not None and not (folder / file).exists():
+            shutil.copyfile(found, folder / file)
+
+
+def window_length(asked: int | None, config: Any) -> int:
     """The window length: what was asked for if the model's context holds it, else 2048 or the whole context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
     if asked is None:
         return min(2048, context)
     if asked > context:
         raise ValueError(f"a window of {asked} tokens exceeds the model's context of {context}")
     return asked
+
+
+def check_new_file(path: Path | None, option: str) -> None:
+    """Raise OSError if a file that an option names cannot be written; called before the work that makes it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a folder: name a file")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: the folder {parent} does not exist; create it, or name another file")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise PermissionError(f"{option} {path} cannot be written: name another file")
+
+
+def _check_config(name: str, dense: bool) -> None:
+    """Raise if there is no model of that name, or its config.json says that it is quantized."""
+    from transformers import PreTrainedConfig
+
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{name} has no config.json: name the folder of a Hugging Face model")
+    if path.is_file():
+        raise NotADirectoryError(f"{name} is a file: name the folder of a Hugging Face model")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(
+            f"there is no folder {name}: give a model's folder, a Hugging Face id, smollm2 or gemma3"
+        )
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name)
+    except Exception as error:
+        what = "could not be read" if path.is_dir() else "is no folder here, and no model that the hub could give"
+        raise ValueError(f"{name} {what}: {_first_line(error)}") from error
+    quantization = content.get("quantization_config")
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        raise ValueError(
+            f"{name}/config.json: quantization_config is {quantization!r}, which is no object: the file is damaged"
+        )
+    method = quantization.get("quant_method", "an unnamed method")
+    if dense and (method != "compressed-tensors" or quantization.get("config_groups")):
+        raise ValueError(
+            f"{name} is quantized ({method}): pruning starts from the full-precision model that it was made from"
+        )
+
+
+@contextmanager
+def _named_code(name: str) -> Iterator[None]:
+    """Have what transformers says of code that is not trusted name this command's option."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} brings code of its own, which has to run to load it: read that code, then give --trust-remote-code"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

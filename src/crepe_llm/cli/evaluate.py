@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import DTYPES, MODEL_HELP, load, window_length
+from crepe_llm.cli.common import MODEL_HELP, add_loading, at_least, check_new_file, open_model, window_length
 
 
 def add(subparsers: Any) -> None:
@@ -28,9 +28,11 @@ def add(subparsers: Any) -> None:
     text.add_argument("--text", metavar="FILE", type=Path, help="a UTF-8 text file")
     text.add_argument("--wikitext2", action="store_true", help="the raw WikiText-2 test split")
     text.add_argument("--sample", action="store_true", help="the test part of the sample Wikipedia articles")
-    parser.add_argument("--window", type=int, help="tokens per window (2048, or the model's context if smaller)")
-    parser.add_argument("--tokens", type=int, help="about this many tokens only, spread over the text (all)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (as they are stored)")
+    parser.add_argument(
+        "--window", type=at_least(2), help="tokens per window (2048, or the model's context if smaller)"
+    )
+    parser.add_argument("--tokens", type=at_least(1), help="about this many tokens only, spread over the text (all)")
+    add_loading(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
     parser.set_defaults(run=run)
 
@@ -39,16 +41,18 @@ def run(options: argparse.Namespace) -> None:
     from crepe_llm import samples
     from crepe_llm.evaluation.perplexity import perplexity
 
+    check_new_file(options.json, "--json")
     if options.wikitext2:
         corpus, texts = "WikiText-2 raw test", samples.wikitext2()
     elif options.sample:
         sample = samples.wikipedia()
         corpus, texts = f"{sample.name}, test", sample.test
     else:
-        corpus, texts = options.text.name, [options.text.read_text(encoding="utf-8")]
-    model, tokenizer = load(options.model, options.dtype, on_device=True)
-    windows = samples.token_windows(tokenizer, texts, window_length(options.window, model), tokens=options.tokens)
-    result = perplexity(model, windows, corpus=corpus)
+        corpus, texts = options.text.name, [samples.text_file(options.text)]
+    source = open_model(options)
+    length = window_length(options.window, source.config)
+    windows = samples.token_windows(source.tokenizer, texts, length, tokens=options.tokens)
+    result = perplexity(source.load(on_device=True), windows, corpus=corpus)
     print(result)
     if options.json is not None:
         options.json.write_text(result.to_json() + "\n")

@@ -5,6 +5,7 @@ standard library is imported inside `run`, so that `crepe --help` is instant and
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,10 @@ _SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 after an error that the user can mend."""
+    """Run the command line and return its exit status: 0, or 2 after an error, which is said in one line.
+
+    `CREPE_TRACEBACK=1` in the environment shows where an error comes from.
+    """
     parser = argparse.ArgumentParser(
         prog="crepe",
         description="Prune language models with CRePE recipes, measure what is left of them, and serve it.",
@@ -49,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = shlex.join(["crepe", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         options.run(options)
-    except (ValueError, OSError, ImportError, _sample_error()) as error:
-        print(f"crepe: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("CREPE_TRACEBACK"):
+            raise
+        print(f"crepe: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("crepe: interrupted", file=sys.stderr)
@@ -58,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sample_error() -> type[Exception]:
-    """SampleError, if anything that can raise it was imported; else an error that never occurs."""
-    samples = sys.modules.get("crepe_llm.samples")
-    return samples.SampleError if samples is not None else StopAsyncIteration
+def _one_line(error: Exception) -> str:
+    """What an error says; with its type where that is no error of an argument, a file or a missing package."""
+    text = " ".join(str(error).split())
+    if text and (isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ == "SampleError"):
+        return text
+    return f"{type(error).__name__}: {text} (CREPE_TRACEBACK=1 shows where)"
 
 
 if __name__ == "__main__":

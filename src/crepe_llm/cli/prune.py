@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import MODEL_HELP, add_calibration, calibration_texts, load, output_folder, window_length
+from crepe_llm.cli.common import (
+    MODEL_HELP,
+    add_calibration,
+    calibration_texts,
+    copy_processor,
+    open_model,
+    output_folder,
+    window_length,
+)
 from crepe_llm.recipe_files import recipe_path
 
 
@@ -33,41 +41,41 @@ def add(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    try:
+        from llmcompressor import oneshot
+    except ImportError as error:
+        raise ImportError('crepe prune needs llm-compressor: pip install "crepe-llm[compress]"') from error
+    from crepe_llm import samples
+    from crepe_llm.checkpoints.space import check_destination
+    from crepe_llm.evaluation import model_card
+    from crepe_llm.modifiers.recipes import read_recipe
+
     recipe = recipe_path(options.recipe)
     with output_folder(options.output) as folder:
-        try:
-            from llmcompressor import oneshot
-            from llmcompressor.recipe import Recipe
-        except ImportError as error:
-            raise ImportError('crepe prune needs llm-compressor: pip install "crepe-llm[compress]"') from error
-        from crepe_llm import samples
-        from crepe_llm.evaluation import model_card
-
-        if not Recipe.create_instance(str(recipe)).modifiers:
-            # llm-compressor would do nothing, and say nothing.
-            raise ValueError(
-                f"{recipe} names no modifiers; they go under `NAME_stage:` and `NAME_modifiers:`, as in the recipe "
-                "that `crepe recipes crepe_2of4` prints"
-            )
-        model, tokenizer = load(options.model, options.dtype, on_device=False)
-        length = window_length(options.length, model)
+        modifiers = read_recipe(recipe)
+        source = open_model(options, dense=True)
+        length = window_length(options.length, source.config)
         corpus, texts = calibration_texts(options, length)
         dataset = samples.calibration_windows(
-            tokenizer, texts, windows=options.samples, length=length, seed=options.seed
+            source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
         )
+        model = source.load(on_device=False)
+        check_destination(folder, model.get_memory_footprint(return_buffers=False))
         dense = model_card.linear_zeros(model)
         oneshot(
             model=model,
-            tokenizer=tokenizer,
-            recipe=str(recipe),
+            tokenizer=source.tokenizer,
+            recipe=modifiers,
             dataset=dataset,
             num_calibration_samples=options.samples,
             max_seq_length=length,
             shuffle_calibration_samples=False,
+            trust_remote_code_model=options.trust_remote_code,
         )
         pruned = model_card.linear_zeros(model)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        source.tokenizer.save_pretrained(folder)
+        copy_processor(source.name, folder)
         made = model_card.Pruning(
             base_model=options.model,
             recipe=recipe,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import DTYPES, MODEL_HELP, model_folder, output_folder
+from crepe_llm.cli.common import DTYPES, MODEL_HELP, at_least, model_folder, output_folder
 
 # Options of one of the two ways to train; each is there only if it was given.
 _WITH_TEACHER = (
@@ -43,12 +43,12 @@ def add(subparsers: Any) -> None:
     )
     _add_text(parser)
     parser.add_argument("--learning-rate", type=float, help="the highest (4e-4; without --teacher 2e-4)")
-    parser.add_argument("--batch", type=int, help="windows per step (4; without --teacher 8)")
-    parser.add_argument("--rank", type=int, help="of LoRA (16; without --teacher 8, the blocks' mean)")
+    parser.add_argument("--batch", type=at_least(1), help="windows per step (4; without --teacher 8)")
+    parser.add_argument("--rank", type=at_least(1), help="of LoRA (16; without --teacher 8, the blocks' mean)")
     parser.add_argument("--seed", type=int, help="of start, order and self-generated text (0)")
     _add_distillation(parser.add_argument_group("with --teacher"))
     group = parser.add_argument_group("without --teacher")
-    group.add_argument("--epochs", type=int, help="how often each window is seen (1)")
+    group.add_argument("--epochs", type=at_least(1), help="how often each window is seen (1)")
     group.add_argument(
         "--ranks", choices=("important", "unimportant", "uniform"), help="which blocks get more rank (important)"
     )
@@ -68,20 +68,20 @@ def _add_text(parser: Any) -> None:
     text.add_argument("--sample", action="store_true", default=False, help="train on the sample Wikipedia articles")
     parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
     parser.add_argument(
-        "--windows", type=int, default=None, help="train on so many windows, spread over the text (all)"
+        "--windows", type=at_least(1), default=None, help="train on so many windows, spread over the text (all)"
     )
-    parser.add_argument("--length", type=int, default=512, help="tokens per window (%(default)s)")
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window (%(default)s)")
 
 
 def _add_distillation(group: Any) -> None:
-    group.add_argument("--tokens", type=int, help="train on so many, with repetitions (the text once)")
+    group.add_argument("--tokens", type=at_least(1), help="train on so many, with repetitions (the text once)")
     group.add_argument("--minutes", type=float, help="train for so long instead")
     group.add_argument("--method", choices=("full", "lora"), help="all kept weights, or masked LoRA (full)")
-    group.add_argument("--warmup", type=int, help="steps in which the learning rate rises (10)")
-    group.add_argument("--micro-batch", type=int, help="windows at once (all of a step)")
+    group.add_argument("--warmup", type=at_least(0), help="steps in which the learning rate rises (10)")
+    group.add_argument("--micro-batch", type=at_least(1), help="windows at once (all of a step)")
     group.add_argument("--cross-entropy", metavar="SHARE", type=float, help="of the text's own loss (0)")
     group.add_argument(
-        "--top-k", type=int, help="keep the teacher's likeliest tokens in a file; 0 asks it in every epoch (0)"
+        "--top-k", type=at_least(0), help="keep the teacher's likeliest tokens in a file; 0 asks it in every epoch (0)"
     )
     group.add_argument("--embeddings", action="store_true", help="train embeddings and head, too")
     group.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of products (bf16 where it is fast)")
@@ -89,10 +89,12 @@ def _add_distillation(group: Any) -> None:
         "--optimizer-state", choices=("fp32", "8bit", "4bit"), help="of AdamW; less than fp32 needs torchao (fp32)"
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--held-out", metavar="WINDOWS", type=int, help="to tell the best state by (a tenth, <= 16)")
-    group.add_argument("--evaluations", type=int, help="of the held-out windows (10)")
-    group.add_argument("--patience", type=int, help="evaluations without a better one that end it (3)")
-    group.add_argument("--self-generated", metavar="N", type=int, help="tokens of text that the teacher writes")
+    group.add_argument(
+        "--held-out", metavar="WINDOWS", type=at_least(0), help="to tell the best state by (a tenth, <= 16)"
+    )
+    group.add_argument("--evaluations", type=at_least(1), help="of the held-out windows (10)")
+    group.add_argument("--patience", type=at_least(1), help="evaluations without a better one that end it (3)")
+    group.add_argument("--self-generated", metavar="N", type=at_least(0), help="tokens of text that the teacher writes")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -179,7 +181,7 @@ def _texts(options: argparse.Namespace, tokens: int | None) -> tuple[str, list[s
     from crepe_llm import samples
 
     if options.text is not None:
-        return options.text.name, [options.text.read_text(encoding="utf-8")]
+        return options.text.name, [samples.text_file(options.text)]
     if options.sample:
         sample = samples.wikipedia()
         return f"{sample.name}, train", sample.train

@@ -1,10 +1,19 @@
 """`crepe search`: the CRePE coefficients that suit a model."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import MODEL_HELP, add_calibration, calibration_texts, load, window_length
+from crepe_llm.cli.common import (
+    MODEL_HELP,
+    add_calibration,
+    at_least,
+    calibration_texts,
+    check_new_file,
+    open_model,
+    window_length,
+)
 
 
 def add(subparsers: Any) -> None:
@@ -35,7 +44,7 @@ def add(subparsers: Any) -> None:
         default="matrix",
         help="which weights compete in an unstructured mask (%(default)s)",
     )
-    parser.add_argument("--candidates", type=int, help="stop after so many candidates (200)")
+    parser.add_argument("--candidates", type=at_least(1), help="stop after so many candidates (200)")
     parser.add_argument("--minutes", type=float, help="stop when evaluations have taken so long")
     parser.add_argument("--proxy", help="what stands for perplexity (balanced_reconstruction)")
     parser.add_argument("--verify", action="store_true", help="then measure the perplexity of the best few and choose")
@@ -52,6 +61,10 @@ def run(options: argparse.Namespace) -> None:
     from crepe_llm import samples
     from crepe_llm.modifiers import PHOSearchModifier
 
+    check_new_file(options.study, "--study")
+    check_new_file(options.plot, "--plot")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib")
     fields: dict[str, Any] = {
         "record": str(options.study),
         "mask_structure": options.mask_structure,
@@ -63,19 +76,21 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
     search = PHOSearchModifier(**fields)
-    model, tokenizer = load(options.model, options.dtype, on_device=False)
-    length = window_length(options.length, model)
+    source = open_model(options, dense=True)
+    length = window_length(options.length, source.config)
     _, texts = calibration_texts(options, length)
+    windows = samples.calibration_windows(
+        source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
+    )
     oneshot(
-        model=model,
-        tokenizer=tokenizer,
+        model=source.load(on_device=False),
+        tokenizer=source.tokenizer,
         recipe=search,
-        dataset=samples.calibration_windows(
-            tokenizer, texts, windows=options.samples, length=length, seed=options.seed
-        ),
+        dataset=windows,
         num_calibration_samples=options.samples,
         max_seq_length=length,
         shuffle_calibration_samples=False,
+        trust_remote_code_model=options.trust_remote_code,
     )
     study = search.result
     assert study is not None and search.chosen  # oneshot has run it

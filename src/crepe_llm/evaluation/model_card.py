@@ -22,19 +22,29 @@ class LayerZeros:
 def linear_zeros(model: Any) -> list[LayerZeros]:
     """Count the zeros in every linear layer of a model, its output head left out.
 
-    Includes GPT-2's Conv1D, whose weight is stored transposed.
+    Includes GPT-2's Conv1D, whose weight is stored transposed. The experts of a block count as one layer, because
+    pruning may take them apart or put them together.
     """
     layers = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
         transposed = type(module).__name__ == "Conv1D"
-        if module is head or not (transposed or isinstance(module, torch.nn.Linear)):
+        if name.endswith(".experts"):
+            layers.append(_experts_zeros(name, module, model.config.get_text_config().hidden_size))
+        if ".experts." in name or module is head or not (transposed or isinstance(module, torch.nn.Linear)):
             continue
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.T.shape if transposed else weight.shape
         layers.append(LayerZeros(name, (rows, columns), 1 - weight.count_nonzero().item() / weight.numel()))
     return layers
+
+
+def _experts_zeros(name: str, experts: torch.nn.Module, columns: int) -> LayerZeros:
+    weights = [weight for kind, weight in experts.named_parameters() if weight.dim() > 1 and not kind.endswith("bias")]
+    numel = sum(weight.numel() for weight in weights)
+    nonzero = sum(int(weight.count_nonzero()) for weight in weights)
+    return LayerZeros(name, (numel // columns, columns), 1 - nonzero / max(numel, 1))
 
 
 def total_zeros(layers: Sequence[LayerZeros]) -> float:

@@ -8,7 +8,7 @@ from the Hugging Face hub. Importing this package imports neither torch nor tran
 
 from crepe_llm.samples.fetch import SampleError
 from crepe_llm.samples.models import gemma3, smollm2
-from crepe_llm.samples.texts import Corpus, dataset_texts, news, questions, wikipedia, wikitext2
+from crepe_llm.samples.texts import Corpus, dataset_texts, news, questions, text_file, wikipedia, wikitext2
 from crepe_llm.samples.windows import calibration_windows, token_windows
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "news",
     "questions",
     "smollm2",
+    "text_file",
     "token_windows",
     "wikipedia",
     "wikitext2",

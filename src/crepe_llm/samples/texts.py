@@ -11,7 +11,7 @@ from tqdm import tqdm
 from crepe_llm.samples.fetch import Package, SampleError, cache_folder, fetch, scratch_folder
 from crepe_llm.samples.markup import dump_articles
 
-__all__ = ["Corpus", "dataset_texts", "news", "questions", "wikipedia", "wikitext2"]
+__all__ = ["Corpus", "dataset_texts", "news", "questions", "text_file", "wikipedia", "wikitext2"]
 
 _WIKIPEDIA = Package(
     requirements=("gensim==4.4.0",),
@@ -143,6 +143,26 @@ def wikitext2() -> list[str]:
             f"WikiText-2 could not be loaded from the Hugging Face hub ({type(error).__name__}); "
             "with no network, evaluate on a text file or on the sample text"
         ) from error
+
+
+def text_file(path: Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        SampleError: it cannot be read, is not UTF-8, or has no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleError(
+            f"{path} is no UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}; convert the file "
+            "(such as with iconv), or give another"
+        ) from error
+    except OSError as error:
+        raise SampleError(f"the text {path} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise SampleError(f"{path}: the text is empty")
+    return text
 
 
 def dataset_texts(name: str, *, config: str | None, split: str, characters: int, seed: int) -> list[str]:

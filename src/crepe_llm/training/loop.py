@@ -7,6 +7,7 @@ a file, and training stops when it gets worse. Interrupted, the loop goes on whe
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,19 +173,49 @@ def resumable(work: Path, identity: dict[str, Any]) -> bool:
     """Whether a folder holds an interrupted training of the same identity; makes the folder if it does not.
 
     Raises:
-        ValueError: it holds another training.
+        ValueError: it holds another training, or a file of its last checkpoint is damaged.
     """
     path = work / _SETTINGS
     if path.is_file():
-        if json.loads(path.read_text()) != json.loads(json.dumps(identity)):
+        if _read_json(path) != json.loads(json.dumps(identity)):
             raise ValueError(
                 f"{work} holds an interrupted recovery with other settings, text or model: repeat that command to "
                 "finish it, or remove the folder"
             )
+        last = get_last_checkpoint(str(work))
+        if last is not None:
+            _check_state(Path(last))
         return True
     work.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(identity, indent=1) + "\n")
     return False
+
+
+def _check_state(folder: Path) -> None:
+    """Raise ValueError if a file of a training's state was cut off or damaged; naming it."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json":
+            _read_json(path)
+        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            raise ValueError(_damaged(path, "it is no whole PyTorch file"))
+        elif path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt") as tensors:
+                    tensors.keys()
+            except Exception as error:
+                raise ValueError(_damaged(path, str(error))) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(_damaged(path, str(error))) from error
+
+
+def _damaged(path: Path, why: str) -> str:
+    state = path if path.name == _SETTINGS else path.parent
+    return f"{path} of an interrupted recovery is damaged ({why}): remove {state}, and repeat the command"
 
 
 def fingerprint(source: Path) -> list[Any]:
