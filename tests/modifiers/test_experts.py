@@ -9,7 +9,7 @@ from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
 
-from crepe_llm.modifiers import SparseCheckpointModifier
+from crepe_llm.modifiers import DSnoTModifier, SparseCheckpointModifier
 from crepe_llm.modifiers.experts import check_experts
 from modifier_helpers import SMALL, crepe, load, run, save
 
@@ -63,6 +63,7 @@ def logits(model):
 
 RECIPES = {
     "crepe": lambda: [crepe()],
+    "two": lambda: [crepe(), DSnoTModifier()],
     "wanda": lambda: [WandaPruningModifier(sparsity=0.5, mask_structure="2:4"), SparseCheckpointModifier()],
 }
 
@@ -70,7 +71,7 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", MODELS)
 def test_experts_are_read_back(family, recipe, folder_of, calibration_data, tmp_path):
-    if recipe == "wanda" and family not in ("mixtral", "gpt_oss"):
+    if recipe != "crepe" and family not in ("mixtral", "gpt_oss"):
         pytest.skip("two families show it")
     model = run(load(folder_of(family)), RECIPES[recipe](), calibration_data, output_dir=str(tmp_path / "out"))
     wanted = logits(model)

@@ -64,6 +64,12 @@ def restore_experts(model: Any) -> None:
         model.set_submodule(name, _together(experts))
 
 
+class _ExpertName(WeightRenaming):
+    """The name of a layer of each expert in a checkpoint."""
+
+    __slots__ = ()
+
+
 def _taken_apart(model: Any) -> list[tuple[str, LinearExperts2D]]:
     """Experts that oneshot took apart; those that were loaded so have their names already."""
     return [(name, one) for name, one in get_linearized_moes(model) if hasattr(one, "_source_experts_cls")]
@@ -98,6 +104,8 @@ def _with_own_names(model: Any) -> list[WeightTransform] | None:
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
+    if any(isinstance(conversion, _ExpertName) for conversion in conversions):
+        return list(conversions)
     named = [_names_of(conversion) for conversion in conversions]
     if all(names is None for names in named):
         return None
@@ -116,7 +124,7 @@ def _names_of(conversion: WeightTransform) -> list[WeightTransform] | None:
     renamings: list[WeightTransform] = []
     for match, part in zip(stored, parts, strict=True):
         assert match is not None
-        renaming = WeightRenaming(rf"\.experts\.(\d+)\.{match[1]}\.", rf".experts.\1.{part}.")
+        renaming = _ExpertName(rf"\.experts\.(\d+)\.{match[1]}\.", rf".experts.\1.{part}.")
         renaming.scope_prefix, renaming.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
         renamings.append(renaming)
     return renamings

@@ -29,6 +29,9 @@ from crepe_llm.pruning.layer import recorded_masks
 
 __all__ = ["LayerModifier", "save_sparse"]
 
+# In `ignore` it stands for the output head, whatever a model calls that.
+_HEAD = "re:.*lm_head"
+
 
 class LayerModifier(Modifier):
     """Base of modifiers that work on the linear layers of a model.
@@ -37,7 +40,7 @@ class LayerModifier(Modifier):
         Those that only a class name matches stay dense, and the log says so, where calibration does not reach them (a
         vision tower, where all is text), and where they are output heads, routers or gates of experts, have fewer than
         8 rows or columns, or are read without being called (dt_proj, kv_b_proj)
-    :param ignore: layers to leave alone, likewise; the output head where left out
+    :param ignore: layers to leave alone, likewise; the output head where left out, however the model calls it
     :param uncalibrated: what to do with a layer that no calibration token reached, such as an expert that was never
         routed to: `error`, or leave it `dense`
     """
@@ -46,7 +49,7 @@ class LayerModifier(Modifier):
     requires_calibration_data: bool = Field(default=True, exclude=True)
 
     targets: Patterns = Field(default_factory=lambda: ["Linear", "Conv1D"])
-    ignore: Patterns = Field(default_factory=lambda: ["re:.*lm_head"])
+    ignore: Patterns = Field(default_factory=lambda: [_HEAD])
     uncalibrated: Uncalibrated = "error"
 
     _layers: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
@@ -141,7 +144,7 @@ class LayerModifier(Modifier):
         with disable_onloading():
             dense = dense_by_default(found, (name for name, _ in model.named_modules()))
         unreached = "layers that this calibration data does not reach"
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        head = model.get_output_embeddings() if _HEAD in self.ignore and isinstance(model, PreTrainedModel) else None
         return (
             {name: unreached for name, module in found.items() if module in self.uncalled}
             | dense
