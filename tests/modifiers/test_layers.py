@@ -1,5 +1,6 @@
 """Which layers modifiers work on: those that stay dense by default, those that calibration does not reach."""
 
+import json
 import os
 import subprocess
 import sys
@@ -137,8 +138,16 @@ def test_weights_that_mamba_reads_stay_dense(tiny_model_folder, calibration_data
     assert any("read directly" in line and "dt_proj" in line for line in messages)
 
 
-def test_conv1d_is_said_to_be_saved_dense(tiny_model_folder, calibration_data, messages):
-    run(load(tiny_model_folder("gpt2")), [crepe(), ADMMModifier()], calibration_data)
+def test_conv1d_is_said_and_recorded_to_be_saved_dense(tiny_model_folder, calibration_data, tmp_path, messages):
+    out = tmp_path / "out"
+    model = run(load(tiny_model_folder("gpt2")), [crepe(), ADMMModifier()], calibration_data, output_dir=str(out))
+    record = json.loads((out / "config.json").read_text())["sparsity_config"]
+    assert (record["format"], record["sparsity_structure"]) == ("dense", "2:4")
+    assert record["targets"] == sorted(linears(model))
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    assert record["global_sparsity"] == pytest.approx(zeros / sum(p.numel() for p in model.parameters()))
+    with torch.no_grad():
+        assert torch.equal(load(out)(torch.arange(3, 9)[None]).logits, model(torch.arange(3, 9)[None]).logits)
     assert sum("8 Conv1D layers such as transformer.h.0.attn.c_attn" in line for line in messages) == 1
 
 

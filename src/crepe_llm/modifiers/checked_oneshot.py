@@ -1,7 +1,7 @@
 """llm-compressor's `oneshot`, with what can be known to fail checked before the work, for this package's recipes."""
 
 import importlib
-from typing import Any
+from typing import Any, cast
 
 from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
 from llmcompressor.recipe import Recipe
@@ -60,7 +60,7 @@ def _must_run_whole(model: Any, data: Any, arguments: Any) -> bool:
         return False
     if not getattr(model.config, "is_encoder_decoder", False):
         return False
-    targets = infer_sequential_targets(model, arguments.sequential_targets)
+    targets = cast(list[str], infer_sequential_targets(model, arguments.sequential_targets))
     try:
         parts = trace_subgraphs(model, next(iter(data)), targets, arguments.tracing_ignore)
     except Exception:  # whatever stops the tracing would stop the pipeline

@@ -22,6 +22,7 @@ from crepe_llm.models.dense_layers import dense_by_default
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.calibration_data import calibration_data, uncalled_layers
+from crepe_llm.modifiers.conv1d import record_conv1d
 from crepe_llm.modifiers.experts import check_experts, restore_experts
 from crepe_llm.modifiers.fields import Patterns
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
@@ -195,4 +196,5 @@ def save_sparse(model: Any, finish: Callable[[Path], None] | None = None) -> Non
     """
     restore_experts(model)
     # Bound, so that a second call gives the same callable again.
-    attach(model, masks=MethodType(recorded_masks, model), finish=finish)
+    attach(model, masks=MethodType(recorded_masks, model), finish=MethodType(record_conv1d, model))
+    attach(model, finish=finish)
