@@ -15,7 +15,7 @@ from types import FrameType
 from crepe_llm.checkpoints.leftovers import MARKER, marked, partial_prefix, remove_leftovers
 from crepe_llm.checkpoints.reading import CONFIG, INDEX
 
-__all__ = ["building_place", "check_space", "is_empty", "new_folder", "resolved"]
+__all__ = ["NoRoomError", "building_place", "check_space", "is_empty", "new_folder", "resolved"]
 
 _logger = logging.getLogger(__name__)
 
@@ -24,6 +24,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded", *(f"os error {number}" for number in _FULL))
 # What file systems answer that cannot flush a folder (FUSE, SMB).
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+
+class NoRoomError(OSError):
+    """More is to be written than is free; known before."""
 
 
 @contextmanager
@@ -62,7 +66,7 @@ def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator
                 _flush_all(partial)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if _is_full(error):
+            if _is_full(error) and not isinstance(error, NoRoomError):
                 raise OSError(errno.ENOSPC, f"the disk of {place} is full, {destination} was not written") from error
             raise
         _publish_or_keep(partial, final)
@@ -90,16 +94,15 @@ def is_empty(folder: Path) -> bool:
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Raise OSError if fewer than `size` bytes are free on the disk of `folder`, or of its first parent that exists."""
+    """Raise NoRoomError if the disk of `folder`, or of its first parent that exists, lacks `size` free bytes."""
     while not folder.exists():
         folder = folder.parent
-    disk = os.statvfs(folder)
-    free = disk.f_frsize * (disk.f_bavail if os.geteuid() else disk.f_bfree)
-    if disk.f_blocks and size > free:
-        raise OSError(
+    disk = shutil.disk_usage(folder)
+    if disk.total and size > disk.free:
+        raise NoRoomError(
             errno.ENOSPC,
-            f"at least {size / 1e9:.3g} GB are to be written, but {folder} has {free / 1e9:.3g} GB free; make room, or "
-            "name a folder on another disk",
+            f"{size / 1e9:.3g} GB are to be written, but {folder} has {disk.free / 1e9:.3g} GB free; make room, "
+            "or name a folder on another disk",
         )
 
 

@@ -1,9 +1,9 @@
 """Whether a checkpoint can be written to a place, known before the work that it is to hold."""
 
-import os
-import shutil
 import tempfile
 from pathlib import Path
+
+from crepe_llm.checkpoints.folders import check_space, resolved
 
 __all__ = ["check_destination"]
 
@@ -14,7 +14,7 @@ _PACKED = 0.6
 
 def check_destination(destination: str | Path, dense_bytes: int) -> None:
     """Raise OSError if no model of `dense_bytes` can be written to a folder: no folder, no permission, no space."""
-    destination = Path(os.path.abspath(destination))
+    destination = resolved(Path(destination))
     parent = next(folder for folder in (destination, *destination.parents) if folder.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"{parent} is a file: name a folder to save to")
@@ -22,10 +22,4 @@ def check_destination(destination: str | Path, dense_bytes: int) -> None:
         tempfile.TemporaryDirectory(prefix=".crepe-", dir=parent).cleanup()
     except OSError as error:
         raise OSError(f"{destination} cannot be written ({error.strerror}): name another folder") from error
-    needed = dense_bytes + round(_PACKED * min(dense_bytes, _SHARD_BYTES))
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(
-            f"{parent} has {free / 1e9:.2f} GB free, and saving this model takes up to {needed / 1e9:.2f} GB: make "
-            "room, or name a folder on another disk"
-        )
+    check_space(parent, dense_bytes + round(_PACKED * min(dense_bytes, _SHARD_BYTES)))
