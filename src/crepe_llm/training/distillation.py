@@ -208,7 +208,7 @@ class _Run:
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         check_tokenizers(self.tokenizer, AutoTokenizer.from_pretrained(teacher), (source, teacher))
-        self.process = PartialState()
+        self.process = PartialState(cpu=not torch.cuda.is_available())
         together = self.micro_batch * self.process.num_processes
         if settings.batch % together:
             raise ValueError(
@@ -245,7 +245,8 @@ class _Run:
         if ids is not None:
             check_tokens(self.student, ids)
             self._split(ids)
-        resumable(self.work, self._identity(ids))
+        with self.process.main_process_first():
+            resumable(self.work, self._identity(ids))
         dense = dense.to(self.device)
         if settings.self_generated:
             self._add_generated(dense, ids)

@@ -230,8 +230,7 @@ class _Loop(Trainer):
     def __init__(
         self, model: Any, windows: torch.Tensor, held_out: torch.Tensor, loss: Loss, plan: Plan, work: Path
     ) -> None:
-        data = [{"input_ids": window, "index": index} for index, window in enumerate(windows)]
-        super().__init__(model=model, args=_arguments(plan, work), train_dataset=data)
+        super().__init__(model=model, args=_arguments(plan, work), train_dataset=_Stream(windows, plan))
         self.model_accepts_loss_kwargs = False
         self.plan, self.loss, self.work = plan, loss, work
         self.held_out = held_out
@@ -266,6 +265,9 @@ class _Loop(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         return self.loss(model, inputs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -335,6 +337,26 @@ class _Loop(Trainer):
 
     def _diverged(self, what: str) -> str:
         return f"{what}: training diverges at a learning rate of {self.plan.learning_rate:g}; take a lower one"
+
+
+class _Stream(torch.utils.data.Dataset[dict[str, Any]]):
+    """Windows in the order of a training: all of them, shuffled, then all again, whatever the number of processes."""
+
+    def __init__(self, windows: torch.Tensor, plan: Plan) -> None:
+        self.windows, self.seed = windows, plan.seed
+        self.length = (plan.steps or _ENDLESS) * plan.batch
+        self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        epoch, inside = divmod(place, len(self.windows))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.windows), generator=generator)
+        index = int(self.order[inside])
+        return {"input_ids": self.windows[index], "index": index}
 
 
 class _Budget(TrainerCallback):

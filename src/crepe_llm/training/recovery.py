@@ -171,7 +171,7 @@ def _plan(windows: int, settings: RecoverySettings) -> Plan:
     return Plan(
         learning_rate=settings.learning_rate,
         batch=settings.batch,
-        steps=settings.epochs * -(-windows // settings.batch),
+        steps=-(-settings.epochs * windows // settings.batch),
         seed=settings.seed,
     )
 
