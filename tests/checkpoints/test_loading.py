@@ -18,6 +18,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from crepe_llm.checkpoints import attach, compress_folder, decompress_folder, read_folder
 from crepe_llm.checkpoints.loading import Sparse24HfQuantizer
+from crepe_llm.checkpoints.saving import pack_folder
+from crepe_llm.functional.bitmask import pack_bits
+from crepe_llm.pruning.layer import mask_of
 from sparse_models import linears, prune_2of4
 
 IDS = torch.arange(3, 35)[None]
@@ -224,3 +227,17 @@ def test_experts_stay_plain_and_load(tiny_model_folder, tmp_path):
     assert layers and not any("experts" in name for name in layers)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_kept_weights_that_are_zero_are_known_as_kept(tiny_model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
+    masks = prune_2of4(model)
+    for name, module in linears(model).items():
+        row, column = masks[name].nonzero()[7].tolist()
+        with torch.no_grad():
+            module.weight[row, column] = 0
+    model.save_pretrained(tmp_path / "packed")
+    pack_folder(tmp_path / "packed", {name: pack_bits(mask) for name, mask in masks.items()})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    for name, module in linears(loaded).items():
+        assert torch.equal(mask_of(module), masks[name]) and not torch.equal(module.weight != 0, masks[name]), name

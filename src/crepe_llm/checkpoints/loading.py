@@ -20,6 +20,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names
+from crepe_llm.functional.bitmask import RECORDED
 
 __all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal"]
 
@@ -64,6 +65,8 @@ class Unpack(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         """Unpack one layer; a floating-point weight is cast to the dtype that the model was asked for.
 
+        Its bitmask is recorded with the module, so that kept weights that are zero are known as such.
+
         Raises FormatError, naming the weight, if its parts are malformed.
         """
         parts = {part: input_dict[pattern][0] for part, pattern in zip(self.form.parts, source_patterns, strict=True)}
@@ -72,6 +75,8 @@ class Unpack(ConversionOps):
             weight = self.form.unpack(parts)
         except FormatError as error:
             raise FormatError(f"{full_layer_name}: {error}") from None
+        if self.form.pattern == "bitmask":
+            setattr(model.get_submodule(str(full_layer_name).rpartition(".")[0]), RECORDED, parts["bitmask"].cpu())
         return {target_patterns[0]: weight if weight.element_size() == 1 else weight.to(parameter.dtype)}
 
 

@@ -6,7 +6,11 @@ compressed-tensors' `sparse-24-bitmask`.
 
 import torch
 
-__all__ = ["kept_columns", "pack_bits", "unpack_bits", "wrong_byte", "zero_pruned_"]
+__all__ = ["RECORDED", "kept_columns", "pack_bits", "unpack_bits", "wrong_byte", "zero_pruned_"]
+
+# The attribute of a module in which its mask is kept, 1 bit a weight, from the step that makes it, or the file that has
+# it, to training and saving.
+RECORDED = "kept_weights"
 
 # Rows are handled in blocks of about this many bytes, so that the temporaries stay small beside the bitmask.
 _BLOCK_BYTES = 1 << 21

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from compressed_tensors.utils import update_offload_parameter
 
-from crepe_llm.functional.bitmask import pack_bits, unpack_bits
+from crepe_llm.functional.bitmask import RECORDED, pack_bits, unpack_bits
 from crepe_llm.functional.masks import nonzero
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.ffn import is_transposed
@@ -22,9 +22,6 @@ __all__ = [
     "set_weight_matrix",
     "weight_matrix",
 ]
-
-# The attribute of a module in which its mask is kept, 1 bit a weight, from the step that makes it to saving.
-_MASK = "kept_weights"
 
 
 @dataclass
@@ -88,7 +85,7 @@ def linear_outputs(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tenso
 
 def record_mask(module: torch.nn.Module, keep: torch.Tensor) -> None:
     """Keep a mask (bool [d_out, d_in]) with its module, for later modifiers, training and saving."""
-    setattr(module, _MASK, pack_bits(keep).cpu())
+    setattr(module, RECORDED, pack_bits(keep).cpu())
 
 
 def mask_of(module: torch.nn.Module) -> torch.Tensor:
@@ -107,7 +104,7 @@ def recorded_mask(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor
 
     It does not hold where `weight`, the module's as [d_out, d_in], has another shape or is not zero outside of it.
     """
-    bits = getattr(module, _MASK, None)
+    bits = getattr(module, RECORDED, None)
     if bits is None or bits.shape != (weight.shape[0], -(-weight.shape[1] // 8)):
         return None
     keep = unpack_bits(bits, weight.shape[1]).to(weight.device)
@@ -117,7 +114,7 @@ def recorded_mask(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor
 def recorded_masks(model: Any) -> dict[str, torch.Tensor]:
     """By layer name the packed masks (uint8 [d_out, ceil(d_in / 8)]) of layers stored as [d_out, d_in]."""
     return {
-        name: getattr(module, _MASK)
+        name: getattr(module, RECORDED)
         for name, module in model.named_modules()
-        if hasattr(module, _MASK) and not is_transposed(module)
+        if hasattr(module, RECORDED) and not is_transposed(module)
     }

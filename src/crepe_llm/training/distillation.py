@@ -7,6 +7,7 @@ arXiv 1503.02531), on request mixed with the negative log-likelihood of the text
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,13 +20,12 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from crepe_llm.checkpoints.reading import CONFIG, INDEX, read_config, read_folder
+from crepe_llm.checkpoints.reading import CONFIG, INDEX, read_config
 from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.models.losses import check_tokens
-from crepe_llm.pruning.layer import record_mask
 from crepe_llm.training.callback import KeepMasksCallback
 from crepe_llm.training.loop import (
     DivergedError,
@@ -203,6 +203,8 @@ class _Run:
     """One distillation, from its checks to its folder."""
 
     def __init__(self, source: Path, work: Path, teacher: str | Path, settings: DistillationSettings) -> None:
+        # Every process needs the weights, to find their masks; accelerate's option leaves them empty in all but one.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         _refuse_quantized(source)
         check_config(source, teacher)
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
@@ -451,16 +453,11 @@ class _Loss:
 
 
 def load_pruned(source: Path, dtype: torch.dtype | str) -> Any:
-    """A pruned model as an ordinary one with its zeros in place, and the masks of packed layers recorded."""
+    """A pruned model as an ordinary one with its zeros in place; packed layers have their masks recorded."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-    modules = dict(model.named_modules())
-    checkpoint = read_folder(source)
-    for name, layer in checkpoint.layers.items():
-        if name in modules and "bitmask" in layer.format.parts:
-            record_mask(modules[name], unpack_bits(checkpoint.load(f"{name}.bitmask"), layer.shape[1]))
     return model
 
 
