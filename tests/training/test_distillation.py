@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+import yaml
+from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Trainer
 
 from crepe_llm.checkpoints.reading import read_config, read_folder
@@ -289,6 +291,20 @@ def test_structured_models_learn_from_the_dense_one(dense, tmp_path):
         assert min(losses) < 0.8 * losses[0]
         again = AutoModelForCausalLM.from_pretrained(tmp_path / method)
         assert [ffn.width for ffn in find_ffns(again)] == [24, 40]
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8", "masked GPTQ"])
+def test_what_comes_out_quantizes_without_losing_its_mask(scheme, dense, packed, tmp_path, calibration_data):
+    run(packed, dense(), tmp_path, tokens=8 * 4 * LENGTH)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    fields = {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": scheme}
+    modifier = {"QuantizationModifier": fields}
+    if scheme == "masked GPTQ":
+        modifier = {"MaskedGPTQModifier": fields | {"scheme": "W8A8"}}
+    recipe = {"a_stage": {"a_modifiers": modifier | {"SparseCheckpointModifier": {}}}}
+    oneshot(model=model, recipe=yaml.safe_dump(recipe), dataset=calibration_data, num_calibration_samples=12)
+    model.save_pretrained(tmp_path / "quantized")
+    assert_same_masks(tmp_path / "quantized", packed)
 
 
 def test_it_stops_when_held_out_text_gets_worse(dense, packed, tmp_path):

@@ -236,6 +236,7 @@ class _Loop(Trainer):
         self.held_out = held_out
         self.first_held_out = len(windows)
         self.ended = ""
+        self.evaluation_seconds = 0.0
         self._started = time.monotonic()
         self._seconds_before: float | None = None
 
@@ -294,7 +295,7 @@ class _Loop(Trainer):
         step = self.state.global_step
         if not len(self.held_out) or (self.evaluations and self.evaluations[-1][0] == step):
             return {}
-        model = self.model_wrapped
+        started, model = self.seconds, self.model_wrapped
         model.eval()
         total = 0.0
         for start in range(0, len(self.held_out), self.plan.micro_batch):
@@ -303,6 +304,7 @@ class _Loop(Trainer):
             total += self.loss(model, self._prepare_inputs({"input_ids": ids, "index": index})).item() * len(ids)
         model.train()
         loss = self.agreed(total / len(self.held_out))
+        self.evaluation_seconds = self.seconds - started
         best = self.best[1]
         if not math.isfinite(loss) or loss > 2 * best + _NOISE:
             raise DivergedError(
@@ -365,28 +367,33 @@ class _Budget(TrainerCallback):
     def __init__(self, loop: _Loop) -> None:
         self.loop = loop
         self.last_save = (0.0, 0.0)  # when, and how long it took
-        self.before = (0.0, 0.0)  # share of the budget and seconds after the step before
+        self.spent = 0.0  # share of the budget after the step before
+        self.begun = self.ended = 0.0  # seconds when the last step did
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = (self.loop.plan.share(state.global_step, self.loop.seconds), self.loop.seconds)
+        self.spent = self.loop.plan.share(state.global_step, self.loop.seconds)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = self.loop.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         plan, seconds = self.loop.plan, self.loop.seconds
         spent = plan.share(state.global_step, seconds)
         last = spent >= 1
         if plan.steps is None and plan.minutes:
-            last = seconds + (seconds - self.before[1]) >= 60 * plan.minutes
+            # Another step and the evaluation at the end have to fit.
+            last = seconds + (seconds - self.begun) + self.loop.evaluation_seconds >= 60 * plan.minutes
         control.should_training_stop |= last
-        if last or _crosses(self.before[0], spent, plan.evaluations):
+        if last or _crosses(self.spent, spent, plan.evaluations):
             control.should_evaluate = True
-        if not last and _crosses(self.before[0], spent, _CHECKPOINTS):
+        if not last and _crosses(self.spent, spent, _CHECKPOINTS):
             at, took = self.last_save
             control.should_save = took < 1 or took < _SAVING_SHARE * (seconds - at)
-        self.before = (spent, seconds)
-        self.saving_since = time.monotonic()
+        self.spent, self.ended = spent, seconds
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.last_save = (self.loop.seconds, time.monotonic() - self.saving_since)
+        seconds = self.loop.seconds
+        self.last_save = (seconds, seconds - self.ended)
 
 
 class _Progress(TrainerCallback):
