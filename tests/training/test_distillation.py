@@ -206,6 +206,11 @@ def test_a_kill_and_a_resume_give_the_same_weights(options, dense, packed, tmp_p
         run(packed, dense(), tmp_path, "resumed", **options)
     with pytest.raises(ValueError, match="an interrupted recovery with other settings"):
         run(packed, dense(), tmp_path, "resumed", **options, seed=1)
+    # What a kill in the middle of writing a checkpoint leaves.
+    for number, state in ((900, None), (901, '{"global_step": 9')):
+        (tmp_path / "resumed-work" / f"checkpoint-{number}").mkdir()
+        if state:
+            (tmp_path / "resumed-work" / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
     resumed = run(packed, dense(), tmp_path, "resumed", **options)
     assert len(calls) < 2 * 24 * (2 if "micro_batch" in options else 1)  # not from the start again
     assert resumed.trained.held_out == straight.trained.held_out

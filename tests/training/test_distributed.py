@@ -56,7 +56,8 @@ def test_two_processes_train_as_one(mode, alone, tmp_path):
     assert end["bits"] == (bits if mode == "ddp" else bits // 2)
 
 
-def test_two_processes_distil_as_one(tmp_path):
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_distil_as_one(mode, tmp_path):
     """The same windows a step, whoever takes them: the masks, and within rounding the losses, of one process."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(configs()["llama"]())
@@ -72,7 +73,7 @@ def test_two_processes_distil_as_one(tmp_path):
     folders = [str(tmp_path / "sparse"), str(tmp_path / "dense")]
     alone = two_distillations.run(*folders, tmp_path / "one")
     script = str(SCRIPT.with_name("two_distillations.py"))
-    start(script, *folders, str(tmp_path / "two"))
+    start(script, mode, *folders, str(tmp_path / "two"))
     together = json.loads((tmp_path / "two.json").read_text())
     assert together["held_out"][0][1] == pytest.approx(alone["held_out"][0][1], rel=1e-4)
     assert [step for step, _ in together["held_out"]] == [step for step, _ in alone["held_out"]]

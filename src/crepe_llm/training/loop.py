@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 __all__ = [
     "DivergedError",
@@ -154,7 +153,7 @@ def train(
     for callback in [_Budget(trainer), progress, *(callbacks or [])]:
         trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     finally:
         progress.close()
     trainer.keep_last()
@@ -222,6 +221,21 @@ def fingerprint(source: Path) -> list[Any]:
     """What tells a folder's weights from others: path, names, sizes and times."""
     files = sorted(source.glob("*.safetensors"))
     return [str(source.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The last checkpoint in a folder that was written to its end; the trainer's state is written last."""
+    steps = [int(path.parent.name.rpartition("-")[2]) for path in work.glob("checkpoint-*/trainer_state.json")]
+    complete = [step for step in sorted(steps) if _is_json(work / f"checkpoint-{step}" / "trainer_state.json")]
+    return str(work / f"checkpoint-{complete[-1]}") if complete else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 class _Loop(Trainer):
