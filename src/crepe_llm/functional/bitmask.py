@@ -59,7 +59,7 @@ def zero_pruned_(weight: torch.Tensor, bitmask: torch.Tensor) -> None:
     step = max(1, (_BLOCK_ENTRIES if weight.device.type == "cpu" else _BLOCK_ENTRIES << 10) // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         keep = unpack_bits(bitmask[start : start + step], weight.shape[1]).view(torch.int8)
-        integers[start : start + step].bitwise_and_(keep.to(integers.dtype).neg_())
+        integers[start : start + step].bitwise_and_(keep.neg_().to(integers.dtype))
 
 
 def kept_columns(bitmask: torch.Tensor, columns: int) -> torch.Tensor:

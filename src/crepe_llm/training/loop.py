@@ -244,7 +244,8 @@ class _Loop(Trainer):
     def __init__(
         self, model: Any, windows: torch.Tensor, held_out: torch.Tensor, loss: Loss, plan: Plan, work: Path
     ) -> None:
-        super().__init__(model=model, args=_arguments(plan, work), train_dataset=_Stream(windows, plan))
+        self.stream = _Stream(windows, plan)
+        super().__init__(model=model, args=_arguments(plan, work), train_dataset=self.stream)
         self.model_accepts_loss_kwargs = False
         self.plan, self.loss, self.work = plan, loss, work
         self.held_out = held_out
@@ -282,7 +283,7 @@ class _Loop(Trainer):
         return self.loss(model, inputs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+        return torch.utils.data.SequentialSampler(self.stream)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
