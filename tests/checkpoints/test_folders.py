@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ NAMESPACE = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-u
 
 
 def can_mount(tmp_path):
+    if shutil.which("unshare") is None:
+        return False
     command = [*NAMESPACE, "mount", "-t", "tmpfs", "none", str(tmp_path)]
     return subprocess.run(command, capture_output=True).returncode == 0
 

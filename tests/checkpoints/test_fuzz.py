@@ -22,10 +22,10 @@ def fuzz():
 
 
 def test_no_mutant_of_a_sample_loads_in_silence(fuzz, capsys):
-    assert fuzz.main(["--mutants", "150"]) == 0, capsys.readouterr().out
+    assert fuzz.main(["--mutants", "100"]) == 0, capsys.readouterr().out
     last = capsys.readouterr().out.splitlines()
     assert len(last) == 2 and all("0 SILENT WRONG" in line for line in last)
-    assert all(int(line.split()[1]) > 50 for line in last)  # refused
+    assert all(int(line.split()[1]) > 40 for line in last)  # refused
 
 
 @pytest.mark.parametrize("way", ["transformers", "crepe_llm"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from crepe_llm.checkpoints import FormatError, compress_folder, decompress_folder, read_files, read_folder
-from crepe_llm.checkpoints.reading import INDEX, SINGLE, read_config, refuse_two_checkpoints
+from crepe_llm.checkpoints.reading import INDEX, SINGLE, read_config, read_strictly
 from sparse_models import prune_2of4
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -205,22 +205,22 @@ def test_a_single_file_beside_an_index_is_what_is_read_as_by_transformers(packed
         assert torch.equal(read_folder(folder).load_weight(LAYER), loaded)
         # Whoever reads the index, as vLLM does, has to know that there are two.
         with pytest.raises(FormatError, match=r"both model\.safetensors and model\.safetensors\.index\.json"):
-            refuse_two_checkpoints(folder)
+            read_strictly(folder)
     decompress_folder(folder, tmp_path / "plain")
     assert [path.name for path in (tmp_path / "plain").glob("*.safetensors*")] == [SINGLE]
     for whole in (packed, sharded, tmp_path / "plain"):
-        refuse_two_checkpoints(whole)
+        assert read_strictly(whole).files == read_folder(whole).files
 
 
 @pytest.mark.parametrize("name", [f"{LAYER}.compressed", "model.norm.weight"])
 def test_one_16_bit_float_among_others_is_a_wrong_label(packed, tmp_path, name):
     bad = rewritten(packed, tmp_path / "bad", lambda t: t.update({name: t[name].view(torch.float16)}))
     with pytest.raises(FormatError, match=rf"tensor {name} is F16, \d+ others are BF16; one of the labels is wrong"):
-        read_folder(bad)
+        read_strictly(bad)
     with pytest.raises(FormatError, match=r"is F16, \d+ others are BF16"):
         decompress_folder(bad, tmp_path / "plain")
     decompress_folder(packed, tmp_path / "plain")
-    dense = "model.layers.0.mlp.down_proj.weight"
+    dense = f"{LAYER}.weight"
     mixed = rewritten(tmp_path / "plain", tmp_path / "mixed", lambda t: t.update({dense: t[dense].half()}))
     with pytest.raises(FormatError, match=rf"tensor {dense} is F16"):
         compress_folder(mixed, tmp_path / "packed")
@@ -244,7 +244,7 @@ def test_integers_where_only_floats_make_sense_are_named(packed, tmp_path, name,
         tensors[name] = tensors.get(name, torch.ones(32)).to(dtype)
 
     with pytest.raises(FormatError, match=rf"tensor {name} is \w+ \[\d+.*\], not one of F64, F32, F16, BF16"):
-        read_folder(rewritten(packed, tmp_path / "bad", change))
+        read_strictly(rewritten(packed, tmp_path / "bad", change))
 
 
 def test_integers_of_layers_that_are_quantized_but_not_packed_are_read(packed, tmp_path):
@@ -254,7 +254,7 @@ def test_integers_of_layers_that_are_quantized_but_not_packed_are_read(packed, t
         tensors["other.weight_packed"] = torch.ones(8, 1, dtype=torch.int32)
         tensors["other.weight_scale"] = torch.ones(8, 1, dtype=torch.uint8)
 
-    assert len(read_folder(rewritten(packed, tmp_path / "mixed", change)).layers) == 14
+    assert len(read_strictly(rewritten(packed, tmp_path / "mixed", change)).layers) == 14
 
 
 @pytest.mark.parametrize("groups", [None, {}, {"g": 1}, {"g": {"weights": {"type": "float", "num_bits": 8}}}, "x"])

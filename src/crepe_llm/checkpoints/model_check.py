@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from crepe_llm.checkpoints.formats import FormatError, StoredTensor
-from crepe_llm.checkpoints.reading import Checkpoint, SparseLayer
+from crepe_llm.checkpoints.reading import Checkpoint, SparseLayer, check_dtypes
 
 __all__ = ["check_model"]
 
@@ -46,6 +46,8 @@ def check_model(checkpoint: Checkpoint, model: Any, conversions: Sequence[Any]) 
     config.json names (another head, or none), only what is missing inside the base model counts, and nothing is
     unexpected. Raises FormatError, naming file, tensor, what was found and what is expected.
     """
+    if checkpoint.layers:
+        check_dtypes(checkpoint)
     _Comparison(checkpoint, model, conversions).run()
 
 

@@ -20,12 +20,12 @@ __all__ = [
     "Checkpoint",
     "SparseLayer",
     "StoredTensor",
-    "check_halves",
+    "check_dtypes",
     "objects_in",
     "read_config",
     "read_files",
     "read_folder",
-    "refuse_two_checkpoints",
+    "read_strictly",
     "tensor_names",
 ]
 
@@ -147,18 +147,34 @@ def read_files(files: Iterable[str | Path]) -> Checkpoint:
             continue
         if part in (form.values, form.pattern) or f"{layer}.weight" not in tensors:
             checkpoint.layers[layer] = _read_layer(checkpoint, layer, form)
-    if checkpoint.layers:
-        check_halves(checkpoint)
-        _check_plain_dtypes(checkpoint)
     return checkpoint
 
 
-def refuse_two_checkpoints(folder: Path) -> None:
-    """Raise FormatError if a folder holds a single file and an index of others: vLLM reads these, transformers that."""
+def read_strictly(folder: Path) -> Checkpoint:
+    """Read a folder as :func:`read_folder` does, for a reader that follows the index and compares nothing with a model,
+    such as vLLM.
+
+    Raises FormatError also if there is an index of other files beside `model.safetensors`, and of packed layers as
+    :func:`check_dtypes`.
+    """
     if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or set(weight_map.values()) != {SINGLE}:
+        weight_map = objects_in(_read_json(folder / INDEX).get("weight_map"))
+        if any(name != SINGLE for name in weight_map.values()) or not weight_map:
             raise FormatError(f"{folder}: both {SINGLE} and {INDEX} are there and differ; remove the one that is old")
+    checkpoint = read_folder(folder)
+    if checkpoint.layers:
+        check_dtypes(checkpoint)
+    return checkpoint
+
+
+def check_dtypes(checkpoint: Checkpoint) -> None:
+    """Check the dtypes that can be known wrong without a model, in a checkpoint with packed layers or to be packed.
+
+    Raises FormatError, naming file and tensor, for F16 beside BF16 and for integers in place of norms, biases and
+    scales, which readers cast in silence.
+    """
+    _check_halves(checkpoint)
+    _check_plain(checkpoint)
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -199,8 +215,8 @@ def _read_layer(checkpoint: Checkpoint, layer: str, form: CheckpointFormat) -> S
     return SparseLayer(layer, form, dtype, shape)
 
 
-def check_halves(checkpoint: Checkpoint) -> None:
-    """Raise FormatError if a checkpoint mixes the two 16-bit floats: nobody saves one, so that a label is wrong."""
+def _check_halves(checkpoint: Checkpoint) -> None:
+    """Refuse a mixture of the two 16-bit floats: nobody saves one, so that one of the labels is wrong."""
     by_dtype = {
         dtype: [name for name, stored in checkpoint.tensors.items() if stored.dtype == dtype] for dtype in _HALVES
     }
@@ -213,11 +229,8 @@ def check_halves(checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_plain_dtypes(checkpoint: Checkpoint) -> None:
-    """Check the dtypes that need no model to be known wrong, beside packed layers: readers would cast them in silence.
-
-    Norms, biases and the scales of packed layers are floats of 16 bits or more; so is any other weight without a scale.
-    """
+def _check_plain(checkpoint: Checkpoint) -> None:
+    """Refuse integers where only floats make sense: norms, biases, scales of packed layers, weights without a scale."""
     for name, stored in checkpoint.tensors.items():
         prefix, _, part = name.rpartition(".")
         is_scale = part in ("weight_scale", "input_scale") and prefix in checkpoint.layers

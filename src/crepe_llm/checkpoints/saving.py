@@ -27,7 +27,7 @@ from crepe_llm.checkpoints.reading import (
     INDEX,
     SINGLE,
     Checkpoint,
-    check_halves,
+    check_dtypes,
     objects_in,
     read_config,
     read_folder,
@@ -160,7 +160,7 @@ def compress_folder(source: str | Path, destination: str | Path, *, progress: bo
     checkpoint = read_folder(source)
     if checkpoint.layers:
         raise FormatError(f"{source} is already packed: layer {next(iter(checkpoint.layers))} has a bitmask")
-    check_halves(checkpoint)
+    check_dtypes(checkpoint)
     config = read_config(source)
     least = sum(_least_packed_bytes(checkpoint, name) for name in checkpoint.tensors)
     with new_folder(destination, size=least) as folder:
@@ -184,6 +184,7 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
     checkpoint = read_folder(source)
     if not checkpoint.layers:
         raise FormatError(f"{source} has no {FORMAT.name} layer: there is nothing to decompress")
+    check_dtypes(checkpoint)
     config = read_config(source)
     _check_types(checkpoint, config)
     with new_folder(destination, size=_plain_bytes(checkpoint)) as folder:

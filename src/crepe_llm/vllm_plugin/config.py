@@ -20,7 +20,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
-from crepe_llm.checkpoints.reading import read_folder, refuse_two_checkpoints
+from crepe_llm.checkpoints.reading import read_strictly
 from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, Scheme, Sparse24LinearMethod
 from crepe_llm.vllm_plugin.plain import PLAIN, modules_2of4, pack_weights
@@ -80,13 +80,11 @@ class Sparse24Config(CompressedTensorsConfig):
             ValueError: none is sparse, or a file or tensor of the checkpoint is missing or damaged (named; a checkpoint
                 that is still on the hub is checked while it is loaded).
         """
-        if Path(model_name).is_dir():
-            refuse_two_checkpoints(Path(model_name))
         if self._plain:
             self._checkpoint_name = {name: name for name in modules_2of4(model_name, revision)}
             return
         if Path(model_name).is_dir():
-            tensors: Iterable[str] = read_folder(model_name).tensors
+            tensors: Iterable[str] = read_strictly(Path(model_name)).tensors
         else:
             tensors = get_safetensors_params_metadata(model_name, revision=revision)
         names = _modules_with(SPARSE_24_BITMASK.values, tensors)

@@ -7,7 +7,7 @@ import torch
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
-from crepe_llm.checkpoints.reading import read_folder
+from crepe_llm.checkpoints.reading import read_strictly
 from crepe_llm.checkpoints.saving import plain_2of4
 
 PLAIN = "dense"
@@ -25,7 +25,7 @@ def modules_2of4(model_name: str, revision: str | None) -> list[str]:
     folder = model_name
     if not Path(folder).is_dir():
         folder = download_weights_from_hf(model_name, None, ["*.safetensors"], revision)
-    return plain_2of4(read_folder(folder))
+    return plain_2of4(read_strictly(Path(folder)))
 
 
 def pack_weights(
