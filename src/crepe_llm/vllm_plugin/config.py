@@ -23,7 +23,7 @@ from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_strictly
 from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, Scheme, Sparse24LinearMethod
-from crepe_llm.vllm_plugin.plain import PLAIN, modules_2of4, pack_weights
+from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain
 
 _logger = logging.getLogger(__name__)
 _SCALE, _INPUT_SCALE = "weight_scale", "input_scale"
@@ -81,7 +81,9 @@ class Sparse24Config(CompressedTensorsConfig):
                 that is still on the hub is checked while it is loaded).
         """
         if self._plain:
-            self._checkpoint_name = {name: name for name in modules_2of4(model_name, revision)}
+            checkpoint, layers = read_plain(model_name, revision)
+            self._checkpoint_name = {name: name for name in layers}
+            self._scaled = {name: name for name in _modules_with(_SCALE, checkpoint.tensors)}
             return
         if Path(model_name).is_dir():
             tensors: Iterable[str] = read_strictly(Path(model_name)).tensors

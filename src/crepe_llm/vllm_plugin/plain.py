@@ -7,15 +7,15 @@ import torch
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
-from crepe_llm.checkpoints.reading import read_strictly
+from crepe_llm.checkpoints.reading import Checkpoint, read_strictly
 from crepe_llm.checkpoints.saving import plain_2of4
 
 PLAIN = "dense"
 """What ``sparsity_config.format`` is called where 2:4 weights are stored with their zeros."""
 
 
-def modules_2of4(model_name: str, revision: str | None) -> list[str]:
-    """Returns the checkpoint's names of the linear modules whose plain weights are exactly 2:4.
+def read_plain(model_name: str, revision: str | None) -> tuple[Checkpoint, list[str]]:
+    """Returns a checkpoint and the prefixes of its linear layers whose plain weights are exactly 2:4.
 
     All weights are read, one at a time. A checkpoint on the hub is downloaded first, into the hub's own cache.
 
@@ -25,7 +25,8 @@ def modules_2of4(model_name: str, revision: str | None) -> list[str]:
     folder = model_name
     if not Path(folder).is_dir():
         folder = download_weights_from_hf(model_name, None, ["*.safetensors"], revision)
-    return plain_2of4(read_strictly(Path(folder)))
+    checkpoint = read_strictly(Path(folder))
+    return checkpoint, plain_2of4(checkpoint)
 
 
 def pack_weights(
