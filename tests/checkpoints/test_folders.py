@@ -50,6 +50,24 @@ def test_new_folder_takes_an_empty_place(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_others_may_read_what_new_files_let_them_read(tmp_path, exists):
+    if exists:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/tokenizer.json").write_text("")
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            save_file({"a": torch.ones(4)}, folder / "model.safetensors")
+            write(folder, ["code/file.py"])
+            (folder / "run.sh").touch(0o700)
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / "out" / name).stat().st_mode & 0o777 for name in ("model.safetensors", "code", "run.sh")}
+    assert modes == {"model.safetensors": 0o640, "code": 0o750, "run.sh": 0o740}
+    assert exists or (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
 def test_links_are_followed(tmp_path):
     real = tmp_path / "real"
     (real / "empty").mkdir(parents=True)

@@ -191,8 +191,7 @@ def _publish_or_keep(partial: Path, final: Path) -> None:
 
 
 def _publish(partial: Path, final: Path) -> None:
-    with suppress(OSError):
-        partial.chmod(0o777 & ~_umask())
+    _open_up(partial)
     if not final.exists():
         os.rename(partial, final)
     elif partial.parent == final or any(final.iterdir()):
@@ -236,10 +235,14 @@ def _is_full(error: BaseException) -> bool:
     return False
 
 
-def _umask() -> int:
+def _open_up(folder: Path) -> None:
+    """Give a folder and its files the permissions of new ones; tempfile and safetensors give their owner's alone."""
     mask = os.umask(0o022)
     os.umask(mask)
-    return mask
+    with suppress(OSError):  # on file systems that have no permissions
+        folder.chmod(0o777 & ~mask)
+        for path in folder.rglob("*"):
+            path.chmod(path.stat().st_mode | 0o666 & ~mask)
 
 
 def _flush_all(folder: Path) -> None:
