@@ -427,6 +427,18 @@ def test_the_least_size_is_no_more_than_what_is_written(tmp_path):
             assert whole / 2 < least < whole
 
 
+def test_a_quantized_key_value_cache_survives_unpacking(dense_folder, tmp_path):
+    model, _ = pruned(dense_folder)
+    model.save_pretrained(tmp_path / "dense")
+    compress_folder(tmp_path / "dense", tmp_path / "packed")
+    config, scheme = config_of(tmp_path / "packed"), {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (tmp_path / "packed/config.json").write_text(json.dumps(config))
+    decompress_folder(tmp_path / "packed", tmp_path / "plain")
+    quantization = config_of(tmp_path / "plain")["quantization_config"]
+    assert quantization["kv_cache_scheme"] == scheme and quantization["sparsity_config"] == {}
+
+
 def test_float8_negative_zeros_survive_as_zeros(tmp_path):
     from safetensors.torch import save_file
 

@@ -192,7 +192,7 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
         copy_rest(source, folder)
         quantization = {k: v for k, v in objects_in(config.get(QUANTIZATION)).items() if k != SPARSITY}
         config.pop(QUANTIZATION, None)
-        if quantization.get("config_groups"):
+        if quantization.get("config_groups") or quantization.get("kv_cache_scheme"):
             config[QUANTIZATION] = quantization | {SPARSITY: {}}
         _write_json(folder / CONFIG, config)
         _record_dense(folder)
