@@ -225,7 +225,7 @@ def _move_entries(partial: Path, final: Path) -> None:
 
 def _is_full(error: BaseException) -> bool:
     """Whether an error, or one that it came from, says that the disk is full; libraries do in words of their own."""
-    seen: BaseException | None = error
+    seen: BaseException | None = error if isinstance(error, Exception) else None
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FULL:
             return True
