@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from crepe_llm import kernels
 from crepe_llm.kernels import DenseWeight, PackedWeight, cpu, cuda, reference
@@ -249,6 +250,8 @@ def test_a_gradient_is_never_lost_in_silence(inputs):
                 kernels.linear(operands[0], packed, operands[1])
             with torch.no_grad():
                 assert torch.equal(kernels.linear(operands[0], packed, operands[1]), expected)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="requires a gradient"):
+            kernels.linear(forward_ad.make_dual(x, x), packed, bias)
     with pytest.raises(RuntimeError, match="requires a gradient"):
         kernels.linear(x, kernels.pack_dense(torch.nn.Linear(K, N).weight))
 

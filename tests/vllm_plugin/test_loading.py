@@ -289,6 +289,7 @@ class Loads(torch.nn.Module):
         self.embedding, self.head = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False)
         self.head.weight = self.embedding.weight  # tied
         self.later = torch.nn.Parameter(torch.empty(3))
+        self.experts = torch.nn.Parameter(torch.empty(4, 2, 2))
         self.register_buffer("table", torch.zeros(5))
         self.claimed = claimed
 
@@ -305,6 +306,7 @@ def loads(folder: Path, check: bool = True, claimed: tuple[str, ...] = ("later",
     model = Loads(set(claimed))
     _guard(model, read(folder), "folder", check)
     tensors = {"norm.weight": torch.ones(4), "norm.bias": torch.ones(4), "embedding.weight": torch.ones(8, 4)}
+    tensors["experts"] = torch.ones(4, 2, 2)
     tensors = {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None}
     model.load_weights(iter(tensors.items()))
     return model
@@ -319,8 +321,9 @@ def test_tied_weights_buffers_and_what_a_model_fills_later_are_not_missing(folde
     [
         ({"claimed": ()}, "hold later;"),
         ({"norm.bias": None, "norm.weight": None}, r"hold norm\.weight, norm\.bias;"),
-        ({"norm.bias": torch.ones(3)}, r"hold norm\.bias \(rows 3 to 3\);"),
+        ({"norm.bias": torch.ones(3)}, r"hold norm\.bias \(rows 3\);"),
         ({"embedding.weight": torch.ones(5, 4)}, r"hold embedding\.weight \(rows 5 to 7\);"),
+        ({"experts": torch.ones(2, 2, 2)}, r"hold experts \(experts 2 to 3\);"),
         # A model that claims to have read a weight of which it has read a part is not believed.
         ({"embedding.weight": torch.ones(5, 4), "claimed": ("embedding.weight", "later")}, "rows 5 to 7"),
     ],
@@ -339,25 +342,26 @@ def test_sparse_layers_cannot_be_reloaded(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_layer_that_vllm_does_not_quantize_gets_its_scaled_weight(folder: Path, packed: bool) -> None:
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_layer_that_vllm_does_not_quantize_gets_its_scaled_weight(
+    folder: Path, packed: bool, quantized: bool
+) -> None:
+    model = torch.nn.Module()
+    model.gate = torch.nn.Linear(64, 64)
+    if quantized:
+        model.gate.weight_scale = torch.nn.Parameter(torch.ones(64, 1))
     config, scale = read(folder), torch.rand(64, 1)
+    config._checkpoint_name = {"gate": "gate"} if packed else {}
+    config._scaled = {"gate": "gate"}
     stored = load_file(folder / "model.safetensors")
     parts = {part: stored[f"{LAYER}.{part}"] for part in SPARSE_24_BITMASK.parts}
     weight = SPARSE_24_BITMASK.unpack(parts)
-    if packed:
-        config._scaled = {LAYER: LAYER}
-    else:
-        config._unquantized, config._checkpoint_name = {LAYER}, {}
-        parts = {"weight": weight}
-    given = {f"{LAYER}.{part}": tensor for part, tensor in parts.items()}
-    given |= {
-        f"{LAYER}.weight_scale": scale,
-        f"{LAYER}.input_scale": torch.ones(1),
-        "model.norm.weight": torch.ones(64),
-    }
-    got = dict(config.expand(given.items()))
-    assert got.keys() == {f"{LAYER}.weight", "model.norm.weight"}
-    assert torch.equal(got[f"{LAYER}.weight"], weight.float() * scale)
+    given = {f"gate.{part}": tensor for part, tensor in (parts if packed else {"weight": weight}).items()}
+    others = {"gate.weight_scale": scale, "gate.input_scale": torch.ones(1)}
+    got = dict(config.expand(model, {**given, **others, "norm.weight": torch.ones(64)}.items()))
+    wanted = {"gate.weight": weight, **others} if quantized else {"gate.weight": weight.float() * scale}
+    assert got.keys() == {*wanted, "norm.weight"}
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.mark.parametrize(

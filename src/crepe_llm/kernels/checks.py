@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = ["ACTIVATIONS", "Weight", "part", "product"]
 
@@ -68,11 +69,18 @@ def product(
     for tensor in others:
         if tensor.device != x.device:
             raise ValueError(f"x is on {x.device}, the weight or the bias on {tensor.device}; one device is needed")
-    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in others)):
+    if _differentiated(x, *others):
         raise RuntimeError(
             "an operand requires a gradient, which products with packed weights do not have: call them under "
             "torch.no_grad(), or train the dense weight (crepe_llm.kernels.unpack)"
         )
+
+
+def _differentiated(*operands: torch.Tensor) -> bool:
+    """Whether autograd follows one of them, backward or forward."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in operands)
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

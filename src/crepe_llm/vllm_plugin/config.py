@@ -45,11 +45,10 @@ class Sparse24Config(CompressedTensorsConfig):
         self._checkpoint_name: dict[str, str] = {}  # vLLM's name of a sparse module -> the checkpoint's
         self._plain = False  # whether the sparse modules are stored as plain weights
         self._scaled: dict[str, str] = {}  # the same of a module with a weight_scale
-        # Of the model that is being built, by the checkpoint's names: the modules served sparse; of those served dense,
-        # the layer and the reason; those served without their quantization. And how its mappers fuse modules.
+        # Of the model that is being built: the modules served sparse; of those served dense, the layer and the reason
+        # (both by the checkpoint's names); and how its mappers of weight names fuse modules.
         self._sparse: set[str] = set()
         self._dense: dict[str, tuple[str, str]] = {}
-        self._unquantized: set[str] = set()
         self._fusions: list[Mapping[str, Any]] = []
 
     @classmethod
@@ -110,7 +109,7 @@ class Sparse24Config(CompressedTensorsConfig):
         Most models have a table of that for quantization configs; all have it in their mappers of weight names, the
         model's own or those of the classes that it is made of.
         """
-        self._sparse, self._dense, self._unquantized = set(), {}, set()
+        self._sparse, self._dense = set(), {}
         files = [sys.modules[base.__module__] for base in model_class.__mro__]
         classes = [value for file in files for value in vars(file).values() if isinstance(value, type)]
         mappers = [getattr(cls, "hf_to_vllm_mapper", None) for cls in (model_class, *classes)]
@@ -128,7 +127,6 @@ class Sparse24Config(CompressedTensorsConfig):
             sparse = [part for part in parts if part in self._checkpoint_name]
             if prefix.endswith("kv_b_proj") and _uses_latent_attention(prefix):
                 self._serve_dense(prefix, sparse, "multi-head latent attention reads its dense weight")
-                self._unquantized.update(self._scaled[part] for part in parts if part in self._scaled)
                 return UnquantizedLinearMethod()
             scheme = self._sparse_scheme(layer, prefix) if len(sparse) == len(parts) else None
             if scheme is not None:
@@ -166,16 +164,17 @@ class Sparse24Config(CompressedTensorsConfig):
         known = [parts for parts in (listed, *mapped) if parts]
         return next((parts for parts in known if self._checkpoint_name.keys() & parts), (known or [[layer]])[0])
 
-    def expand(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def expand(
+        self, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """A checkpoint's tensors, the three of each sparse module that vLLM has built dense turned into a weight.
 
-        Plain weights of modules that are served sparse are packed.
-
-        Where vLLM has built the module without its quantization, too, the weight is of the model's own dtype.
+        Plain weights of modules that are served sparse are packed. Where vLLM has built a module without its
+        quantization, sparse or not, the weight is of the model's own dtype.
         """
         dense = set() if self._plain else set(self._checkpoint_name.values()) - self._sparse
         self._warn_of_dense(dense)
-        unscaled = self._unquantized | (dense - self._dense.keys()) & set(self._scaled.values())
+        unscaled = {name for layer, name in self._scaled.items() if _has_no_scale(model, layer)}
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in pack_weights(weights, self._sparse if self._plain else ()):
             module, _, part = name.rpartition(".")
@@ -197,11 +196,20 @@ class Sparse24Config(CompressedTensorsConfig):
         """One line for each kind of layer and each reason."""
         layers: dict[tuple[str, str], set[str]] = {}
         for module in modules:
-            layer, reason = self._dense.get(module, (module, "vLLM builds it without a quantization"))
+            layer, reason = self._dense.get(
+                module, (module, "vLLM builds it without a quantization, or under another name")
+            )
             layers.setdefault((_kind(layer), reason), set()).add(layer)
         for (kind, reason), names in sorted(layers.items()):
             name = f"{kind} ({len(names)} layers)" if len(names) > 1 else names.pop()
             _logger.warning("%s: served dense, expanded from 2:4 while it is loaded: %s", name, reason)
+
+
+def _has_no_scale(model: torch.nn.Module, layer: str) -> bool:
+    try:
+        return not hasattr(model.get_submodule(layer), _SCALE)
+    except AttributeError:  # its module has another name in the model, or is part of one
+        return False
 
 
 def _weight(module: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

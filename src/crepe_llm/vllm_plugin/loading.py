@@ -6,6 +6,7 @@ memory. So the memory that loading writes is recorded, whatever function writes 
 
 import bisect
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ def _guard(model: Any, config: Sparse24Config, checkpoint: str, check: bool) -> 
             raise NotImplementedError("sparse layers cannot be reloaded in a running engine; start it again")
         expected = [parameter for _, _, parameter in _parameters(model)]
         with WrittenMemory(expected) as written:
-            loaded = original(config.expand(weights), *args, **kwargs)
+            loaded = original(config.expand(model, weights), *args, **kwargs)
         missing = [
             name
             for layer, attribute, parameter in _parameters(model)
@@ -175,24 +176,34 @@ def _unread(
     """The names, as a checkpoint has them, of what of a parameter was not read."""
     name = f"{layer.name}.{attribute}" if layer.name else attribute
     gaps = written.gaps(parameter.data) if written.holds(parameter) else []
-    total = sum(stop - start for start, stop in runs_of(parameter.data))
-    empty = sum(stop - start for start, stop in gaps) == total
+    empty = sum(stop - start for start, stop in gaps) == parameter.nbytes
     if not gaps or (empty and name in claimed):  # some models fill a parameter later, and say that they have it
         return
-    rows, base = parameter.shape[0] if parameter.ndim else 1, parameter.data_ptr()
-    width = total // rows
-    touched = sorted(
-        {row for gap in gaps for row in range((gap.start - base) // width, -(-(gap.stop - base) // width))}
-    )
+    rows = _rows(parameter, gaps)
     sizes = getattr(layer.module, "output_partition_sizes", [])
     parts = config.parts(layer.name)
-    if len(parts) > 1 and len(parts) == len(sizes):
-        ends = _ends(sizes, rows)
-        yield from (f"{parts[part]}.{attribute}" for part in sorted({bisect.bisect(ends, row) for row in touched}))
+    if parameter.ndim and len(parts) > 1 and len(parts) == len(sizes):
+        ends = _ends(sizes, parameter.shape[0])
+        yield from (f"{parts[part]}.{attribute}" for part in sorted({bisect.bisect(ends, row) for row in rows}))
     elif empty:
         yield name
     else:
-        yield f"{name} (rows {touched[0]} to {touched[-1]})"
+        yield f"{name} ({'rows' if parameter.ndim < 3 else 'experts'} {', '.join(_spans(rows))})"
+
+
+def _rows(parameter: torch.Tensor, gaps: list[Run]) -> list[int]:
+    """The rows of a parameter, ascending, that runs of its memory are in."""
+    if parameter.ndim == 0 or not parameter.is_contiguous():
+        return list(range(parameter.shape[0] if parameter.ndim else 1))
+    base, width = parameter.data_ptr(), parameter.nbytes // parameter.shape[0]
+    return sorted({row for gap in gaps for row in range((gap.start - base) // width, -(-(gap.stop - base) // width))})
+
+
+def _spans(numbers: list[int]) -> Iterator[str]:
+    """Ascending numbers as "1, 4 to 7"."""
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        span = [number for _, number in group]
+        yield str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}"
 
 
 def _ends(sizes: list[int], rows: int) -> list[int]:
