@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from crepe_llm.checkpoints import FormatError
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.vllm_plugin import QUANTIZATION, register
+from vllm_runs import llama
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -241,6 +243,41 @@ def test_all_that_is_missing_is_named_before_anything_is_served(
     wanted = {name for name in gone if name.rpartition(".")[2] not in SPARSE_24_BITMASK.parts}
     wanted |= {f"{name.rpartition('.')[0]}.weight" for name in gone if name.endswith(".compressed")}
     assert listed == wanted
+
+
+def to_four_bits(folder: Path, layers: list[str]) -> None:
+    """Quantizes dense layers to INT4 with a scale for 32 columns, as compressed-tensors stores them."""
+    file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    tensors = load_file(file)
+    for layer in layers:
+        weight = tensors.pop(f"{layer}.weight").float()
+        groups = weight.view(weight.shape[0], -1, 32)
+        scale = groups.abs().amax(-1, keepdim=True) / 7
+        quantized = (groups / scale).round().clamp(-8, 7).to(torch.int8).view_as(weight)
+        tensors[f"{layer}.weight_packed"] = pack_to_int32(quantized, 4)
+        tensors[f"{layer}.weight_scale"] = scale.squeeze(-1).bfloat16()
+        tensors[f"{layer}.weight_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, file, metadata={"format": "pt"})
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+    config["quantization_config"] |= {
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": layers, "weights": weights}},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_four_bit_layers_beside_sparse_ones_must_be_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = llama(intermediate_size=256)
+    folder = write_random_model(config, tmp_path, sparse=True, dense_layers=["down_proj"])
+    to_four_bits(folder, [f"model.layers.{block}.mlp.down_proj" for block in range(2)])
+    tensors = load_file(folder / "model.safetensors")
+    start(folder, monkeypatch).llm_engine.engine_core.shutdown()
+    gone = ["model.layers.0.mlp.down_proj.weight_scale", "model.layers.1.mlp.down_proj.weight_packed"]
+    left = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"does not hold {', '.join(gone)};"):
+        start(folder, monkeypatch)
 
 
 def filled(shape: tuple[int, ...], index: Any, how: str) -> tuple[torch.Tensor, torch.Tensor, WrittenMemory]:
