@@ -1,5 +1,6 @@
 """``kernels.linear``: shapes, errors, torch.compile, the dense rule, and life without a library."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -90,6 +91,20 @@ def test_without_a_library_the_reference_serves_with_one_warning(monkeypatch):
         assert len(caught) == 1
         torch.testing.assert_close(y, reference.sparse_linear(x, kernels.pack(weight), None))
         assert cpu.instruction_sets.__wrapped__() == {}
+    finally:
+        cpu.library.cache_clear()
+
+
+@pytest.mark.skipif(not cpu.instruction_sets(), reason="no CPU kernel library")
+def test_a_library_of_another_version_is_not_called(monkeypatch):
+    class Longer(cpu._Problem):
+        _fields_ = (("more", ctypes.c_int64),)
+
+    cpu.library.cache_clear()
+    monkeypatch.setattr(cpu, "_Problem", Longer)
+    try:
+        with pytest.warns(RuntimeWarning, match=r"_kernels\S* was built from another version of the source"):
+            assert cpu.library() is None
     finally:
         cpu.library.cache_clear()
 

@@ -46,9 +46,12 @@ def library() -> ctypes.CDLL | None:
     if found is not None:
         try:
             loaded = ctypes.CDLL(str(found))
-        except OSError as error:
-            reason = str(error)
+            current = loaded.crepe_problem_bytes() == ctypes.sizeof(_Problem)
+        except (AttributeError, OSError) as error:
+            current, reason = False, str(error)
         else:
+            reason = f"{found.name} was built from another version of the source"
+        if current:
             loaded.crepe_instruction_set.restype = ctypes.c_char_p
             loaded.crepe_multiply.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
             return loaded

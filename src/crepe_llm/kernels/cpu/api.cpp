@@ -88,6 +88,9 @@ EXPORT const char* crepe_instruction_set(int32_t index) { return index >= 0 && i
 // Whether this processor (and its operating system) can run instruction set `index`.
 EXPORT int32_t crepe_supported(int32_t index) { return index >= 0 && index < kSetCount && kSets[index]->supported(); }
 
+// The size of a problem: a library built from other source than the Python that calls it is found out by it.
+EXPORT int64_t crepe_problem_bytes() { return sizeof(Problem); }
+
 // Computes `problem` with instruction set `index` on `threads` threads of the team that `parallel` starts (null: on
 // the calling thread). Returns 0, 1 when there is no memory for the converted activations, or 2 when the processor cannot
 // run it or sizes do not belong together; nothing was read then.
