@@ -18,6 +18,28 @@ def test_blocks_are_found_by_the_names_that_their_modules_have(family, tiny_mode
     assert len({kind_of(name) for name in blocks}) == 1
 
 
+def test_blocks_of_a_language_model_within_a_model_and_beside_other_lists():
+    import transformers as t
+
+    small = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 2, "pad_token_id": 2, "layer_types": ["full_attention"] * 3, "num_hidden_layers": 3,
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    text = {**small, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    llama4 = t.Llama4ForConditionalGeneration(t.Llama4Config(text_config=text, vision_config=vision))
+    assert list(find_blocks(llama4)) == [f"language_model.model.layers.{block}" for block in range(3)]
+    assert list(find_blocks(llama4.language_model)) == [f"model.layers.{block}" for block in range(3)]
+    altup = {"altup_num_inputs": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
+    gemma3n = t.Gemma3nForCausalLM(
+        t.Gemma3nTextConfig(
+            **{**small, "intermediate_size": [48] * 3}, **altup, laurel_rank=4, num_kv_shared_layers=0,
+            activation_sparsity_pattern=[0.0] * 3,
+        )
+    )  # fmt: skip
+    assert list(find_blocks(gemma3n)) == [f"model.layers.{block}" for block in range(3)]
+
+
 def test_a_decoder_without_one_list_of_blocks_is_refused():
     class Model(torch.nn.Module):
         def __init__(self, lists):

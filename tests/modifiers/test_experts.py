@@ -24,6 +24,10 @@ MODELS = {
     "qwen3_moe": (t.Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}),
     "olmoe": (t.OlmoeConfig, {"num_experts": 4}),
     "granitemoe": (t.GraniteMoeConfig, {"num_local_experts": 4}),
+    "llama4_text": (
+        t.Llama4TextConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
+    ),
     "gpt_oss": (t.GptOssConfig, {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
 }
 STORED = {
@@ -33,6 +37,8 @@ STORED = {
     "qwen3_moe": "model.layers.0.mlp.experts.1.gate_proj.weight",
     "olmoe": "model.layers.0.mlp.experts.1.gate_proj.weight",
     "granitemoe": "model.layers.0.block_sparse_moe.input_linear.weight",
+    # transformers takes them apart where a checkpoint is compressed
+    "llama4_text": "model.layers.0.feed_forward.experts.1.gate_proj.weight",
     "gpt_oss": "model.layers.0.mlp.experts.gate_up_proj",
 }
 
@@ -84,6 +90,14 @@ def test_experts_are_read_back(family, recipe, folder_of, calibration_data, tmp_
     # Of each expert, two of four weights are gone, in whatever form it is stored.
     assert float((stored[STORED[family]] == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+def test_llama4_is_saved_whole_where_nothing_is_packed(folder_of, calibration_data, tmp_path):
+    recipe = [crepe(mask_structure="0:0", sparsity=0.5)]
+    model = run(load(folder_of("llama4_text")), recipe, calibration_data, output_dir=str(tmp_path / "out"))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-6)
+    stored = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.feed_forward.experts.gate_up_proj"]
+    assert float((stored == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
 def test_families_that_store_whole_experts_refuse_to_quantize_them(folder_of, calibration_data, tmp_path):

@@ -66,6 +66,24 @@ def test_a_vision_tower_that_targets_name_is_refused_before_calibration(vision_f
     assert not any(pruned(module) for module in linears(model).values())
 
 
+def test_a_model_that_cannot_be_run_in_parts_is_run_whole(tiny_model_folder, calibration_data, tmp_path, messages):
+    """Qwen2-Audio fails in the pipeline's last part, after the work; its audio tower gets nothing from text."""
+    torch.manual_seed(0)
+    audio = {
+        "num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 32,
+        "max_source_positions": 16,
+    }  # fmt: skip
+    config = t.Qwen2AudioConfig(text_config=t.Qwen2Config(**SMALL), audio_config=audio, audio_token_index=90)
+    made = t.Qwen2AudioForConditionalGeneration(config)
+    folder = save(made, tmp_path / "model", tiny_model_folder("llama"))
+    for pipeline in ("independent", "sequential", None):
+        model = type(made).from_pretrained(folder)
+        run(model, "crepe_2of4", calibration_data, processor=words(folder), pipeline=pipeline)
+        assert any("is run as a whole" in line for line in messages)
+        for name, module in linears(model).items():
+            assert pruned(module) == ("language_model" in name), name
+
+
 def whisper():
     return t.WhisperForConditionalGeneration(
         t.WhisperConfig(

@@ -15,13 +15,23 @@ def find_blocks(model: Any) -> dict[str, torch.nn.Module]:
     """
     decoder = model.get_decoder()
     name_of = {module: name for name, module in model.named_modules()}
-    lists = [module for module in decoder.children() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    lists = _lists(decoder)
+    if not lists and hasattr(decoder, "model"):
+        lists = _lists(decoder.model)  # a whole language model, head included
+    if len(lists) > 1:  # Gemma 3n has lists of projections, too
+        config = getattr(model, "config", None)
+        depth = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
+        lists = [each for each in lists if len(each) == depth] or lists
     if len(lists) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(lists)} lists of decoder blocks in its {type(decoder).__name__} where "
             "one is expected"
         )
     return {name_of[block]: block for block in lists[0]}
+
+
+def _lists(decoder: torch.nn.Module) -> list[torch.nn.ModuleList]:
+    return [module for module in decoder.children() if isinstance(module, torch.nn.ModuleList) and len(module)]
 
 
 def block_of(name: str) -> str:

@@ -20,7 +20,7 @@ from crepe_llm.models.generation import repair_generation_config
 from crepe_llm.models.tokens import check_positions, check_vocabulary
 from crepe_llm.modifiers import order
 
-__all__ = ["TEXT", "calibration_data", "refuse_several_processes", "token_lengths", "uncalled_layers"]
+__all__ = ["TEXT", "calibration_data", "first_tokens", "refuse_several_processes", "token_lengths", "uncalled_layers"]
 
 # What batches of text alone may have.
 TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "loss_mask"}
@@ -69,12 +69,7 @@ def uncalled_layers(model: torch.nn.Module, data: Any) -> set[torch.nn.Module]:
         matrices = {module for name, module in model.named_modules() if _has_matrix(module) and ".experts." not in name}
     uncalled = set(matrices)
     handles = [m.register_forward_pre_hook(lambda module, args: uncalled.discard(module)) for m in matrices]
-    with torch.random.fork_rng(devices=[]):
-        batch = dict(next(iter(data), {}))
-    if not batch:
-        raise ValueError("the calibration data has no batch")
-    if batch.keys() <= TEXT:
-        batch = {name: value[:1, :_FIRST_TOKENS] if value.dim() == 2 else value for name, value in batch.items()}
+    batch = first_tokens(data)
     try:
         with calibration_forward_context(model), HooksMixin.disable_hooks():
             model(**cast(dict[str, Any], tensors_to_device(batch, get_execution_device(model))))
@@ -82,6 +77,17 @@ def uncalled_layers(model: torch.nn.Module, data: Any) -> set[torch.nn.Module]:
         for handle in handles:
             handle.remove()
     return uncalled
+
+
+def first_tokens(data: Any) -> dict[str, Any]:
+    """The first batch of calibration data; of text only the first few tokens of the first row."""
+    with torch.random.fork_rng(devices=[]):
+        batch = dict(next(iter(data), {}))
+    if not batch:
+        raise ValueError("the calibration data has no batch")
+    if batch.keys() <= TEXT:
+        batch = {name: value[:1, :_FIRST_TOKENS] if value.dim() == 2 else value for name, value in batch.items()}
+    return batch
 
 
 def _has_matrix(module: torch.nn.Module) -> bool:

@@ -1,17 +1,18 @@
 """llm-compressor's `oneshot`, with what can be known to fail checked before the work, for this package's recipes."""
 
 import importlib
-from typing import Any, cast
+from typing import Any
 
-from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
+from compressed_tensors.utils import patch_attr
+from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
-from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 
 from crepe_llm.checkpoints.space import check_destination
-from crepe_llm.models.blocks import find_blocks
 from crepe_llm.modifiers.calibration_data import refuse_several_processes
+from crepe_llm.modifiers.experts import take_llama4_apart
 from crepe_llm.modifiers.recipes import read_recipe
+from crepe_llm.modifiers.rehearsal import must_run_whole, whole_pipeline
 from crepe_llm.modifiers.windows import full_windows
 
 __all__ = ["register"]
@@ -40,33 +41,25 @@ def register() -> None:
             super().__call__()
 
         def apply_recipe_modifiers(self, calibration_dataloader: Any, recipe_stage: str | None = None) -> None:
+            whole = False
             if _is_ours(self.recipe):
                 tokenizer = getattr(self.processor, "tokenizer", self.processor)
                 calibration_dataloader = full_windows(calibration_dataloader, tokenizer)
-                if _must_run_whole(self.model, calibration_dataloader, self.dataset_args):
-                    logger.warning(
-                        f"{type(self.model).__name__} cannot be run block by block, and is run as a whole "
-                        "(pipeline=basic): no layer is calibrated on what pruned ones give it"
-                    )
-                    self.dataset_args.pipeline = "basic"
-            super().apply_recipe_modifiers(calibration_dataloader, recipe_stage)
+                take_llama4_apart(self.model)
+                whole = must_run_whole(self.model, calibration_dataloader, self.dataset_args)
+            if not whole:
+                super().apply_recipe_modifiers(calibration_dataloader, recipe_stage)
+                return
+            logger.warning(
+                f"{type(self.model).__name__} cannot be run block by block, and is run as a whole, as with "
+                'pipeline="basic": no block is calibrated on what the pruned ones before it give'
+            )
+            if self.dataset_args.pipeline == "sequential":
+                self.dataset_args.pipeline = None
+            with patch_attr(CalibrationPipeline, "_infer_pipeline", staticmethod(whole_pipeline)):
+                super().apply_recipe_modifiers(calibration_dataloader, recipe_stage)
 
     module.Oneshot = Oneshot  # type: ignore[attr-defined]
-
-
-def _must_run_whole(model: Any, data: Any, arguments: Any) -> bool:
-    """Whether a pipeline that runs a model in parts would leave out its decoder, as it does T5's."""
-    if arguments.pipeline not in (None, "independent", "sequential") or not data:
-        return False
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return False
-    targets = cast(list[str], infer_sequential_targets(model, arguments.sequential_targets))
-    try:
-        parts = trace_subgraphs(model, next(iter(data)), targets, arguments.tracing_ignore)
-    except Exception:  # whatever stops the tracing would stop the pipeline
-        return True
-    traced = {module for part in parts for module in part.submodules(model)}
-    return not traced.intersection(find_blocks(model).values())
 
 
 def _is_ours(recipe: Any) -> bool:

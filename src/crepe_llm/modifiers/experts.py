@@ -4,23 +4,40 @@ What transformers reads, vLLM reads, too. A family whose checkpoints hold one ma
 is saved under those names; in all others (GraniteMoE, GPT-OSS, Llama 4) the experts are put together again.
 """
 
+import copy
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from compressed_tensors.utils import match_named_modules, patch_attr
-from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
+from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, ExpertMLPWithoutGate, LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_linearized_moes
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from loguru import logger
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-__all__ = ["check_experts", "restore_experts"]
+from crepe_llm.checkpoints import is_2of4
+
+__all__ = ["check_experts", "restore_experts", "take_llama4_apart"]
 
 # How a checkpoint's matrix of each expert is written in transformers' table, and which of our layers are in it.
 _EACH = re.compile(r"experts\.?\*\.(\w+)\.weight$")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+
+
+def take_llama4_apart(model: Any) -> None:
+    """Take apart the experts of a Llama 4 without its vision tower, at which llm-compressor fails."""
+    config = model.config
+    if hasattr(config, "text_config"):
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Llama4TextExperts):
+            holder: Any = SimpleNamespace(text_config=config)
+            model.set_submodule(name, Llama4LinearExperts.from_experts_module(module, holder))
 
 
 def check_experts(model: Any, quantizing: list[Any]) -> None:
@@ -34,9 +51,7 @@ def check_experts(model: Any, quantizing: list[Any]) -> None:
     if not apart or _with_own_names(model) is not None:
         return
     name, experts = apart[0]
-    again = type(experts).from_experts_module(_together(experts), cast(Any, experts._source_config))
-    same = all(torch.equal(one, other) for one, other in zip(experts.parameters(), again.parameters(), strict=True))
-    if not same:
+    if not _comes_apart_again(experts):
         raise ValueError(
             f"the experts {name} of {type(model).__name__} cannot be put together again as transformers reads them, so "
             "this model cannot be pruned in oneshot"
@@ -58,6 +73,8 @@ def restore_experts(model: Any) -> None:
         model._weight_conversions = own
         return
     for name, experts in apart:
+        if isinstance(experts, Llama4LinearExperts) and _will_be_packed(model):
+            continue  # transformers takes Llama 4's experts apart where a config says that weights are compressed
         if any(hasattr(module, "quantization_scheme") for module in experts.modules()):
             logger.warning(f"{name} is quantized and stays taken apart: transformers will not read it")
             continue
@@ -72,14 +89,45 @@ class _ExpertName(WeightRenaming):
 
 def _taken_apart(model: Any) -> list[tuple[str, LinearExperts2D]]:
     """Experts that oneshot took apart; those that were loaded so have their names already."""
+    for _, experts in get_linearized_moes(model):
+        if isinstance(experts, Llama4LinearExperts) and not hasattr(experts, "_source_experts_cls"):
+            _remember_llama4(experts, model.config.get_text_config())
     return [(name, one) for name, one in get_linearized_moes(model) if hasattr(one, "_source_experts_cls")]
 
 
+def _remember_llama4(experts: LinearExperts2D, config: Any) -> None:
+    """Note what llm-compressor does not of Llama 4: where experts come from, and how that holds them."""
+    source: Any = experts
+    source._source_experts_cls, source._source_config = Llama4TextExperts, config
+    for name in ("is_transposed", "has_bias", "has_gate"):
+        setattr(Llama4TextExperts, name, getattr(experts, name))
+
+
+@torch.no_grad()
+def _comes_apart_again(experts: LinearExperts2D) -> bool:
+    """Whether experts that are put together hold the same weights."""
+    together, again = _together(experts), cast(Any, copy.deepcopy(experts))
+    for parameter in again.parameters():
+        parameter.zero_()
+    for index in range(experts.num_experts):
+        again[index].copy_from_experts_module(together, index)
+    return all(torch.equal(one, other) for one, other in zip(experts.parameters(), again.parameters(), strict=True))
+
+
+def _will_be_packed(model: Any) -> bool:
+    """Whether a layer of the model is 2:4, so that its checkpoint is a compressed one."""
+    layers = (m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".experts." not in n)
+    return any(is_2of4(layer.weight) for layer in layers)
+
+
 def _together(experts: LinearExperts2D) -> Any:
-    kind = type(experts[0])
-    if experts.is_concatenated or not isinstance(experts[0], ExpertMLPWithGate):
+    kind: Any = type(experts[0])
+    if kind.copy_from_experts_module in (
+        ExpertMLPWithGate.copy_from_experts_module,
+        ExpertMLPWithoutGate.copy_from_experts_module,
+    ):
         return experts.to_experts_module()
-    # llm-compressor takes interleaved gates apart, but puts them together as halves.
+    # llm-compressor takes GPT-OSS's interleaved gates apart, but puts them together as halves.
     with patch_attr(kind, "copy_to_experts_module", _interleave(experts.is_transposed)):
         return experts.to_experts_module()
 
