@@ -164,9 +164,15 @@ def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, t
         ({"config": config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}}, "is quantized (gptq)"),
         ({"config": config | {"quantization_config": 5}}, "quantization_config is 5, which is no object"),
         ({"config": "{"}, "could not be read"),
+        ({"config": config | {"hidden_size": 64}}, "have other shapes than its config.json says"),
     )):  # fmt: skip
         (tmp_path / str(number)).mkdir()
         assert wanted in refusal(prune(copied(dense, tmp_path / str(number), **files), text, tmp_path))
+    (tmp_path / "cut").mkdir()
+    folder = copied(dense, tmp_path / "cut")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "model.safetensors: not a readable safetensors file" in refusal(prune(folder, text, tmp_path))
     assert not (tmp_path / "out").exists()
 
 

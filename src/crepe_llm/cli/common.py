@@ -222,6 +222,10 @@ def _check_config(name: str, dense: bool) -> None:
         what = "could not be read" if path.is_dir() else "is no folder here, and no model that the hub could give"
         raise ValueError(f"{name} {what}: {_first_line(error)}") from error
     quantization = content.get("quantization_config")
+    if any(path.glob("*.safetensors")):
+        from crepe_llm.checkpoints import read_folder
+
+        read_folder(path)  # names a file that is cut off or missing
     if quantization is None:
         return
     if not isinstance(quantization, dict):
@@ -237,9 +241,15 @@ def _check_config(name: str, dense: bool) -> None:
 
 @contextmanager
 def _named_code(name: str) -> Iterator[None]:
-    """Have what transformers says of code that is not trusted name this command's option."""
+    """Have what transformers says of code that is not trusted, or of weights that do not fit, name the cure."""
     try:
         yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"the weights of {name} have other shapes than its config.json says: the folder mixes files of two models"
+        ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
