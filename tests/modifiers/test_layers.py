@@ -11,9 +11,16 @@ import transformers as t
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import Event, EventType, State
+from llmcompressor.modifiers.pruning import WandaPruningModifier
 from torch.utils.data import DataLoader
 
-from crepe_llm.modifiers import ADMMModifier, CFSPModifier, ChannelPermutationModifier, CRePEModifier
+from crepe_llm.modifiers import (
+    ADMMModifier,
+    CFSPModifier,
+    ChannelPermutationModifier,
+    CRePEModifier,
+    SparseCheckpointModifier,
+)
 from modifier_helpers import SMALL, crepe, linears, load, run, save
 from tiny_models import VOCABULARY
 
@@ -216,6 +223,33 @@ def test_token_ids_outside_the_vocabulary_are_refused(tiny_model_folder):
     for given in (data, loader):
         with pytest.raises(ValueError, match=rf"token id {VOCABULARY} is outside the model's vocabulary"):
             oneshot(model=load(tiny_model_folder("llama")), recipe="crepe_2of4", dataset=given)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        [crepe()],
+        [CFSPModifier(sparsity=0.25, round_to=4)],
+        [WandaPruningModifier(sparsity=0.5, mask_structure="2:4"), SparseCheckpointModifier()],
+    ],
+    ids=lambda recipe: type(recipe[0]).__name__,
+)
+def test_a_generation_config_that_cannot_be_saved_is_mended(
+    recipe, tiny_model_folder, calibration_data, tmp_path, messages
+):
+    model = load(tiny_model_folder("llama"))
+    model.generation_config.temperature = 0.6
+    run(model, recipe, calibration_data, output_dir=str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["do_sample"] is True
+    assert sum("it is saved with do_sample: true" in line for line in messages) == 1
+
+
+def test_a_destination_that_cannot_be_written_costs_no_work(tiny_model_folder, calibration_data, tmp_path):
+    (tmp_path / "file").touch()
+    model = load(tiny_model_folder("llama"))
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        run(model, "crepe_2of4", calibration_data, output_dir=str(tmp_path / "file" / "out"))
+    assert not any(pruned(module) for module in linears(model).values())
 
 
 def test_quantized_weights_are_refused_by_name(tiny_model_folder, calibration_data):

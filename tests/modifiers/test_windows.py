@@ -75,6 +75,16 @@ def test_padded_rows_are_not_joined():
     assert windows_of(loader) == [[3, 4, 0], [5, 6, 7]]
 
 
+def test_rows_of_padding_or_of_a_beginning_alone_are_empty(messages):
+    rows = {"input_ids": [[3, 4], [2, 2], [5, 2]], "attention_mask": [[1, 1], [0, 0], [1, 0]]}
+    loader = DataLoader(Dataset.from_dict(rows), collate_fn=Collate(8))
+    assert windows_of(full_windows(loader, letters_tokenizer(False))) == [[3, 4], [5, 2]]
+    assert windows_of(full_windows(loader_of([[0], [3, 4], [0], [5]], None), letters_tokenizer(True))) in (
+        [[3, 4], [5]], [[5], [3, 4]],
+    )  # fmt: skip
+    assert any("1 of 3 rows" in line for line in messages) and any("2 of 4 rows" in line for line in messages)
+
+
 def test_no_more_than_the_tokenizer_says_that_the_model_takes():
     tokenizer = letters_tokenizer(False)
     tokenizer.model_max_length = 6

@@ -20,10 +20,16 @@ from crepe_llm.models.generation import repair_generation_config
 from crepe_llm.models.tokens import check_positions, check_vocabulary
 from crepe_llm.modifiers import order
 
-__all__ = ["TEXT", "calibration_data", "first_tokens", "refuse_several_processes", "token_lengths", "uncalled_layers"]
+__all__ = [
+    "calibration_data",
+    "first_tokens",
+    "mend_generation_config",
+    "refuse_several_processes",
+    "uncalled_layers",
+]
 
 # What batches of text alone may have.
-TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "loss_mask"}
+_TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "loss_mask"}
 # Enough for every layer to be called, whatever the text.
 _FIRST_TOKENS = 8
 
@@ -45,18 +51,22 @@ def calibration_data(modifier: Modifier, state: State, **kwargs: Any) -> Any:
             "name, or a tokenized datasets.Dataset), or `calib_data=` to state.update"
         )
     if order.first(modifier) is modifier and hasattr(state.model, "get_decoder"):
-        changes = repair_generation_config(state.model)
-        if changes:
-            logger.warning(
-                f"generation_config.json is one that transformers loads but refuses to save; it is saved with {changes}"
-            )
+        mend_generation_config(state.model)
         _check_tokens(state.model, data)
     return data
 
 
-def token_lengths(dataset: Dataset) -> torch.Tensor:
-    """How many tokens each row of a tokenized data set has, int64 [rows]."""
-    return torch.tensor(pyarrow.compute.list_value_length(_ids_column(dataset)).to_pylist(), dtype=torch.int64)
+def mend_generation_config(model: Any) -> None:
+    """Mend a generation config that transformers would refuse to save, and say how.
+
+    Raises:
+        ValueError: if it cannot be mended.
+    """
+    changes = repair_generation_config(model)
+    if changes:
+        logger.warning(
+            f"generation_config.json is one that transformers loads but refuses to save; it is saved with {changes}"
+        )
 
 
 @torch.no_grad()
@@ -66,7 +76,7 @@ def uncalled_layers(model: torch.nn.Module, data: Any) -> set[torch.nn.Module]:
     Found by running the first few tokens. Experts are left out of account, as these tokens may be routed to others.
     """
     with disable_onloading():
-        matrices = {module for name, module in model.named_modules() if _has_matrix(module) and ".experts." not in name}
+        matrices = {module for name, module in model.named_modules() if _has_matrix(module) and "expert" not in name}
     uncalled = set(matrices)
     handles = [m.register_forward_pre_hook(lambda module, args: uncalled.discard(module)) for m in matrices]
     batch = first_tokens(data)
@@ -85,7 +95,7 @@ def first_tokens(data: Any) -> dict[str, Any]:
         batch = dict(next(iter(data), {}))
     if not batch:
         raise ValueError("the calibration data has no batch")
-    if batch.keys() <= TEXT:
+    if batch.keys() <= _TEXT:
         batch = {name: value[:1, :_FIRST_TOKENS] if value.dim() == 2 else value for name, value in batch.items()}
     return batch
 
@@ -119,9 +129,9 @@ def _check_tokens(model: Any, data: Any) -> None:
 def _extents(data: Any) -> Iterator[tuple[int, int, int]]:
     """Length, lowest and highest token id of batches of text; of a data set those of all rows, as any may be drawn."""
     dataset = getattr(data, "dataset", None)
-    if not isinstance(dataset, Dataset) or not set(dataset.column_names) <= TEXT:
+    if not isinstance(dataset, Dataset) or not set(dataset.column_names) <= _TEXT:
         for batch in data:
-            ids = batch.get("input_ids") if hasattr(batch, "keys") and batch.keys() <= TEXT else None
+            ids = batch.get("input_ids") if hasattr(batch, "keys") and batch.keys() <= _TEXT else None
             if ids is not None and ids.numel():
                 yield ids.shape[-1], int(ids.min()), int(ids.max())
         return

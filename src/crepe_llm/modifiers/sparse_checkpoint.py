@@ -5,6 +5,8 @@ from typing import Any
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 
+from crepe_llm.modifiers.calibration_data import mend_generation_config, refuse_several_processes
+from crepe_llm.modifiers.experts import check_experts
 from crepe_llm.modifiers.layers import save_sparse
 
 __all__ = ["SparseCheckpointModifier"]
@@ -30,6 +32,8 @@ class SparseCheckpointModifier(Modifier):
 
     Lifecycle:
 
+    - on_initialize
+        - refuse what could not be saved in the end
     - on_finalize
         - wrap the model's save_pretrained
     """
@@ -37,6 +41,9 @@ class SparseCheckpointModifier(Modifier):
     requires_calibration_data: bool = False
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        refuse_several_processes()
+        mend_generation_config(state.model)
+        check_experts(state.model, [])
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
+import pyarrow.compute
 import torch
 from datasets import Dataset
 from loguru import logger
 from torch.utils.data import DataLoader, RandomSampler
-
-from crepe_llm.modifiers.calibration_data import token_lengths
 
 __all__ = ["full_windows"]
 
@@ -28,40 +28,60 @@ def full_windows(loader: Any, tokenizer: Any) -> Any:
     dataset = getattr(loader, "dataset", None)
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return loader
-    lengths = token_lengths(dataset)
-    empty = int((lengths == 0).sum())
-    if empty == len(lengths):
+    rows, count = _Rows(dataset, getattr(tokenizer, "bos_token_id", None)), len(loader.sampler)
+    empty = int((rows.text == 0).sum())
+    if empty == len(rows.text):
         raise ValueError(f"the calibration data has no token: all its {empty} rows are empty")
     length = _asked_for(loader, tokenizer)
-    short = length is not None and bool((lengths < length).any()) and _can_join(dataset)
+    short = length is not None and bool((rows.lengths < length).any()) and rows.can_join
     if not (empty or short):
         return loader
-    order = torch.randperm(len(lengths)) if isinstance(loader.sampler, RandomSampler) else torch.arange(len(lengths))
-    order, count = order[lengths[order] > 0], len(loader.sampler)
+    drawn = isinstance(loader.sampler, RandomSampler)
+    order = torch.randperm(len(dataset)).numpy() if drawn else numpy.arange(len(dataset))
+    order = order[rows.text[order] > 0]
     if empty:
-        logger.warning(f"{empty} of {len(lengths)} rows of the calibration data are empty and left out")
+        logger.warning(f"{empty} of {len(dataset)} rows of the calibration data are empty and left out")
     if not short:
         return _loader_like(loader, dataset.select(order[:count].tolist()))
     assert length is not None
     windows = _joined((dataset[row]["input_ids"] for row in order.tolist()), length, count, tokenizer)
     logger.warning(
-        f"calibration rows of {lengths[lengths > 0].float().mean():.0f} tokens on average are joined to "
+        f"calibration rows of {rows.lengths[order].mean():.0f} tokens on average are joined to "
         f"{len(windows)} windows of {len(windows[0])}{f', though {count} were asked for' * (len(windows) < count)}"
     )
     return _loader_like(loader, Dataset.from_dict({name: _column(name, windows) for name in _JOINED}))
+
+
+class _Rows:
+    """The rows of a tokenized data set.
+
+    Attributes:
+        lengths: tokens of each row, int64 [rows].
+        text: those of them that are neither padding nor the beginning-of-sequence token alone, int64 [rows].
+        can_join: whether rows are nothing but tokens without padding.
+    """
+
+    def __init__(self, dataset: Dataset, bos: int | None) -> None:
+        table = dataset.with_format("arrow")[:]
+        ids = table["input_ids"]
+        self.lengths = numpy.asarray(pyarrow.compute.list_value_length(ids), dtype=numpy.int64)
+        ends = self.lengths.cumsum()
+        self.text = self.lengths.copy()
+        if "attention_mask" in dataset.column_names:
+            mask = numpy.asarray(pyarrow.compute.list_flatten(table["attention_mask"]), dtype=numpy.int64)
+            sums = numpy.concatenate([[0], mask.cumsum()])
+            self.text = sums[ends] - sums[ends - self.lengths]
+        self.can_join = set(dataset.column_names) <= set(_JOINED) and bool((self.text == self.lengths).all())
+        if bos is not None:
+            flat = numpy.asarray(pyarrow.compute.list_flatten(ids))
+            single = self.lengths == 1
+            self.text[single] = flat[ends[single] - 1] != bos
 
 
 def _asked_for(loader: DataLoader[Any], tokenizer: Any) -> int | None:
     """The tokens a row that were asked for, as far as the tokenizer says that the model takes them; None if none."""
     asked = getattr(loader.collate_fn, "max_seq_length", None)
     return None if asked is None else min(asked, getattr(tokenizer, "model_max_length", asked))
-
-
-def _can_join(dataset: Dataset) -> bool:
-    """Whether rows are nothing but tokens without padding."""
-    if not set(dataset.column_names) <= set(_JOINED):
-        return False
-    return "attention_mask" not in dataset.column_names or all(all(mask) for mask in dataset["attention_mask"])
 
 
 def _joined(rows: Iterator[list[int]], length: int, count: int, tokenizer: Any) -> list[list[int]]:
