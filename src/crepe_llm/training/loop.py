@@ -181,7 +181,7 @@ def resumable(work: Path, identity: dict[str, Any]) -> bool:
                 f"{work} holds an interrupted recovery with other settings, text or model: repeat that command to "
                 "finish it, or remove the folder"
             )
-        last = get_last_checkpoint(str(work))
+        last = _last_checkpoint(work)
         if last is not None:
             _check_state(Path(last))
         return True
