@@ -48,7 +48,15 @@ def check_experts(model: Any, quantizing: list[Any]) -> None:
         quantizing: the modifiers of the recipe that quantize.
     """
     apart = _taken_apart(model)
-    if not apart or _with_own_names(model) is not None:
+    if not apart:
+        return
+    quantized = [m for m in quantizing if _matches(model, m, [name for name, _ in apart])]
+    if _with_own_names(model) is not None:
+        if quantized:
+            logger.warning(
+                f"{type(quantized[0]).__name__} quantizes the experts of {type(model).__name__}: vLLM reads such a "
+                "checkpoint, and transformers does not"
+            )
         return
     name, experts = apart[0]
     if not _comes_apart_again(experts):
@@ -56,13 +64,17 @@ def check_experts(model: Any, quantizing: list[Any]) -> None:
             f"the experts {name} of {type(model).__name__} cannot be put together again as transformers reads them, so "
             "this model cannot be pruned in oneshot"
         )
-    for modifier in quantizing:
-        matched = match_named_modules(model, modifier.resolved_targets, modifier.ignore)
-        if any(f"{prefix}." in layer for layer, _ in matched for prefix, _ in apart):
-            raise ValueError(
-                f"{type(modifier).__name__} would quantize the experts of {type(model).__name__}, which transformers "
-                f'reads in full precision only: add "re:.*experts.*" to its `ignore`'
-            )
+    if quantized and not isinstance(experts, Llama4LinearExperts):
+        raise ValueError(
+            f"{type(quantized[0]).__name__} would quantize the experts of {type(model).__name__}, which transformers "
+            'reads in full precision only: add "re:.*experts.*" to its `ignore`'
+        )
+
+
+def _matches(model: Any, modifier: Any, prefixes: list[str]) -> bool:
+    """Whether a modifier that quantizes targets a layer below one of these names."""
+    matched = match_named_modules(model, modifier.resolved_targets, modifier.ignore)
+    return any(layer.startswith(f"{prefix}.") for layer, _ in matched for prefix in prefixes)
 
 
 def restore_experts(model: Any) -> None:
@@ -73,9 +85,10 @@ def restore_experts(model: Any) -> None:
         model._weight_conversions = own
         return
     for name, experts in apart:
-        if isinstance(experts, Llama4LinearExperts) and _will_be_packed(model):
+        quantized = any(hasattr(module, "quantization_scheme") for module in experts.modules())
+        if isinstance(experts, Llama4LinearExperts) and (quantized or _will_be_packed(model)):
             continue  # transformers takes Llama 4's experts apart where a config says that weights are compressed
-        if any(hasattr(module, "quantization_scheme") for module in experts.modules()):
+        if quantized:
             logger.warning(f"{name} is quantized and stays taken apart: transformers will not read it")
             continue
         model.set_submodule(name, _together(experts))
