@@ -212,6 +212,7 @@ class PruningPass:
         assert self._observer is not None
         batches = self._captured.setdefault(block, [])
         # A cache would grow with every run of the block.
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
         kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         batch = Batch(send_to_device(args, "cpu"), send_to_device(kwargs, "cpu"), self._observer.batch_mask())
         batches.append(batch.sharing_with(batches[-1]) if batches else batch)
