@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,21 @@ TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 RECIPES = re.findall(r"```yaml\n(.*?)```", TUTORIAL, re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "reference.py")
-    module = importlib.util.module_from_spec(spec)
+def loaded(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return loaded("reference")
+
+
+def test_what_a_gpu_needs_to_recover_is_what_the_script_computes():
+    assert f"\n{loaded('recovery_cost').table(989e12, 0.4)}\n" in TUTORIAL
 
 
 @pytest.fixture(autouse=True)

@@ -254,6 +254,16 @@ def test_a_dropped_model_is_freed():
     step(other, OPTIMIZERS["AdamW"](list(other.parameters())))  # the hooks of the first are no longer there
 
 
+def test_a_layer_that_is_replaced_is_let_go():
+    model, _ = pruned()
+    held = keep_masks(model)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
+    gc.collect()
+    step(model, OPTIMIZERS["AdamW"](list(model.parameters())))
+    assert held.broken() == [] and len(held.bits) == 13 and mlp.up_proj.weight.all()
+
+
 def test_masks_take_a_bit_a_weight():
     model, masks = pruned()
     held = keep_masks(model)

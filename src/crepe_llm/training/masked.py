@@ -101,7 +101,7 @@ class KeptMasks:
     """Masks that hold in a model, made by :func:`keep_masks`."""
 
     def __init__(self, layers: "list[_Kept]") -> None:
-        self._layers = layers
+        self._every = layers
         self.apply()
         itself = weakref.ref(self)
         self._hooks = [
@@ -110,6 +110,11 @@ class KeptMasks:
         ]
         weakref.finalize(self, _remove, self._hooks)
         self.attach()
+
+    @property
+    def _layers(self) -> "list[_Kept]":
+        """Those whose modules are still there: a model may lose some, to adapters that merge, for one."""
+        return [layer for layer in self._every if not layer.is_gone]
 
     @property
     def bits(self) -> dict[str, torch.Tensor]:
@@ -178,6 +183,10 @@ class _Kept:
         self.bits = bits
 
     @property
+    def is_gone(self) -> bool:
+        return self._module() is None
+
+    @property
     def weight(self) -> torch.Tensor:
         """The parameter; of FSDP2's two the sharded one, even while its place holds the gathered one."""
         weight = self._parameter()
@@ -224,10 +233,7 @@ class _Kept:
         return bool((nonzero(weight) & ~keep).any())
 
     def _parameter(self) -> torch.Tensor:
-        module = self._module()
-        if module is None:
-            raise ReferenceError(f"the model with {self.name} is gone")
-        return getattr(module, self._attribute)
+        return getattr(self._module(), self._attribute)
 
     def _cut(self, weight: DTensor) -> None:
         """Keep the mask of those entries alone that this process holds."""

@@ -1,6 +1,5 @@
 """The dense model that a pruned one learns from: whether it is the parent, what it predicts, what it writes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,6 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
     Returns:
         int64 [windows, length].
     """
-    settings = {"tokens": str(tokens), "length": str(length), "seed": str(seed)}
     if path.is_file():
         return load_file(path)["windows"].long()
     device = teacher.get_input_embeddings().weight.device
@@ -196,6 +194,6 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
             parts.append(written.cpu().int())
             bar.update(len(start))
     partial = path.with_name(f".{path.name}")
-    save_file({"windows": torch.cat(parts).contiguous()}, partial, metadata={"sampled": json.dumps(settings)})
+    save_file({"windows": torch.cat(parts).contiguous()}, partial)
     partial.replace(path)
     return torch.cat(parts).long()

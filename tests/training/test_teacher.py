@@ -1,0 +1,98 @@
+"""Which model is a parent, what is kept of its predictions, and the text that it writes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from crepe_llm.training.targets import Whole
+from crepe_llm.training.teacher import Teacher, check_embeddings, keep_predictions, sample_windows
+from tiny_models import VOCABULARY, configs, letters_tokenizer
+
+
+def model_of(family="llama", seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(configs()[family]())
+
+
+def ids(count=3, length=12):
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def changed(change):
+    """A model with other embeddings, and the one that they were made from."""
+    model, parent = model_of(), model_of()
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight.copy_(change(weight))
+    return model, parent
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight,
+        lambda weight: weight[:, torch.randperm(weight.shape[1])],
+        lambda weight: weight.bfloat16().float(),
+        lambda weight: (weight / weight.abs().max() * 7).round() / 7 * weight.abs().max(),  # 4 bits
+    ],
+)
+def test_permuted_and_rounded_embeddings_are_those_of_the_parent(change):
+    check_embeddings(*changed(change), ("model", "teacher"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: 0.02 * torch.randn(weight.shape),
+        lambda weight: weight[torch.randperm(len(weight))],  # tokens, not channels
+        lambda weight: torch.full_like(weight, float("nan")),
+    ],
+)
+def test_other_embeddings_are_a_strangers(change):
+    with pytest.raises(ValueError, match="teacher=teacher is not the parent of model"):
+        check_embeddings(*changed(change), ("model", "teacher"))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_held_out_windows_are_predicted_once(family, monkeypatch):
+    teacher = Teacher(model_of(family), first_held_out=2)
+    asked = []
+    hidden = Teacher._hidden
+    monkeypatch.setattr(Teacher, "_hidden", lambda self, ids: asked.append(len(ids)) or hidden(self, ids))
+    windows = ids()
+    for _ in range(2):
+        teacher(windows[:2], torch.tensor([0, 1]))
+        predictions = teacher(windows[2:], torch.tensor([2]))
+    assert asked == [2, 1, 2]
+    logits = torch.nn.functional.linear(predictions.hidden, predictions.weight, predictions.bias)
+    with torch.no_grad():
+        expected = teacher.model(input_ids=windows[2:]).logits[0, :-1]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_what_is_kept_of_predictions_is_their_top_and_read_back(tmp_path):
+    teacher, windows = Teacher(model_of(), 99), ids()
+    predictions = keep_predictions(teacher, windows, 4, tmp_path / "teacher.safetensors")
+    made = (tmp_path / "teacher.safetensors").stat().st_mtime_ns
+    again = keep_predictions(teacher, windows, 4, tmp_path / "teacher.safetensors")
+    assert (tmp_path / "teacher.safetensors").stat().st_mtime_ns == made
+    index = torch.tensor([2, 0])
+    with torch.no_grad():
+        log_p = torch.log_softmax(teacher.model(input_ids=windows[index]).logits[:, :-1].flatten(0, 1), 1)
+    for found in (predictions(windows[index], index), again(windows[index], index)):
+        top = log_p.topk(4, 1)
+        torch.testing.assert_close(found.log_p.float(), top.values, rtol=1e-3, atol=5e-3)
+        torch.testing.assert_close(log_p.gather(1, found.tokens.long()), top.values)
+    assert isinstance(teacher(windows, torch.arange(3)), Whole)
+
+
+def test_the_teacher_writes_windows_that_begin_as_texts_do(tmp_path):
+    model = model_of()
+    found = sample_windows(model, letters_tokenizer(True), 100, 16, 0, tmp_path / "a.safetensors")
+    assert found.shape == (6, 16) and found.dtype == torch.int64 and (found[:, 0] == 0).all()
+    assert (found[:, 1:] != model.config.eos_token_id).all()  # no text ends
+    same = sample_windows(model, letters_tokenizer(True), 100, 16, 0, tmp_path / "b.safetensors")
+    other = sample_windows(model, letters_tokenizer(True), 100, 16, 1, tmp_path / "c.safetensors")
+    assert torch.equal(found, same) and not torch.equal(found, other)
+    free = sample_windows(model, letters_tokenizer(False), 320, 16, 0, tmp_path / "d.safetensors")
+    assert len(free[:, 0].unique()) > 5
