@@ -69,6 +69,12 @@ def test_the_teacher_may_write_the_text(dense, packed, tmp_path):
     assert "Text: 640 tokens that the teacher wrote." in (output / "README.md").read_text()
 
 
+def test_nothing_may_be_held_out(dense, packed, text, tmp_path, capsys):
+    assert main(arguments(packed, dense, text, tmp_path / "recovered", "--held-out", 0)) == 0
+    assert "training loss " in capsys.readouterr().out
+    assert "The state is that of step 10." in (tmp_path / "recovered" / "README.md").read_text()
+
+
 def test_a_divergence_leaves_the_best_state_or_nothing(dense, packed, text, tmp_path, refusal):
     output = tmp_path / "recovered"
     error = refusal(arguments(packed, dense, text, output, "--learning-rate", 90, "--warmup", 0))

@@ -149,12 +149,16 @@ def _distill(options: argparse.Namespace, given: dict[str, Any]) -> None:
     if diverged is not None:
         raise diverged
     if PartialState().is_main_process:
-        first, best = made.trained.held_out[0], min(made.trained.held_out, key=lambda evaluation: evaluation[1])
+        trained = made.trained
+        kind, losses = "training", list(enumerate(trained.losses, start=1))
+        if trained.held_out:
+            kind, losses = "held-out", trained.held_out
+        last = dict(losses)[trained.best_step]
         print(
-            f"{options.output}: held-out loss {first[1]:.4f} became {best[1]:.4f} in {best[0]} of "
-            f"{made.trained.steps} steps, {made.tokens:,} tokens, {made.trained.seconds / 60:.1f} minutes"
-            + f"; stopped early: {made.trained.ended}"
-            * bool(made.trained.ended)
+            f"{options.output}: {kind} loss {losses[0][1]:.4f} became {last:.4f} in {trained.best_step} of "
+            f"{trained.steps} steps, {made.tokens:,} tokens, {trained.seconds / 60:.1f} minutes"
+            + f"; stopped early: {trained.ended}"
+            * bool(trained.ended)
         )
 
 
