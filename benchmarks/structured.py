@@ -34,8 +34,9 @@ from crepe_llm.models.ffn import FFN, cut, find_ffns
 from crepe_llm.training.recovery import RecoverySettings, recover
 from records import LEGEND, RESULTS, Row, append, dagger, is_done, newest, read, read_old, with_old
 
-# Raised by every change of a default or of how something is measured. 1: rows without provenance.
-PROTOCOL = 2
+# Raised by every change of a default or of how something is measured. 1: rows without provenance. 3: recovery trains in
+# the loop of all trainings, whose order of windows is its own.
+PROTOCOL = 3
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 METHODS = ("random", "magnitude", "wanda", "activation", "relative")
