@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,13 @@ def _check(content: dict[str, Any], source: str) -> None:
         for name, group in inside.items()
         if str(name).endswith("_modifiers") and isinstance(group, dict)
     ]
+    known = _known()
+    unread = next(_unread(content, groups, known, ()), None)
+    if unread is not None:
+        place = f"under {' and '.join(unread[:-1])}" if unread[:-1] else "at the top"
+        raise ValueError(f"{source}: nothing reads {unread[-1]} {place}: {_PLACE}")
     if not any(groups):
         raise ValueError(f"{source} names no modifiers: {_PLACE}")
-    known = _known()
     for group in groups:
         for name, fields in group.items():
             if name not in known:
@@ -81,6 +86,18 @@ def _check(content: dict[str, Any], source: str) -> None:
                 group[name] = {}
             elif not isinstance(fields, dict):
                 raise ValueError(f"{source}: {name} has {fields!r} where its fields go, such as `targets: [Linear]`")
+
+
+def _unread(
+    content: dict[str, Any], groups: list[dict[str, Any]], known: Any, path: tuple[str, ...]
+) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to modifiers which stand in none of the groups that are read, such as in a stage whose name
+    does not end in `_stage`."""
+    for name, inside in content.items():
+        if name in known:
+            yield (*path, str(name))
+        elif isinstance(inside, dict) and not any(inside is group for group in groups):
+            yield from _unread(inside, groups, known, (*path, str(name)))
 
 
 def _known() -> dict[str, Any]:
