@@ -118,6 +118,7 @@ def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
+            _list_unquantized(folder, model())
             if save_compressed:
                 pack_folder(folder, additions.all_masks())
             else:
@@ -127,6 +128,29 @@ def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..
 
     save_pretrained._additions = additions  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _list_unquantized(folder: Path, model: Any) -> None:
+    """Complete what config.json says is left out of the quantization.
+
+    compressed-tensors lists layers of the very classes that it has quantized. Of a model whose blocks have linear
+    layers of a class of their own (Falcon), it leaves out the head, which readers then take for quantized.
+    """
+    from compressed_tensors.utils import match_named_modules
+
+    config = read_config(folder)
+    quantization = config.get("quantization_config") or {}
+    groups = (quantization.get("config_groups") or {}).values()
+    targets = list(dict.fromkeys(target for group in groups for target in group["targets"]))
+    ignored = quantization.get("ignore") or []
+    found = [
+        name
+        for name, module in match_named_modules(model, targets, ignored)
+        if getattr(module, "quantization_scheme", None) is None
+    ]
+    if found:
+        config["quantization_config"] = quantization | {"ignore": [*ignored, *found]}
+        _write_json(folder / CONFIG, config)
 
 
 def pack_folder(folder: Path, masks: Mapping[str, torch.Tensor]) -> list[str]:
