@@ -1,0 +1,241 @@
+"""Which model families work: pruned, saved, loaded again and served, one small random model each.
+
+    python scripts/support.py                          # every family, without vLLM
+    python scripts/support.py --vllm                   # and greedy tokens in vLLM
+    python scripts/support.py --families llama gpt2 --recipes crepe_2of4
+    python scripts/support.py --report                 # writes docs/support.md from the rows that are there
+
+Each family and recipe has a process of its own. The model (fp32, 2 blocks, hidden size 128) is calibrated on 16 windows
+of random tokens, pruned by the shipped recipe, saved, and loaded by transformers, which must neither miss a tensor nor
+find one too many; then its logits are compared with those of the model in memory. With --vllm the folder's greedy
+tokens are compared with those of the same folder decompressed. Rows are appended to --results with their provenance;
+the page has the newest of each family and recipe.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+from records import RESULTS, Row, append, read  # noqa: E402
+
+# Raised by every change of how something is checked.
+PROTOCOL = 1
+RECIPES = ("crepe_2of4", "crepe_2of4_best", "crepe_2of4_int8")
+PAGE = ROOT / "docs" / "support.md"
+WINDOWS, LENGTH, SECONDS = 16, 32, 900
+# Logits relative to the largest: those of the same weights in fp32, and of INT8 layers, whose inputs are rounded, too.
+TOLERANCE, INT8_TOLERANCE = 1e-5, 2e-2
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+HEADS_OF_32 = {"head_dim": 32}
+MULTI_HEAD = {"num_key_value_heads": 4}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LATENT = {
+    **{"kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
+    **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 64, "first_k_dense_replace": 1},
+    **{"num_experts_per_tok": 2, "n_shared_experts": 1, **MULTI_HEAD},
+}
+GPT = {"n_positions": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 256}
+
+# By transformers' model_type what differs from SIZES.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "cohere": {},
+    "cohere2": {},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "ernie4_5": HEADS_OF_32,
+    "exaone4": {"sliding_window": 64},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 256},
+    "gemma": HEADS_OF_32,
+    "gemma2": HEADS_OF_32,
+    "gemma3_text": {**HEADS_OF_32, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+    "glm": {**HEADS_OF_32, "pad_token_id": 0},
+    "glm4": {**HEADS_OF_32, "pad_token_id": 0},
+    "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "gpt_neox": {},
+    "gpt_oss": {**HEADS_OF_32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    "gptj": {**GPT, "rotary_dim": 16},
+    "granite": {},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "helium": HEADS_OF_32,
+    "llama": {},
+    "mamba2": {"head_dim": 32, "num_heads": 8, "n_groups": 1, "state_size": 16, "expand": 2},
+    "mistral": HEADS_OF_32,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
+    "nemotron": HEADS_OF_32,
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
+    "persimmon": MULTI_HEAD,
+    "phi": {},
+    "phi3": {"original_max_position_embeddings": 512},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {},
+    "qwen2_moe": {**ROUTED, "shared_expert_intermediate_size": 128},
+    "qwen3": HEADS_OF_32,
+    "qwen3_moe": {**ROUTED, **HEADS_OF_32},
+    "seed_oss": HEADS_OF_32,
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {},
+    "xglm": {"d_model": 128, "ffn_dim": 256, "num_layers": 2, "attention_heads": 4},
+}
+
+
+def check(family: str, recipe: str, folder: Path, vllm: bool) -> Row:
+    """Prune one model, save it, load it and compare; in this process."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from loguru import logger
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from crepe_llm.checkpoints import read_folder
+    from tiny_models import save_model
+
+    logger.remove()
+    config = AutoConfig.for_model(family, **SIZES | FAMILIES[family])
+    save_model(config, folder / "dense")
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+    ids = torch.randint(3, SIZES["vocab_size"], (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    oneshot(model=model, recipe=recipe, dataset=data, num_calibration_samples=WINDOWS)
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids[:4]).logits
+    model.save_pretrained(folder / "pruned")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder / "pruned", dtype=torch.float32, output_loading_info=True
+    )
+    with torch.no_grad():
+        given = loaded.eval()(input_ids=ids[:4]).logits
+    odd = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    row: Row = {
+        "packed": len(read_folder(folder / "pruned").layers),
+        "odd_keys": len(odd),
+        "logits": float((given - wanted).abs().max() / wanted.abs().max()),
+    }
+    return row | ({"vllm": served(folder)} if vllm else {})
+
+
+def served(folder: Path) -> str:
+    """Whether vLLM gives the same greedy tokens for a packed folder and for its decompressed twin."""
+    from crepe_llm.checkpoints import decompress_folder, read_folder
+    from vllm_runs import assert_same, generate
+
+    if not read_folder(folder / "pruned").layers:
+        generate(folder / "pruned")
+        return "served dense"
+    decompress_folder(folder / "pruned", folder / "twin")
+    assert_same(generate(folder / "pruned"), generate(folder / "twin"))
+    return "tokens equal"
+
+
+def run(family: str, recipe: str, vllm: bool) -> Row:
+    """The row of one family and recipe, made by a process of its own; with what it died of."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", family, recipe, folder]
+        try:
+            done = subprocess.run(
+                command + ["--vllm"] * vllm, capture_output=True, text=True, timeout=SECONDS, env=_environment()
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {SECONDS} s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    found: Row = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    return os.environ | quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LLM_COMPRESSOR_LOG_DISABLED": "true"}
+
+
+def verdict(row: Row) -> str:
+    """What the page says of one row."""
+    if "error" in row:
+        return f"no: {row['error'].replace('|', '/')}"
+    tolerance = INT8_TOLERANCE if row["recipe"].endswith("int8") else TOLERANCE
+    if row["odd_keys"] or not row["logits"] <= tolerance:
+        return f"no: {row['odd_keys']} tensors missing or too many, logits apart by {row['logits']:.1g}"
+    return f"{row['packed']} layers packed" if row["packed"] else "pruned, saved dense"
+
+
+def page(rows: list[Row]) -> str:
+    """docs/support.md."""
+    newest = {(row["family"], row["recipe"]): row for row in rows if row["protocol"] == PROTOCOL}
+    recipes = [recipe for recipe in RECIPES if any(name == recipe for _, name in newest)]
+    lines = [
+        "# Model families",
+        "",
+        "Written by `scripts/support.py` from `benchmarks/results/support.jsonl`, never by hand. Each cell is a small",
+        "random model of the family, pruned by the shipped recipe, saved and loaded again by transformers with the",
+        "same logits and no tensor missing; what vLLM says is of the packed folder beside its decompressed twin.",
+        "",
+        f"| family | {' | '.join(recipes)} | vLLM |",
+        "|---" * (len(recipes) + 2) + "|",
+    ]
+    for family in sorted({family for family, _ in newest}):
+        mine = [newest.get((family, recipe)) for recipe in recipes]
+        cells = [verdict(row) if row else "" for row in mine]
+        vllm = next((row["vllm"] for row in mine if row and "vllm" in row), "")
+        lines.append(f"| {family} | {' | '.join(cells)} | {vllm} |")
+    commits = sorted({row["provenance"]["commit"][:7] for row in newest.values()})
+    lines += ["", f"Made with commit {', '.join(commits)}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--vllm", action="store_true", help="serve every model, too")
+    parser.add_argument("--results", type=Path, default=RESULTS / "support.jsonl")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--report", action="store_true", help="check nothing")
+    options = parser.parse_args()
+    failed = 0
+    for family in [] if options.report else options.families:
+        for recipe in options.recipes:
+            key = {"family": family, "recipe": recipe}
+            row = append(options.results, PROTOCOL, key | run(family, recipe, options.vllm))
+            print(f"{family}, {recipe}: {verdict(row)}; {row.get('vllm', 'not served')}", flush=True)
+            failed += verdict(row).startswith("no")
+    options.page.write_text(page(read(options.results)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        family, recipe, folder = sys.argv[2:5]
+        print(json.dumps(check(family, recipe, Path(folder), "--vllm" in sys.argv)))
+    else:
+        sys.exit(main())

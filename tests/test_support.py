@@ -1,0 +1,52 @@
+"""A sample of what scripts/support.py runs over all families, and its page."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "support.py"
+
+
+@pytest.fixture(scope="module")
+def support():
+    spec = importlib.util.spec_from_file_location("support", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "family, recipe, packed",
+    [
+        ("qwen3", "crepe_2of4_best", 14),
+        ("falcon", "crepe_2of4_int8", 8),  # its tied head is no layer of the class that is quantized
+        ("phi3", "crepe_2of4", 8),
+    ],
+)
+def test_families(support, family, recipe, packed):
+    row = support.run(family, recipe, vllm=False)
+    assert "error" not in row, row
+    assert support.verdict(row | {"recipe": recipe}) == f"{packed} layers packed"
+
+
+def test_what_died_says_so(support):
+    row = support.run("llama", "no_such_recipe", vllm=False)
+    assert "no recipe 'no_such_recipe'" in row["error"]
+    assert support.verdict(row | {"recipe": "no_such_recipe"}).startswith("no: ")
+
+
+def test_the_page_is_made_of_the_newest_rows(support):
+    key = {"family": "llama", "recipe": "crepe_2of4", "protocol": support.PROTOCOL, "provenance": {"commit": "a" * 40}}
+    good = {"packed": 14, "odd_keys": 0, "logits": 0.0, "vllm": "tokens equal"}
+    rows = [key | {"error": "old"}, key | good]
+    assert "| llama | 14 layers packed | tokens equal |" in support.page(rows)
+    assert "no: 0 tensors missing or too many, logits apart by 0.5" in support.page([key | good | {"logits": 0.5}])
+    assert "no: 2 tensors" in support.page([key | good | {"odd_keys": 2}])
+
+
+def test_the_page_in_the_docs_is_that_of_the_rows(support):
+    results = support.RESULTS / "support.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert support.PAGE.read_text() == support.page(rows)
