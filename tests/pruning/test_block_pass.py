@@ -289,7 +289,7 @@ def test_blocks_in_parts_are_refused(tiny_model_folder, calibration_data):
 
 def test_a_model_without_one_list_of_blocks_is_refused(tiny_model_folder, calibration_data):
     model = load(tiny_model_folder("llama"))
-    model.model.more = torch.nn.ModuleList([torch.nn.Identity()])
+    model.model.more = torch.nn.ModuleList([torch.nn.Identity() for _ in model.model.layers])
     message = r"has 2 lists of decoder blocks .*: set `asymmetric_calibration: 0` and `true_sequential: false`"
     refused(model, [crepe(), ADMMModifier()], calibration_data, message)
 
