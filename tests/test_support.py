@@ -21,7 +21,8 @@ def support():
     "family, recipe, packed",
     [
         ("qwen3", "crepe_2of4_best", 14),
-        ("falcon", "crepe_2of4_int8", 8),  # its tied head is no layer of the class that is quantized
+        ("falcon", "crepe_2of4", 8),
+        ("qwen2", "crepe_2of4_int8", 14),
         ("phi3", "crepe_2of4", 8),
     ],
 )

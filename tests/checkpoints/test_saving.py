@@ -9,12 +9,13 @@ import textwrap
 import pytest
 import torch
 from compressed_tensors.offload import dispatch_with_map
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, LlamaConfig
 
 from crepe_llm.checkpoints import FormatError, attach, compress_folder, decompress_folder, read_folder, unpack
 from crepe_llm.checkpoints.saving import _least_bytes, _least_packed_bytes, _plain_bytes
@@ -535,3 +536,15 @@ def test_the_command_line_converts_both_ways(dense_folder, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "crepe: error:" in error and "no 2:4 layer" in error
     assert not (tmp_path / "none").exists()
+
+
+def test_layers_that_were_not_quantized_are_listed(tmp_path):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "ffn_hidden_size": 64, "num_hidden_layers": 1}
+    config = FalconConfig(**sizes, num_attention_heads=2, new_decoder_architecture=True, num_kv_heads=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    data = Dataset.from_dict({"input_ids": [list(range(3, 35))] * 2, "attention_mask": [[1] * 32] * 2})
+    oneshot(model=model, recipe="crepe_2of4_int8", dataset=data, num_calibration_samples=2)
+    model.save_pretrained(tmp_path / "out")
+    # Its blocks have linear layers of a class of their own, its head is a torch.nn.Linear.
+    assert config_of(tmp_path / "out")["quantization_config"]["ignore"] == ["lm_head"]
