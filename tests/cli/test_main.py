@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from crepe_llm import __version__
 from crepe_llm.cli import recipes
 from crepe_llm.cli.main import main
 
@@ -19,6 +20,51 @@ def test_help_is_cheap_and_teaches():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "crepe prune smollm2 --recipe crepe_2of4" in done.stdout
+    for status in ("  0    ", "  2    ", "  130  ", "  141  "):
+        assert status in done.stdout
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"crepe-llm {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["recipes"], 141), (["recipes", "crepe_2of4"], 141), (["--help"], 0)],  # argparse ends by itself
+)
+def test_a_reader_that_ends_first_is_no_error(arguments, status):
+    read, write = os.pipe()
+    os.close(read)  # as `head` has when it has read enough
+    done = subprocess.run([sys.executable, "-m", "crepe_llm", *arguments], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (status, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent", "wanted"),
+    [
+        (["recover", "D", "--output", "O", "--sample"], ["transformers"], 'transformers: pip install "crepe-llm[rec'),
+        (
+            ["recover", "D", "--output", "O", "--sample", "--teacher", "T"],
+            ["accelerate", "compressed_tensors"],
+            'accelerate and compressed-tensors: pip install "crepe-llm[recover]"',
+        ),
+        (["recover", "D", "--output", "O", "--sample"], ["peft"], 'peft: pip install "crepe-llm[recover]"'),
+        (
+            ["prune", "D", "--output", "O", "--sample", "--recipe", "crepe_2of4"],
+            ["llmcompressor"],
+            'llm-compressor: pip install "crepe-llm[compress]"',
+        ),
+        (["search", "D", "--study", "S", "--sample"], ["llmcompressor"], 'llm-compressor: pip install "crepe-llm[com'),
+        (["evaluate", "D", "--sample"], ["transformers"], 'transformers: pip install "crepe-llm[compress]"'),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(arguments, absent, wanted, monkeypatch, refusal):
+    for package in absent:
+        monkeypatch.setitem(sys.modules, package, None)  # what `import` then raises is ModuleNotFoundError
+    assert refusal(arguments).startswith(f"crepe: error: crepe {arguments[0]} needs {wanted}")
 
 
 def test_no_error_is_a_traceback_unless_one_is_asked_for(monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """`crepe recover --teacher`: the folder, its card and plot, and which options go together."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,12 +46,15 @@ def arguments(packed, dense, text, output, *more):
 
 
 def test_recover_writes_a_folder_with_a_card_and_a_plot(dense, packed, text, tmp_path, capsys):
-    output = tmp_path / "recovered"
-    assert main(arguments(packed, dense, text, output)) == 0
+    output, figures = tmp_path / "recovered", tmp_path / "figures.json"
+    assert main(arguments(packed, dense, text, output, "--json", figures)) == 0
     out = capsys.readouterr().out
     assert "training: " in out and "10 steps, 1,280 tokens, about" in out
     assert f"{output}: held-out loss " in out and "of 10 steps, 1,280 tokens" in out
-    assert sorted(tmp_path.iterdir()) == [output]
+    written = json.loads(figures.read_text())
+    assert (written["steps"], written["tokens"], len(written["losses"])) == (10, 1280, 10)
+    assert f"held-out loss {written['held_out'][0][1]:.4f} became" in out
+    assert sorted(tmp_path.iterdir()) == [figures, output]
     before, after = read_folder(packed), read_folder(output)
     assert before.layers.keys() == after.layers.keys()
     for name in before.layers:

@@ -1,6 +1,7 @@
 """What several subcommands share: the options of calibration, loading a model, the files that are written."""
 
 import argparse
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLE_MODELS = ("smollm2", "gemma3")
+# What is called otherwise where it is imported.
+_DISTRIBUTIONS = {"llmcompressor": "llm-compressor", "compressed_tensors": "compressed-tensors"}
 MODEL_HELP = "a Hugging Face id or folder, or smollm2 or gemma3, real models that pip can fetch"
 
 
@@ -39,6 +42,14 @@ def add_loading(parser: Any) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that a model brings along, if it needs that"
     )
+
+
+def require(command: str, *packages: str, extra: str = "compress") -> None:
+    """Raise ImportError, naming the extra to install, if a command's packages (the names to import) are not there."""
+    missing = [name for name in packages if not _is_installed(name)]
+    if missing:
+        names = " and ".join(_DISTRIBUTIONS.get(name, name) for name in missing)
+        raise ImportError(f'crepe {command} needs {names}: pip install "crepe-llm[{extra}]"')
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -140,10 +151,8 @@ def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
         ValueError, OSError: there is no such model, it has no tokenizer or code that is not trusted, or it is quantized
             and `dense` asks for one that is not.
     """
-    try:
-        from transformers import AutoConfig, AutoTokenizer
-    except ImportError as error:
-        raise ImportError(f'{error.name} is needed: pip install "crepe-llm[compress]"') from error
+    from transformers import AutoConfig, AutoTokenizer
+
     name = model_folder(options.model)
     _check_config(name, dense)
     trust = options.trust_remote_code
@@ -256,6 +265,13 @@ def _named_code(name: str) -> Iterator[None]:
         raise ValueError(
             f"{name} brings code of its own, which has to run to load it: read that code, then give --trust-remote-code"
         ) from error
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _first_line(error: Exception) -> str:

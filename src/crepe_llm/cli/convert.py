@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from crepe_llm.cli.results import add_json, check_json, write_json
+
 
 def add_compress(subparsers: Any) -> None:
     _add_conversion(
@@ -37,20 +39,33 @@ def _add_conversion(subparsers: Any, name: str, summary: str, description: str, 
     )
     parser.add_argument("source", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
     parser.add_argument("destination", metavar="OUT", type=Path, help="a folder that does not hold a model yet")
+    add_json(parser)
     parser.set_defaults(run=run, conversion=name)
 
 
 def run(options: argparse.Namespace) -> None:
     from crepe_llm.checkpoints import compress_folder, decompress_folder
 
+    check_json(options)
     convert = {"compress": compress_folder, "decompress": decompress_folder}[options.conversion]
     layers = convert(options.source, options.destination, progress=True)
-    _report_conversion(options, f"{len(layers)} layers {'un' * (convert is decompress_folder)}packed")
-
-
-def _report_conversion(options: argparse.Namespace, what: str) -> None:
-    before, after = (
-        sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
-        for folder in (options.source, options.destination)
+    before, after = (_weight_bytes(folder) for folder in (options.source, options.destination))
+    what = "packed" if convert is compress_folder else "unpacked"
+    print(
+        f"{options.destination}: {len(layers)} layers {what}, {before / 1e6:.1f} MB of safetensors became "
+        f"{after / 1e6:.1f} MB"
     )
-    print(f"{options.destination}: {what}, {before:.1f} MB of safetensors became {after:.1f} MB")
+    write_json(
+        options,
+        {
+            "source": options.source,
+            "output": options.destination,
+            "layers": len(layers),
+            "bytes_before": before,
+            "bytes": after,
+        },
+    )
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

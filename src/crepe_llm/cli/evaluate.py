@@ -1,10 +1,12 @@
 """`crepe evaluate`: a model's perplexity."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import MODEL_HELP, add_loading, at_least, check_new_file, open_model, window_length
+from crepe_llm.cli.common import MODEL_HELP, add_loading, at_least, open_model, require, window_length
+from crepe_llm.cli.results import add_json, check_json, write_json
 
 
 def add(subparsers: Any) -> None:
@@ -33,15 +35,16 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--tokens", type=at_least(1), help="about this many tokens only, spread over the text (all)")
     add_loading(parser)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
+    require("evaluate", "transformers")
     from crepe_llm import samples
     from crepe_llm.evaluation.perplexity import perplexity
 
-    check_new_file(options.json, "--json")
+    check_json(options)
     if options.wikitext2:
         corpus, texts = "WikiText-2 raw test", samples.wikitext2()
     elif options.sample:
@@ -54,5 +57,4 @@ def run(options: argparse.Namespace) -> None:
     windows = samples.token_windows(source.tokenizer, texts, length, tokens=options.tokens)
     result = perplexity(source.load(on_device=True), windows, corpus=corpus)
     print(result)
-    if options.json is not None:
-        options.json.write_text(result.to_json() + "\n")
+    write_json(options, dataclasses.asdict(result))

@@ -24,13 +24,44 @@ _SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (
     convert.add_decompress,
     recipes.add,
 )
+_NOBODY_READS = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 after an error, which is said in one line.
+    """Run the command line and return its exit status, as `crepe --help` lists them; an error is said in one line.
 
     `CREPE_TRACEBACK=1` in the environment shows where an error comes from.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends, which must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NOBODY_READS
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    options.command_line = shlex.join(["crepe", *(sys.argv[1:] if arguments is None else arguments)])
+    try:
+        options.run(options)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("CREPE_TRACEBACK"):
+            raise
+        print(f"crepe: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("crepe: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="crepe",
         description="Prune language models with CRePE recipes, measure what is left of them, and serve it.",
@@ -42,6 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output smollm2-2of4\n"
             "  crepe evaluate smollm2-2of4 --sample --tokens 16384\n"
             "  crepe serve smollm2-2of4\n"
+            "\n"
+            "exit status:\n"
+            "  0    it is done\n"
+            "  2    an error, said in one line: options, files, models or recipes that do not fit, or a failure\n"
+            "       (CREPE_TRACEBACK=1 in the environment shows where it comes from)\n"
+            "  130  interrupted (Ctrl-C)\n"
+            "  141  what reads the output has ended before it (as `head` does)\n"
+            "`crepe serve` ends with the status of vLLM's server.\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,19 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in _SUBCOMMANDS:
         add(subparsers)
-    options = parser.parse_args(arguments)
-    options.command_line = shlex.join(["crepe", *(sys.argv[1:] if arguments is None else arguments)])
-    try:
-        options.run(options)
-    except Exception as error:
-        if os.environ.get("CREPE_TRACEBACK"):
-            raise
-        print(f"crepe: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("crepe: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return parser
 
 
 def _one_line(error: Exception) -> str:

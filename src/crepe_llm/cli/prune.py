@@ -11,6 +11,7 @@ from crepe_llm.cli.common import (
     copy_processor,
     open_model,
     output_folder,
+    require,
     window_length,
 )
 from crepe_llm.recipe_files import recipe_path
@@ -41,10 +42,9 @@ def add(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    try:
-        from llmcompressor import oneshot
-    except ImportError as error:
-        raise ImportError('crepe prune needs llm-compressor: pip install "crepe-llm[compress]"') from error
+    require("prune", "llmcompressor", "transformers", "accelerate")
+    from llmcompressor import oneshot
+
     from crepe_llm import samples
     from crepe_llm.checkpoints.space import check_destination
     from crepe_llm.evaluation import model_card

@@ -1,10 +1,12 @@
 """`crepe recover`: training of a pruned model, its masks kept."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import DTYPES, MODEL_HELP, at_least, model_folder, output_folder
+from crepe_llm.cli.common import DTYPES, MODEL_HELP, at_least, model_folder, output_folder, require
+from crepe_llm.cli.results import add_json, check_json, write_json
 
 # Options of one of the two ways to train; each is there only if it was given.
 _WITH_TEACHER = (
@@ -42,6 +44,7 @@ def add(subparsers: Any) -> None:
         "--teacher", metavar="MODEL", default=None, help=f"the dense model that was pruned: {MODEL_HELP}"
     )
     _add_text(parser)
+    add_json(parser)
     parser.add_argument("--learning-rate", type=float, help="the highest (4e-4; without --teacher 2e-4)")
     parser.add_argument("--batch", type=at_least(1), help="windows per step (4; without --teacher 8)")
     parser.add_argument("--rank", type=at_least(1), help="of LoRA (16; without --teacher 8, the blocks' mean)")
@@ -98,6 +101,9 @@ def _add_distillation(group: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    lora = options.teacher is None
+    require("recover", "transformers", "accelerate", "compressed_tensors", *["peft"] * lora, extra="recover")
+    check_json(options)
     given = {name: value for name, value in vars(options).items() if name in _WITH_TEACHER + _WITHOUT_TEACHER}
     wrong = _WITHOUT_TEACHER if options.teacher is not None else _WITH_TEACHER
     for name in given:
@@ -149,17 +155,23 @@ def _distill(options: argparse.Namespace, given: dict[str, Any]) -> None:
     if diverged is not None:
         raise diverged
     if PartialState().is_main_process:
-        trained = made.trained
-        kind, losses = "training", list(enumerate(trained.losses, start=1))
-        if trained.held_out:
-            kind, losses = "held-out", trained.held_out
-        last = dict(losses)[trained.best_step]
-        print(
-            f"{options.output}: {kind} loss {losses[0][1]:.4f} became {last:.4f} in {trained.best_step} of "
-            f"{trained.steps} steps, {made.tokens:,} tokens, {trained.seconds / 60:.1f} minutes"
-            + f"; stopped early: {trained.ended}"
-            * bool(trained.ended)
-        )
+        _report_distillation(options, made)
+
+
+def _report_distillation(options: argparse.Namespace, made: Any) -> None:
+    trained = made.trained
+    kind, losses = "training", list(enumerate(trained.losses, start=1))
+    if trained.held_out:
+        kind, losses = "held-out", trained.held_out
+    last = dict(losses)[trained.best_step]
+    print(
+        f"{options.output}: {kind} loss {losses[0][1]:.4f} became {last:.4f} in {trained.best_step} of "
+        f"{trained.steps} steps, {made.tokens:,} tokens, {trained.seconds / 60:.1f} minutes"
+        + f"; stopped early: {trained.ended}"
+        * bool(trained.ended)
+    )
+    figures = {"model": options.model, "teacher": options.teacher, "output": options.output, "tokens": made.tokens}
+    write_json(options, figures | dataclasses.asdict(trained))
 
 
 def _recover(options: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -178,6 +190,7 @@ def _recover(options: argparse.Namespace, given: dict[str, Any]) -> None:
         f"{options.output}: loss {result.first_loss:.4f} became {result.last_loss:.4f} in {result.steps} steps, "
         f"{result.seconds:.0f} s"
     )
+    write_json(options, {"model": options.model, "output": options.output, **dataclasses.asdict(result)})
 
 
 def _texts(options: argparse.Namespace, tokens: int | None) -> tuple[str, list[str] | None]:

@@ -12,8 +12,10 @@ from crepe_llm.cli.common import (
     calibration_texts,
     check_new_file,
     open_model,
+    require,
     window_length,
 )
+from crepe_llm.cli.results import add_json, check_json, write_json
 
 
 def add(subparsers: Any) -> None:
@@ -50,17 +52,18 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--verify", action="store_true", help="then measure the perplexity of the best few and choose")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
     add_calibration(parser)
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    try:
-        from llmcompressor import oneshot
-    except ImportError as error:
-        raise ImportError('crepe search needs llm-compressor: pip install "crepe-llm[compress]"') from error
+    require("search", "llmcompressor", "transformers", "accelerate")
+    from llmcompressor import oneshot
+
     from crepe_llm import samples
     from crepe_llm.modifiers import PHOSearchModifier
 
+    check_json(options)
     check_new_file(options.study, "--study")
     check_new_file(options.plot, "--plot")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -102,3 +105,15 @@ def run(options: argparse.Namespace) -> None:
         print(f"  {name}: {value:.4g}")
     if options.plot is not None:
         study.plot(options.plot)
+    write_json(
+        options,
+        {
+            "model": options.model,
+            "mask": str(study.mask),
+            "coefficients": search.chosen,
+            "proxy": study.proxy,
+            "candidates": len(study.candidates),
+            "seconds": sum(candidate.seconds for candidate in study.candidates),
+            "study": options.study,
+        },
+    )

@@ -1,0 +1,57 @@
+"""`--json`: the figures in a file, whole or not at all."""
+
+import json
+import os
+from argparse import Namespace
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from crepe_llm.cli.main import main
+from crepe_llm.cli.results import write_json
+from sparse_models import prune_2of4
+
+
+def test_an_older_file_is_replaced_and_keeps_its_mode(tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text("old")
+    path.chmod(0o600)
+    (tmp_path / "link.json").symlink_to(path)
+    write_json(
+        Namespace(json=tmp_path / "link.json"), {"loss": float("inf"), "losses": [1.5, float("nan")], "at": path}
+    )
+    assert json.loads(path.read_text()) == {"loss": None, "losses": [1.5, None], "at": str(path)}
+    assert path.stat().st_mode & 0o777 == 0o600 and (tmp_path / "link.json").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "link.json"]
+
+
+def test_a_failure_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    path.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *names: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        write_json(Namespace(json=path), {"loss": 1})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(Namespace(json=pipe), {"loss": 1})
+    assert json.loads(os.read(reader, 100)) == {"loss": 1}
+    os.close(reader)
+
+
+def test_conversions_write_their_figures(dense, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    prune_2of4(model)
+    model.save_pretrained(tmp_path / "pruned")
+    command = ["compress", tmp_path / "pruned", tmp_path / "packed", "--json", tmp_path / "figures.json"]
+    assert main([*map(str, command)]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    size = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert (figures["layers"], figures["bytes"]) == (14, size) and figures["bytes_before"] > size
+    command = ["decompress", tmp_path / "packed", tmp_path / "plain", "--json", tmp_path / "figures.json"]
+    assert main([*map(str, command)]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["output"] == str(tmp_path / "plain")
