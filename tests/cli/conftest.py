@@ -32,6 +32,11 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # where log files lie
+
+
 @pytest.fixture
 def refusal(capsys):
     """A function: the error of a command that must fail as a user's mistake, in one line, no traceback, status 2."""

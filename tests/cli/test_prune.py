@@ -14,9 +14,13 @@ from tiny_models import letters_tokenizer
 def test_prune_writes_a_model_that_loads_and_a_card(dense, text, tmp_path, capsys):
     output = tmp_path / "pruned"
     command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--output", output]
-    assert main([*map(str, command), "--samples", "4", "--length", "32", "--seed", "7"]) == 0
+    more = ["--samples", "4", "--length", "32", "--seed", "7", "--json", str(tmp_path / "figures.json")]
+    assert main([*map(str, command), *more]) == 0
     assert "50.00% of the weights of 14 linear layers are zero" in capsys.readouterr().out
-    assert sorted(tmp_path.iterdir()) == [output]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["sparsity"], figures["layers"], figures["layers_pruned"]) == (0.5, 14, 14)
+    assert figures["bytes"] == (output / "model.safetensors").stat().st_size and figures["seconds"] > 0
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "figures.json", output]
 
     model = AutoModelForCausalLM.from_pretrained(output)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

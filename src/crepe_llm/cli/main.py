@@ -54,9 +54,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         if os.environ.get("CREPE_TRACEBACK"):
             raise
         print(f"crepe: error: {_one_line(error)}", file=sys.stderr)
+        _print_notes(error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("crepe: interrupted", file=sys.stderr)
+        _print_notes(interrupt)
         return 130
     return 0
 
@@ -89,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     for add in _SUBCOMMANDS:
         add(subparsers)
     return parser
+
+
+def _print_notes(error: BaseException) -> None:
+    for note in getattr(error, "__notes__", ()):
+        print(f"crepe: {note}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,11 +1,15 @@
 """`crepe prune`: a model pruned by a recipe, with its model card."""
 
 import argparse
+import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crepe_llm.cli.common import (
     MODEL_HELP,
+    Model,
     add_calibration,
     calibration_texts,
     copy_processor,
@@ -14,7 +18,13 @@ from crepe_llm.cli.common import (
     require,
     window_length,
 )
+from crepe_llm.cli.plan import device_in_words, followed, recipe_in_words, size_in_words
+from crepe_llm.cli.quiet import Progress, quiet
+from crepe_llm.cli.results import add_json, check_json, write_json
 from crepe_llm.recipe_files import recipe_path
+
+if TYPE_CHECKING:
+    from crepe_llm.evaluation.model_card import Pruning
 
 
 def add(subparsers: Any) -> None:
@@ -30,66 +40,143 @@ def add(subparsers: Any) -> None:
             "  crepe prune MODEL --recipe crepe_2of4 --dataset allenai/c4:en --output DIR    (needs the hub)\n"
             "  crepe prune MODEL --recipe my_recipe.yaml --text FILE --output DIR\n"
             "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output DIR\n"
-            "`crepe recipes` lists the recipes that have names.\n"
+            "`crepe recipes` lists the recipes that have names. What llm-compressor logs goes to a file in the user's\n"
+            "cache folder (~/.cache/crepe_llm/logs, or under XDG_CACHE_HOME), named at the end; the last 20 are kept.\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--recipe", metavar="NAME|FILE", required=True, help="a shipped recipe or a YAML file")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show llm-compressor's log and bars instead of one progress line"
+    )
     add_calibration(parser)
+    add_json(parser)
     parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run works with, and what it says.
+
+    Attributes:
+        options: of the command.
+        source: the model.
+        recipe: as llm-compressor reads it.
+        length: tokens per calibration window.
+        calibration: the calibration data in words.
+        progress: the plan and the progress line.
+    """
+
+    options: argparse.Namespace
+    source: Model
+    recipe: Any
+    length: int
+    calibration: str
+    progress: Progress
 
 
 def run(options: argparse.Namespace) -> None:
     require("prune", "llmcompressor", "transformers", "accelerate")
-    from llmcompressor import oneshot
+    check_json(options)
+    started = time.perf_counter()
+    path = recipe_path(options.recipe)
+    with quiet("prune", options.verbose) as progress, output_folder(options.output) as folder:
+        from crepe_llm import samples
+        from crepe_llm.evaluation.model_card import model_card
+        from crepe_llm.modifiers.recipes import read_recipe
 
-    from crepe_llm import samples
-    from crepe_llm.checkpoints.space import check_destination
-    from crepe_llm.evaluation import model_card
-    from crepe_llm.modifiers.recipes import read_recipe
-
-    recipe = recipe_path(options.recipe)
-    with output_folder(options.output) as folder:
-        modifiers = read_recipe(recipe)
+        recipe = read_recipe(path)
         source = open_model(options, dense=True)
         length = window_length(options.length, source.config)
         corpus, texts = calibration_texts(options, length)
-        dataset = samples.calibration_windows(
+        calibration = f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}"
+        windows = samples.calibration_windows(
             source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
         )
-        model = source.load(on_device=False)
-        check_destination(folder, model.get_memory_footprint(return_buffers=False))
-        dense = model_card.linear_zeros(model)
+        made = _prune(_Run(options, source, recipe, length, calibration, progress), path, windows, folder)
+        (folder / "README.md").write_text(model_card(made))
+    _report(options, made, time.perf_counter() - started, progress)
+
+
+def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
+    """Say the plan, prune the model and save it with its tokenizer."""
+    from llmcompressor import oneshot
+
+    from crepe_llm.evaluation.model_card import Pruning, linear_zeros
+
+    options, source, progress = run.options, run.source, run.progress
+    progress.tell("model", f"{options.model}, {type(source.config).__name__.removesuffix('Config')}")
+    progress.tell("recipe", f"{options.recipe}: {recipe_in_words(run.recipe.modifiers)}")
+    progress.tell("calibration", run.calibration)
+    progress.tell("device", device_in_words())
+    model = source.load(on_device=False)
+    dense = linear_zeros(model)
+    blocks = source.config.get_text_config().num_hidden_layers
+    _plan_output(run, model, dense, blocks, folder)
+    with followed(progress, run.recipe.modifiers, blocks):
         oneshot(
             model=model,
             tokenizer=source.tokenizer,
-            recipe=modifiers,
-            dataset=dataset,
+            recipe=run.recipe,
+            dataset=windows,
             num_calibration_samples=options.samples,
-            max_seq_length=length,
+            max_seq_length=run.length,
             shuffle_calibration_samples=False,
             trust_remote_code_model=options.trust_remote_code,
         )
-        pruned = model_card.linear_zeros(model)
-        model.save_pretrained(folder)
-        source.tokenizer.save_pretrained(folder)
-        copy_processor(source.name, folder)
-        made = model_card.Pruning(
-            base_model=options.model,
-            recipe=recipe,
-            dense=dense,
-            pruned=pruned,
-            calibration=f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}",
-            dtype=str(model.dtype).removeprefix("torch."),
-            command=options.command_line,
-        )
-        (folder / "README.md").write_text(model_card.model_card(made))
-    removed = model_card.removed_weights(dense, pruned)
+    progress.phase("saving")
+    pruned = linear_zeros(model)
+    model.save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
+    copy_processor(source.name, folder)
+    return Pruning(
+        base_model=options.model,
+        recipe=path,
+        dense=dense,
+        pruned=pruned,
+        calibration=run.calibration,
+        dtype=str(model.dtype).removeprefix("torch."),
+        command=options.command_line,
+    )
+
+
+def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: Path) -> None:
+    """Say how large the model is and where it goes; raise OSError if it does not fit there."""
+    from crepe_llm.checkpoints.space import check_destination
+
+    size = model.get_memory_footprint(return_buffers=False)
+    check_destination(folder, size)
+    dtype = str(model.dtype).removeprefix("torch.")
+    run.progress.tell(
+        "layers",
+        f"{len(dense)} linear layers in {blocks} blocks; {model.num_parameters() / 1e6:,.1f} M parameters, "
+        f"{size_in_words(size)} in {dtype}",
+    )
+    free = shutil.disk_usage(folder).free
+    run.progress.tell("output", f"{run.options.output}, at most {size_in_words(size)}; {size_in_words(free)} are free")
+
+
+def _report(options: argparse.Namespace, made: "Pruning", seconds: float, progress: Progress) -> None:
+    """Print what the run has made, and write it as JSON."""
+    from crepe_llm.evaluation.model_card import removed_weights, total_zeros
+
+    dense, pruned = made.dense, made.pruned
+    removed, zeros, before = removed_weights(dense, pruned), total_zeros(pruned), total_zeros(dense)
+    changed = sum(old != new for old, new in zip(dense, pruned, strict=True))
+    size = sum(file.stat().st_size for file in options.output.glob("*.safetensors"))
     print(
         f"{options.output}: "
         + f"{removed:.2%} of the linear layers' weights are removed; " * bool(removed)
-        + f"{model_card.total_zeros(pruned):.2%} of the weights of {len(pruned)} linear layers are zero "
-        f"({model_card.total_zeros(dense):.2%} before)"
+        + f"{zeros:.2%} of the weights of {len(pruned)} linear layers are zero ({before:.2%} before)"
     )
+    progress.tell("pruned", f"{changed} of {len(pruned)} linear layers")
+    progress.tell("size", f"{size_in_words(size)} of safetensors")
+    progress.tell("time", f"{seconds:.0f} s")
+    if progress.log is not None:
+        progress.tell("log", str(progress.log))
+    figures = {"model": options.model, "recipe": options.recipe, "output": options.output, "log": progress.log}
+    figures |= {"sparsity": zeros, "sparsity_before": before, "removed": removed}
+    figures |= {"layers": len(pruned), "layers_pruned": changed, "seconds": seconds, "bytes": size}
+    write_json(options, figures)
