@@ -20,7 +20,7 @@ ROOMS = {
     "vllm_plugin": {"functional", "models", "kernels", "checkpoints"},
     "samples": set(),
     "evaluation": {"functional", "models", "checkpoints", "samples"},
-    "cli": {"training", "modifiers", "checkpoints", "vllm_plugin", "samples", "evaluation"},
+    "cli": {"kernels", "training", "modifiers", "checkpoints", "vllm_plugin", "samples", "evaluation"},
 }
 # Of the modifiers, only this file searches.
 SEARCHES = "modifiers/pho.py"

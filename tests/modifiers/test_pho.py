@@ -441,6 +441,7 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
     study, plot = tmp_path / "study.json", tmp_path / "study.png"
     arguments = ["search", str(folder), "--text", str(tmp_path / "text.txt"), "--samples", "8", "--length", "16"]
     arguments += ["--sparsity", "0.6", "--candidates", "16", "--study", str(study), "--plot", str(plot)]
+    arguments += ["--json", str(tmp_path / "figures.json")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     recorded = Study.load(study)
@@ -450,6 +451,8 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
     lines = yaml.safe_load(printed[printed.index("CRePEModifier:") :])["CRePEModifier"]
     chosen = recorded.best.coefficients
     assert lines == pytest.approx(vars(chosen), rel=1e-3)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["coefficients"] == vars(chosen) and figures["candidates"] == len(recorded.candidates)
 
     recipe = [
         PHOSearchModifier(study=str(study)),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from crepe_llm import __version__
-from crepe_llm.cli import convert, evaluate, prune, recipes, recover, search, serve
+from crepe_llm.cli import convert, doctor, evaluate, prune, recipes, recover, search, serve
 
 _SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (
     prune.add,
@@ -23,6 +23,7 @@ _SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (
     convert.add_compress,
     convert.add_decompress,
     recipes.add,
+    doctor.add,
 )
 _NOBODY_READS = 141
 
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prune language models with CRePE recipes, measure what is left of them, and serve it.",
         epilog=(
             "examples, in the order of use (none of them needs a model hub):\n"
+            "  crepe doctor\n"
             "  crepe recipes\n"
             "  crepe evaluate smollm2 --sample --tokens 16384\n"
             "  crepe search smollm2 --sample --samples 16 --length 512 --study smollm2-2of4.json\n"
