@@ -87,8 +87,8 @@ def test_a_run_shows_a_plan_one_line_and_a_table(dense, text, tmp_path):
     assert rows["pruned"].strip() == "14 of 14 linear layers"
     assert not list((tmp_path / "work").iterdir())
     bar = [line for line in done.stderr.replace("\r", "\n").splitlines() if line]
-    assert "pruning:   0%" in bar[0] and "6/6 blocks" in bar[-1]  # two passes of two blocks and what follows them
-    assert all("blocks, " in line for line in bar), done.stderr
+    assert "pruning:   0%" in bar[0] and "6/6 steps" in bar[-1]  # two passes of two blocks and what follows them
+    assert all("steps, " in line for line in bar), done.stderr
     log = Path(rows["log"].strip()).read_text()
     assert "Compression lifecycle" in log and "Realised sparsity" in log
 
@@ -97,3 +97,12 @@ def test_verbose_shows_it_all(dense, text, tmp_path):
     done = prune(dense, text, tmp_path, "--verbose")
     assert done.returncode == 0, done.stderr
     assert "Compression lifecycle" in done.stdout and "Calibrating" in done.stderr and "log:" not in done.stdout
+
+
+def test_a_failure_in_the_middle_names_the_log(dense, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('a_stage: {a_modifiers: {CRePEModifier: {mask_structure: "2:4", targets: [Nothing]}}}')
+    done = prune(dense, text, tmp_path, "--recipe", recipe)
+    error, note = [line for line in done.stderr.splitlines() if line.startswith("crepe: ")]
+    assert done.returncode == 2 and "match no layer" in error and not (tmp_path / "out").exists()
+    assert "Compression lifecycle" in Path(note.removeprefix("crepe: the log of this run is ")).read_text()

@@ -155,7 +155,11 @@ def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: P
         f"{size_in_words(size)} in {dtype}",
     )
     free = shutil.disk_usage(folder).free
-    run.progress.tell("output", f"{run.options.output}, at most {size_in_words(size)}; {size_in_words(free)} are free")
+    run.progress.tell(
+        "output",
+        f"{run.options.output}, at most {size_in_words(size)} and 60 % more while it is packed; "
+        f"{size_in_words(free)} are free",
+    )
 
 
 def _report(options: argparse.Namespace, made: "Pruning", seconds: float, progress: Progress) -> None:

@@ -76,7 +76,7 @@ class Progress:
         if self._terminal is None:
             return
         interval = 0.1 if self._terminal.isatty() else 60.0  # a line a minute, where lines stay
-        form = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} blocks, {elapsed} so far, {remaining} left"
+        form = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} steps, {elapsed} so far, {remaining} left"
         self._bar = _Bar(total=steps, desc=what, file=self._terminal, bar_format=form, mininterval=interval)
 
     def advance(self, to: int | None = None) -> None:
