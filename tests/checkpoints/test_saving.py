@@ -22,6 +22,7 @@ from crepe_llm.checkpoints.saving import _least_bytes, _least_packed_bytes, _pla
 from crepe_llm.cli.main import main
 from crepe_llm.functional.bitmask import pack_bits
 from sparse_models import bytes_of, linears, prune_2of4
+from tiny_models import save_model
 
 IDS = torch.arange(3, 35)[None]
 
@@ -541,7 +542,7 @@ def test_the_command_line_converts_both_ways(dense_folder, tmp_path, capsys):
 def test_layers_that_were_not_quantized_are_listed(tmp_path):
     sizes = {"vocab_size": 96, "hidden_size": 32, "ffn_hidden_size": 64, "num_hidden_layers": 1}
     config = FalconConfig(**sizes, num_attention_heads=2, new_decoder_architecture=True, num_kv_heads=1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    save_model(config, tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     data = Dataset.from_dict({"input_ids": [list(range(3, 35))] * 2, "attention_mask": [[1] * 32] * 2})
     oneshot(model=model, recipe="crepe_2of4_int8", dataset=data, num_calibration_samples=2)
