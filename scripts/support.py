@@ -14,6 +14,7 @@ the page has the newest of each family and recipe.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -182,7 +183,8 @@ def _environment() -> dict[str, str]:
 def verdict(row: Row) -> str:
     """What the page says of one row."""
     if "error" in row:
-        return f"no: {row['error'].replace('|', '/')}"
+        said = re.sub(r"^[\w.]+: |/\S*/", "", row["error"]).replace("|", "/")
+        return f"no: {said[:140]}"
     tolerance = INT8_TOLERANCE if row["recipe"].endswith("int8") else TOLERANCE
     if row["odd_keys"] or not row["logits"] <= tolerance:
         return f"no: {row['odd_keys']} tensors missing or too many, logits apart by {row['logits']:.1g}"
