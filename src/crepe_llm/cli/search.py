@@ -68,17 +68,7 @@ def run(options: argparse.Namespace) -> None:
     check_new_file(options.plot, "--plot")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install matplotlib")
-    fields: dict[str, Any] = {
-        "record": str(options.study),
-        "mask_structure": options.mask_structure,
-        "verify": options.verify,
-    }
-    if options.sparsity is not None:
-        fields |= {"mask_structure": "0:0", "sparsity": options.sparsity, "comparison_group": options.comparison_group}
-    for name in ("candidates", "minutes", "proxy"):
-        if getattr(options, name) is not None:
-            fields[name] = getattr(options, name)
-    search = PHOSearchModifier(**fields)
+    search = PHOSearchModifier(**_fields(options))
     source = open_model(options, dense=True)
     length = window_length(options.length, source.config)
     _, texts = calibration_texts(options, length)
@@ -117,3 +107,16 @@ def run(options: argparse.Namespace) -> None:
             "study": options.study,
         },
     )
+
+
+def _fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the modifier that the options stand for."""
+    fields: dict[str, Any] = {
+        "record": str(options.study),
+        "mask_structure": options.mask_structure,
+        "verify": options.verify,
+    }
+    if options.sparsity is not None:
+        fields |= {"mask_structure": "0:0", "sparsity": options.sparsity, "comparison_group": options.comparison_group}
+    given = {name: getattr(options, name) for name in ("candidates", "minutes", "proxy")}
+    return fields | {name: value for name, value in given.items() if value is not None}
