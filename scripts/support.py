@@ -168,7 +168,8 @@ def run(family: str, recipe: str, vllm: bool) -> Row:
         except subprocess.TimeoutExpired:
             return {"error": f"not done after {SECONDS} s"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": re.sub(r"^[\w.]+: |/\S*/", "", said)[:300]}  # no folders of this machine
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -183,8 +184,7 @@ def _environment() -> dict[str, str]:
 def verdict(row: Row) -> str:
     """What the page says of one row."""
     if "error" in row:
-        said = re.sub(r"^[\w.]+: |/\S*/", "", row["error"]).replace("|", "/")
-        return f"no: {said[:140]}"
+        return f"no: {row['error'][:140]}".replace("|", "/")
     tolerance = INT8_TOLERANCE if row["recipe"].endswith("int8") else TOLERANCE
     if row["odd_keys"] or not row["logits"] <= tolerance:
         return f"no: {row['odd_keys']} tensors missing or too many, logits apart by {row['logits']:.1g}"
