@@ -189,6 +189,11 @@ def copy_processor(name: str, folder: Path) -> None:
             shutil.copyfile(found, folder / file)
 
 
+def weight_bytes(folder: Path) -> int:
+    """The bytes of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def window_length(asked: int | None, config: Any) -> int:
     """The window length: what was asked for if the model's context holds it, else 2048 or the whole context."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from crepe_llm.cli.common import weight_bytes
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     check_json(options)
     convert = {"compress": compress_folder, "decompress": decompress_folder}[options.conversion]
     layers = convert(options.source, options.destination, progress=True)
-    before, after = (_weight_bytes(folder) for folder in (options.source, options.destination))
+    before, after = (weight_bytes(folder) for folder in (options.source, options.destination))
     what = "packed" if convert is compress_folder else "unpacked"
     print(
         f"{options.destination}: {len(layers)} layers {what}, {before / 1e6:.1f} MB of safetensors became "
@@ -65,7 +66,3 @@ def run(options: argparse.Namespace) -> None:
             "bytes": after,
         },
     )
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

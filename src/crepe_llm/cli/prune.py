@@ -16,6 +16,7 @@ from crepe_llm.cli.common import (
     open_model,
     output_folder,
     require,
+    weight_bytes,
     window_length,
 )
 from crepe_llm.cli.plan import device_in_words, followed, recipe_in_words, size_in_words
@@ -169,7 +170,7 @@ def _report(options: argparse.Namespace, made: "Pruning", seconds: float, progre
     dense, pruned = made.dense, made.pruned
     removed, zeros, before = removed_weights(dense, pruned), total_zeros(pruned), total_zeros(dense)
     changed = sum(old != new for old, new in zip(dense, pruned, strict=True))
-    size = sum(file.stat().st_size for file in options.output.glob("*.safetensors"))
+    size = weight_bytes(options.output)
     print(
         f"{options.output}: "
         + f"{removed:.2%} of the linear layers' weights are removed; " * bool(removed)
