@@ -232,7 +232,7 @@ def _last_checkpoint(work: Path) -> str | None:
 
 def _is_json(path: Path) -> bool:
     try:
-        json.loads(path.read_text())
+        _read_json(path)
     except ValueError:
         return False
     return True
