@@ -14,13 +14,15 @@ ROOMS = {
     "pruning": {"functional", "models"},
     "training": {"functional", "models", "pruning", "checkpoints"},
     "search": {"functional", "models", "pruning", "training"},
-    "modifiers": {"functional", "models", "pruning", "training", "search", "checkpoints"},
+    "calibration": {"models"},
+    "modifiers": {"functional", "models", "pruning", "training", "search", "checkpoints", "calibration"},
+    "oneshot": {"models", "checkpoints", "calibration", "modifiers"},
     "kernels": {"functional"},
     "checkpoints": {"functional"},
     "vllm_plugin": {"functional", "models", "kernels", "checkpoints"},
     "samples": set(),
     "evaluation": {"functional", "models", "checkpoints", "samples"},
-    "cli": {"kernels", "training", "modifiers", "checkpoints", "vllm_plugin", "samples", "evaluation"},
+    "cli": {"kernels", "training", "modifiers", "oneshot", "checkpoints", "vllm_plugin", "samples", "evaluation"},
 }
 # Of the modifiers, only this file searches.
 SEARCHES = "modifiers/pho.py"

@@ -25,7 +25,7 @@ def _register_modifiers() -> None:
 
 
 def _register_oneshot() -> None:
-    from crepe_llm.modifiers.checked_oneshot import register
+    from crepe_llm.oneshot.checked import register
 
     register()
 

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     with quiet("prune", options.verbose) as progress, output_folder(options.output) as folder:
         from crepe_llm import samples
         from crepe_llm.evaluation.model_card import model_card
-        from crepe_llm.modifiers.recipes import read_recipe
+        from crepe_llm.oneshot.recipes import read_recipe
 
         recipe = read_recipe(path)
         source = open_model(options, dense=True)

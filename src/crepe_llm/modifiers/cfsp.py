@@ -10,6 +10,7 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 
+from crepe_llm.calibration.data import calibration_data
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.functional.structured import (
     BlockImportance,
@@ -23,7 +24,6 @@ from crepe_llm.models import per_block
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.ffn import FFN, cut, find_ffns
 from crepe_llm.modifiers import order
-from crepe_llm.modifiers.calibration_data import calibration_data
 from crepe_llm.modifiers.layers import save_sparse
 from crepe_llm.modifiers.observe import Observer
 from crepe_llm.pruning.block_pass import Wanted, block_inputs, block_outputs
@@ -84,7 +84,7 @@ class CFSPModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the FFNs, and refuse what cannot work before any time is spent."""
         order.check(self)
-        self._dataloader = calibration_data(self, state, **kwargs)
+        self._dataloader = calibration_data(self, state, order.first(self) is not self, **kwargs)
         self._ffns = find_ffns(state.model)
         widths = [ffn.width for ffn in self._ffns]
         kept_widths([1 - self.sparsity if self.uniform else 1.0] * len(widths), widths, self.round_to)

@@ -16,12 +16,12 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedModel
 
+from crepe_llm.calibration.data import calibration_data, uncalled_layers
 from crepe_llm.checkpoints import attach
 from crepe_llm.models.blocks import block_of, kind_of
 from crepe_llm.models.dense_layers import dense_by_default
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.modifiers import order
-from crepe_llm.modifiers.calibration_data import calibration_data, uncalled_layers
 from crepe_llm.modifiers.conv1d import record_conv1d
 from crepe_llm.modifiers.experts import check_experts, restore_experts
 from crepe_llm.modifiers.fields import Patterns
@@ -82,7 +82,7 @@ class LayerModifier(Modifier):
     def take_data(self, state: State, **kwargs: Any) -> None:
         """Take the calibration data, and learn which layers it will not reach; called before the layers are found."""
         if self._dataloader is None:
-            self._dataloader = calibration_data(self, state, **kwargs)
+            self._dataloader = calibration_data(self, state, order.first(self) is not self, **kwargs)
             if order.first(self, LayerModifier) is self and isinstance(state.model, PreTrainedModel):
                 self._uncalled = uncalled_layers(state.model, self._dataloader)
 

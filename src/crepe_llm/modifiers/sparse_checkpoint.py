@@ -5,7 +5,7 @@ from typing import Any
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 
-from crepe_llm.modifiers.calibration_data import mend_generation_config, refuse_several_processes
+from crepe_llm.calibration.data import mend_generation_config, refuse_several_processes
 from crepe_llm.modifiers.experts import check_experts
 from crepe_llm.modifiers.layers import save_sparse
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoTokenizer
 
-from crepe_llm.modifiers.windows import full_windows
+from crepe_llm.calibration.windows import full_windows
 from modifier_helpers import load, run
 from tiny_models import letters_tokenizer
 

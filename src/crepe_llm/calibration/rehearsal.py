@@ -11,8 +11,8 @@ from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
 from llmcompressor.utils import calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 
+from crepe_llm.calibration.data import first_tokens
 from crepe_llm.models.blocks import find_blocks
-from crepe_llm.modifiers.calibration_data import first_tokens
 
 __all__ = ["must_run_whole", "whole_pipeline"]
 

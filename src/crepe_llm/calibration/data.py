@@ -18,7 +18,6 @@ from loguru import logger
 
 from crepe_llm.models.generation import repair_generation_config
 from crepe_llm.models.tokens import check_positions, check_vocabulary
-from crepe_llm.modifiers import order
 
 __all__ = [
     "calibration_data",
@@ -34,8 +33,14 @@ _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "label
 _FIRST_TOKENS = 8
 
 
-def calibration_data(modifier: Modifier, state: State, **kwargs: Any) -> Any:
-    """The data that the calibration will iterate; the first modifier of this package in a recipe checks it.
+def calibration_data(modifier: Modifier, state: State, checked: bool, **kwargs: Any) -> Any:
+    """The data that the calibration will iterate.
+
+    Args:
+        modifier: the modifier that needs it.
+        state: the state of the run.
+        checked: whether another modifier has checked it against the model.
+        kwargs: what the modifier was initialized with.
 
     Raises:
         ValueError: if there is none, the job has several processes, the model cannot take these tokens, or
@@ -50,7 +55,7 @@ def calibration_data(modifier: Modifier, state: State, **kwargs: Any) -> Any:
             f"{type(modifier).__name__} needs calibration data, and was given none: pass `dataset=` to oneshot (a "
             "name, or a tokenized datasets.Dataset), or `calib_data=` to state.update"
         )
-    if order.first(modifier) is modifier and hasattr(state.model, "get_decoder"):
+    if not checked and hasattr(state.model, "get_decoder"):
         mend_generation_config(state.model)
         _check_tokens(state.model, data)
     return data

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from crepe_llm.modifiers import CRePEModifier, SparseCheckpointModifier
-from crepe_llm.modifiers.recipes import read_recipe
+from crepe_llm.oneshot.recipes import read_recipe
 from crepe_llm.recipe_files import recipe_path, shipped_recipes
 from modifier_helpers import linears, load, run
 

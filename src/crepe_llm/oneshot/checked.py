@@ -8,12 +8,12 @@ from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
 from loguru import logger
 
+from crepe_llm.calibration.data import refuse_several_processes
+from crepe_llm.calibration.rehearsal import must_run_whole, whole_pipeline
+from crepe_llm.calibration.windows import full_windows
 from crepe_llm.checkpoints.space import check_destination
-from crepe_llm.modifiers.calibration_data import refuse_several_processes
 from crepe_llm.modifiers.experts import take_llama4_apart
-from crepe_llm.modifiers.recipes import read_recipe
-from crepe_llm.modifiers.rehearsal import must_run_whole, whole_pipeline
-from crepe_llm.modifiers.windows import full_windows
+from crepe_llm.oneshot.recipes import read_recipe
 
 __all__ = ["register"]
 
