@@ -59,7 +59,7 @@ int main() {
     for (int round = 0; round < 400; round++) {
         Problem p{};
         p.layout = rng() % 3 ? kSparse24 : kDense;
-        p.weight_format = int32_t(rng() % (p.layout == kSparse24 ? 4 : 3));
+        p.weight_format = int32_t(rng() % 4);
         p.x_dtype = int32_t(rng() % 3);
         p.m = round % 10 ? pick(1, 30) : pick(60, 90);
         p.n = pick(1, 70);

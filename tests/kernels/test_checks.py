@@ -55,7 +55,8 @@ def gpu_operands(**changes):
 
 
 def dense_operands(**changes):
-    return list({"x": torch.randn(3, K), "weight": torch.randn(N, K), "bias": torch.randn(N), **changes}.values())
+    made = {"x": torch.randn(3, K), "weight": torch.randn(N, K), "scale": torch.rand(N), "bias": torch.randn(N)}
+    return list({**made, **changes}.values())
 
 
 PACKED = kernels.pack(sparse())
@@ -126,7 +127,9 @@ DENSE_CASES = {
     **X,
     "transposed": {"weight": torch.ones(K, N).t()},
     "fp64 weight": {"weight": torch.ones(N, K, dtype=torch.float64)},
-    "int8 weight": {"weight": torch.ones(N, K, dtype=torch.int8)},
+    "int16 weight": {"weight": torch.ones(N, K, dtype=torch.int16)},
+    "int8 weight without a scale": {"weight": torch.ones(N, K, dtype=torch.int8), "scale": None},
+    **{name: change for name, change in SCALED.items() if "scale" in change},
     "meta weight": {"weight": torch.ones(N, K, device="meta")},
     "a vector as weight": {"weight": torch.ones(K)},
     "gradient of the weight": {"weight": with_gradient(torch.ones(N, K))},

@@ -58,16 +58,19 @@ def test_operators_meet_torch_librarys_contract():
     packed = kernels.pack(sparse(10, 8))
     arguments = (torch.randn(3, 8), packed.data, packed.scale, None, 10, 8, "fp32")
     torch.library.opcheck(torch.ops.crepe_llm.sparse24_linear.default, arguments)
-    torch.library.opcheck(
-        torch.ops.crepe_llm.dense_linear.default, (torch.randn(3, 8), torch.randn(10, 8), torch.randn(10))
-    )
+    x, bias = torch.randn(3, 8), torch.randn(10)
+    for weight, scale in ((torch.randn(10, 8), None), (torch.ones(10, 8, dtype=torch.int8), torch.rand(10))):
+        torch.library.opcheck(torch.ops.crepe_llm.dense_linear.default, (x, weight, scale, bias))
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_dense_rule_changes_speed_only(monkeypatch, weight_dtype, x_dtype):
-    weight, x, bias = torch.randn(40, 72).to(weight_dtype), torch.randn(5, 72).to(x_dtype), torch.randn(40)
-    packed, results = kernels.pack_dense(weight), []
+    x, bias = torch.randn(5, 72).to(x_dtype), torch.randn(40)
+    weight = torch.randint(-128, 128, (40, 72)) if weight_dtype == torch.int8 else torch.randn(40, 72)
+    scale = torch.rand(40) / 100 if weight_dtype == torch.int8 else None
+    packed, results = kernels.pack_dense(weight.to(weight_dtype), scale), []
+    monkeypatch.setattr(dispatch, "_EXPANDED_ROWS", 16)
     for tokens in (-1, 1000):
         monkeypatch.setattr(dispatch, "_dense_tokens", lambda dtype, tokens=tokens: tokens if cpu.library() else -1)
         results.append(kernels.linear(x, packed, bias))

@@ -121,17 +121,22 @@ def test_int8_extremes_do_not_saturate(isa):
     n=st.integers(1, 70),
     k=st.integers(1, 130),
     m=st.integers(0, 20),
-    weight_dtype=st.sampled_from(FLOATS),
+    weight_dtype=st.sampled_from((*FLOATS, torch.int8)),
     x_dtype=st.sampled_from(FLOATS),
     with_bias=st.booleans(),
+    with_scale=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_dense_weights(isa, n, k, m, weight_dtype, x_dtype, with_bias, seed):
+def test_dense_weights(isa, n, k, m, weight_dtype, x_dtype, with_bias, with_scale, seed):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=generator).to(weight_dtype)
+    if weight_dtype == torch.int8:
+        weight, with_scale = torch.randint(-128, 128, (n, k), generator=generator).to(torch.int8), True
+    else:
+        weight = torch.randn(n, k, generator=generator).to(weight_dtype)
     bias = torch.randn(n, generator=generator) if with_bias else None
+    scale = torch.rand(n, generator=generator) if with_scale else None
     x = torch.randn(m, k, generator=generator).to(x_dtype)
-    assert_close(cpu.multiply(x, kernels.pack_dense(weight), bias, isa), *naive(x, weight, None, bias))
+    assert_close(cpu.multiply(x, kernels.pack_dense(weight, scale), bias, isa), *naive(x, weight, scale, bias))
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)

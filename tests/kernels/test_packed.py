@@ -132,7 +132,11 @@ def test_wrong_dtypes_are_refused():
         kernels.pack_compressed(compressed.double(), bitmask, (5, 16))
     with pytest.raises(TypeError, match="int16"):
         kernels.pack_compressed(compressed, bitmask.to(torch.int16), (5, 16))
-    with pytest.raises(TypeError, match="int8"):
+    with pytest.raises(TypeError, match="int16"):
+        kernels.pack_dense(torch.zeros(4, 4, dtype=torch.int16))
+    with pytest.raises(ValueError, match="no scale; one for each row is needed"):
         kernels.pack_dense(torch.zeros(4, 4, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"scale has shape \(3,\); the weight needs \(4,\)"):
+        kernels.pack_dense(torch.zeros(4, 4, dtype=torch.int8), torch.ones(3, 1))
     with pytest.raises(ValueError, match="contiguous"):
         kernels.pack_dense(torch.zeros(4, 8).t())

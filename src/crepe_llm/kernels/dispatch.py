@@ -30,6 +30,8 @@ from crepe_llm.kernels.packed import (
 # for fp32 weights, where torch calls MKL. docs/kernels.md has the measurement (benchmarks/kernel.py --dense).
 _DENSE_TOKENS = {"avx512_bf16": 32, "avx512_vnni": 16, "avx512": 16, "avx2": 256, "neon": 4, "portable": 0}
 _DENSE_FP32_TOKENS = 4
+# Rows of an int8 weight that are expanded together for torch's product.
+_EXPANDED_ROWS = 4096
 
 # ``format`` is the name of a format; ``n`` and ``k`` are the dense shape.
 _SPARSE24 = "sparse24_linear(Tensor x, Tensor data, Tensor? scale, Tensor? bias, int n, int k, str format) -> Tensor"
@@ -38,7 +40,7 @@ _CUDA = (
     "Tensor? cusparselt, Tensor? dense, Tensor? scale, Tensor? bias, int n, int k, str format, "
     "ScalarType out_dtype) -> Tensor"
 )
-_DENSE = "dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+_DENSE = "dense_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor"
 
 
 def pack(
@@ -112,7 +114,8 @@ def linear(
         raise ValueError(f"x has shape {tuple(x.shape)}; the weight is {n} x {k}, so its last dimension must be {k}")
     flat = x.reshape(-1, k) if k else x.reshape(math.prod(x.shape[:-1]), 0)
     if isinstance(packed, DenseWeight):
-        y = (_dense_linear if _direct(flat) else torch.ops.crepe_llm.dense_linear)(flat, packed.weight, bias)
+        product = _dense_linear if _direct(flat) else torch.ops.crepe_llm.dense_linear
+        y = product(flat, packed.weight, packed.scale, bias)
     elif isinstance(packed, CudaWeight):
         y = _quantized_cuda(flat, packed, bias)
     elif packed.inputs is not None:
@@ -252,19 +255,39 @@ def _cuda_shape(*operands: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
 
 
-def _dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    packed = DenseWeight(weight)
+def _dense_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    packed = DenseWeight(weight, scale)
     if x.is_cpu and weight.numel() and len(x) <= _dense_tokens(weight.dtype):
         return cpu.multiply(x, packed, bias)
     checks.product(x, packed, bias)
+    if weight.dtype == torch.int8:
+        return _expanded(x, packed, bias)
     # torch wants one dtype, and neither side may lose digits.
     common = torch.promote_types(x.dtype, weight.dtype)
     bias = None if bias is None else bias.to(common).reshape(-1)
-    return torch.nn.functional.linear(x.to(common), weight.to(common), bias).to(x.dtype)
+    if scale is None:
+        return torch.nn.functional.linear(x.to(common), weight.to(common), bias).to(x.dtype)
+    y = torch.nn.functional.linear(x.to(common), weight.to(common)) * scale
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _dense_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    checks.product(x, DenseWeight(weight), bias)
+def _expanded(x: torch.Tensor, packed: DenseWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """torch's product with an int8 weight, expanded to x's dtype (which holds it exactly) some rows at a time."""
+    assert packed.scale is not None
+    parts = [
+        x @ rows.to(x.dtype).t() * scale
+        for rows, scale in zip(packed.weight.split(_EXPANDED_ROWS), packed.scale.split(_EXPANDED_ROWS), strict=True)
+    ]
+    y = torch.cat(parts, dim=1) if parts else x.new_zeros(len(x), 0)
+    return (y if bias is None else y + bias.reshape(-1)).to(x.dtype)
+
+
+def _dense_shape(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    checks.product(x, DenseWeight(weight, scale), bias)
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

@@ -103,23 +103,28 @@ class PackedWeight:
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight:
-    """A dense weight [N, K] (bf16, fp16 or fp32, contiguous) for :func:`crepe_llm.kernels.linear`.
+    """A dense weight [N, K] (bf16, fp16, fp32 or int8, contiguous) for :func:`crepe_llm.kernels.linear`.
 
-    The tensor is kept as it is, not copied: an embedding can share it.
+    The tensor is kept as it is, not copied: an embedding can share it. ``scale`` (fp32 [N]) multiplies the outputs; an
+    int8 weight has one. Activations are not quantized.
 
-    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix.
+    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix or ``scale`` does not fit.
     """
 
     weight: torch.Tensor
+    scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
             raise ValueError(f"weight has shape {tuple(self.weight.shape)}; a matrix [N, K] is needed")
-        checks.part("weight", self.weight, self.weight.shape, checks.ACTIVATIONS)
+        checks.part("weight", self.weight, self.weight.shape, (*checks.ACTIVATIONS, torch.int8))
+        checks.part("scale", self.scale, self.weight.shape[:1], (torch.float32,))
+        if self.scale is None and self.dtype == torch.int8:
+            raise ValueError("weight is int8 and has no scale; one for each row is needed")
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.weight,)
+        return (self.weight,) if self.scale is None else (self.weight, self.scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,7 +137,7 @@ class DenseWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the weight takes."""
-        return self.weight.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def packed_bytes(n: int, k: int, form: Format) -> int:
@@ -205,12 +210,16 @@ def _damage(bitmask: torch.Tensor, k: int, row: int, byte: int) -> str:
     return f"bitmask sets bits beyond column {k - 1} in row {row}; the checkpoint is damaged"
 
 
-def pack_dense(weight: torch.Tensor) -> DenseWeight:
-    """Wraps a dense weight [N, K] (bf16, fp16 or fp32) for :func:`crepe_llm.kernels.linear`; nothing is copied.
+def pack_dense(weight: torch.Tensor, scale: torch.Tensor | None = None) -> DenseWeight:
+    """Wraps a dense weight [N, K] (bf16, fp16, fp32 or int8) for :func:`crepe_llm.kernels.linear`; it is not copied.
 
-    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix.
+    ``scale`` ([N] or [N, 1]) multiplies the outputs; an int8 weight needs one.
+
+    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix or ``scale`` does not fit.
     """
-    return DenseWeight(weight)
+    if scale is not None:
+        scale = scale.detach().to(torch.float32).reshape(-1).contiguous()
+    return DenseWeight(weight, scale)
 
 
 def deinterleave(packed: PackedWeight) -> torch.Tensor:

@@ -72,8 +72,6 @@ bool fits(const Problem& p) {
         // A sum of K / 2 products of at most 127 * 128 has to stay below 2^31.
         if (p.k % 4 || (format.quantizes_inputs && p.k > kMostInt8Columns)) return false;
         bytes = ceil_div(p.n, kRowBlock) * ceil_div(p.k, kColumnChunk) * chunk_bytes(p.weight_format);
-    } else if (!is_float(p.weight_format)) {
-        return false;
     }
     return p.weight_bytes == bytes && (!p.m || !p.n || (p.k && p.weight && p.x && p.y));
 }
@@ -105,7 +103,7 @@ EXPORT int32_t crepe_multiply(const Problem* problem, int32_t index, Parallel pa
     job.chunks = ceil_div(problem->k, kColumnChunk);
     job.tiles = ceil_div(problem->m, set.tile_tokens(*problem));
     job.token_bytes = job.chunks * kColumnChunk * set.activation_bytes(*problem);
-    const int64_t scales = kWeightFormats[problem->weight_format].quantizes_inputs ? ceil_div(problem->m * 4, 64) * 64 : 0;
+    const int64_t scales = quantizes_inputs(*problem) ? ceil_div(problem->m * 4, 64) * 64 : 0;
     uint8_t* memory = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(ceil_div(problem->m * job.token_bytes + 64, 64) * 64 + scales)));
     if (!memory) return 1;
     job.token_scale = scales ? reinterpret_cast<float*>(memory) : nullptr;

@@ -10,7 +10,7 @@ struct Isa {
     static constexpr bool kEvenOdd = true;
     static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
     static constexpr bool one_block(Activations, int64_t) { return false; }
-    static constexpr int dense_rows(int64_t) { return 1; }
+    static constexpr int dense_rows(int64_t, int64_t) { return 1; }
     static constexpr int64_t tile(Activations activations) { return activations == kI8 ? 4 : 12; }
 
     // Kept value V of 8 rows from row 8 h of a group's values.
@@ -128,6 +128,10 @@ struct Isa {
     }
     static INLINE void sixteen(const Fp16* w, __m256 (&out)[2]) {
         UNROLL for (int i = 0; i < 2; i++) out[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 8 * i)));
+    }
+    static INLINE void sixteen(const int8_t* w, __m256 (&out)[2]) {
+        UNROLL for (int i = 0; i < 2; i++)
+            out[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + 8 * i))));
     }
     static INLINE void sixteen(const float* w, __m256 (&out)[2]) {
         UNROLL for (int i = 0; i < 2; i++) out[i] = _mm256_loadu_ps(w + 8 * i);

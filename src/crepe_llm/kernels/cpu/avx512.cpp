@@ -26,7 +26,8 @@ struct Isa {
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
     // single chain of fp32 additions would wait for itself.)
     static constexpr bool one_block(Activations activations, int64_t tokens) { return activations == kPairsBf16 && tokens <= 4; }
-    static constexpr int dense_rows(int64_t tokens) { return tokens <= 6 ? 1 : 2; }
+    // Bytes come faster than one chain of additions can take their columns.
+    static constexpr int dense_rows(int64_t tokens, int64_t bytes) { return bytes == 1 && tokens <= 2 ? 4 : bytes > 1 && tokens <= 6 ? 1 : 2; }
     static constexpr int64_t tile(Activations activations) { return activations == kPairsBf16 ? 12 : activations == kF32 ? 12 : CREPE_VNNI ? 10 : 6; }
 
     // Kept value V of 16 rows of a group.
@@ -196,6 +197,9 @@ struct Isa {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p)), 16));
     }
     static INLINE __m512 load(const Fp16* p, __mmask16 valid) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, p)); }
+    static INLINE __m512 load(const int8_t* p, __mmask16 valid) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(valid, p)));
+    }
 
     // R rows times T tokens on one register of columns, of which `valid` are there.
     template <int R, int T, class W>
@@ -209,13 +213,19 @@ struct Isa {
         }
     }
 #if CREPE_BF16
-    template <int R, int T>
-    static INLINE void dense_step(const Bf16* w, int64_t k, int64_t valid, const Bf16* x, __m512 (&acc)[R][T]) {
+    static INLINE __m512i load_pairs(const Bf16* p, __mmask32 valid) { return _mm512_maskz_loadu_epi16(valid, p); }
+    // Exact: bf16 holds every int8.
+    static INLINE __m512i load_pairs(const int8_t* p, __mmask32 valid) {
+        return (__m512i)_mm512_cvtne2ps_pbh(load(p + 16, __mmask16(valid >> 16)), load(p, __mmask16(valid)));
+    }
+
+    template <int R, int T, class W>
+    static INLINE void dense_step(const W* w, int64_t k, int64_t valid, const Bf16* x, __m512 (&acc)[R][T]) {
         const __mmask32 mask = valid >= 32 ? 0xffffffff : __mmask32((1u << valid) - 1);
         __m512i activations[T];
         UNROLL for (int t = 0; t < T; t++) activations[t] = load512(x + 32 * t);
         UNROLL for (int r = 0; r < R; r++) {
-            __m512i value = _mm512_maskz_loadu_epi16(mask, w + r * k);
+            __m512i value = load_pairs(w + r * k, mask);
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value, (__m512bh)activations[t]);
         }
     }

@@ -8,7 +8,8 @@
 //   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
 //   one_block(Activations, T)   whether T tokens are better done one row block at a time
 //   kChunkBlock             chunks of columns that stay in cache when there are several tiles
-//   kDenseTile, dense_rows(T)  most tokens of the dense kernel, and the rows that it does together for T of them
+//   kDenseTile, dense_rows(T, bytes)  most tokens of the dense kernel, and the rows of weights of so many bytes each
+//                           that it does together for T of them
 //   sparse<Kind, R, T>(weight, bytes from row block to row block, activations, chunks, sums, first)
 //                           adds to (or, if first, sets) sums [T][16 R]
 //   dense<W, X, R, T>(weight, k, activations, sums, stride)
@@ -24,8 +25,10 @@
 namespace {
 
 Activations activations_of(const Problem& p) {
-    if (kWeightFormats[p.weight_format].quantizes_inputs) return kI8;
-    return Isa::kBf16Activations && p.weight_format == kBf16 && p.x_dtype == kBf16 ? kPairsBf16 : kF32;
+    if (quantizes_inputs(p)) return kI8;
+    // bf16 holds every value of a dense int8 weight.
+    const bool bf16 = p.weight_format == kBf16 || (p.layout == kDense && p.weight_format == kInt8);
+    return Isa::kBf16Activations && bf16 && p.x_dtype == kBf16 ? kPairsBf16 : kF32;
 }
 int64_t activation_bytes(const Problem& p) {
     Activations activations = activations_of(p);
@@ -208,7 +211,7 @@ void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int
 template <class W, class X, int T>
 inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
     if constexpr (T > 0) {
-        constexpr int R = Isa::dense_rows(T);
+        constexpr int R = Isa::dense_rows(T, sizeof(W));
         if (tokens != T) return dense_tokens<W, X, T - 1>(tokens, rows, w, k, x, sums, stride);
         if (rows >= R) return Isa::template dense<W, X, R, T>(w, k, x, sums, stride), R;
         Isa::template dense<W, X, 1, T>(w, k, x, sums, stride);
@@ -257,6 +260,11 @@ void multiply(const Job& job, int64_t block_begin, int64_t block_end, int64_t ti
         if constexpr (Isa::kBf16Activations)
             if (activations_of(job.p) == kPairsBf16) return dense(multiply_dense<Bf16, Bf16>);
         return dense(multiply_dense<Bf16, float>);
+    }
+    if (job.p.weight_format == kInt8) {
+        if constexpr (Isa::kBf16Activations)
+            if (activations_of(job.p) == kPairsBf16) return dense(multiply_dense<int8_t, Bf16>);
+        return dense(multiply_dense<int8_t, float>);
     }
     if (job.p.weight_format == kFp16) return dense(multiply_dense<Fp16, float>);
     dense(multiply_dense<float, float>);

@@ -42,6 +42,7 @@ INLINE void prefetch_rows(const W* w, int64_t k, int64_t column) {
 }
 
 inline float to_float(float v) { return v; }
+inline float to_float(int8_t v) { return float(v); }
 inline float to_float(Bf16 v) {
     uint32_t bits = uint32_t(v.bits) << 16;
     float f;

@@ -25,6 +25,9 @@ struct Problem {
     int32_t weight_format, x_dtype, bias_dtype;  // codes of weight_formats.h
 };
 
+// Whether a product quantizes its activations: with 2:4 weights of some formats. Dense weights are exact products.
+static inline bool quantizes_inputs(const Problem& p) { return p.layout == kSparse24 && kWeightFormats[p.weight_format].quantizes_inputs; }
+
 // A problem cut into tiles of tokens, with the activations converted and reordered for the inner loops.
 struct Job {
     Problem p;

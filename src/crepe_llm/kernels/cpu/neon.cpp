@@ -10,7 +10,7 @@ struct Isa {
     static constexpr bool kEvenOdd = false;
     static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
     static constexpr bool one_block(Activations, int64_t) { return false; }
-    static constexpr int dense_rows(int64_t) { return 4; }
+    static constexpr int dense_rows(int64_t, int64_t) { return 4; }
     static constexpr int64_t tile(Activations) { return 4; }
 
     // Kept value V of 4 rows from row 4 Q of a group's values.
@@ -94,6 +94,11 @@ struct Isa {
     static INLINE float32x4_t load(const float* p) { return vld1q_f32(p); }
     static INLINE float32x4_t load(const Bf16* p) {
         return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
+    }
+    static INLINE float32x4_t load(const int8_t* p) {
+        int32_t four;
+        std::memcpy(&four, p, sizeof four);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
     }
     static INLINE float32x4_t load(const Fp16* p) {
         return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));

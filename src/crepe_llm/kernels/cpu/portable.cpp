@@ -8,7 +8,7 @@ struct Isa {
     static constexpr bool kEvenOdd = false;
     static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
     static constexpr bool one_block(Activations, int64_t) { return false; }
-    static constexpr int dense_rows(int64_t) { return 2; }
+    static constexpr int dense_rows(int64_t, int64_t) { return 2; }
     static constexpr int64_t tile(Activations) { return 4; }
 
     template <class K, int R, int T>
