@@ -17,6 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, packed_embeddings
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names
@@ -89,6 +90,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     """
 
     _packed: Checkpoint | None = None
+    # Embeddings and an output head in INT8, which become plain weights.
+    _expanded: Sequence[str] = ()
     # What is to be compared with the model as soon as its conversions are known, which is before weights are read.
     _unchecked: tuple[Any, Checkpoint] | None = None
 
@@ -108,6 +111,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
                 f"*.{SPARSE_24_BITMASK.values}; export the model again, or remove sparsity_config from config.json if "
                 "its weights are dense"
             )
+        if quantized and self._packed is not None:
+            self._leave_plain(model, packed_embeddings(model, self._packed))
         if quantized:
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         if files and (self._packed is not None or not quantized):
@@ -118,7 +123,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         quantized = self.compressor.quantization_config is not None
         conversions = super().update_weight_conversions(weight_conversions) if quantized else weight_conversions
         if self._packed is not None:
-            conversions = [*conversions, *_unpacking()]
+            conversions = [*expanding(list(self._expanded)), *conversions, *_unpacking()]
         if self._unchecked is not None:
             (model, checkpoint), self._unchecked = self._unchecked, None
             check_model(checkpoint, model, conversions)
@@ -130,9 +135,19 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             model._weight_conversions = [
                 conversion
                 for conversion in model._weight_conversions
-                if not any(isinstance(op, Unpack) for op in getattr(conversion, "operations", ()))
+                if not any(isinstance(op, Unpack | ExpandPacked) for op in getattr(conversion, "operations", ()))
             ]
         super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _leave_plain(self, model: Any, names: list[str]) -> None:
+        """Leave layers out of the quantization, in what is saved of it, too; a head tied to one shares its weight."""
+        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        shared = [one for one, other in tied.items() if other.removesuffix(".weight") in names]
+        ignored = [*names, *(name.removesuffix(".weight") for name in shared)]
+        self._expanded = names
+        for config in (self.compressor.quantization_config, self.quantization_config.quantization_config):
+            assert config is not None
+            config.ignore = [*config.ignore, *(name for name in ignored if name not in config.ignore)]
 
 
 def _unpacking() -> list[WeightConverter]:

@@ -22,7 +22,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_strictly
 from crepe_llm.vllm_plugin import QUANTIZATION
-from crepe_llm.vllm_plugin.linear import DenseEmbeddingMethod, Scheme, Sparse24LinearMethod
+from crepe_llm.vllm_plugin.embeddings import DenseEmbeddingMethod, Int8EmbeddingMethod, hold_int8
+from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod
 from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain
 
 _logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Sparse24Config(CompressedTensorsConfig):
         self._checkpoint_name: dict[str, str] = {}  # vLLM's name of a sparse module -> the checkpoint's
         self._plain = False  # whether the sparse modules are stored as plain weights
         self._scaled: dict[str, str] = {}  # the same of a module with a weight_scale
+        self._words: dict[str, str] = {}  # and of one whose weight is packed in words of 32 bits
         # Of the model that is being built: the modules served sparse; of those served dense, the layer and the reason
         # (both by the checkpoint's names); and how its mappers of weight names fuse modules.
         self._sparse: set[str] = set()
@@ -97,11 +99,13 @@ class Sparse24Config(CompressedTensorsConfig):
             )
         self._checkpoint_name = {name: name for name in names}
         self._scaled = {name: name for name in _modules_with(_SCALE, tensors)}
+        self._words = {name: name for name in _modules_with("weight_packed", tensors)}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self._checkpoint_name = _mapped(self._checkpoint_name, hf_to_vllm_mapper)
         self._scaled = _mapped(self._scaled, hf_to_vllm_mapper)
+        self._words = _mapped(self._words, hf_to_vllm_mapper)
 
     def begin_model(self, model_class: type) -> None:
         """Forgets the model built before, and learns from the new one's class which modules vLLM fuses.
@@ -114,6 +118,20 @@ class Sparse24Config(CompressedTensorsConfig):
         classes = [value for file in files for value in vars(file).values() if isinstance(value, type)]
         mappers = [getattr(cls, "hf_to_vllm_mapper", None) for cls in (model_class, *classes)]
         self._fusions = [mapper.orig_to_new_stacked for mapper in mappers if isinstance(mapper, WeightsMapper)]
+
+    def finish_model(self, model: torch.nn.Module) -> None:
+        """Lets the embeddings and the head of a model that is built be INT8 where the checkpoint's are, on a CPU."""
+        if not current_platform.is_cpu():
+            return
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
+        hold_int8(
+            model,
+            {
+                name
+                for name, layer in layers.items()
+                if name in self._words and Int8EmbeddingMethod.serves(self.get_scheme_dict(layer, name))
+            },
+        )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Chooses how a layer is computed.
@@ -138,8 +156,9 @@ class Sparse24Config(CompressedTensorsConfig):
             self._serve_dense(prefix, experts, "vLLM's expert kernels are dense")
         elif isinstance(layer, VocabParallelEmbedding):
             self._serve_dense(prefix, [prefix] if prefix in self._checkpoint_name else [], "its rows are looked up")
-            if self.get_scheme_dict(layer, prefix) is None:
-                return DenseEmbeddingMethod()
+            quantization = self.get_scheme_dict(layer, prefix)
+            if quantization is None or (current_platform.is_cpu() and Int8EmbeddingMethod.serves(quantization)):
+                return DenseEmbeddingMethod()  # finish_model makes it INT8
         return super().get_quant_method(layer, prefix)
 
     def _sparse_scheme(self, layer: torch.nn.Module, prefix: str) -> Scheme | None:

@@ -1,4 +1,4 @@
-"""Linear layers with 2:4 compressed weights, and the embeddings and output heads that stay dense beside them."""
+"""Linear layers with 2:4 compressed weights."""
 
 import ctypes
 import functools
@@ -14,7 +14,6 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -25,7 +24,6 @@ from vllm.model_executor.parameter import (
 from crepe_llm import kernels
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
 from crepe_llm.kernels.formats import FORMATS, Format
-from crepe_llm.kernels.memory import on_huge_pages
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels' formats of weights of 8 bits.
@@ -176,7 +174,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.packed = packed
         # vLLM's LoRA looks here for the device of the layer that it wraps.
         layer.weight_packed = torch.empty(0, device=compressed.device)
-        _return_freed_memory()
+        return_freed_memory()
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return kernels.linear(x, layer.packed, bias)
@@ -232,32 +230,6 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
 
 
-class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """A dense embedding or output head on a CPU, without the second copy that vLLM keeps for its matrix product.
-
-    The head is multiplied by the kernels' own dense product, from the rows that the embedding looks up.
-    """
-
-    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
-        super().create_weights(layer, *sizes, **attributes)
-        on_huge_pages(layer.weight.data)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        is_head = isinstance(layer, ParallelLMHead)
-        if layer.weight.device.type != "cpu":
-            super().process_weights_after_loading(layer)
-        elif is_head:
-            layer.packed = kernels.pack_dense(layer.weight.data)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        packed = getattr(layer, "packed", None)
-        if packed is not None:
-            return kernels.linear(x, packed, bias)
-        if layer.weight.device.type == "cpu":
-            return torch.nn.functional.linear(x, layer.weight, bias)
-        return super().apply(layer, x, bias)
-
-
 @functools.cache
 def _request_amx() -> None:
     """Ask Linux to let this process use AMX tiles, once.
@@ -269,7 +241,7 @@ def _request_amx() -> None:
         torch.cpu._init_amx()
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Freed weights of a few MB stay in glibc's heap, between the packed ones, unless it is told to return them."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

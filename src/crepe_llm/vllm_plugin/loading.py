@@ -111,6 +111,7 @@ def install() -> None:
             return original(self, vllm_config, model_config, prefix)
         config.begin_model(get_model_cls(model_config))
         model = original(self, vllm_config, model_config, prefix)
+        config.finish_model(model)
         track = self.load_config.model_loader_extra_config or {}
         _guard(model, config, model_config.model, check=track.get("enable_weights_track") is not False)
         return model

@@ -20,8 +20,8 @@ from crepe_llm.kernels.packed import DenseWeight, PackedWeight
 ISA_VARIABLE = "CREPE_CPU_ISA"
 
 # Activations, biases and dense weights have the codes of the formats of their dtype; dense weights may be int8, too.
-_FLOATS = {form.dtype: form.code for form in FORMATS.values() if form.dtype.is_floating_point and form.code is not None}
-_DENSE_CODES = _FLOATS | {torch.int8: FORMATS["int8"].code}
+_CODES = {form.dtype: form.code for form in FORMATS.values() if form.code is not None}
+_FLOATS = {dtype: code for dtype, code in _CODES.items() if dtype.is_floating_point}
 _SPARSE24, _DENSE = 0, 1
 _NO_MEMORY = 1  # what crepe_multiply returns; 2: sizes that do not belong together
 
@@ -130,7 +130,7 @@ def multiply(
             )
         layout, data, scale, code = _SPARSE24, weight.data, weight.scale, weight.format.code
     else:
-        layout, data, scale, code = _DENSE, weight.weight, weight.scale, _DENSE_CODES[weight.dtype]
+        layout, data, scale, code = _DENSE, weight.weight, weight.scale, _CODES[weight.dtype]
     x = x.resolve_neg()
     y = x.new_empty(x.shape[0], n)
     if bias is not None:

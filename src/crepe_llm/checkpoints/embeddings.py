@@ -1,0 +1,84 @@
+"""Embeddings and output heads in INT8: transformers gets them expanded, as it looks rows up in plain weights only."""
+
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from crepe_llm.checkpoints.formats import FormatError
+from crepe_llm.checkpoints.reading import Checkpoint
+
+__all__ = ["ExpandPacked", "expanding", "packed_embeddings"]
+
+_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+
+
+class ExpandPacked(ConversionOps):
+    """transformers' conversion of a ``pack-quantized`` weight in INT8 with a scale a row into a plain weight."""
+
+    def convert(  # type: ignore[override]  # narrower: one tensor a target, as transformers' own operations return
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Expand one weight, in the dtype that the model was asked for.
+
+        Raises ValueError, naming the weight, if its parts do not belong together.
+        """
+        # Imports transformers' models, which are being imported when this package registers itself.
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        packed, scale, shape = (input_dict[pattern][0] for pattern in source_patterns)
+        parameter = model.get_parameter(full_layer_name)
+        if packed.is_meta:  # the headers are being compared with the model
+            return {target_patterns[0]: torch.empty_like(parameter, device="meta")}
+        if shape.tolist() != list(parameter.shape):
+            raise ValueError(
+                f"{full_layer_name}: weight_shape is {shape.tolist()}, the model has {list(parameter.shape)} there: "
+                "export the model again"
+            )
+        values = unpack_from_int32(packed, 8, parameter.shape)
+        return {target_patterns[0]: (values.to(scale.dtype) * scale).to(parameter.dtype)}
+
+
+def packed_embeddings(model: Any, checkpoint: Checkpoint) -> list[str]:
+    """The names of a model's embeddings and output head that a checkpoint holds in ``pack-quantized`` form.
+
+    Raises FormatError if it holds only some parts of one, or parts of other shapes than the model's INT8 rows need.
+    """
+    head, found = model.get_output_embeddings(), []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) or module is head:
+            missing = [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" not in checkpoint.tensors]
+            if not missing:
+                _check_shapes(name, module.weight, checkpoint)
+                found.append(name)
+            elif len(missing) < len(_PARTS) and f"{name}.weight" not in checkpoint.tensors:
+                raise FormatError(
+                    f"{checkpoint.files[0].parent}: tensor {missing[0]} is missing; export the model again"
+                )
+    return found
+
+
+def expanding(names: list[str]) -> list[WeightConverter]:
+    """The conversions that expand these layers."""
+    return [
+        WeightConverter([f"{name}.{part}$" for part in _PARTS], [f"{name}.weight"], operations=[ExpandPacked()])
+        for name in names
+    ]
+
+
+def _check_shapes(name: str, weight: torch.Tensor, checkpoint: Checkpoint) -> None:
+    rows, columns = weight.shape
+    for part, shape in zip(_PARTS, ((rows, -(-columns // 4)), (rows, 1), (2,)), strict=True):
+        found = checkpoint.tensors[f"{name}.{part}"]
+        if found.shape != shape:
+            raise FormatError(
+                f"{found.file}: tensor {name}.{part} is {list(found.shape)}, and INT8 rows of the model's {rows} x "
+                f"{columns} need {list(shape)}; embeddings and heads are read as INT8 with a scale a row: export the "
+                "model again"
+            )

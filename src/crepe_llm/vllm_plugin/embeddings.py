@@ -1,0 +1,149 @@
+"""Embeddings and output heads beside sparse layers: dense, of the model's dtype or of INT8."""
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, PackedvLLMParameter
+
+from crepe_llm import kernels
+from crepe_llm.kernels.memory import on_huge_pages
+from crepe_llm.vllm_plugin.linear import return_freed_memory
+
+_PACKED = ("weight_packed", "weight_scale", "weight_shape")
+# pack-quantized stores a value as it is plus 128, four to a word.
+_PER_WORD = 4
+
+
+class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """A dense embedding or output head on a CPU, without the second copy that vLLM keeps for its matrix product.
+
+    The head is multiplied by the kernels' own dense product, from the rows that the embedding looks up.
+    """
+
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *sizes, **attributes)
+        on_huge_pages(layer.weight.data)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        is_head = isinstance(layer, ParallelLMHead)
+        if layer.weight.device.type != "cpu":
+            super().process_weights_after_loading(layer)
+        elif is_head:
+            layer.packed = kernels.pack_dense(layer.weight.data)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        packed = getattr(layer, "packed", None)
+        if packed is not None:
+            return kernels.linear(x, packed, bias)
+        if layer.weight.device.type == "cpu":
+            return torch.nn.functional.linear(x, layer.weight, bias)
+        return super().apply(layer, x, bias)
+
+
+class Int8EmbeddingMethod(QuantizeMethodBase):
+    """An embedding or output head on a CPU in INT8, a scale a row, stored as compressed-tensors' ``pack-quantized``.
+
+    Looked-up rows and the head's product share one weight in memory: the checkpoint's own bytes. The product is exact
+    (:func:`crepe_llm.kernels.pack_dense`); nothing is quantized at run time.
+
+    Args:
+        layer_name: vLLM's name of the layer, for messages.
+    """
+
+    def __init__(self, layer_name: str) -> None:
+        self.name = layer_name
+
+    @staticmethod
+    def serves(quantization: dict[str, Any] | None) -> bool:
+        """Whether compressed-tensors' description of a layer is of weights in symmetric INT8 with a scale a row."""
+        weights: QuantizationArgs | None = (quantization or {}).get("weights")
+        return (
+            quantization is not None
+            and weights is not None
+            and quantization.get("input_activations") is None
+            and (weights.num_bits, weights.type, weights.strategy, weights.symmetric)
+            == (8, QuantizationType.INT, QuantizationStrategy.CHANNEL, True)
+        )
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        rows, columns, loader = (
+            sum(output_partition_sizes),
+            input_size_per_partition,
+            extra_weight_attrs["weight_loader"],
+        )
+        if columns % _PER_WORD:
+            raise ValueError(
+                f"{self.name} is INT8 with {columns} columns; a multiple of {_PER_WORD} is needed: leave it out of the "
+                "recipe's quantization"
+            )
+        words = on_huge_pages(torch.empty(rows, columns // _PER_WORD, dtype=torch.int32))
+        packed = {"output_dim": 0, "input_dim": 1, "packed_dim": 1, "packed_factor": _PER_WORD}
+        scale = torch.empty(rows, 1, dtype=params_dtype)
+        shape = torch.empty(2, dtype=torch.int64)
+        layer.register_parameter("weight_packed", PackedvLLMParameter(data=words, weight_loader=loader, **packed))
+        layer.register_parameter(
+            "weight_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
+        )
+        layer.register_parameter("weight_shape", BasevLLMParameter(data=shape, weight_loader=loader))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        words, scale, columns = layer.weight_packed.data, layer.weight_scale.data, layer.embedding_dim
+        if not torch.isfinite(scale).all():
+            raise ValueError(f"damaged checkpoint: {self.name}.weight_scale is not finite; export it again")
+        if layer.weight_shape.tolist() != [layer.org_vocab_size, columns]:
+            raise ValueError(
+                f"damaged checkpoint: {self.name}.weight_shape is {layer.weight_shape.tolist()}, and the model needs "
+                f"{[layer.org_vocab_size, columns]}; export it again"
+            )
+        values = words.view(torch.uint8)
+        values.bitwise_xor_(0x80)
+        layer.packed = kernels.pack_dense(values.view(torch.int8), scale)
+        for name in _PACKED:
+            delattr(layer, name)
+        return_freed_memory()
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return kernels.linear(x, layer.packed, bias)
+
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
+        rows, scale = layer.packed.weight[input_], layer.packed.scale[input_]
+        return (rows * scale[..., None]).to(layer.params_dtype)
+
+
+def hold_int8(model: torch.nn.Module, names: set[str]) -> None:
+    """Give embeddings and heads of a model that vLLM has built, before weights are read, room for INT8 weights.
+
+    Few models tell a quantization config the names of their embeddings, so that it cannot choose while they are built.
+    A head that shares an embedding's weight becomes the embedding itself.
+    """
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        dense = layer.weight
+        sharing = [
+            other for other, m in model.named_modules() if m is not layer and m._parameters.get("weight") is dense
+        ]
+        for other in sharing:
+            model.set_submodule(other, layer)
+        del layer.weight
+        layer.quant_method = Int8EmbeddingMethod(name)
+        layer.quant_method.create_weights(
+            layer,
+            layer.input_size_per_partition,
+            layer.output_partition_sizes,
+            layer.input_size,
+            layer.output_size,
+            params_dtype=layer.params_dtype,
+            weight_loader=layer.weight_loader,
+        )

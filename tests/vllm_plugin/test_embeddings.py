@@ -1,0 +1,129 @@
+"""Embeddings and output heads in INT8: saved by a recipe, loaded by transformers and served by vLLM."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from crepe_llm.evaluation.random_models import write_random_model
+from crepe_llm.training.distillation import load_pruned
+from vllm_runs import SIZES, assert_same, generate, in_process, llama, qwen2
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+__all__ = ["in_process"]  # the fixture
+
+HEAD = """
+crepe_stage:
+  pruning_modifiers:
+    CRePEModifier:
+      mask_structure: "2:4"
+  quantization_modifiers:
+    QuantizationModifier:
+      config_groups:
+        head:
+          targets: TARGETS
+          weights: {num_bits: 8, type: int, strategy: channel, symmetric: true}
+"""
+BOTH = '["re:.*(lm_head|embed_tokens)$"]'
+PROMPT = torch.arange(3, 40)[None]
+
+
+def quantized(config, recipe, folder, tokenizer):
+    """The model after the recipe, and the folder that it was saved to."""
+    write_random_model(config, folder / "dense", sparse=False, dtype=torch.float32)
+    PreTrainedTokenizerFast.from_pretrained(tokenizer).save_pretrained(folder / "dense")
+    reset_session()
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    rows = torch.randint(0, SIZES["vocab_size"], (4, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 32] * 4})
+    oneshot(model=model, recipe=recipe, dataset=data, num_calibration_samples=4, output_dir=str(folder / "out"))
+    return model, folder / "out"
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def made(request, tmp_path_factory, tiny_model_folder):
+    config = llama() if request.param == "tied" else qwen2()
+    recipe = HEAD.replace("TARGETS", BOTH)
+    return *quantized(config, recipe, tmp_path_factory.mktemp(request.param), tiny_model_folder("llama")), request.param
+
+
+def test_transformers_gives_the_model_back(made, tmp_path):
+    model, folder, kind = made
+    names = ("model.embed_tokens",) if kind == "tied" else ("model.embed_tokens", "lm_head")
+    tensors = load_file(folder / "model.safetensors")
+    assert {name.removesuffix(".weight_packed") for name in tensors if name.endswith("weight_packed")} == set(names)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(PROMPT).logits, model(PROMPT).logits)
+    scale, packed = tensors[f"{names[0]}.weight_scale"], tensors[f"{names[0]}.weight_packed"]
+    values = packed.view(torch.uint8).to(torch.int16) - 128
+    assert torch.equal(loaded.get_input_embeddings().weight, values.to(scale.dtype) * scale)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == (kind == "tied")
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(PROMPT).logits, loaded(PROMPT).logits)
+
+
+def test_vllm_serves_it_from_one_copy(made, tmp_path):
+    _, folder, kind = made
+    load_pruned(folder, torch.float32).save_pretrained(tmp_path / "dense")
+
+    def look(model):
+        modules = {
+            name: module for name, module in model.named_modules() if "embed_tokens" in name or "lm_head" in name
+        }
+        weights = {name: module.packed.weight for name, module in modules.items() if hasattr(module, "packed")}
+        left = [name for module in modules.values() for name, _ in module.named_parameters(recurse=False)]
+        return {name: str(weight.dtype) for name, weight in weights.items()}, left
+
+    ours, (dtypes, left) = generate(folder, inspect=look)
+    assert set(dtypes.values()) == {"torch.int8"} and not left
+    assert len(dtypes) == (1 if kind == "tied" else 2)
+    assert_same(ours, generate(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape"])
+def test_missing_and_wrong_parts_are_named(part, made, tmp_path):
+    _, folder, kind = made
+    name = f"{'model.embed_tokens' if kind == 'tied' else 'lm_head'}.{part}"
+    for damage in ("missing", "wrong"):
+        target = tmp_path / damage
+        target.mkdir()
+        for file in folder.iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(folder / "model.safetensors")
+        tensor = tensors.pop(name)
+        if damage == "wrong":
+            tensors[name] = tensor + 1 if part == "weight_shape" else tensor[:-1].contiguous()
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        # transformers makes a report of values that a conversion refuses.
+        by_value = damage == "wrong" and part == "weight_shape"
+        with pytest.raises((ValueError, RuntimeError), match="conversion" if by_value else name.rpartition(".")[0]):
+            AutoModelForCausalLM.from_pretrained(target)
+        if part == "weight_scale":
+            with pytest.raises((ValueError, AssertionError, RuntimeError)):
+                generate(target)
+
+
+def test_the_shipped_recipe(tmp_path, tiny_model_folder):
+    model, folder = quantized(llama(), "crepe_2of4_int8_head", tmp_path, tiny_model_folder("llama"))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(PROMPT).logits, model(PROMPT).logits)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["sparsity_config"]["format"] == "sparse-24-bitmask"
+    assert {group["format"] for group in config["config_groups"].values()} == {"int-quantized", "pack-quantized"}
+    made = generate(folder)
+    assert all(len(tokens) for tokens, _ in made)
+
+
+def test_a_tied_head_alone_is_untied_by_the_toolkit_and_served(tmp_path, tiny_model_folder):
+    recipe = HEAD.replace("TARGETS", '["re:.*lm_head$"]')
+    _, folder = quantized(llama(), recipe, tmp_path, tiny_model_folder("llama"))
+    load_pruned(folder, torch.float32).save_pretrained(tmp_path / "twin")
+    assert_same(generate(folder), generate(tmp_path / "twin"))
