@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import llmcompressor  # noqa: F401  its log must not be bound to a single test's captured stderr
 import pytest
@@ -217,3 +219,20 @@ def test_mixtures_of_experts(text, tmp_path, capsys):
     printed = shown.out
     assert "are removed" not in printed and "50.00% of the weights of 5 linear layers are zero" in printed
     assert "| model.layers.0.mlp.experts | 384 x 32 | 50.00% | 0.00% |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_prune_in_two_processes_writes_what_one_writes(dense, text, tmp_path, capsys):
+    command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32, "--output"]
+    assert main([*map(str, command), str(tmp_path / "one")]) == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crepe_llm"]
+    two = subprocess.run(
+        [sys.executable, *torchrun, *map(str, command), str(tmp_path / "two")], capture_output=True, text=True
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    told = [out.splitlines() for out in (capsys.readouterr().out, two.stdout)]
+    assert len(told[1]) == len(told[0]) and "2 processes" in two.stdout
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "one", tmp_path / "two"]
+    for name in ("one", "two"):
+        assert {path.name for path in (tmp_path / name).iterdir()} >= {"README.md", "recipe.yaml", "tokenizer.json"}
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(weight, two[name]) for name, weight in one.items())

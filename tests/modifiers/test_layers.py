@@ -1,9 +1,6 @@
 """Which layers modifiers work on: those that stay dense by default, those that calibration does not reach."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -183,29 +180,12 @@ def test_targets_may_be_one_text(targets, tiny_model_folder, calibration_data):
 
 
 @pytest.mark.parametrize("kind", [CRePEModifier, CFSPModifier, ChannelPermutationModifier])
-def test_several_processes_are_refused(kind, tiny_model_folder, calibration_data, monkeypatch):
+def test_processes_that_have_not_found_each_other_are_refused(kind, tiny_model_folder, calibration_data, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     fields = {"sparsity": 0.25} if kind is CFSPModifier else {}
     recipe = [kind(**{"mask_structure": "2:4"} if kind is CRePEModifier else fields), crepe()]
-    with pytest.raises(ValueError, match=r"this job has 2 processes.*without torchrun"):
+    with pytest.raises(ValueError, match=r"torchrun has started 2 processes.*processes\.start\(\)"):
         run(load(tiny_model_folder("llama")), recipe[: 1 + (kind is ChannelPermutationModifier)], calibration_data)
-
-
-def test_torchrun_is_refused(tiny_model_folder, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from compressed_tensors.distributed import init_dist\n"
-        "import torch, os\n"
-        "torch.distributed.init_process_group('gloo')\n"
-        "from datasets import Dataset\n"
-        "from llmcompressor import oneshot\n"
-        "data = Dataset.from_dict({'input_ids': [[5] * 8] * 4, 'attention_mask': [[1] * 8] * 4})\n"
-        f"try: oneshot(model={str(tiny_model_folder('llama'))!r}, recipe='crepe_2of4', dataset=data)\n"
-        "except ValueError as error: print('REFUSED', error)\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.stdout.count("REFUSED this job has 2 processes") == 2, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])

@@ -1,6 +1,5 @@
 """Calibration data: what a modifier is given, and what can be known to fail before any time is spent."""
 
-import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from llmcompressor.utils import calibration_forward_context
 from loguru import logger
 
+from crepe_llm import processes
 from crepe_llm.models.generation import repair_generation_config
 from crepe_llm.models.tokens import check_positions, check_vocabulary
 
@@ -23,7 +23,6 @@ __all__ = [
     "calibration_data",
     "first_tokens",
     "mend_generation_config",
-    "refuse_several_processes",
     "uncalled_layers",
 ]
 
@@ -43,10 +42,10 @@ def calibration_data(modifier: Modifier, state: State, checked: bool, **kwargs: 
         kwargs: what the modifier was initialized with.
 
     Raises:
-        ValueError: if there is none, the job has several processes, the model cannot take these tokens, or
-            transformers would refuse to save it.
+        ValueError: if there is none, the processes of this job have not found each other, the model cannot take these
+            tokens, or transformers would refuse to save it.
     """
-    refuse_several_processes()
+    processes.require_group()
     # Not state.data.calib if there is another: that is a deep copy of the loader that the pipelines iterate.
     data = kwargs.get("calib_data")
     data = state.data.calib if data is None else data
@@ -108,17 +107,6 @@ def first_tokens(data: Any) -> dict[str, Any]:
 def _has_matrix(module: torch.nn.Module) -> bool:
     shape = getattr(module._parameters.get("weight"), "shape", ())
     return len(shape) == 2 and not isinstance(module, torch.nn.Embedding)
-
-
-def refuse_several_processes() -> None:
-    """Raise ValueError in a job of several processes, such as torchrun starts."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    processes = torch.distributed.get_world_size() if distributed else int(os.environ.get("WORLD_SIZE") or 1)
-    if processes > 1:
-        raise ValueError(
-            f"this job has {processes} processes, and each would prune by its own share of the calibration data: "
-            "start it without torchrun; one process uses all GPUs that device_map gives it"
-        )
 
 
 def _check_tokens(model: Any, data: Any) -> None:

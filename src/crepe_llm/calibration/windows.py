@@ -10,7 +10,7 @@ from datasets import Dataset
 from loguru import logger
 from torch.utils.data import DataLoader, RandomSampler
 
-__all__ = ["full_windows"]
+__all__ = ["full_windows", "loader_like"]
 
 _JOINED = ("input_ids", "attention_mask")
 
@@ -42,14 +42,14 @@ def full_windows(loader: Any, tokenizer: Any) -> Any:
     if empty:
         logger.warning(f"{empty} of {len(dataset)} rows of the calibration data are empty and left out")
     if not short:
-        return _loader_like(loader, dataset.select(order[:count].tolist()))
+        return loader_like(loader, dataset.select(order[:count].tolist()))
     assert length is not None
     windows = _joined((dataset[row]["input_ids"] for row in order.tolist()), length, count, tokenizer)
     logger.warning(
         f"calibration rows of {rows.lengths[order].mean():.0f} tokens on average are joined to "
         f"{len(windows)} windows of {len(windows[0])}{f', though {count} were asked for' * (len(windows) < count)}"
     )
-    return _loader_like(loader, Dataset.from_dict({name: _column(name, windows) for name in _JOINED}))
+    return loader_like(loader, Dataset.from_dict({name: _column(name, windows) for name in _JOINED}))
 
 
 class _Rows:
@@ -109,7 +109,8 @@ def _column(name: str, windows: list[list[int]]) -> list[list[int]]:
     return windows if name == "input_ids" else [[1] * len(window) for window in windows]
 
 
-def _loader_like(loader: DataLoader[Any], dataset: Dataset) -> DataLoader[Any]:
+def loader_like(loader: DataLoader[Any], dataset: Dataset) -> DataLoader[Any]:
+    """A loader of all rows of a data set, in their order, that is otherwise like another."""
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=loader.batch_size,

@@ -1,8 +1,11 @@
 """`crepe prune`: a model pruned by a recipe, with its model card."""
 
 import argparse
+import contextlib
+import io
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +44,7 @@ def add(subparsers: Any) -> None:
             "  crepe prune MODEL --recipe crepe_2of4 --dataset allenai/c4:en --output DIR    (needs the hub)\n"
             "  crepe prune MODEL --recipe my_recipe.yaml --text FILE --output DIR\n"
             "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output DIR\n"
+            "  torchrun --nproc-per-node 2 -m crepe_llm prune MODEL --recipe crepe_2of4 --text FILE --output DIR\n"
             "`crepe recipes` lists the recipes that have names. What llm-compressor logs goes to a file in the user's\n"
             "cache folder (~/.cache/crepe_llm/logs, or under XDG_CACHE_HOME), named at the end; the last 20 are kept.\n"
         ),
@@ -83,7 +87,14 @@ def run(options: argparse.Namespace) -> None:
     check_json(options)
     started = time.perf_counter()
     path = recipe_path(options.recipe)
-    with quiet("prune", options.verbose) as progress, output_folder(options.output) as folder:
+    from crepe_llm import processes
+
+    processes.start()
+    with (
+        _heard_once(processes.is_first()),
+        quiet("prune", options.verbose) as progress,
+        _shared_folder(options.output) as folder,
+    ):
         from crepe_llm import samples
         from crepe_llm.evaluation.model_card import model_card
         from crepe_llm.oneshot.recipes import read_recipe
@@ -97,21 +108,45 @@ def run(options: argparse.Namespace) -> None:
             source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
         )
         made = _prune(_Run(options, source, recipe, length, calibration, progress), path, windows, folder)
-        (folder / "README.md").write_text(model_card(made))
-    _report(options, made, time.perf_counter() - started, progress)
+        if processes.is_first():
+            (folder / "README.md").write_text(model_card(made))
+    if processes.is_first():
+        _report(options, made, time.perf_counter() - started, progress)
+
+
+@contextlib.contextmanager
+def _heard_once(first: bool) -> Iterator[None]:
+    """Let the first of several processes alone print."""
+    with contextlib.ExitStack() as stack:
+        if not first:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+@contextlib.contextmanager
+def _shared_folder(destination: Path) -> Iterator[Path]:
+    """The first process's :func:`output_folder`, which is done when all processes are."""
+    from crepe_llm import processes
+
+    with output_folder(destination) if processes.is_first() else contextlib.nullcontext(destination) as folder:
+        yield processes.from_first(folder)
+        processes.wait()
 
 
 def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
     """Say the plan, prune the model and save it with its tokenizer."""
     from llmcompressor import oneshot
 
+    from crepe_llm import processes
     from crepe_llm.evaluation.model_card import Pruning, linear_zeros
 
     options, source, progress = run.options, run.source, run.progress
     progress.tell("model", f"{options.model}, {type(source.config).__name__.removesuffix('Config')}")
     progress.tell("recipe", f"{options.recipe}: {recipe_in_words(run.recipe.modifiers)}")
     progress.tell("calibration", run.calibration)
-    progress.tell("device", device_in_words())
+    together = f", {processes.count()} processes" * (processes.count() > 1)
+    progress.tell("device", device_in_words() + together)
     model = source.load(on_device=False)
     dense = linear_zeros(model)
     blocks = source.config.get_text_config().num_hidden_layers
@@ -130,8 +165,9 @@ def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
     progress.phase("saving")
     pruned = linear_zeros(model)
     model.save_pretrained(folder)
-    source.tokenizer.save_pretrained(folder)
-    copy_processor(source.name, folder)
+    if processes.is_first():
+        source.tokenizer.save_pretrained(folder)
+        copy_processor(source.name, folder)
     return Pruning(
         base_model=options.model,
         recipe=path,

@@ -157,10 +157,14 @@ class _Log(io.TextIOBase):
 
 def _show_own_warnings(stack: ExitStack, say: Any, log: _Log) -> None:
     """Show what this package warns of, by loguru, logging or warnings; the rest goes to the log alone."""
+    from compressed_tensors.utils import patch_attr
+    from llmcompressor.entrypoints import utils
     from llmcompressor.logger import configure_logger
     from loguru import logger
 
     configure_logger()  # its console is now the log
+    # In several processes `oneshot` would configure it again, and so remove what is added here.
+    stack.enter_context(patch_attr(utils, "configure_distributed_logger", lambda: None))
     sink = logger.add(
         lambda message: say(f"warning: {message.record['message']}"),
         level="WARNING",

@@ -5,8 +5,9 @@ from typing import cast
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.utils import align_module_device, update_offload_parameter
+from compressed_tensors.utils import align_module_device
 
+from crepe_llm import processes
 from crepe_llm.models.ffn import is_transposed
 
 __all__ = ["permute_parameters"]
@@ -39,4 +40,4 @@ def permute_parameters(
                 for dimension, index in zip(range(parameter.dim()), stored_axes, strict=False):
                     if index is not None:
                         parameter = parameter.index_select(dimension, index.to(parameter.device))
-                update_offload_parameter(module, kind, parameter)
+                processes.write_parameter(module, kind, parameter)

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from crepe_llm import processes
 from crepe_llm.functional.allocation import Allocation, Method, fraction_of, plot_allocation
 from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.scores import wanda_scores
@@ -341,13 +342,16 @@ class SparsityAllocationModifier(LayerModifier):
             self._chosen = dict(self.found)
         else:
             if self.method == "alphapruning":
-                self._measures = {block: self._tail(layers) for block, layers in self._blocks.items()}
+                owners = processes.assign({block: float(size) for block, size in self._sizes.items()})
+                mine = {block: layers for block, layers in self._blocks.items() if owners[block] == processes.rank()}
+                self._measures = {block: self._tail(layers) for block, layers in mine.items()}
+                processes.merge(self._measures, self._blocks)
             measures, sizes = list(self.measures.values()), list(self._sizes.values())
             chosen = self._allocation.choose(measures, sizes, self.sparsity, self._group)
-            self._chosen = dict(zip(self._blocks, chosen, strict=True))
+            self._chosen = processes.from_first(dict(zip(self._blocks, chosen, strict=True)))
         self._hand_over(model)
         logger.info(self._table())
-        if self.plot is not None:
+        if self.plot is not None and processes.is_first():
             title = f"{self.method}, {type(model).__name__}"
             plot_allocation(
                 [fraction_of(self._chosen[block]) for block in self._blocks], self.sparsity, self.plot, title

@@ -10,6 +10,7 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 
+from crepe_llm import processes
 from crepe_llm.calibration.data import calibration_data
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.functional.structured import (
@@ -154,6 +155,9 @@ class CFSPModifier(Modifier):
                     f"the activations of {ffn.name} are NaN or infinite: the model overflows on this data; load it "
                     "with dtype=float32 or bfloat16"
                 )
+        for turn in self._turns.values():
+            sums = processes.gather((turn.tokens, turn.total))
+            turn.tokens, turn.total = (sum(each) for each in zip(*sums, strict=True))
         return [turn.mean for turn in self._turns.values()]
 
     def _cut(self, ffn: FFN, count: int, norm: torch.Tensor) -> None:
@@ -163,7 +167,7 @@ class CFSPModifier(Modifier):
             scores = channel_importance(self.importance, norm, weight_matrix(ffn.output), inputs)
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"the weights of {ffn.name} contain NaN or infinity: the checkpoint is damaged")
-        cut(ffn, kept_channels(scores, count))
+        cut(ffn, processes.from_first(kept_channels(scores, count).cpu()))
         for module in members:
             # A modifier after this one that quantizes has made its scales for the larger layer.
             initialize_module_for_quantization(module)

@@ -12,6 +12,7 @@ from llmcompressor.modifiers.gptq.helpers import column_scale_window, prepare_ba
 from loguru import logger
 from pydantic import model_validator
 
+from crepe_llm import processes
 from crepe_llm.functional.masked_gptq import masked_gptq
 from crepe_llm.modifiers.layers import save_sparse
 from crepe_llm.pruning.layer import mask_of
@@ -58,6 +59,11 @@ class MaskedGPTQModifier(GPTQModifier):
                 "layers one at a time, each under its own mask: leave it out"
             )
         return self
+
+    def compress_modules(self) -> None:
+        """Quantize what was calibrated; several processes share the layers out, and go on when all are done."""
+        super().compress_modules()
+        processes.wait()
 
     def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
         """Quantize the calibrated layers one by one, each under its own mask."""

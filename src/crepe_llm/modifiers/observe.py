@@ -9,6 +9,7 @@ from compressed_tensors.utils import align_module_device, get_execution_device
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 
+from crepe_llm import processes
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.pruning.block_pass import Wanted, mask_for
 from crepe_llm.pruning.layer import input_channels, weight_matrix
@@ -50,26 +51,35 @@ class Observer:
         self._owner.register_hook(block, see, when, with_kwargs=True)  # type: ignore[arg-type]
 
     def take(self, module: torch.nn.Module) -> InputStatistics:
-        """The statistics of a layer, which are forgotten here; without tokens if none has reached it."""
-        empty = InputStatistics(input_channels(module))
-        return self._statistics.pop(module, empty)
+        """The statistics of a layer over all processes, forgotten here; without tokens if none has reached it.
 
-    def ended(
-        self, modules: list[torch.nn.Module], uncalibrated: Uncalibrated
-    ) -> Iterator[tuple[torch.nn.Module, str, InputStatistics]]:
-        """Those of these modules that are watched and usable, with names and statistics, weights on the device.
+        Several processes call it for the same layers in the same order.
+        """
+        statistics = self._statistics.pop(module, None) or self._none_yet(module)
+        processes.add_up_statistics(statistics)
+        return statistics
+
+    def ending(self, modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Those of these modules that are watched, in an order that is the same in all processes.
 
         So are layers that have been called and are not among the modules of any part of the model: pipelines do not
         name those of an encoder that its decoder's part runs in one call.
         """
-        for module in dict.fromkeys([*modules, *self._statistics]):
-            wanted = self._wanted.pop(module, None)
-            if wanted is None:
-                continue
-            statistics = self.take(module)
+        named = [module for module in dict.fromkeys(modules) if module in self._wanted]
+        called = {self._wanted[module].name for module in self._statistics.keys() - set(named)}
+        anywhere = set().union(*processes.gather(called))
+        return [*named, *(module for module, wanted in self._wanted.items() if wanted.name in anywhere)]
+
+    def ended(
+        self, modules: list[torch.nn.Module], uncalibrated: Uncalibrated
+    ) -> Iterator[tuple[torch.nn.Module, str, InputStatistics]]:
+        """Those of :meth:`ending` that are usable, with names and statistics, weights on the device."""
+        taken = {module: self.take(module) for module in self.ending(modules)}
+        for module in list(taken):
+            name, statistics = self._wanted.pop(module).name, taken.pop(module)
             with torch.no_grad(), align_module_device(module):
-                if is_usable(wanted.name, module, statistics, uncalibrated):
-                    yield module, wanted.name, statistics
+                if is_usable(name, module, statistics, uncalibrated):
+                    yield module, name, statistics
 
     def mask(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """The attention mask of the running batch for hidden states [..., d_in]; None where all tokens count."""
@@ -93,6 +103,10 @@ class Observer:
             self._owner.remove_hooks()
             _stop_recording(self._dataloader)
 
+    def _none_yet(self, module: torch.nn.Module) -> InputStatistics:
+        gram, device = self._wanted[module].gram, get_execution_device(module)
+        return InputStatistics(input_channels(module), gram=gram, device=device)
+
     def _begin(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         self._running.append(_padding(given.get("attention_mask")))
@@ -103,9 +117,7 @@ class Observer:
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         inputs, wanted = args[0], self._wanted[module]
         if module not in self._statistics:
-            self._statistics[module] = InputStatistics(
-                input_channels(module), gram=wanted.gram, device=get_execution_device(module)
-            )
+            self._statistics[module] = self._none_yet(module)
         weights = None if wanted.token_weights is None else wanted.token_weights(module, inputs)
         self._statistics[module].update(inputs, self.mask(inputs), weights)
 

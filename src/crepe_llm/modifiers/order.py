@@ -5,10 +5,16 @@ from typing import Literal
 
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-__all__ = ["check", "first", "markdown_table", "modifiers_after", "modifiers_before", "role_of"]
+from crepe_llm import processes
+
+__all__ = ["check", "check_processes", "first", "markdown_table", "modifiers_after", "modifiers_before", "role_of"]
 
 Role = Literal["cuts", "searches", "allocates", "permutes", "prunes", "re-prunes", "refits", "quantizes", "saves"]
 
@@ -43,6 +49,7 @@ class Place:
         after: what must come before it.
         before: what must come after it.
         once: why a recipe may have it only once; empty where it may have several.
+        alone: why it works in one process only, and the cure; empty where it works in several.
     """
 
     role: Role
@@ -51,7 +58,11 @@ class Place:
     after: Need | None = None
     before: Need | None = None
     once: str = ""
+    alone: str = ""
 
+
+# Of llm-compressor's own modifiers, those that add up over processes what they have seen of the calibration data.
+_ADD_UP = (QuantizationModifier, GPTQModifier, AWQModifier, SmoothQuantModifier)
 
 _CUT = "it would cut through what that one made of the layers. Put CFSPModifier first"
 _DENSE = "it permutes the dense model and would undo that. Put ChannelPermutationModifier before it"
@@ -68,7 +79,12 @@ _PRUNED = Need(
 
 PLACES: dict[str, Place] = {
     "CFSPModifier": Place("cuts", not_after={"prunes": _CUT, "quantizes": _CUT}),
-    "PHOSearchModifier": Place("searches", not_after={"prunes": _LATER}),
+    "PHOSearchModifier": Place(
+        "searches",
+        not_after={"prunes": _LATER},
+        alone="it searches and measures by one clock and writes one record. Search in one process, and prune by the "
+        "recipe that is saved with that model, which has what was found, or give it the search as `study`",
+    ),
     "SparsityAllocationModifier": Place(
         "allocates",
         not_after={"prunes": _LATER},
@@ -150,6 +166,23 @@ def check(modifier: Modifier) -> None:
             raise ValueError(f"{own} needs {need} {word} it in the recipe, and has {found}: {need.cure}")
     if place.once and any(_place_of(other) is place for other in after):
         raise ValueError(f"the recipe has two {own}s: {place.once}")
+    check_processes([modifier])
+
+
+def check_processes(modifiers: list[Modifier]) -> None:
+    """Raise ValueError if one of these modifiers works in one process only, and there are several."""
+    if processes.count() == 1:
+        return
+    for modifier in modifiers:
+        place, name = _place_of(modifier), type(modifier).__name__
+        if place is None and modifier.requires_calibration_data and not isinstance(modifier, _ADD_UP):
+            known = ", ".join(kind.__name__ for kind in _ADD_UP)
+            reason = f"llm-compressor's {name} looks at its own share of the calibration data only; {known} do not"
+        elif place is not None and place.alone and modifier.requires_calibration_data:
+            reason = place.alone
+        else:
+            continue
+        raise ValueError(f"{name} works in one process, and this job has {processes.count()}: {reason}")
 
 
 def markdown_table() -> str:

@@ -11,6 +11,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from tqdm import tqdm
 
+from crepe_llm import processes
 from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.channels import AXES, module_axes
@@ -180,9 +181,11 @@ class ChannelPermutationModifier(LayerModifier):
 
     def _search(self) -> dict[str, torch.Tensor]:
         """The orders that retain more, by site; CPU int64 [heads, width] each."""
-        orders = {}
-        with tqdm(total=sum(map(len, self._sites.values())), desc="Permuting channels", unit=" layers") as progress:
-            for site, names in self._sites.items():
+        orders: dict[str, torch.Tensor] = {}
+        owners = processes.assign({site: float(self._widths(site)) for site in self._sites})
+        mine = {site: names for site, names in self._sites.items() if owners[site] == processes.rank()}
+        with tqdm(total=sum(map(len, mine.values())), desc="Permuting channels", unit=" layers") as progress:
+            for site, names in mine.items():
                 readers = [name for name in names if name in self._inputs]
                 n, m = self._structure(site)
                 heads, repeat = self._head_counts(self._axes[names[0]][-1])
@@ -205,7 +208,13 @@ class ChannelPermutationModifier(LayerModifier):
                 if after > before:
                     orders[site] = permutation.cpu()
                 self._retained[site] = (before / total, max(before, after) / total)
+        for record in (orders, self._retained):
+            processes.merge(record, self._sites)
         return orders
+
+    def _widths(self, site: str) -> int:
+        """The input channels of a site's readers, all together."""
+        return sum(input_channels(self._modules[name]) for name in self._sites[site])
 
     def _permute(self, orders: dict[str, torch.Tensor]) -> None:
         """Permute every parameter along the axes that have an order, and tell the CRePEModifier."""

@@ -11,12 +11,13 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from pydantic import PrivateAttr
 from transformers.cache_utils import Cache
 
+from crepe_llm import processes
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer, is_usable
-from crepe_llm.pruning.block_pass import Batch, Calibration, TokenWeights, Wanted, prune_block
-from crepe_llm.pruning.layer import Layer, mask_of, record_mask, set_weight_matrix, weight_matrix
+from crepe_llm.pruning.block_pass import Batch, Calibration, TokenWeights, Wanted, prune_block, shared_out
+from crepe_llm.pruning.layer import Layer, mask_of, record_mask, set_weight_matrix, share_layer, weight_matrix
 from crepe_llm.pruning.steps import Mask, Step
 
 __all__ = ["PruningModifier", "PruningPass"]
@@ -73,6 +74,8 @@ class PruningModifier(LayerModifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.stop_watching()
+        for record in self.step.records:
+            processes.merge(record, self.layers.values())
 
     def unseen(self) -> list[str]:
         return self.pruning_pass.unseen
@@ -161,10 +164,15 @@ class PruningPass:
     def prune(self, modules: list[torch.nn.Module]) -> None:
         """Prune the layers whose calibration has just ended."""
         assert self._observer is not None
+        owners = shared_out(self._observer.ending(modules))
         for module, name, statistics in self._observer.ended(modules, self.leader.uncalibrated):
-            dense = weight_matrix(module).detach()
-            self._prune_layer(Layer(name, module, dense, statistics, dense))
+            if owners[module] == processes.rank():
+                dense = weight_matrix(module).detach()
+                self._prune_layer(Layer(name, module, dense, statistics, dense))
+            self._remembered.pop(module, None)
             self._left.pop(module, None)
+        for module, owner in owners.items():
+            share_layer(module, owner)
         in_blocks = {module for layers in self._blocks.values() for module in layers}
         for module in modules:
             if module not in in_blocks:
@@ -225,12 +233,13 @@ class PruningPass:
         with HooksMixin.disable_hooks():
             prune_block(block, batches, wanted, self._calibration, self._prune_if_usable)
         self._dense_stream = [batch.dense for batch in batches]
+        for module in layers:
+            self._left.pop(module, None)
 
     def _prune_if_usable(self, layer: Layer) -> None:
         with torch.no_grad(), align_module_device(layer.module):
             if is_usable(layer.name, layer.module, layer.statistics, self.leader.uncalibrated):
                 self._prune_layer(layer)
-        self._left.pop(layer.module, None)
 
     def _prune_layer(self, layer: Layer) -> None:
         """Run the steps on a layer, and put what they make of it into its module."""

@@ -5,7 +5,8 @@ from typing import Any
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 
-from crepe_llm.calibration.data import mend_generation_config, refuse_several_processes
+from crepe_llm import processes
+from crepe_llm.calibration.data import mend_generation_config
 from crepe_llm.modifiers.experts import check_experts
 from crepe_llm.modifiers.layers import save_sparse
 
@@ -41,7 +42,7 @@ class SparseCheckpointModifier(Modifier):
     requires_calibration_data: bool = False
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        refuse_several_processes()
+        processes.require_group()
         mend_generation_config(state.model)
         check_experts(state.model, [])
         return True

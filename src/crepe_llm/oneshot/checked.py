@@ -1,6 +1,8 @@
 """llm-compressor's `oneshot`, with what can be known to fail checked before the work, for this package's recipes."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from compressed_tensors.utils import patch_attr
@@ -8,10 +10,12 @@ from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
 from loguru import logger
 
-from crepe_llm.calibration.data import refuse_several_processes
+from crepe_llm import processes
 from crepe_llm.calibration.rehearsal import must_run_whole, whole_pipeline
+from crepe_llm.calibration.shares import own_share
 from crepe_llm.calibration.windows import full_windows
 from crepe_llm.checkpoints.space import check_destination
+from crepe_llm.modifiers import order
 from crepe_llm.modifiers.experts import take_llama4_apart
 from crepe_llm.oneshot.recipes import read_recipe
 
@@ -35,16 +39,20 @@ def register() -> None:
             if self.recipe:
                 self.recipe = read_recipe(self.recipe, self.recipe_args.stage)
             if _is_ours(self.recipe):
-                refuse_several_processes()
+                processes.require_group()
+                order.check_processes(self.recipe.modifiers)
                 if self.output_dir is not None:
                     check_destination(self.output_dir, self.model.get_memory_footprint(return_buffers=False))
-            super().__call__()
+            with _whole_data() if _is_ours(self.recipe) else nullcontext():
+                super().__call__()
+            processes.wait()  # until the first has saved
 
         def apply_recipe_modifiers(self, calibration_dataloader: Any, recipe_stage: str | None = None) -> None:
             whole = False
             if _is_ours(self.recipe):
                 tokenizer = getattr(self.processor, "tokenizer", self.processor)
-                calibration_dataloader = full_windows(calibration_dataloader, tokenizer)
+                processes.draw_alike()
+                calibration_dataloader = own_share(full_windows(calibration_dataloader, tokenizer))
                 take_llama4_apart(self.model)
                 whole = must_run_whole(self.model, calibration_dataloader, self.dataset_args)
             if not whole:
@@ -60,6 +68,14 @@ def register() -> None:
                 super().apply_recipe_modifiers(calibration_dataloader, recipe_stage)
 
     module.Oneshot = Oneshot  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _whole_data() -> Iterator[None]:
+    """Have llm-compressor make loaders of all data: what it gives to each process is the first process's share."""
+    module = importlib.import_module("llmcompressor.datasets.utils")
+    with patch_attr(module, "_is_dist_and_same_ds", lambda dataset: False):
+        yield
 
 
 def _is_ours(recipe: Any) -> bool:

@@ -10,12 +10,23 @@ from accelerate.utils import send_to_device
 from compressed_tensors.utils import get_execution_device, patch_attr
 from tqdm import tqdm
 
+from crepe_llm import processes
 from crepe_llm.functional.statistics import InputStatistics, token_products
 from crepe_llm.models.blocks import kind_of
 from crepe_llm.models.ffn import is_transposed
-from crepe_llm.pruning.layer import Layer, input_channels, weight_matrix
+from crepe_llm.pruning.layer import Layer, input_channels, share_layer, weight_matrix
 
-__all__ = ["Batch", "Calibration", "TokenWeights", "Wanted", "block_inputs", "block_outputs", "mask_for", "prune_block"]
+__all__ = [
+    "Batch",
+    "Calibration",
+    "TokenWeights",
+    "Wanted",
+    "block_inputs",
+    "block_outputs",
+    "mask_for",
+    "prune_block",
+    "shared_out",
+]
 
 Call = tuple[torch.nn.Module, torch.Tensor]
 TokenWeights = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
@@ -115,6 +126,15 @@ def block_outputs(output: Any) -> torch.Tensor:
     return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
 
 
+def shared_out(modules: Iterable[torch.nn.Module]) -> dict[torch.nn.Module, int]:
+    """For each layer the process that prunes it. The cost is that of its products with a Gram matrix and of solving.
+
+    Multiplications of one d_out x d_in by d_in x d_in product and of one Cholesky factorisation: d_out d_in² + d_in³/3.
+    """
+    sizes = {module: (cast(torch.Tensor, module.weight).numel(), input_channels(module)) for module in modules}
+    return processes.assign({module: size * width + width**3 / 3 for module, (size, width) in sizes.items()})
+
+
 @torch.no_grad()
 def prune_block(
     block: torch.nn.Module,
@@ -129,9 +149,11 @@ def prune_block(
     of the block's layers. With that, each batch's `dense` afterwards is what the dense block has made of it: the hidden
     states that the next block has in the dense model.
 
+    Several processes add up what they gather, share out the layers of a group, and tell each other the results.
+
     Args:
         block: the decoder block.
-        batches: its calls.
+        batches: its calls, in each process others.
         wanted: the layers to prune, and what is gathered for each.
         calibration: how layers are calibrated.
         prune: runs the steps on a layer and puts the result into its module.
@@ -140,16 +162,21 @@ def prune_block(
     groups = runs.groups(list(wanted)) if wanted else [[]]
     for group in groups:
         gathered = runs.gather({module: wanted[module] for module in group}, last=group is groups[-1])
+        if calibration.cross:
+            # The modules' own weights are overwritten when the steps are done.
+            runs.dense |= {module: weight_matrix(module).detach().clone() for module in group}
+        owners = shared_out(group)
+        processes.wait()  # until all have these copies: the processes may share the memory of offloaded weights
         for module in group:
             found = gathered.pop(module)
-            dense = weight_matrix(module).detach()
-            if calibration.cross:
-                # The module's own weight is overwritten when the steps are done.
-                dense = runs.dense[module] = dense.clone()
+            dense = runs.dense.get(module, weight_matrix(module).detach())
             cross = None if found.routed else found.cross
             layer = Layer(wanted[module].name, module, dense, found.statistics, dense, None, cross, found.routed)
             del found, cross  # so that the matrices of the last layer that shares them are gone once it needs them not
-            prune(layer)
+            if owners[module] == processes.rank():
+                prune(layer)
+        for module, owner in owners.items():
+            share_layer(module, owner)
 
 
 @dataclass
@@ -176,6 +203,21 @@ class _Gathered:
             weights = self._weights(module, inputs)
             product = token_products(beside, inputs, batch.mask_of(inputs), weights)
             self.cross = product if self.cross is None else self.cross.add_(product)
+
+    def add_up(self) -> None:
+        """Give all processes what all have gathered."""
+        if processes.count() == 1:
+            return
+        processes.add_up_statistics(self.statistics)
+        found = processes.gather((self.routed, self.cross is not None))
+        self.routed = any(routed for routed, _ in found)
+        if self.routed or not any(crossed for _, crossed in found):
+            self.cross = None
+            return
+        if self.cross is None:
+            width = self.statistics.channels
+            self.cross = torch.zeros(width, width, device=self.statistics.sum.device)
+        processes.add_up(self.cross)
 
     def _weights(self, module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
         return None if self.wanted.token_weights is None else self.wanted.token_weights(module, inputs)
@@ -214,11 +256,20 @@ class _Runs:
                     places[kinds[module]] = places[kinds[same[0]]] if same else len(set(places.values()))
             if places.keys() >= set(kinds.values()):
                 break
+        places = self._agree(places, layers)
         ordered: dict[int, list[torch.nn.Module]] = {}
         for module in layers:
             place = places.get(kinds[module], len(places)) if self._calibration.in_turn else 0
             ordered.setdefault(place, []).append(module)
         return [ordered[place] for place in sorted(ordered)]
+
+    def _agree(self, places: dict[str, int], layers: list[torch.nn.Module]) -> dict[str, int]:
+        """What the first process has found of which layers share inputs; routers may send others other tokens."""
+        number = {module: place for place, module in enumerate(layers)}
+        sharing = {number[module]: number[source] for module, source in self._sharing.items()}
+        places, sharing = processes.from_first((places, sharing))
+        self._sharing = {layers[place]: layers[source] for place, source in sharing.items()}
+        return places
 
     def gather(self, wanted: dict[torch.nn.Module, Wanted], last: bool) -> dict[torch.nn.Module, _Gathered]:
         """What the layers of a group are given over all batches; with the last group, the dense stream runs on."""
@@ -241,6 +292,8 @@ class _Runs:
                         "only, so they cannot be calibrated together: set `true_sequential: false` and "
                         "`asymmetric_calibration: 0`"
                     )
+        for gathered in found.values():
+            gathered.add_up()
         return {module: found[source[module]] for module in wanted}
 
     def _sources(self, wanted: dict[torch.nn.Module, Wanted]) -> dict[torch.nn.Module, torch.nn.Module]:

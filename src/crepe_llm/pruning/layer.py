@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from compressed_tensors.utils import update_offload_parameter
+from compressed_tensors.utils import align_module_device, update_offload_parameter
 
+from crepe_llm import processes
 from crepe_llm.functional.bitmask import RECORDED, pack_bits, unpack_bits
 from crepe_llm.functional.masks import nonzero
 from crepe_llm.functional.statistics import InputStatistics
@@ -20,6 +21,7 @@ __all__ = [
     "recorded_mask",
     "recorded_masks",
     "set_weight_matrix",
+    "share_layer",
     "weight_matrix",
 ]
 
@@ -75,6 +77,20 @@ def weight_matrix(module: torch.nn.Module) -> torch.Tensor:
 def set_weight_matrix(module: torch.nn.Module, weight: torch.Tensor) -> None:
     """Overwrite the module's weight, wherever it is kept, with one given as [d_out, d_in]."""
     update_offload_parameter(module, "weight", weight.T if is_transposed(module) else weight)
+
+
+@torch.no_grad()
+def share_layer(module: torch.nn.Module, owner: int) -> None:
+    """Give all processes the weight and the mask that one has made of a layer; nothing where that has made none."""
+    if processes.count() == 1:
+        return
+    bits = processes.from_process(getattr(module, RECORDED, None), owner)
+    if bits is None:
+        return
+    setattr(module, RECORDED, bits)
+    with align_module_device(module):
+        stored = cast(torch.Tensor, module.weight)
+        processes.write_parameter(module, "weight", processes.broadcast(stored, owner), owner)
 
 
 def linear_outputs(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:

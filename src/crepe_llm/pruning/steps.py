@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,9 +15,17 @@ __all__ = ["Mask", "Refit", "Reprune", "Step"]
 
 
 class Step(Protocol):
-    """Changes `layer.weight` and `layer.keep`; says what it needs to know of the layer's inputs."""
+    """Changes `layer.weight` and `layer.keep`; says what it needs to know of the layer's inputs.
+
+    Attributes:
+        needs_gram: whether it needs their Gram matrix.
+        records: what it has noted of each layer, by name; dictionaries that may be added to.
+    """
 
     needs_gram: bool
+
+    @property
+    def records(self) -> list[dict[str, Any]]: ...
 
     def __call__(self, layer: Layer) -> None: ...
 
@@ -36,6 +44,10 @@ class Mask:
     mask: Callable[[str, torch.Tensor], torch.Tensor]
     realised: dict[str, tuple[torch.Size, float]] = field(default_factory=dict)
     needs_gram: bool = False
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [self.realised]
 
     def __call__(self, layer: Layer) -> None:
         layer.keep = self.mask(layer.name, self.scores(layer.name, layer.weight, layer.statistics))
@@ -57,6 +69,10 @@ class Reprune:
     reprune: Callable[[Layer, torch.Tensor], Repruned]
     swapped: dict[str, tuple[int, float, float, float]] = field(default_factory=dict)
     needs_gram: bool = False
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [self.swapped]
 
     def __call__(self, layer: Layer) -> None:
         assert layer.keep is not None
@@ -93,6 +109,10 @@ class Refit:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     remarks: dict[str, str] = field(default_factory=dict)
     needs_gram: bool = True
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [self.errors, self.remarks]
 
     def __call__(self, layer: Layer) -> None:
         assert layer.keep is not None
