@@ -6,6 +6,7 @@ import sys
 import llmcompressor  # noqa: F401  its log must not be bound to a single test's captured stderr
 import pytest
 import torch
+from llmcompressor.core import LifecycleCallbacks
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from crepe_llm.cli.main import main
@@ -236,3 +237,86 @@ def test_prune_in_two_processes_writes_what_one_writes(dense, text, tmp_path, ca
         assert {path.name for path in (tmp_path / name).iterdir()} >= {"README.md", "recipe.yaml", "tokenizer.json"}
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def weights_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def stopped_after(parts, command, monkeypatch):
+    """Run a command until the pipeline ends a part once more, as if it were killed before that was kept."""
+    ended, left = LifecycleCallbacks.sequential_epoch_end, iter(range(parts))
+
+    def end(modules, **kwargs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return ended(modules, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LifecycleCallbacks, "sequential_epoch_end", end)
+        assert main(command) != 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parts", "kept"),
+    [("crepe_2of4", 2, 1), ("crepe_2of4_best", 5, 2), ("crepe_2of4_best", 1, 0), ("crepe_2of4_dsnot", 2, 1)],
+)
+def test_prune_goes_on_to_the_same_result(recipe, parts, kept, dense, text, tmp_path, capsys, monkeypatch):
+    """Stopped after the first block, which comes after the embedding (the best stack permutes before), or earlier."""
+    command = ["prune", dense, "--recipe", recipe, "--text", text, "--samples", 4, "--length", 32, "--output"]
+    whole, resumed = [[*map(str, command), str(tmp_path / name)] for name in ("whole", "resumed")]
+    assert main(whole) == 0
+    stopped_after(parts, [*resumed, "--resume"], monkeypatch)
+    folder = tmp_path / "resumed.resume"
+    assert len(list(folder.glob("*.pt"))) == kept
+    capsys.readouterr()
+    assert main([*resumed, "--resume"]) == 0
+    assert f"{kept} finished parts" in capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "resumed", tmp_path / "whole"]
+    for name, weight in weights_of(tmp_path / "whole").items():
+        assert torch.equal(weights_of(tmp_path / "resumed")[name], weight), name
+
+
+def test_prune_takes_what_was_kept(dense, text, tmp_path, monkeypatch):
+    """A layer whose kept weight is changed has that weight in the end, so it was not pruned again."""
+    command = [
+        "prune",
+        dense,
+        "--recipe",
+        "crepe_2of4_admm",
+        "--text",
+        text,
+        "--samples",
+        4,
+        "--length",
+        32,
+        "--resume",
+    ]
+    command = [*map(str, command), "--output", str(tmp_path / "out")]
+    stopped_after(2, command, monkeypatch)
+    (path,) = (tmp_path / "out.resume").glob("*.pt")
+    entry = torch.load(path)
+    weight, bits = entry["layers"]["model.layers.0.mlp.up_proj"]
+    entry["layers"]["model.layers.0.mlp.up_proj"] = (weight * 2, bits)
+    torch.save(entry, path)
+    assert main(command) == 0
+    assert torch.equal(weights_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"], weight * 2)
+
+
+def test_prune_does_not_go_on_with_another_run(dense, text, tmp_path, capsys, monkeypatch):
+    command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--resume"]
+    command = [*map(str, command), "--output", str(tmp_path / "out")]
+    stopped_after(1, [*command, "--length", "32"], monkeypatch)
+    assert main([*command, "--length", "16"]) != 0
+    assert "repeat that run's command, or remove the folder" in capsys.readouterr().err
+    assert main([*command, "--length", "32"]) == 0
+
+
+def test_a_disk_without_room_for_finished_blocks_is_found_out_before(dense, text, tmp_path, capsys, monkeypatch):
+    size = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * size)
+    monkeypatch.setattr("crepe_llm.checkpoints.folders.shutil.disk_usage", lambda folder: usage)
+    command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32, "--output"]
+    assert main([*map(str, command), str(tmp_path / "kept"), "--resume"]) != 0
+    assert "make room" in capsys.readouterr().err
+    assert main([*map(str, command), str(tmp_path / "out")]) == 0

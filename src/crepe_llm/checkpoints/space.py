@@ -12,8 +12,11 @@ _SHARD_BYTES = 20 * 10**9
 _PACKED = 0.6
 
 
-def check_destination(destination: str | Path, dense_bytes: int) -> None:
-    """Raise OSError if no model of `dense_bytes` can be written to a folder: no folder, no permission, no space."""
+def check_destination(destination: str | Path, dense_bytes: int, beside: int = 0) -> None:
+    """Raise OSError if no model of `dense_bytes` can be written to a folder: no folder, no permission, no space.
+
+    The run writes so many bytes `beside` it, too, before it writes the model.
+    """
     destination = resolved(Path(destination))
     parent = next(folder for folder in (destination, *destination.parents) if folder.exists())
     if not parent.is_dir():
@@ -22,4 +25,4 @@ def check_destination(destination: str | Path, dense_bytes: int) -> None:
         tempfile.TemporaryDirectory(prefix=".crepe-", dir=parent).cleanup()
     except OSError as error:
         raise OSError(f"{destination} cannot be written ({error.strerror}): name another folder") from error
-    check_space(parent, dense_bytes + round(_PACKED * min(dense_bytes, _SHARD_BYTES)))
+    check_space(parent, beside + dense_bytes + round(_PACKED * min(dense_bytes, _SHARD_BYTES)))

@@ -29,6 +29,7 @@ from crepe_llm.recipe_files import recipe_path
 
 if TYPE_CHECKING:
     from crepe_llm.evaluation.model_card import Pruning
+    from crepe_llm.journal import Journal
 
 
 def add(subparsers: Any) -> None:
@@ -45,6 +46,8 @@ def add(subparsers: Any) -> None:
             "  crepe prune MODEL --recipe my_recipe.yaml --text FILE --output DIR\n"
             "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output DIR\n"
             "  torchrun --nproc-per-node 2 -m crepe_llm prune MODEL --recipe crepe_2of4 --text FILE --output DIR\n"
+            "A run with --resume keeps each finished block in DIR.resume until the model is written. When it was\n"
+            "killed, the same command goes on after the last of them.\n"
             "`crepe recipes` lists the recipes that have names. What llm-compressor logs goes to a file in the user's\n"
             "cache folder (~/.cache/crepe_llm/logs, or under XDG_CACHE_HOME), named at the end; the last 20 are kept.\n"
         ),
@@ -55,6 +58,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument(
         "--verbose", action="store_true", help="show llm-compressor's log and bars instead of one progress line"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep finished blocks, and go on from those of a run that was killed"
     )
     add_calibration(parser)
     add_json(parser)
@@ -72,6 +78,7 @@ class _Run:
         length: tokens per calibration window.
         calibration: the calibration data in words.
         progress: the plan and the progress line.
+        journal: where finished blocks are kept, if they are.
     """
 
     options: argparse.Namespace
@@ -80,6 +87,7 @@ class _Run:
     length: int
     calibration: str
     progress: Progress
+    journal: "Journal | None"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -107,10 +115,13 @@ def run(options: argparse.Namespace) -> None:
         windows = samples.calibration_windows(
             source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
         )
-        made = _prune(_Run(options, source, recipe, length, calibration, progress), path, windows, folder)
+        kept = _journal(options, source, path, windows) if options.resume else None
+        made = _prune(_Run(options, source, recipe, length, calibration, progress, kept), path, windows, folder)
         if processes.is_first():
             (folder / "README.md").write_text(model_card(made))
     if processes.is_first():
+        if kept is not None:
+            kept.remove()
         _report(options, made, time.perf_counter() - started, progress)
 
 
@@ -134,12 +145,36 @@ def _shared_folder(destination: Path) -> Iterator[Path]:
         processes.wait()
 
 
+def _journal(options: argparse.Namespace, source: Model, recipe: Path, windows: Any) -> "Journal":
+    """The finished blocks of this command's run, in the folder beside its output."""
+    from importlib.metadata import version
+
+    from crepe_llm import processes
+    from crepe_llm.journal import Journal
+
+    decides = {
+        "model": str(source.name),
+        "config": source.config.to_json_string(use_diff=False),
+        "dtype": options.dtype,
+        "recipe": recipe.read_text(encoding="utf-8"),
+        "calibration windows": [list(row) for row in windows["input_ids"]],
+        "processes": processes.count(),
+    }
+    packages = ("torch", "transformers", "llmcompressor", "compressed-tensors", "crepe-llm")
+    return Journal(_kept_beside(options.output), decides | {name: version(name) for name in packages})
+
+
+def _kept_beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.resume")
+
+
 def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
     """Say the plan, prune the model and save it with its tokenizer."""
     from llmcompressor import oneshot
 
     from crepe_llm import processes
     from crepe_llm.evaluation.model_card import Pruning, linear_zeros
+    from crepe_llm.journal import keeping
 
     options, source, progress = run.options, run.source, run.progress
     progress.tell("model", f"{options.model}, {type(source.config).__name__.removesuffix('Config')}")
@@ -151,7 +186,7 @@ def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
     dense = linear_zeros(model)
     blocks = source.config.get_text_config().num_hidden_layers
     _plan_output(run, model, dense, blocks, folder)
-    with followed(progress, run.recipe.modifiers, blocks):
+    with followed(progress, run.recipe.modifiers, blocks), keeping(run.journal):
         oneshot(
             model=model,
             tokenizer=source.tokenizer,
@@ -183,8 +218,10 @@ def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: P
     """Say how large the model is and where it goes; raise OSError if it does not fit there."""
     from crepe_llm.checkpoints.space import check_destination
 
-    size = model.get_memory_footprint(return_buffers=False)
-    check_destination(folder, size)
+    size, kept = model.get_memory_footprint(return_buffers=False), run.journal
+    # A block that is kept takes what it takes dense, and a bit a weight for its mask: at most a sixteenth in 16 bits.
+    beside = 0 if kept is None else max(0, size + size // 16 - kept.bytes)
+    check_destination(folder, size, beside)
     dtype = str(model.dtype).removeprefix("torch.")
     run.progress.tell(
         "layers",
@@ -197,6 +234,11 @@ def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: P
         f"{run.options.output}, at most {size_in_words(size)} and 60 % more while it is packed; "
         f"{size_in_words(free)} are free",
     )
+    if kept is not None:
+        run.progress.tell(
+            "resuming",
+            f"{len(kept)} finished parts are in {kept.folder}, which takes up to {size_in_words(beside)} more",
+        )
 
 
 def _report(options: argparse.Namespace, made: "Pruning", seconds: float, progress: Progress) -> None:

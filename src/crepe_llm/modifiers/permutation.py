@@ -11,7 +11,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from tqdm import tqdm
 
-from crepe_llm import processes
+from crepe_llm import journal, processes
 from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.channels import AXES, module_axes
@@ -68,7 +68,7 @@ class ChannelPermutationModifier(LayerModifier):
         - find the CRePEModifier and its layers; refuse other orders of the recipe
         - where it is unknown which modules of the model share channels, say so and do nothing from here on
     - on_calibration_start
-        - watch the layers' inputs
+        - watch the layers' inputs; in a run that goes on, permute by the orders that it had found
     - on_sequential_epoch_end
         - keep the statistics of the block
     - on_calibration_end
@@ -104,6 +104,8 @@ class ChannelPermutationModifier(LayerModifier):
     _sites: dict[str, list[str]] = PrivateAttr(default_factory=dict)
     _inputs: dict[str, InputStatistics] = PrivateAttr(default_factory=dict)
     _retained: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
+    _kept: dict[str, Any] | None = PrivateAttr(default=None)
+    _key: str = PrivateAttr(default="")
 
     @property
     def retained(self) -> dict[str, tuple[float, float]]:
@@ -141,10 +143,16 @@ class ChannelPermutationModifier(LayerModifier):
                 f"its targets={self._crepe.targets} and ignore={self._crepe.ignore} leave out what "
                 f"mlp={self.mlp}, attention={self.attention}, residual={self.residual} would serve"
             )
+        kept, self._key = journal.active(), f"{len(order.modifiers_before(self)):02}-orders"
+        self._kept = None if kept is None else kept.read(self._key)
+        self.requires_calibration_data = self._kept is None
         return True
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         return self._crepe.find_layers(model)
+
+    def unseen(self) -> list[str]:
+        return [] if self._kept is not None else super().unseen()
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if not self._axes:
@@ -156,6 +164,11 @@ class ChannelPermutationModifier(LayerModifier):
             )
         for site in self._sites:
             self._structure(site)
+        if self._kept is not None:
+            self._retained = self._kept["retained"]
+            self._permute(self._kept["orders"])
+            logger.info(self._table(0, 0))
+            return
         wanted = {module: Wanted(name) for module, name in self._layers.items()}
         self._observer = Observer(self, state.model, self._dataloader, wanted)
 
@@ -174,6 +187,9 @@ class ChannelPermutationModifier(LayerModifier):
         self.stop_watching()
         started = time.perf_counter()
         orders = self._search()
+        kept = journal.active()
+        if kept is not None:
+            kept.write(self._key, {"orders": orders, "retained": self._retained})
         searched = time.perf_counter()
         self._permute(orders)
         self._inputs.clear()

@@ -1,7 +1,7 @@
 """The lifecycle of the pruning modifiers: one pass over the model's blocks, which runs the steps of all of them."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -11,7 +11,8 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from pydantic import PrivateAttr
 from transformers.cache_utils import Cache
 
-from crepe_llm import processes
+from crepe_llm import journal, processes
+from crepe_llm.functional.bitmask import RECORDED
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.layers import LayerModifier
@@ -111,6 +112,9 @@ class PruningPass:
     block. Where they are calibrated in turn or beside the dense model, one hook a block captures its inputs instead,
     and the block is run on them when its calibration has ended.
 
+    A run with a journal keeps each part of the model when it is pruned. In a run that goes on, those that are there
+    take their weights from it and are not calibrated; only the dense model's stream runs through them.
+
     Args:
         leader: the modifier whose hooks these are and whose calibration epoch this is.
         dataloader: what the epoch iterates.
@@ -126,6 +130,8 @@ class PruningPass:
         self._dense_stream: list[torch.Tensor | None] = []  # by batch, what the dense model feeds the next block
         self._remembered: dict[torch.nn.Module, torch.Tensor] = {}  # dense weights of layers that others prune
         self._left: dict[torch.nn.Module, str] = {}
+        self._number = len(order.modifiers_before(leader))
+        self._parts = 0  # that the pipeline has ended
 
     @property
     def starts_dense(self) -> bool:
@@ -151,18 +157,71 @@ class PruningPass:
     def start(self, model: torch.nn.Module) -> None:
         """Watch the model: blocks that will be run again, and the layers outside of them."""
         calibration = self._calibration
-        watched = dict(self._left)
+        done = self._done()
+        watched = {module: name for module, name in self._left.items() if name not in done}
         if calibration.runs_blocks:
             self._find_blocks(model, calibration)
             for layers in self._blocks.values():
                 for module in layers:
-                    del watched[module]
+                    watched.pop(module, None)
         self._observer = Observer(self.leader, model, self._dataloader, {m: self._wanted(m) for m in watched})
-        for block in self._blocks:
-            self._observer.watch_block(block, self._capture, "forward_pre")
+        for block, layers in self._blocks.items():
+            if calibration.cross or any(self._left[module] not in done for module in layers):
+                self._observer.watch_block(block, self._capture, "forward_pre")
 
     def prune(self, modules: list[torch.nn.Module]) -> None:
-        """Prune the layers whose calibration has just ended."""
+        """Prune the layers whose calibration has just ended, or take them from the run's journal."""
+        kept, key = journal.active(), f"{self._number:02}-part{self._parts:04}"
+        self._parts += 1
+        entry = None if kept is None else kept.read(key)
+        if entry is not None:
+            self._take(entry)
+            return
+        before = dict(self._left)
+        self._prune(modules)
+        ended = {name: module for module, name in before.items() if module not in self._left}
+        if kept is not None and ended:
+            kept.write(key, self._entry(ended))
+
+    def _done(self) -> set[str]:
+        """The names of the layers that the run's journal has."""
+        kept = journal.active()
+        entries = [] if kept is None else kept.read_all(f"{self._number:02}-part")
+        return {name for entry in entries for name in entry["layers"]}
+
+    def _entry(self, ended: dict[str, torch.nn.Module]) -> dict[str, Any]:
+        """What the journal keeps of a part: weights and masks, and what the steps have noted of its layers."""
+        layers, notes = {}, []
+        for name, module in ended.items():
+            bits = getattr(module, RECORDED, None)
+            with torch.no_grad(), align_module_device(module):
+                weight = None if bits is None else cast(torch.Tensor, module.weight).detach().to("cpu", copy=True)
+            layers[name] = (weight, bits)
+        for modifier in self._modifiers:
+            for record in modifier.step.records:
+                processes.merge(record, modifier.layers.values())
+                notes.append({name: record[name] for name in ended if name in record})
+        return {"layers": layers, "notes": notes}
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        """Put a part into the model as the journal has it."""
+        for block, batches in self._captured.items():
+            self._run_dense(block, batches)
+        self._captured.clear()
+        modules = {name: module for module, name in self._left.items()}
+        for name, (weight, bits) in entry["layers"].items():
+            module = modules[name]
+            if bits is not None:
+                setattr(module, RECORDED, bits.clone())
+                with torch.no_grad(), align_module_device(module):
+                    processes.write_parameter(module, "weight", weight)
+            self._remembered.pop(module, None)
+            self._left.pop(module)
+        records = [record for modifier in self._modifiers for record in modifier.step.records]
+        for record, notes in zip(records, entry["notes"], strict=True):
+            record.update(notes)
+
+    def _prune(self, modules: list[torch.nn.Module]) -> None:
         assert self._observer is not None
         owners = shared_out(self._observer.ending(modules))
         for module, name, statistics in self._observer.ended(modules, self.leader.uncalibrated):
@@ -226,15 +285,19 @@ class PruningPass:
         batches.append(batch.sharing_with(batches[-1]) if batches else batch)
 
     def _prune_block(self, block: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
-        batches = self._captured.pop(block)
-        for batch, dense in zip(batches, self._dense_stream, strict=False):
-            batch.dense = dense
-        wanted = {module: self._wanted(module) for module in layers}
-        with HooksMixin.disable_hooks():
-            prune_block(block, batches, wanted, self._calibration, self._prune_if_usable)
-        self._dense_stream = [batch.dense for batch in batches]
+        self._run_dense(block, self._captured.pop(block), {module: self._wanted(module) for module in layers})
         for module in layers:
             self._left.pop(module, None)
+
+    def _run_dense(
+        self, block: torch.nn.Module, batches: list[Batch], wanted: dict[torch.nn.Module, Wanted] | None = None
+    ) -> None:
+        """Run the dense stream through a block that is dense, and prune the layers in it that are wanted."""
+        for batch, dense in zip(batches, self._dense_stream, strict=False):
+            batch.dense = dense
+        with HooksMixin.disable_hooks():
+            prune_block(block, batches, wanted or {}, self._calibration, self._prune_if_usable)
+        self._dense_stream = [batch.dense for batch in batches]
 
     def _prune_if_usable(self, layer: Layer) -> None:
         with torch.no_grad(), align_module_device(layer.module):
