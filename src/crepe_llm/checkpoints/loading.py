@@ -22,6 +22,7 @@ from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, Checkpoint
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names
 from crepe_llm.functional.bitmask import RECORDED
+from crepe_llm.versions import check_versions
 
 __all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal"]
 
@@ -99,6 +100,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         quantized = self.compressor.quantization_config is not None
         if _any_packed(files):
+            check_versions("transformers")
             folders = {os.path.abspath(file.parent) for file in files}
             if len(folders) > 1:
                 raise FormatError(f"the index names files outside the checkpoint's folder: {sorted(folders)}")
@@ -118,15 +120,18 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         if files and (self._packed is not None or not quantized):
             self._unchecked = model, self._packed or read_files(files)
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Add the unpacking of layers; from transformers 5.21 on the model is given, too."""
         # The parent looks for the quantization scheme of merged experts, which a sparse-only checkpoint has none of.
         quantized = self.compressor.quantization_config is not None
-        conversions = super().update_weight_conversions(weight_conversions) if quantized else weight_conversions
+        conversions = weight_conversions
+        if quantized:
+            conversions = super().update_weight_conversions(weight_conversions, *model)
         if self._packed is not None:
             conversions = [*expanding(list(self._expanded)), *conversions, *_unpacking()]
         if self._unchecked is not None:
-            (model, checkpoint), self._unchecked = self._unchecked, None
-            check_model(checkpoint, model, conversions)
+            (loaded, checkpoint), self._unchecked = self._unchecked, None
+            check_model(checkpoint, loaded, conversions)
         return conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

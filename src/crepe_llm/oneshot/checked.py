@@ -18,6 +18,7 @@ from crepe_llm.checkpoints.space import check_destination
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.experts import take_llama4_apart
 from crepe_llm.oneshot.recipes import read_recipe
+from crepe_llm.versions import check_versions
 
 __all__ = ["register"]
 
@@ -39,6 +40,7 @@ def register() -> None:
             if self.recipe:
                 self.recipe = read_recipe(self.recipe, self.recipe_args.stage)
             if _is_ours(self.recipe):
+                check_versions("transformers", "compressed-tensors", "llmcompressor")
                 processes.require_group()
                 order.check_processes(self.recipe.modifiers)
                 if self.output_dir is not None:
