@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint
+.PHONY: setup demo test gpu lint
 PYTHON := .venv/bin/python
 
 setup:  ## make or refresh .venv (idempotent; a no-op when nothing changed)
@@ -9,3 +9,6 @@ demo: setup  ## the main job end to end on a real model
 
 test: setup  ## lint, types and every test this machine can run
 	@bash scripts/test.sh
+
+gpu:  ## what only a GPU can show, into gpu.json; needs torch, Triton and transformers, and fetches nothing
+	@bash scripts/gpu.sh
