@@ -1,4 +1,4 @@
-.PHONY: setup demo test gpu lint
+.PHONY: setup demo test gpu wheel docs
 PYTHON := .venv/bin/python
 
 setup:  ## make or refresh .venv (idempotent; a no-op when nothing changed)
@@ -12,3 +12,9 @@ test: setup  ## lint, types and every test this machine can run
 
 gpu:  ## what only a GPU can show, into gpu.json; needs torch, Triton and transformers, and fetches nothing
 	@bash scripts/gpu.sh
+
+wheel: setup  ## dist/: the source distribution and a manylinux wheel that auditwheel has checked
+	@bash scripts/wheel.sh
+
+docs: setup  ## site/: the documentation as web pages, links checked
+	@$(PYTHON) -m mkdocs build --strict --quiet

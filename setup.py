@@ -4,18 +4,21 @@ Without a C++ compiler the installation goes on, with a message: the package the
 """
 
 import os
-import platform
+import re
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 SOURCES = Path("src/crepe_llm/kernels/cpu")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-ARM = platform.machine().lower() in ("aarch64", "arm64")
+MACHINE = sysconfig.get_platform()  # what is built for: _PYTHON_HOST_PLATFORM names another one for a cross compiler
+X86 = MACHINE.endswith(("x86_64", "amd64"))
+ARM = MACHINE.endswith(("aarch64", "arm64"))
 AVX512 = (
     "-mavx2",
     "-mfma",
@@ -37,6 +40,7 @@ VARIANTS = {
 COMMON = (
     "-std=c++17",
     "-O3",
+    "-g0",  # Python's own flags ask for debug information
     "-fvisibility=hidden",
     "-fno-exceptions",
     "-fno-rtti",
@@ -47,6 +51,10 @@ COMMON = (
 
 class BuildKernels(build_ext):
     """Compiles each instruction set on its own: one that the compiler does not know is left out."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # Called through ctypes, the library depends on no Python version: its name has none either.
+        return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
         output = self.get_ext_fullpath(ext.name)
@@ -69,12 +77,14 @@ class BuildKernels(build_ext):
                     )
             for source in ("portable.cpp", "api.cpp"):
                 objects += self._compile(source, [*COMMON, *(f"-D{macro}" for macro in macros)])
-            self.compiler.link_shared_object(objects, output, target_lang="c++")
+            strip = ["-Wl,--strip-all"] if sys.platform == "linux" else []
+            self.compiler.link_shared_object(objects, output, target_lang="c++", extra_postargs=strip)
         except (CCompilerError, ExecError, PlatformError, OSError) as error:
             sys.stderr.write(
                 f"\ncrepe-llm: the CPU kernels were NOT built ({error}).\n"
                 "crepe-llm: 2:4 products on the CPU will use the slow reference path. Install a C++17 compiler "
-                "(g++ or clang++) and install crepe-llm again.\n\n"
+                "(g++ or clang++), then install again without pip's cache, which keeps what was built without one:\n"
+                "pip install --force-reinstall --no-deps --no-cache-dir --no-binary crepe-llm crepe-llm\n\n"
             )
 
     def _compile(self, source: str, flags: list[str]) -> list[str]:
@@ -83,10 +93,30 @@ class BuildKernels(build_ext):
         return self.compiler.compile([str(SOURCES / source)], output_dir=str(directory), extra_postargs=flags)
 
 
+class WheelForAnyPython(bdist_wheel):
+    """Tags the wheel with its platform alone: nothing in it depends on Python's ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def index_readme() -> str:
+    """README.md as a package index shows it: a file that lies beside it is named, where the link would lead nowhere."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?://)([^)#]*)#?[^)]*\)", _named, text)
+
+
+def _named(link: re.Match[str]) -> str:
+    words, path = link.groups()
+    return f"{words} (`{path}`)" if path and path != words.strip("`") else words
+
+
 setup(
+    long_description=index_readme(),
+    long_description_content_type="text/markdown",
     # `optional` lets an editable or wheel build go on when the library is missing.
     ext_modules=[
         Extension("crepe_llm.kernels.cpu._kernels", [str(SOURCES / "api.cpp")], language="c++", optional=True)
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"bdist_wheel": WheelForAnyPython, "build_ext": BuildKernels},
 )

@@ -23,6 +23,11 @@ ISA_VARIABLE = "CREPE_CPU_ISA"
 _CODES = {form.dtype: form.code for form in FORMATS.values() if form.code is not None}
 _FLOATS = {dtype: code for dtype, code in _CODES.items() if dtype.is_floating_point}
 _SPARSE24, _DENSE = 0, 1
+# pip keeps the wheel that it builds, one without kernels too, and would install that again.
+_CURE = (
+    "Install a C++17 compiler (g++ or clang++), then: "
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary crepe-llm crepe-llm"
+)
 _NO_MEMORY = 1  # what crepe_multiply returns; 2: sizes that do not belong together
 
 
@@ -40,11 +45,9 @@ class _Problem(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernel library, or None (with one warning) where the package was installed without it."""
-    found = next(
-        (path for path in sorted(Path(__file__).parent.glob("_kernels*")) if path.suffix in (".so", ".dylib")), None
-    )
+    found = Path(__file__).with_name("_kernels.so")
     reason = "it was not built when crepe-llm was installed"
-    if found is not None:
+    if found.exists():
         try:
             loaded = ctypes.CDLL(str(found))
             current = loaded.crepe_problem_bytes() == ctypes.sizeof(_Problem)
@@ -58,7 +61,7 @@ def library() -> ctypes.CDLL | None:
             return loaded
     warnings.warn(
         f"crepe-llm's CPU kernel library is missing ({reason}); 2:4 weights are decompressed at every product, which "
-        "is slow. Install a C++17 compiler (g++ or clang++) and install crepe-llm again.",
+        f"is slow. {_CURE}",
         RuntimeWarning,
         stacklevel=2,
     )

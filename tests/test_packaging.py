@@ -1,0 +1,186 @@
+"""What is published: the source distribution, the wheel that is built from it, and what that does without extras."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import crepe_llm
+
+ROOT = Path(__file__).parents[1]
+PROBE = """
+import torch
+from safetensors.torch import load_file, save_file
+from crepe_llm import kernels
+from crepe_llm.checkpoints import compress_folder, decompress_folder
+from crepe_llm.functional.masks import keep_mask
+from crepe_llm.functional.scores import crepe_scores
+from crepe_llm.kernels import cpu
+from pathlib import Path
+
+torch.manual_seed(0)
+weight = torch.randn(64, 128)
+keep = keep_mask(crepe_scores(weight, torch.rand(128)), 0.5, "2:4")
+assert (keep.view(-1, 4).sum(dim=1) == 2).all()
+weight *= keep
+x = torch.randn(3, 128)
+torch.testing.assert_close(kernels.linear(x, kernels.pack(weight)), x @ weight.T, rtol=1e-4, atol=1e-4)
+assert "portable" in cpu.instruction_sets()
+Path("plain").mkdir()
+Path("plain/config.json").write_text('{"model_type": "llama"}')
+save_file({"model.layers.0.mlp.up_proj.weight": weight}, "plain/model.safetensors", metadata={"format": "pt"})
+compress_folder("plain", "packed")
+decompress_folder("packed", "again")
+assert torch.equal(load_file("again/model.safetensors")["model.layers.0.mlp.up_proj.weight"], weight)
+for name in ("llmcompressor", "vllm", "transformers"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise AssertionError(name + " is here")
+"""
+
+
+def done(command, **options):
+    """The finished process of a command that must succeed."""
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """A folder with the source distribution and the wheel, as `make wheel` leaves them, from a copy of the tree."""
+    copy = tmp_path_factory.mktemp("tree") / "crepe-llm"
+    leave = shutil.ignore_patterns(".git", ".venv", "*.so", "build", "dist", "__pycache__", ".*_cache", "demo-output")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=leave)
+    done(["bash", "scripts/wheel.sh"], cwd=copy, env={**os.environ, "PYTHON": sys.executable})
+    return copy / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist):
+    return next(dist.glob("*.whl"))
+
+
+def closure(packages):
+    """The files at the top of site-packages that these distributions, and all that they need, have installed."""
+    files, waiting, seen = {}, list(packages), set()
+    while waiting:
+        name = waiting.pop()
+        if name.lower() in seen:
+            continue
+        seen.add(name.lower())
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # what another system needs
+        for file in distribution.files or ():
+            files[file.parts[0]] = Path(str(distribution.locate_file(file.parts[0])))
+        for need in map(Requirement, distribution.requires or ()):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                waiting.append(need.name)
+    return files
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel, tmp_path_factory):
+    """The Python of a new environment with the wheel and what it needs without any extra, those linked from here."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    done([sys.executable, "-m", "venv", "--without-pip", folder])
+    site = next((folder / "lib").glob("python3*")) / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(info).decode().splitlines()
+    needs = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
+    for name, path in closure(need.name for need in needs if need.marker is None).items():
+        if name not in ("..", "__pycache__"):
+            (site / name).symlink_to(path)
+    python = folder / "bin" / "python"
+    install = ["-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    done([sys.executable, *install], env={name: os.environ[name] for name in os.environ if name != "PYTHONPATH"})
+    return python
+
+
+def test_the_wheel_is_tagged_by_what_it_depends_on(wheel):
+    assert re.fullmatch(rf"crepe_llm-[\d.]+-py3-none-manylinux[\w.]*_{platform.machine()}\.whl", wheel.name)
+    assert wheel.stat().st_size < 1_000_000
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        library = archive.read("crepe_llm/kernels/cpu/_kernels.so")
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/")) or name.endswith((".cpp", ".h"))]
+    assert b".debug_info" not in library and b".symtab" not in library
+
+
+def test_the_wheel_works_without_extras(fresh, tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done([fresh, "-W", "error::RuntimeWarning", "-c", PROBE], cwd=tmp_path, env=environment)
+    crepe = fresh.with_name("crepe")
+    assert "crepe_2of4_best" in done([crepe, "recipes"], cwd=tmp_path, env=environment).stdout
+    doctor = done([crepe, "doctor"], cwd=tmp_path, env=environment).stdout
+    assert "built, used with" in doctor and 'pip install "crepe-llm[compress]"' in doctor
+    assert "crepe-llm" in done([crepe, "--version"], cwd=tmp_path, env=environment).stdout
+    refused = subprocess.run([crepe, "evaluate", "M", "--sample"], capture_output=True, text=True, env=environment)
+    assert (refused.returncode, 'pip install "crepe-llm[compress]"' in refused.stderr) == (2, True)
+
+
+def test_the_source_distribution_has_what_its_tests_read(dist):
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder, pattern in (("tests", "*.py"), ("docs", "*.md"), ("recipes", "*.yaml"), ("benchmarks", "*.py")):
+        assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)} <= names
+    for name in ("tests/kernels_driver.cpp", "scripts/setup.sh", "CHANGELOG.md", "CITATION.cff", "Makefile"):
+        assert name in names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_the_index_shows_no_link_that_leads_nowhere(dist):
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        page = archive.extractfile(next(n for n in archive.getnames() if n.count("/") == 1 and n.endswith("PKG-INFO")))
+        text = page.read().decode()
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets and all(target.startswith("https://") for target in targets), targets
+
+
+def test_without_a_compiler_the_cure_goes_round_pips_cache(tmp_path):
+    copy = tmp_path / "tree"
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    environment = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    said = done([sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"], cwd=copy, env=environment).stderr
+    assert "kernels were NOT built" in said and "--no-cache-dir --no-binary crepe-llm crepe-llm" in said
+    code = "from crepe_llm.kernels import cpu; cpu.library()"
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
+    warned = done([sys.executable, "-c", code], env=environment, cwd=tmp_path).stderr
+    assert "not built when crepe-llm was installed" in warned and "--no-cache-dir" in warned
+
+
+def test_versions_agree():
+    version = crepe_llm.__version__
+    assert f'version = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(rf"^## {re.escape(version)}$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_the_commands_of_the_contribution_guide_are_there():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = re.findall(r"^ {4}(\S.*?)(?: {2,}#.*)?$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert len(commands) > 5
+    for command in commands:
+        program, *words = command.split()
+        assert program in ("make", ".venv/bin/python", ".venv/bin/ruff", ".venv/bin/mypy"), command
+        if program == "make":
+            assert set(words) <= set(targets), command
+        for word in words:
+            assert not word.endswith(".py") or (ROOT / word).is_file(), command
