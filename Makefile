@@ -5,7 +5,7 @@ setup:  ## make or refresh .venv (idempotent; a no-op when nothing changed)
 	@bash scripts/setup.sh
 
 demo: setup  ## the main job end to end on a real model
-	@$(PYTHON) -m crepe_llm.evaluation.demo
+	@$(PYTHON) -m crepe_llm demo
 
 test: setup  ## lint, types and every test this machine can run
 	@bash scripts/test.sh

@@ -30,6 +30,22 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"crepe-llm {__version__}\n"
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command_and_option(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("prune", "recover", "report", "compare", "doctor", "mask-structure", "gradient-checkpointing"):
+        assert word in script
+
+
+def test_bash_completes(tmp_path):
+    script = subprocess.run([sys.executable, "-m", "crepe_llm", "completion", "bash"], capture_output=True, check=True)
+    (tmp_path / "crepe").write_bytes(script.stdout)
+    ask = 'source ./crepe; COMP_WORDS=(crepe re); COMP_CWORD=1; _shtab_crepe crepe re crepe; echo "${COMPREPLY[@]}"'
+    said = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert sorted(said.stdout.split()) == ["recipes", "recover", "report"], said
+
+
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [(["recipes"], 141), (["recipes", "crepe_2of4"], 141), (["--help"], 0)],  # argparse ends by itself

@@ -1,6 +1,10 @@
 """`crepe recover --teacher`: the folder, its card and plot, and which options go together."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crepe_llm.checkpoints.reading import read_folder
 from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.cli.main import main
+from crepe_llm.cli.quiet import quiet
 from sparse_models import prune_2of4
 
 
@@ -65,6 +70,42 @@ def test_recover_writes_a_folder_with_a_card_and_a_plot(dense, packed, text, tmp
     assert card.count("---\n") == 2 and card.rstrip().endswith("# x, pruned\n\nBy a recipe.")
     assert "(loss.png)" in card and (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert main(["evaluate", str(output), "--text", str(text), "--window", "32", "--tokens", "64"]) == 0
+
+
+def test_a_run_shows_a_plan_one_line_and_a_table(dense, packed, text, tmp_path):
+    output = tmp_path / "recovered"
+    command = [sys.executable, "-m", "crepe_llm", *arguments(packed, dense, text, output, "--report")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert list(rows) == [
+        "model",
+        "teacher",
+        "device",
+        "output",
+        "text",
+        "training",
+        str(output),
+        "size",
+        "report",
+        "log",
+    ]
+    assert rows["teacher"].strip() == str(dense) and rows["text"].strip() == "fox.txt"
+    assert "10 steps, 1,280 tokens, about" in rows["training"] and "held-out loss" in rows[str(output)]
+    lines = done.stderr.splitlines()
+    assert lines and all(line.startswith("recovering:") for line in lines), done.stderr
+    assert "100%" in lines[-1] and len(lines) < 4
+    assert "recovering: 100%" in Path(rows["log"].strip()).read_text()
+    assert "loss by step" in (output / "report.html").read_text()
+
+
+def test_processes_but_the_first_say_nothing(dense, packed, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with quiet("recover", False, own=("training", "recovering")) as progress:
+        progress.tell("model", "smollm2")
+        progress.say("a warning")
+        sys.stderr.write("\rrecovering: 100%|")
+    assert capsys.readouterr() == ("", "") and "100%" in progress.log.read_text()
 
 
 def test_the_teacher_may_write_the_text(dense, packed, tmp_path):

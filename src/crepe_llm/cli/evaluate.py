@@ -26,6 +26,14 @@ def add(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_test_text(parser)
+    add_loading(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def add_test_text(parser: Any) -> None:
+    """The options of `texts_of`, and of the windows that are cut from the texts."""
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", metavar="FILE", type=Path, help="a UTF-8 text file")
     text.add_argument("--wikitext2", action="store_true", help="the raw WikiText-2 test split")
@@ -34,9 +42,18 @@ def add(subparsers: Any) -> None:
         "--window", type=at_least(2), help="tokens per window (2048, or the model's context if smaller)"
     )
     parser.add_argument("--tokens", type=at_least(1), help="about this many tokens only, spread over the text (all)")
-    add_loading(parser)
-    add_json(parser)
-    parser.set_defaults(run=run)
+
+
+def texts_of(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """The name of the test text that the options ask for, and the text."""
+    from crepe_llm import samples
+
+    if options.wikitext2:
+        return "WikiText-2 raw test", samples.wikitext2()
+    if options.sample:
+        sample = samples.wikipedia()
+        return f"{sample.name}, test", sample.test
+    return options.text.name, [samples.text_file(options.text)]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -45,13 +62,7 @@ def run(options: argparse.Namespace) -> None:
     from crepe_llm.evaluation.perplexity import perplexity
 
     check_json(options)
-    if options.wikitext2:
-        corpus, texts = "WikiText-2 raw test", samples.wikitext2()
-    elif options.sample:
-        sample = samples.wikipedia()
-        corpus, texts = f"{sample.name}, test", sample.test
-    else:
-        corpus, texts = options.text.name, [samples.text_file(options.text)]
+    corpus, texts = texts_of(options)
     source = open_model(options)
     length = window_length(options.window, source.config)
     windows = samples.token_windows(source.tokenizer, texts, length, tokens=options.tokens)

@@ -12,18 +12,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from crepe_llm import __version__
-from crepe_llm.cli import convert, doctor, evaluate, prune, recipes, recover, search, serve
+from crepe_llm.cli import (
+    compare,
+    completion,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    prune,
+    recipes,
+    recover,
+    report,
+    search,
+    serve,
+)
 
 _SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (
     prune.add,
     search.add,
     recover.add,
     evaluate.add,
+    report.add,
+    compare.add,
     serve.add,
     convert.add_compress,
     convert.add_decompress,
     recipes.add,
     doctor.add,
+    demo.add,
+    completion.add,
 )
 _NOBODY_READS = 141
 
@@ -45,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     options.command_line = shlex.join(["crepe", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         options.run(options)
@@ -64,8 +81,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    made = argparse.ArgumentParser(
         prog="crepe",
         description="Prune language models with CRePE recipes, measure what is left of them, and serve it.",
         epilog=(
@@ -76,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
             "  crepe search smollm2 --sample --samples 16 --length 512 --study smollm2-2of4.json\n"
             "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output smollm2-2of4\n"
             "  crepe evaluate smollm2-2of4 --sample --tokens 16384\n"
+            "  crepe report smollm2-2of4 --dense smollm2 --sample --tokens 16384\n"
             "  crepe serve smollm2-2of4\n"
             "\n"
             "exit status:\n"
@@ -88,11 +107,11 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"crepe-llm {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    made.add_argument("--version", action="version", version=f"crepe-llm {__version__}")
+    subparsers = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in _SUBCOMMANDS:
         add(subparsers)
-    return parser
+    return made
 
 
 def _print_notes(error: BaseException) -> None:

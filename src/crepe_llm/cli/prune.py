@@ -24,6 +24,7 @@ from crepe_llm.cli.common import (
 )
 from crepe_llm.cli.plan import device_in_words, followed, recipe_in_words, size_in_words
 from crepe_llm.cli.quiet import Progress, quiet
+from crepe_llm.cli.report import PAGE, add_report, check_report, make_report, own_test
 from crepe_llm.cli.results import add_json, check_json, write_json
 from crepe_llm.recipe_files import recipe_path
 
@@ -63,6 +64,7 @@ def add(subparsers: Any) -> None:
         "--resume", action="store_true", help="keep finished blocks, and go on from those of a run that was killed"
     )
     add_calibration(parser)
+    add_report(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -93,16 +95,28 @@ class _Run:
 def run(options: argparse.Namespace) -> None:
     require("prune", "llmcompressor", "transformers", "accelerate")
     check_json(options)
+    if options.report:
+        check_report("prune --report")
     started = time.perf_counter()
     path = recipe_path(options.recipe)
     from crepe_llm import processes
 
     processes.start()
-    with (
-        _heard_once(processes.is_first()),
-        quiet("prune", options.verbose) as progress,
-        _shared_folder(options.output) as folder,
-    ):
+    with _heard_once(processes.is_first()), quiet("prune", options.verbose) as progress:
+        made, texts, length = _made(options, path, progress)
+        if options.report and processes.is_first():
+            progress.phase("measuring")
+            test = own_test(options, texts, "calibration", length)
+            make_report(options, options.output, options.model, test, options.output / PAGE)
+        if processes.is_first():
+            _report(options, made, time.perf_counter() - started, progress)
+
+
+def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple["Pruning", tuple[str, list[str]], int]:
+    """Prune the model into the output folder; what was done, the text with its name, and a window's length."""
+    from crepe_llm import processes
+
+    with _shared_folder(options.output) as folder:
         from crepe_llm import samples
         from crepe_llm.evaluation.model_card import model_card
         from crepe_llm.oneshot.recipes import read_recipe
@@ -119,10 +133,9 @@ def run(options: argparse.Namespace) -> None:
         made = _prune(_Run(options, source, recipe, length, calibration, progress, kept), path, windows, folder)
         if processes.is_first():
             (folder / "README.md").write_text(model_card(made))
-    if processes.is_first():
-        if kept is not None:
-            kept.remove()
-        _report(options, made, time.perf_counter() - started, progress)
+    if kept is not None and processes.is_first():
+        kept.remove()
+    return made, (corpus, texts), length
 
 
 @contextlib.contextmanager
@@ -257,6 +270,8 @@ def _report(options: argparse.Namespace, made: "Pruning", seconds: float, progre
     progress.tell("pruned", f"{changed} of {len(pruned)} linear layers")
     progress.tell("size", f"{size_in_words(size)} of safetensors")
     progress.tell("time", f"{seconds:.0f} s")
+    if options.report:
+        progress.tell("report", str(options.output / PAGE))
     if progress.log is not None:
         progress.tell("log", str(progress.log))
     figures = {"model": options.model, "recipe": options.recipe, "output": options.output, "log": progress.log}

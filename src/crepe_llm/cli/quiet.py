@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -20,11 +21,16 @@ _KEPT = 20  # log files; older ones are removed
 
 
 @contextmanager
-def quiet(command: str, verbose: bool) -> Iterator["Progress"]:
+def quiet(command: str, verbose: bool, own: tuple[str, str] | None = None) -> Iterator["Progress"]:
     """Send what is printed, logged and warned of inside to a log file; this package's warnings are shown, too, once.
 
     The log file is named in the notes of an error that the block raises once it has told its plan. With `verbose`, all
-    is shown as it comes and there is no log file.
+    is shown as it comes and there is no log file. Of several processes the first alone is shown.
+
+    Args:
+        command: whose run it is.
+        verbose: whether all is shown.
+        own: for work without llm-compressor, what begins the one line that it prints of its plan, and its one bar.
     """
     if verbose:
         yield Progress(None, None)
@@ -35,10 +41,11 @@ def quiet(command: str, verbose: bool) -> Iterator["Progress"]:
         log = _Log(file)
         stack.callback(log.end)
         progress = Progress(terminal, path)
+        log.show(own, progress)
         stack.callback(progress.close)
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
-        _show_own_warnings(stack, progress.say, log)
+        _show_own_warnings(stack, progress.say, log, toolkit=own is None)
         try:
             yield progress
         except BaseException as error:
@@ -70,6 +77,9 @@ class Progress:
         self._out = sys.stdout
         self._said: set[str] = set()
         self._bar: Any = None
+        self._line, self._line_at = "", -math.inf  # the last state of another bar, and when one was last shown
+        if os.environ.get("RANK", "0") != "0":  # as torchrun and accelerate number processes
+            self._terminal, self._out = None, io.StringIO()
 
     def start(self, steps: int, what: str) -> None:
         """Show the line, for so many steps."""
@@ -90,9 +100,22 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(what, refresh=self._terminal.isatty())
 
+    def line(self, text: str) -> None:
+        """Show a state of another bar as the progress line; where lines stay, one a minute and the last."""
+        if self._terminal is None:
+            return
+        self._line = text
+        if self._terminal.isatty():
+            self._terminal.write(f"\r{text}")
+            self._terminal.flush()
+        elif time.monotonic() - self._line_at > 60:
+            self._terminal.write(f"{text}\n")
+            self._line, self._line_at = "", time.monotonic()
+
     def tell(self, what: str, value: str) -> None:
         """Print a row of the plan or of the result, even while standard output goes to the log."""
         self.told = True
+        self._end_line()
         print(f"{what + ':':<13}{value}", file=self._out, flush=True)
 
     def say(self, message: str) -> None:
@@ -106,6 +129,12 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        self._end_line()
+
+    def _end_line(self) -> None:
+        if self._line:
+            self._terminal.write("\n" if self._terminal.isatty() else f"{self._line}\n")
+        self._line = ""
 
 
 def log_folder() -> Path:
@@ -134,6 +163,12 @@ class _Log(io.TextIOBase):
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self._own: tuple[str, str] | None = None
+        self._progress: Progress | None = None
+
+    def show(self, own: tuple[str, str] | None, progress: Progress) -> None:
+        """Show the plan's line and the bar that begin so."""
+        self._own, self._progress = own, progress
 
     def writable(self) -> bool:
         return True
@@ -141,6 +176,12 @@ class _Log(io.TextIOBase):
     def write(self, text: str) -> int:
         if self._file is None:
             return sys.stderr.write(text) if sys.stderr is not self else 0
+        if self._own is not None and self._progress is not None:
+            plan, bar = self._own
+            if text.startswith(f"{plan}: "):
+                self._progress.tell(plan, text.removeprefix(f"{plan}: "))
+            elif text.startswith(f"\r{bar}"):
+                self._progress.line(text.strip())
         if text.startswith("\r"):
             text = f"{text.strip()}\n" * ("100%|" in text)
         self._file.write(text)
@@ -155,22 +196,23 @@ class _Log(io.TextIOBase):
         self._file = None
 
 
-def _show_own_warnings(stack: ExitStack, say: Any, log: _Log) -> None:
-    """Show what this package warns of, by loguru, logging or warnings; the rest goes to the log alone."""
-    from compressed_tensors.utils import patch_attr
-    from llmcompressor.entrypoints import utils
-    from llmcompressor.logger import configure_logger
-    from loguru import logger
+def _show_own_warnings(stack: ExitStack, say: Any, log: _Log, toolkit: bool) -> None:
+    """Show what this package warns of, by logging, warnings or llm-compressor's log; the rest goes to the log alone."""
+    if toolkit:
+        from compressed_tensors.utils import patch_attr
+        from llmcompressor.entrypoints import utils
+        from llmcompressor.logger import configure_logger
+        from loguru import logger
 
-    configure_logger()  # its console is now the log
-    # In several processes `oneshot` would configure it again, and so remove what is added here.
-    stack.enter_context(patch_attr(utils, "configure_distributed_logger", lambda: None))
-    sink = logger.add(
-        lambda message: say(f"warning: {message.record['message']}"),
-        level="WARNING",
-        filter=lambda record: (record["name"] or "").startswith("crepe_llm"),
-    )
-    stack.callback(logger.remove, sink)
+        configure_logger()  # its console is now the log
+        # In several processes `oneshot` would configure it again, and so remove what is added here.
+        stack.enter_context(patch_attr(utils, "configure_distributed_logger", lambda: None))
+        sink = logger.add(
+            lambda message: say(f"warning: {message.record['message']}"),
+            level="WARNING",
+            filter=lambda record: (record["name"] or "").startswith("crepe_llm"),
+        )
+        stack.callback(logger.remove, sink)
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -5,7 +5,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import DTYPES, MODEL_HELP, at_least, model_folder, output_folder, require
+from crepe_llm.cli.common import DTYPES, MODEL_HELP, at_least, model_folder, output_folder, require, weight_bytes
+from crepe_llm.cli.plan import device_in_words, size_in_words
+from crepe_llm.cli.quiet import Progress, quiet
+from crepe_llm.cli.report import PAGE, add_report, check_report, make_report, own_test
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 # Options of one of the two ways to train; each is there only if it was given.
@@ -44,7 +47,11 @@ def add(subparsers: Any) -> None:
         "--teacher", metavar="MODEL", default=None, help=f"the dense model that was pruned: {MODEL_HELP}"
     )
     _add_text(parser)
+    add_report(parser)
     add_json(parser)
+    parser.add_argument(
+        "--verbose", action="store_true", default=False, help="show what libraries print instead of one progress line"
+    )
     parser.add_argument("--learning-rate", type=float, help="the highest (4e-4; without --teacher 2e-4)")
     parser.add_argument("--batch", type=at_least(1), help="windows per step (4; without --teacher 8)")
     parser.add_argument("--rank", type=at_least(1), help="of LoRA (16; without --teacher 8, the blocks' mean)")
@@ -112,14 +119,40 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{option} goes {'without' if options.teacher is not None else 'with'} --teacher")
     if not (options.text or options.dataset or options.sample or given.get("self_generated")):
         raise ValueError("there is nothing to train on: give --text, --dataset, --sample or --self-generated")
+    if options.report:
+        check_report("recover --report")
+        if not (options.text or options.dataset or options.sample):
+            raise ValueError("--report has no text to measure on: give --text, --dataset or --sample as well")
     given |= {name: getattr(options, name) for name in _WITH_EITHER if hasattr(options, name)}
-    if options.teacher is not None:
-        _distill(options, given)
-    else:
-        _recover(options, given)
+    with quiet("recover", options.verbose, own=("training", "recovering")) as progress:
+        progress.tell("model", str(options.model))
+        if options.teacher is not None:
+            progress.tell("teacher", options.teacher)
+        progress.tell("device", device_in_words())
+        progress.tell("output", str(options.output))
+        said, figures = (_recover if lora else _distill)(options, given, progress)
+    if said:
+        print(f"{options.output}: {said}")
+        progress.tell("size", f"{size_in_words(weight_bytes(options.output))} of safetensors")
+        if options.report:
+            progress.tell("report", str(options.output / PAGE))
+        if progress.log is not None:
+            progress.tell("log", str(progress.log))
+        write_json(options, figures | {"log": progress.log})
 
 
-def _distill(options: argparse.Namespace, given: dict[str, Any]) -> None:
+def _report(options: argparse.Namespace, progress: Progress, text: tuple[str, list[str]]) -> None:
+    """Measure the recovered model, if that was asked for."""
+    if options.report:
+        progress.phase("measuring")
+        length = getattr(options, "length", 512)
+        loading = argparse.Namespace(**{"dtype": "auto", "trust_remote_code": False, **vars(options)})
+        test = own_test(options, text, "training", length)
+        make_report(loading, options.output, options.teacher, test, options.output / PAGE)
+
+
+def _distill(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> tuple[str, dict[str, Any]]:
+    """Train with a teacher; what to say of it, "" in all processes but one, and its figures."""
     from accelerate import PartialState
 
     from crepe_llm.evaluation.model_card import Recovery, write_recovery_card
@@ -130,6 +163,8 @@ def _distill(options: argparse.Namespace, given: dict[str, Any]) -> None:
     diverged: DivergedError | None = None
     with output_folder(options.output) as folder:
         text, texts = _texts(options, given.get("tokens"))
+        if text:
+            progress.tell("text", text)
         windows = None if texts is None else lambda tokenizer: _windows(options, tokenizer, texts)
         try:
             made = distill(options.model, folder, _work(options), model_folder(options.teacher), windows, settings)
@@ -154,27 +189,30 @@ def _distill(options: argparse.Namespace, given: dict[str, Any]) -> None:
                 )
     if diverged is not None:
         raise diverged
-    if PartialState().is_main_process:
-        _report_distillation(options, made)
+    if not PartialState().is_main_process:
+        return "", {}
+    _report(options, progress, (text, texts or []))
+    return _result(options, made)
 
 
-def _report_distillation(options: argparse.Namespace, made: Any) -> None:
+def _result(options: argparse.Namespace, made: Any) -> tuple[str, dict[str, Any]]:
     trained = made.trained
     kind, losses = "training", list(enumerate(trained.losses, start=1))
     if trained.held_out:
         kind, losses = "held-out", trained.held_out
     last = dict(losses)[trained.best_step]
-    print(
-        f"{options.output}: {kind} loss {losses[0][1]:.4f} became {last:.4f} in {trained.best_step} of "
+    said = (
+        f"{kind} loss {losses[0][1]:.4f} became {last:.4f} in {trained.best_step} of "
         f"{trained.steps} steps, {made.tokens:,} tokens, {trained.seconds / 60:.1f} minutes"
         + f"; stopped early: {trained.ended}"
         * bool(trained.ended)
     )
     figures = {"model": options.model, "teacher": options.teacher, "output": options.output, "tokens": made.tokens}
-    write_json(options, figures | dataclasses.asdict(trained))
+    return said, figures | dataclasses.asdict(trained)
 
 
-def _recover(options: argparse.Namespace, given: dict[str, Any]) -> None:
+def _recover(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> tuple[str, dict[str, Any]]:
+    """Train without a teacher; what to say of it, and its figures."""
     from crepe_llm.training.recovery import RecoverySettings, recover
 
     given.pop("length")
@@ -182,15 +220,14 @@ def _recover(options: argparse.Namespace, given: dict[str, Any]) -> None:
         given["allocation"] = given.pop("ranks")
     settings = RecoverySettings(**given)
     with output_folder(options.output) as folder:
-        _, texts = _texts(options, None)
+        text, texts = _texts(options, None)
+        progress.tell("text", text)
         result = recover(
             options.model, folder, _work(options), lambda tokenizer: _windows(options, tokenizer, texts or []), settings
         )
-    print(
-        f"{options.output}: loss {result.first_loss:.4f} became {result.last_loss:.4f} in {result.steps} steps, "
-        f"{result.seconds:.0f} s"
-    )
-    write_json(options, {"model": options.model, "output": options.output, **dataclasses.asdict(result)})
+    _report(options, progress, (text, texts or []))
+    said = f"loss {result.first_loss:.4f} became {result.last_loss:.4f} in {result.steps} steps, {result.seconds:.0f} s"
+    return said, {"model": options.model, "output": options.output, **dataclasses.asdict(result)}
 
 
 def _texts(options: argparse.Namespace, tokens: int | None) -> tuple[str, list[str] | None]:

@@ -3,11 +3,15 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+REPORT_HEADING = "## Report"  # of the section that a report adds to a card, its end
+RECOVERY_FILE = "recovery.json"  # the losses of a recovery, in the folder of its model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +167,12 @@ class Recovery:
 
 
 def write_recovery_card(folder: Path, made: Recovery) -> None:
-    """Write the model card of a recovered model, with the loss curve where matplotlib is installed.
+    """Write the model card of a recovered model, its losses as JSON, and their curve where matplotlib is installed.
 
     The pruned model's own card, if it has one, is the end of it.
     """
+    figures = {name: getattr(made, name) for name in ("losses", "held_out", "best_step", "tokens", "seconds")}
+    (folder / RECOVERY_FILE).write_text(json.dumps(figures), encoding="utf-8")
     plot = _plot_losses(folder / "loss.png", made)
     settings = {name: value for name, value in dataclasses.asdict(made.settings).items() if value is not None}
     written = settings.get("self_generated", 0)
@@ -206,7 +212,8 @@ def write_recovery_card(folder: Path, made: Recovery) -> None:
     ]
     before = made.source / "README.md"
     if before.is_file():
-        lines += [_without_front_matter(before.read_text(encoding="utf-8")).strip(), ""]
+        card = before.read_text(encoding="utf-8").partition(f"\n{REPORT_HEADING}\n")[0]
+        lines += [_without_front_matter(card).strip(), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -214,18 +221,9 @@ def _plot_losses(path: Path, made: Recovery) -> bool:
     """Plot training and held-out loss by step; whether that could be done."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from crepe_llm.evaluation.plots import plot_losses
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(range(1, len(made.losses) + 1), made.losses, linewidth=0.8, label="training")
-    if made.held_out:
-        axes.plot(*zip(*made.held_out, strict=True), marker="o", label="held out")
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    plot_losses(path, made.losses, made.held_out)
     return True
 
 

@@ -1,12 +1,14 @@
 import importlib.util
+import json
 import random
 import re
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from crepe_llm import samples
-from crepe_llm.evaluation import demo
+from crepe_llm.cli.main import main
 from tiny_models import letters_tokenizer
 
 
@@ -25,9 +27,12 @@ def test_demo_prints_its_table_and_leaves_the_model(tmp_path, monkeypatch, capsy
     output = tmp_path / "output"
     output.mkdir()
     (output / "recipe.yaml").write_text("of an earlier run, to be replaced")
-    monkeypatch.setattr("sys.argv", ["demo", "--tokens", "1024", "--output", str(output)])
-    demo.main()
-    printed = capsys.readouterr().out
+    capsys.readouterr()
+    assert main(["demo", "--tokens", "1024", "--output", str(output), "--json", str(tmp_path / "figures.json")]) == 0
+    printed, said = capsys.readouterr()
+    assert all("steps" in line for line in said.replace("\r", "\n").splitlines() if line), said
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert "Compression lifecycle" in Path(figures["log"]).read_text() and str(figures["log"]) in printed
     rows = dict(re.findall(r"^(\w+) +[\d.]+ +([\d.]+%) +[\d.]+$", printed, flags=re.MULTILINE))
     assert rows == {"dense": "0.00%", **dict.fromkeys(["magnitude", "Wanda", "RIA", "CRePE"], "50.00%")}
     assert "1022 tokens predicted in 2 windows of 512" in printed and "seed 0" in printed
@@ -40,4 +45,4 @@ def test_demo_prints_its_table_and_leaves_the_model(tmp_path, monkeypatch, capsy
     model = AutoModelForCausalLM.from_pretrained(output)
     assert (model.model.layers[0].mlp.down_proj.weight.view(-1, 4).count_nonzero(dim=1) == 2).all()
     assert "CRePEModifier" in (output / "README.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "output"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "figures.json", "output"]

@@ -1,0 +1,103 @@
+"""`crepe compare`: perplexity, size and speed of several models in one table."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from crepe_llm.cli.common import MODEL_HELP, add_loading, model_folder, open_model, require, weight_bytes, window_length
+from crepe_llm.cli.evaluate import add_test_text, texts_of
+from crepe_llm.cli.results import add_json, check_json, write_json
+
+_COLUMNS = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("sparsity", "zeros", "{:.2%}"),
+    ("bytes", "size, MB", "{:.1f}"),
+    ("tokens_per_s", "tokens/s", "{:.1f}"),
+    ("first_token_s", "first token, s", "{:.3f}"),
+)
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="put models side by side",
+        description=(
+            "Print one table: each model's perplexity, zeros in its linear layers, size of its weights' files, and, "
+            "where vLLM is installed, its speed for one request with a prompt of 32 tokens."
+        ),
+        epilog=(
+            "examples:\n"
+            "  crepe compare smollm2 smollm2-2of4 smollm2-recovered --sample --tokens 8192 --window 512\n"
+            "  crepe compare A B --text FILE --no-speed --json table.json\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
+    parser.add_argument(
+        "--speed",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="measure the speed in vLLM (if it is installed)",
+    )
+    add_test_text(parser)
+    add_loading(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    require("compare", "transformers")
+    if options.speed:
+        require("compare --speed", "vllm", extra="serve")
+    check_json(options)
+    corpus, texts = texts_of(options)
+    served = importlib.util.find_spec("vllm") is not None if options.speed is None else options.speed
+    rows = [_measured(options, name, (corpus, texts), served) for name in options.models]
+    width = max(len(row["model"]) for row in rows)
+    columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
+    print(" " * width + "".join(f"  {title:>14}" for _, title, _ in columns))
+    for row in rows:
+        cells = [_cell(row[name], form) for name, _, form in columns]
+        print(f"{row['model']:<{width}}" + "".join(f"  {cell:>14}" for cell in cells))
+    conditions = rows[0]["conditions"]
+    print(f"perplexity on {corpus}, {conditions}")
+    if not served:
+        print("no speed: vLLM is not installed, or --no-speed was given")
+    write_json(options, {"corpus": corpus, "models": rows})
+
+
+def _cell(value: float | None, form: str) -> str:
+    if value is None:
+        return ""
+    return form.format(value / 1e6 if form == "{:.1f}" and value > 1e5 else value)
+
+
+def _measured(options: argparse.Namespace, name: str, text: tuple[str, list[str]], served: bool) -> dict[str, Any]:
+    from crepe_llm import samples
+    from crepe_llm.evaluation.model_card import linear_zeros, total_zeros
+    from crepe_llm.evaluation.perplexity import perplexity
+
+    source = open_model(argparse.Namespace(**{**vars(options), "model": name}))
+    length = window_length(options.window, source.config)
+    windows = samples.token_windows(source.tokenizer, text[1], length, tokens=options.tokens)
+    model = source.load(on_device=True)
+    result = perplexity(model, windows, corpus=text[0])
+    folder = Path(model_folder(name))
+    counted = f"{result.tokens} tokens predicted in {result.windows} windows of {result.window}"
+    row = {
+        "model": name,
+        "perplexity": result.perplexity,
+        "conditions": f"{counted}, {result.dtype}",
+        "sparsity": total_zeros(linear_zeros(model)),
+        "bytes": weight_bytes(folder) if folder.is_dir() else None,
+    }
+    del model
+    return row | (_speed(str(folder)) if served else {"tokens_per_s": None, "first_token_s": None})
+
+
+def _speed(model: str) -> dict[str, float]:
+    from crepe_llm.evaluation.throughput import Case, Engine, run
+
+    case = run(Engine(model, model, "bfloat16"), [Case(32, 1)])["cases"][0]
+    return {name: case[name] for name in ("tokens_per_s", "first_token_s")}

@@ -1,0 +1,142 @@
+"""`crepe report`: a page of figures of a pruned model, beside its dense model."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crepe_llm.cli.common import add_loading, check_new_file, model_folder, open_model, require, weight_bytes
+from crepe_llm.cli.common import window_length as window_of
+from crepe_llm.cli.evaluate import add_test_text, texts_of
+from crepe_llm.cli.results import add_json, check_json, write_json
+
+if TYPE_CHECKING:
+    from crepe_llm.evaluation.report import Measured
+
+PAGE = "report.html"
+# What `--report` of other commands measures on: enough to tell models apart, in a minute or two.
+_TOKENS, _WINDOW = 8192, 512
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="draw a page of figures for a pruned model",
+        description=(
+            "Write one HTML page that needs no other file: realised sparsity by layer, weights by block, perplexity "
+            "with its conditions, sizes, loss curves of a recovery, and completions. With --dense, the dense model's "
+            "figures stand beside, and each layer's output error. The plots are also written as PNG into the folder, "
+            "and linked from its model card."
+        ),
+        epilog="example:\n  crepe report smollm2-2of4 --dense smollm2 --sample --tokens 8192 --window 512\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="DIR", type=Path, help="the pruned model's folder")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model that was pruned")
+    parser.add_argument("--output", metavar="FILE", type=Path, help=f"the page (DIR/{PAGE})")
+    add_test_text(parser)
+    add_loading(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Test:
+    """What is measured on.
+
+    Attributes:
+        corpus: what the text is.
+        texts: the text.
+        window: tokens per window; None for 2048 or the model's context.
+        tokens: about how many; None for all.
+    """
+
+    corpus: str
+    texts: list[str]
+    window: int | None
+    tokens: int | None
+
+
+def check_report(command: str) -> None:
+    """Raise ImportError, naming the extra, if the packages that a report needs are not there."""
+    require(command, "matplotlib", "transformers", extra="recover")
+
+
+def add_report(parser: Any) -> None:
+    """The option of other commands that also want a report of what they made."""
+    parser.add_argument(
+        "--report", action="store_true", default=False, help=f"then write OUTPUT/{PAGE}, as `crepe report`"
+    )
+
+
+def own_test(options: argparse.Namespace, used: tuple[str, list[str]], what: str, length: int) -> Test:
+    """What a model is measured on that was made with a text: sample articles of the test part, or that text itself.
+
+    Args:
+        options: of the command that made it.
+        used: the text with its name.
+        what: the text was for.
+        length: tokens per window there.
+    """
+    window = min(length, _WINDOW)
+    if options.sample:
+        from crepe_llm import samples
+
+        sample = samples.wikipedia()
+        return Test(f"{sample.name}, test", sample.test, window, _TOKENS)
+    return Test(f"{used[0]} (the {what} text itself)", used[1], window, _TOKENS)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_report("report")
+    check_json(options)
+    page = options.output or options.model / PAGE
+    if not options.model.is_dir():
+        raise NotADirectoryError(f"{options.model} is no folder: name the folder of a pruned model")
+    check_new_file(page, "--output")
+    test = Test(*texts_of(options), options.window, options.tokens)
+    figures = make_report(options, options.model, options.dense, test, page)
+    print(f"{page}: the report; its plots are in {options.model}")
+    print(f"perplexity: {', '.join(f'{name} {value:.4f}' for name, value in figures['perplexity'].items())}")
+    write_json(options, {"model": options.model, "dense": options.dense, "report": page, **figures})
+
+
+def make_report(options: argparse.Namespace, folder: Path, dense: str | None, test: Test, page: Path) -> dict[str, Any]:
+    """Measure a folder's model and the dense one, and write the page; the figures that both commands print.
+
+    Args:
+        options: of `open_model`.
+        folder: the pruned model's.
+        dense: the dense model, where it is to stand beside.
+        test: what is measured on.
+        page: the file to write.
+    """
+    from crepe_llm.evaluation.page import write_report
+    from crepe_llm.evaluation.report import Report, gram_errors, read_curve
+
+    curve = read_curve(folder)
+    pruned = _measured(options, str(folder), test)
+    beside = None if dense is None else _measured(options, dense, test)
+    if beside is not None and (beside.perplexity.tokens, beside.perplexity.windows) != (
+        pruned.perplexity.tokens,
+        pruned.perplexity.windows,
+    ):
+        raise ValueError(
+            f"--dense {dense} cuts the text into other tokens than {folder}: give the model it was made of"
+        )
+    write_report(folder, Report(pruned, beside, curve), page)
+    values = [model.perplexity.perplexity for model in (pruned, beside) if model is not None]
+    errors = {} if beside is None else gram_errors(beside.grams, pruned.grams)
+    return {"perplexity": dict(zip(("pruned", "dense"), values, strict=False)), "output_errors": errors}
+
+
+def _measured(options: argparse.Namespace, name: str, test: Test) -> "Measured":
+    from crepe_llm import samples
+    from crepe_llm.evaluation.report import measure
+
+    source = open_model(argparse.Namespace(**{**vars(options), "model": name}))
+    length = window_of(test.window, source.config)
+    windows = samples.token_windows(source.tokenizer, test.texts, length, tokens=test.tokens)
+    folder = Path(model_folder(name))
+    shown, size = (folder.resolve().name, weight_bytes(folder)) if folder.is_dir() else (name, None)
+    return measure(shown, source.load(on_device=True), source.tokenizer, windows, test.corpus, size)

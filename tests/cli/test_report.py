@@ -1,0 +1,125 @@
+"""`crepe report` and `crepe compare`: figures against naive counts, and the page in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crepe_llm.cli.main import main
+from sparse_models import prune_2of4
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, tmp_path_factory):
+    """The small model, 2:4, with a card and the losses of a recovery."""
+    folder = tmp_path_factory.mktemp("pruned") / "sparse"
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    prune_2of4(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nbase_model: x\n---\n\n# x, pruned\n")
+    curve = {"losses": [2.0, 1.5, 1.0], "held_out": [[0, 2.1], [3, 1.1]], "best_step": 3, "tokens": 96, "seconds": 4.0}
+    (folder / "recovery.json").write_text(json.dumps(curve))
+    return folder
+
+
+def report(pruned, text, *more):
+    measured = ["--text", text, "--window", 32, "--tokens", 128]
+    return [str(argument) for argument in ["report", pruned, *measured, *more]]
+
+
+@pytest.fixture(scope="module")
+def page(dense, pruned, text, tmp_path_factory):
+    """The page of the small model beside its dense one; the command ran twice, as a user may run it."""
+    figures = tmp_path_factory.mktemp("figures") / "figures.json"
+    for _ in range(2):
+        assert main(report(pruned, text, "--dense", dense, "--json", figures)) == 0
+    return pruned / "report.html", json.loads(figures.read_text())
+
+
+def test_the_page_says_what_was_measured(page, dense, pruned, text, tmp_path):
+    path, figures = page
+    html = path.read_text()
+    for which, model in (("dense", dense), ("pruned", pruned)):
+        measured = ["--text", text, "--window", 32, "--tokens", 128, "--json", tmp_path / "ppl.json"]
+        assert main([*map(str, ["evaluate", model, *measured])]) == 0
+        value = json.loads((tmp_path / "ppl.json").read_text())["perplexity"]
+        assert figures["perplexity"][which] == pytest.approx(value)
+        assert f">{value:.2f}</td>" in html
+    assert "tokens predicted in 4 windows of 32" in html and "Trained on 96 tokens in 0.1 minutes" in html
+    assert html.count(">50.00 %</td>") == 14 and ">50.00%</td>" in html
+    assert f">{(pruned / 'model.safetensors').stat().st_size / 1e6:.1f} MB</td>" in html
+    assert html.count("data:image/png;base64,") == 4
+    assert not re.search(r"(src|href)=\"(?!data:)", html)  # needs no other file
+    assert html.count("<td>Once upon a time") == 1
+
+
+def test_output_errors_are_those_of_inner_products(page, dense, pruned, text):
+    _, figures = page
+    assert len(figures["output_errors"]) == 14
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (dense, pruned)]
+    ids = AutoTokenizer.from_pretrained(pruned)(text.read_text(), return_tensors="pt").input_ids[:, :32]
+    grams = []
+    for model in models:
+        layer, seen = model.model.layers[1].mlp.down_proj, []
+        layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0].detach()))
+        model(ids)
+        rows = seen[0]
+        grams.append(torch.tensor([[float(a @ b) for b in rows] for a in rows]))
+    error = ((grams[1] - grams[0]) ** 2).sum().sqrt() / (grams[0] ** 2).sum().sqrt()
+    assert figures["output_errors"]["model.layers.1.mlp.down_proj"] == pytest.approx(float(error), rel=1e-3)
+
+
+def test_the_card_gets_one_section_with_the_plots(page, pruned):
+    card = (pruned / "README.md").read_text()
+    assert card.startswith("---\nbase_model: x\n---\n\n# x, pruned\n") and card.count("## Report") == 1
+    plots = re.findall(r"!\[[^\]]+\]\((\S+\.png)\)", card)
+    assert plots == ["sparsity.png", "blocks.png", "errors.png", "losses.png"]
+    for plot in plots:
+        assert (pruned / plot).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing (Debian: chromium)")
+def test_a_browser_shows_the_page_without_a_complaint(page, tmp_path):
+    shot = tmp_path / "page.png"
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--hide-scrollbars"]
+    target = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", "--window-size=900,1600"]
+    done = subprocess.run(["chromium", *flags, *target, page[0].as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and shot.read_bytes().startswith(b"\x89PNG"), done.stderr
+    assert shot.stat().st_size > 20_000  # an empty page has less
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line], done.stderr
+
+
+def test_mistakes_are_told_in_one_line(pruned, text, tmp_path, refusal):
+    assert "is no folder" in refusal(report(tmp_path / "absent", text))
+    assert "does not exist" in refusal(report(pruned, text, "--output", tmp_path / "no" / "page.html"))
+    broken = tmp_path / "broken"
+    shutil.copytree(pruned, broken)
+    (broken / "recovery.json").write_text("{}")
+    assert "recovery.json is damaged" in refusal(report(broken, text))
+
+
+def test_prune_reports_when_asked_to(dense, text, tmp_path):
+    output = tmp_path / "out"
+    command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32]
+    assert main([*map(str, command), "--output", str(output), "--report"]) == 0
+    html = (output / "report.html").read_text()
+    assert "the calibration text itself" in html and f"<th>{dense.name}</th>" in html
+    assert "![zeros of each linear layer" in (output / "README.md").read_text()
+
+
+def test_compare_tabulates_models(dense, pruned, text, tmp_path, capsys):
+    command = ["compare", dense, pruned, "--text", text, "--window", 32, "--tokens", 128, "--no-speed"]
+    assert main([*map(str, command), "--json", str(tmp_path / "table.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads((tmp_path / "table.json").read_text())["models"]
+    assert [row["model"] for row in rows] == [str(dense), str(pruned)]
+    for line, row in zip(lines[1:3], rows, strict=True):
+        size = sum(path.stat().st_size for path in (dense if "dense" in line else pruned).glob("*.safetensors"))
+        assert row["bytes"] == size
+        assert line.split() == [row["model"], f"{row['perplexity']:.2f}", f"{row['sparsity']:.2%}", f"{size / 1e6:.1f}"]
+    assert rows[1]["sparsity"] == pytest.approx(0.5) and "4 windows of 32" in lines[3]
