@@ -17,4 +17,4 @@ wheel: setup  ## dist/: the source distribution and a manylinux wheel that audit
 	@bash scripts/wheel.sh
 
 docs: setup  ## site/: the documentation as web pages, links checked
-	@$(PYTHON) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet

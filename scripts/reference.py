@@ -28,7 +28,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 INTRODUCTION = """# Reference
 
 `python scripts/reference.py` writes this page from the modifiers' docstrings and fields. Edit those, not this page.
-The [tutorial](tutorial.md) shows the modifiers at work. [The results](results.md) say what they are worth."""
+[Write a recipe](recipes.md) shows the modifiers at work. [The results](results.md) say what they are worth."""
 
 ORDER = """## Order of modifiers
 

@@ -1,7 +1,13 @@
-"""The docs: the reference is current, the tutorial's recipes run, its order rules hold, and links lead somewhere."""
+"""The docs: the reference is current, recipes and commands run, order rules hold, and links lead somewhere."""
 
+import ast
 import importlib.util
+import os
+import random
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,14 +18,23 @@ from llmcompressor.recipe import Recipe
 from pydantic import Field
 
 import crepe_llm.modifiers
-from crepe_llm.recipe_files import shipped_recipes
-from modifier_helpers import load, run
+from crepe_llm.cli.main import main, parser
+from crepe_llm.recipe_files import recipe_path, shipped_recipes
+from modifier_helpers import load, run, save
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
-TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
-RECIPES = re.findall(r"```yaml\n(.*?)```", TUTORIAL, re.DOTALL)
+RECOVER = (ROOT / "docs" / "recover.md").read_text()
+# The blocks of the reference are the modifiers' docstrings', and are run with them.
+BLOCKS = {
+    f"{page.stem}-{number}": block
+    for page in PAGES
+    if page.name != "reference.md"
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL))
+}
+LARGEST = next(block for block in BLOCKS.values() if "CFSPModifier" in block and "DSnoTModifier" in block)
+EXTENSION = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.DOTALL)[1]
 
 
 def loaded(name):
@@ -36,7 +51,7 @@ def script():
 
 
 def test_what_a_gpu_needs_to_recover_is_what_the_script_computes():
-    assert f"\n{loaded('recovery_cost').table(989e12, 0.4)}\n" in TUTORIAL
+    assert f"\n{loaded('recovery_cost').table(989e12, 0.4)}\n" in RECOVER
 
 
 @pytest.fixture(autouse=True)
@@ -161,12 +176,97 @@ def test_files_that_code_and_docs_name_exist():
             assert (ROOT / path).is_file(), f"{source.relative_to(ROOT)} names {path}"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=range(len(RECIPES)))
-def test_the_tutorials_recipes_run(recipe, tiny_model_folder, calibration_data):
-    small = recipe.replace("candidates: 200", "candidates: 4").replace("round_to: 64", "round_to: 8")
+@pytest.fixture(scope="module")
+def extension():
+    """What the example of a score of one's own defines; it is registered with llm-compressor."""
+    defined = {}
+    exec(EXTENSION, defined)
+    return defined
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_recipes_run(name, extension, tiny_model_folder, calibration_data):
+    small = BLOCKS[name].replace("candidates: 200", "candidates: 4").replace("round_to: 64", "round_to: 8")
     model = run(load(tiny_model_folder("llama")), small, calibration_data)
     assert bool(model(torch.arange(3, 19)[None]).logits.isfinite().all())
     assert (model.model.layers[0].self_attn.q_proj.weight == 0).float().mean() > 0.3
+
+
+def test_the_example_of_a_score_is_wanda_at_power_one(extension, tiny_model_folder, calibration_data):
+    recipe = yaml.safe_load(BLOCKS["extend-0"])
+    fields = recipe["my_stage"]["my_modifiers"]["PowerScoreModifier"]
+    masks = []
+    for mine in (extension["PowerScoreModifier"](**fields | {"power": 1.0}), recipe_path("wanda_2of4").read_text()):
+        model = run(load(tiny_model_folder("llama")), mine, calibration_data)
+        masks.append({name: weight != 0 for name, weight in model.named_parameters() if "proj" in name})
+    assert masks[0] and all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    assert len(EXTENSION.strip().splitlines()) <= 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_blocks_compile_and_import_what_is_there(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        tree = ast.parse(block)
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), page.name, "exec"), {})
+
+
+def commands(page):
+    """The `crepe` commands of a page's indented blocks, words as a shell would cut them."""
+    for line in re.findall(r"^ {4}(crepe .*)$", page.read_text(), re.MULTILINE):
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True)
+            if "..." not in words and "[any" not in words:
+                yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_are_understood(page):
+    for words in commands(page):
+        if words != ["--help"]:
+            options = parser().parse_args(words)
+            recipe = getattr(options, "recipe", None)
+            assert recipe in (None, "my_recipe.yaml") or recipe in shipped_recipes(), words
+
+
+def test_the_five_minutes_run(tiny_model_folder, tmp_path, monkeypatch):
+    """The commands of the first page and of recovery, on a tiny model and a short text, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("".join(random.Random(0).choices("abcdefghijklmnop ", k=4000)))
+    model = load(tiny_model_folder("llama"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)  # so that it predicts something, of which there is something to recover
+    save(model, Path("smollm2"), tiny_model_folder("llama"))
+    ran = []
+    first = list(commands(ROOT / "docs" / "tutorial.md"))
+    for words in [*first, *commands(ROOT / "docs" / "recover.md")]:
+        if words[0] == "serve" or "smollm2" not in " ".join(words):
+            continue
+        small = {"--tokens": "64", "--samples": "4", "--length": "16", "--minutes": "0.02"}
+        given = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+        given = [each for word in given for each in (["--text", "text.txt"] if word == "--sample" else [word])]
+        if words[0] in ("evaluate", "report"):
+            given += ["--window", "16"]
+        if words[0] == "recover":
+            given += ["--length", "16", "--learning-rate", "1e-2"]
+        if words[0] == "prune" and Path("smollm2-2of4").exists():
+            shutil.rmtree("smollm2-2of4")
+        assert main(given) == 0, given
+        ran.append(words[0])
+    assert ran == ["evaluate", "prune", "evaluate", "report", "prune", "recover"]
+    assert Path("smollm2-2of4", "README.md").is_file() and Path("crepe_2of4_recovered", "loss.png").is_file()
+
+
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.html")}
+    assert {page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in PAGES if page.parent != ROOT} <= made
 
 
 @pytest.mark.parametrize(
@@ -183,8 +283,8 @@ def test_the_tutorials_recipes_run(recipe, tiny_model_folder, calibration_data):
     ],
 )
 def test_orders_that_the_table_excludes_are_refused(modifier, other, message, tiny_model_folder, calibration_data):
-    """The tutorial's largest recipe, with one modifier moved after another that it has to come before."""
-    order = list(yaml.safe_load(RECIPES[-1])["my_stage"]["my_modifiers"].items())
+    """The docs' largest recipe, with one modifier moved after another that it has to come before."""
+    order = list(yaml.safe_load(LARGEST)["my_stage"]["my_modifiers"].items())
     names = [name for name, _ in order]
     moved = order.pop(names.index(modifier))
     order.insert(names.index(other), moved)

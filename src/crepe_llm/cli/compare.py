@@ -7,6 +7,7 @@ from typing import Any
 
 from crepe_llm.cli.common import MODEL_HELP, add_loading, model_folder, open_model, require, weight_bytes, window_length
 from crepe_llm.cli.evaluate import add_test_text, texts_of
+from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 _COLUMNS = (
@@ -51,9 +52,10 @@ def run(options: argparse.Namespace) -> None:
     if options.speed:
         require("compare --speed", "vllm", extra="serve")
     check_json(options)
-    corpus, texts = texts_of(options)
     served = importlib.util.find_spec("vllm") is not None if options.speed is None else options.speed
-    rows = [_measured(options, name, (corpus, texts), served) for name in options.models]
+    with quiet("compare", False, own=("compare", "perplexity on")):
+        corpus, texts = texts_of(options)
+        rows = [_measured(options, name, (corpus, texts), served) for name in options.models]
     width = max(len(row["model"]) for row in rows)
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
     print(" " * width + "".join(f"  {title:>14}" for _, title, _ in columns))

@@ -108,8 +108,8 @@ def run(options: argparse.Namespace) -> None:
             progress.phase("measuring")
             test = own_test(options, texts, "calibration", length)
             make_report(options, options.output, options.model, test, options.output / PAGE)
-        if processes.is_first():
-            _report(options, made, time.perf_counter() - started, progress)
+    if processes.is_first():
+        _report(options, made, time.perf_counter() - started, progress)
 
 
 def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple["Pruning", tuple[str, list[str]], int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from crepe_llm.cli.common import add_loading, check_new_file, model_folder, open_model, require, weight_bytes
 from crepe_llm.cli.common import window_length as window_of
 from crepe_llm.cli.evaluate import add_test_text, texts_of
+from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 if TYPE_CHECKING:
@@ -94,8 +95,9 @@ def run(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise NotADirectoryError(f"{options.model} is no folder: name the folder of a pruned model")
     check_new_file(page, "--output")
-    test = Test(*texts_of(options), options.window, options.tokens)
-    figures = make_report(options, options.model, options.dense, test, page)
+    with quiet("report", False, own=("report", "perplexity on")):
+        test = Test(*texts_of(options), options.window, options.tokens)
+        figures = make_report(options, options.model, options.dense, test, page)
     print(f"{page}: the report; its plots are in {options.model}")
     print(f"perplexity: {', '.join(f'{name} {value:.4f}' for name, value in figures['perplexity'].items())}")
     write_json(options, {"model": options.model, "dense": options.dense, "report": page, **figures})
