@@ -28,10 +28,11 @@ static void put(uint8_t* to, int32_t dtype) {
     uint16_t half = uint16_t(bits >> 16);
     if (dtype == kFp16) half = value == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13);
     if (dtype == kFp16 || dtype == kBf16) std::memcpy(to, &half, 2);
-    if (dtype == kInt8) *to = uint8_t(rng());
+    if (dtype == kInt8 || is_codes(dtype)) *to = uint8_t(rng());
 }
 
-static int64_t bytes_of(int32_t dtype) { return dtype == kFp32 ? 4 : dtype == kInt8 ? 1 : 2; }
+// Codes come as whole bytes of two.
+static int64_t bytes_of(int32_t dtype) { return dtype == kFp32 ? 4 : dtype == kInt8 || is_codes(dtype) ? 1 : 2; }
 
 // A problem whose sizes do not belong together is refused before anything is read.
 static int refuses_wrong_sizes(const Problem& right, int portable) {
@@ -44,6 +45,8 @@ static int refuses_wrong_sizes(const Problem& right, int portable) {
         [](Problem& p) { p.layout = 2; },         [](Problem& p) { p.weight_format = kFormatCount; },
         [](Problem& p) { p.x_dtype = kInt8; },    [](Problem& p) { p.bias_dtype = -1; },
         [](Problem& p) { p.x_row_stride = -1; },  [](Problem& p) { p.weight = nullptr; },
+        [](Problem& p) { p.zero_count++, p.zero = p.zero ? p.zero : static_cast<const uint8_t*>(p.weight); },
+        [](Problem& p) { p.scale_dtype = kInt8; },
     };
     for (auto damage : damages) {
         Problem wrong = right;
@@ -59,7 +62,7 @@ int main() {
     for (int round = 0; round < 400; round++) {
         Problem p{};
         p.layout = rng() % 3 ? kSparse24 : kDense;
-        p.weight_format = int32_t(rng() % 4);
+        p.weight_format = int32_t(rng() % (p.layout == kSparse24 ? kFormatCount : 4));
         p.x_dtype = int32_t(rng() % 3);
         p.m = round % 10 ? pick(1, 30) : pick(60, 90);
         p.n = pick(1, 70);
@@ -67,7 +70,7 @@ int main() {
         if (p.layout == kDense) p.k += pick(0, 3);
         p.x_row_stride = p.k + pick(0, 3);
         p.x_column_stride = 1;
-        const int64_t chunks = (p.k + 31) / 32, values = kRowBlock * kColumnChunk / 2 * bytes_of(p.weight_format);
+        const int64_t chunks = (p.k + 31) / 32, values = chunk_bytes(p.weight_format) - kMetadataBytes;
         std::vector<uint8_t> weight;
         if (p.layout == kSparse24) {
             weight.resize(size_t((p.n + 15) / 16 * chunks * (kMetadataBytes + values)));
@@ -83,14 +86,24 @@ int main() {
         const int64_t xb = bytes_of(p.x_dtype);
         std::vector<uint8_t> x(size_t(((p.m - 1) * p.x_row_stride + p.k) * xb));
         for (size_t at = 0; at < x.size(); at += size_t(xb)) put(&x[at], p.x_dtype);
-        std::vector<float> scale, bias;
-        for (int64_t i = 0; i < p.n; i++) scale.push_back(float(pick(1, 8)) / 4), bias.push_back(float(pick(-8, 8)));
+        // Scales and zero points of groups lie in whole row blocks; a scale of any float format.
+        const int64_t group = p.layout == kSparse24 ? kWeightFormats[p.weight_format].scale_group : 0;
+        const int64_t in_blocks = (p.n + 15) / 16 * (group ? (p.k + group - 1) / group : 1) * kRowBlock;
+        p.scale_dtype = group ? int32_t(rng() % 3) : int32_t(kFp32);
+        p.scale_count = group ? in_blocks : p.n;
+        std::vector<uint8_t> scale(size_t(p.scale_count * bytes_of(p.scale_dtype))), zero;
+        for (size_t at = 0; at < scale.size(); at += size_t(bytes_of(p.scale_dtype))) put(&scale[at], p.scale_dtype);
+        if (p.layout == kSparse24 && is_codes(p.weight_format) && rng() % 2)
+            for (p.zero_count = 0; p.zero_count < in_blocks; p.zero_count++) zero.push_back(uint8_t(rng() % 16));
+        std::vector<float> bias;
+        for (int64_t i = 0; i < p.n; i++) bias.push_back(float(pick(-8, 8)));
         p.weight = weight.data();
         p.weight_bytes = int64_t(weight.size());
         p.x_columns = p.k;
-        p.scale_count = p.bias_count = p.n;
+        p.bias_count = p.n;
+        p.zero = zero.empty() ? nullptr : zero.data();
         p.x = x.data();
-        p.scale = rng() % 2 ? scale.data() : nullptr;
+        p.scale = group || rng() % 2 ? scale.data() : nullptr;
         p.bias = rng() % 2 ? bias.data() : nullptr;
         p.bias_dtype = kFp32;
         std::vector<uint8_t> expected(size_t(p.m * p.n * xb)), y(expected.size());

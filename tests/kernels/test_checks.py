@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from crepe_llm import kernels
 from crepe_llm.kernels import DenseWeight, PackedWeight, cpu, cuda, reference
-from crepe_llm.kernels.formats import FORMATS
+from crepe_llm.kernels.formats import FORMATS, int4_format
 from crepe_llm.kernels.packed import Inputs, split
 
 N, K = 24, 32
@@ -42,8 +42,15 @@ def with_gradient(tensor):
 
 def cpu_operands(**changes):
     packed = kernels.pack(sparse(), torch.rand(N) + 0.5)
-    made = {"x": torch.randn(3, K), "data": packed.data, "scale": packed.scale, "bias": torch.randn(N)}
+    made = {"x": torch.randn(3, K), "data": packed.data, "scale": packed.scale, "zero": None, "bias": torch.randn(N)}
     return list({**made, "n": N, "k": K, "format": "fp32", **changes}.values())
+
+
+def int4_operands(**changes):
+    form = int4_format(32)
+    made = {"x": torch.randn(3, K), "data": torch.zeros(2 * form.chunk_bytes, dtype=torch.uint8)}
+    made |= {"scale": torch.rand(form.packed_scale_shape(N, K)), "zero": torch.ones(2, 1, 16, dtype=torch.uint8)}
+    return list({**made, "bias": torch.randn(N), "n": N, "k": K, "format": form.name, **changes}.values())
 
 
 def gpu_operands(**changes):
@@ -100,12 +107,29 @@ CPU_CASES = {
     "int8 data": {"data": PACKED.data.view(torch.int8)},
     "strided data": {"data": strided(PACKED.data)},
     "meta data": {"data": PACKED.data.to("meta")},
+    "zero points of numbers": {"zero": torch.zeros(2, 1, 16, dtype=torch.uint8)},
     "too many columns for int8": {
         "k": 262176,
         "n": 1,
         "format": "int8",
         "data": torch.zeros(8193 * 320, dtype=torch.uint8),
     },
+}
+INT4_CASES = {
+    **X,
+    "no scale": {"scale": None},
+    "scales of rows": {"scale": torch.ones(N)},
+    "short scale": {"scale": torch.ones(1, 1, 16)},
+    "fp64 scale": {"scale": torch.ones(2, 1, 16, dtype=torch.float64)},
+    "strided scale": {"scale": strided(torch.ones(2, 1, 16))},
+    "short zero points": {"zero": torch.zeros(1, 1, 16, dtype=torch.uint8)},
+    "int8 zero points": {"zero": torch.zeros(2, 1, 16, dtype=torch.int8)},
+    "strided zero points": {"zero": strided(torch.zeros(2, 1, 16, dtype=torch.uint8))},
+    "meta zero points": {"zero": torch.zeros(2, 1, 16, dtype=torch.uint8, device="meta")},
+    "more rows": {"n": N + 16},
+    "more columns": {"k": K + 32},
+    "short data": {"data": torch.zeros(383, dtype=torch.uint8)},
+    "a scale for each row of another format": {"format": "int4"},
 }
 GPU_CASES = {
     **X,
@@ -138,6 +162,7 @@ CASES = [
     pytest.param(operator, make, changes, id=f"{name}: {case}")
     for name, operator, make, cases in (
         ("cpu", CPU, cpu_operands, CPU_CASES),
+        ("int4", CPU, int4_operands, INT4_CASES),
         ("gpu", GPU, gpu_operands, GPU_CASES),
         ("dense", DENSE, dense_operands, DENSE_CASES),
     )
@@ -146,7 +171,7 @@ CASES = [
 
 
 def test_the_operands_are_right_without_a_change():
-    for operator, make in ((CPU, cpu_operands), (GPU, gpu_operands), (DENSE, dense_operands)):
+    for operator, make in ((CPU, cpu_operands), (CPU, int4_operands), (GPU, gpu_operands), (DENSE, dense_operands)):
         assert operator(*make()).shape == (3, N)
 
 

@@ -35,7 +35,7 @@ def test_errors_name_the_shapes():
     with pytest.raises(TypeError, match="float64"):
         kernels.linear(torch.ones(2, 8, dtype=torch.float64), packed)
     with pytest.raises(ValueError, match="needs"):
-        torch.ops.crepe_llm.sparse24_linear(torch.ones(2, 8), packed.data[:-1], None, None, 10, 8, "fp32")
+        torch.ops.crepe_llm.sparse24_linear(torch.ones(2, 8), packed.data[:-1], None, None, None, 10, 8, "fp32")
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -56,7 +56,7 @@ def test_torch_compile_traces_without_a_break(backend, dtype):
 
 def test_operators_meet_torch_librarys_contract():
     packed = kernels.pack(sparse(10, 8))
-    arguments = (torch.randn(3, 8), packed.data, packed.scale, None, 10, 8, "fp32")
+    arguments = (torch.randn(3, 8), packed.data, packed.scale, None, None, 10, 8, "fp32")
     torch.library.opcheck(torch.ops.crepe_llm.sparse24_linear.default, arguments)
     x, bias = torch.randn(3, 8), torch.randn(10)
     for weight, scale in ((torch.randn(10, 8), None), (torch.ones(10, 8, dtype=torch.int8), torch.rand(10))):

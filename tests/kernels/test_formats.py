@@ -9,7 +9,7 @@ import torch
 
 from crepe_llm import kernels
 from crepe_llm.kernels import formats
-from crepe_llm.kernels.formats import FORMATS, format_of
+from crepe_llm.kernels.formats import FORMATS, format_of, int4_format
 from crepe_llm.kernels.packed import Kept, deinterleave, fitted_scale, interleave
 
 HEADER = Path(formats.__file__).parent / "cpu" / "weight_formats.h"
@@ -18,11 +18,15 @@ HEADER = Path(formats.__file__).parent / "cpu" / "weight_formats.h"
 def test_the_table_is_the_one_of_the_cpp_kernels():
     text = HEADER.read_text()
     codes = re.search(r"enum : int32_t \{ (.*), kFormatCount \};", text).group(1).split(", ")
-    rows = re.findall(r'\{"(\w+)", (\d+), (true|false)\}', text)
-    assert [code.lower() for code in codes] == [f"k{name}" for name, _, _ in rows]
-    theirs = [(code, name, int(bits), flag == "true") for code, (name, bits, flag) in enumerate(rows)]
+    rows = re.findall(r'\{"(\w+)", (\d+), (true|false), (\d+)\}', text)
+    assert [code.lower() for code in codes] == [f"k{name.replace('_', '')}" for name, *_ in rows]
+    theirs = [
+        (code, name, int(bits), flag == "true", int(group)) for code, (name, bits, flag, group) in enumerate(rows)
+    ]
     on_cpu = sorted((form for form in FORMATS.values() if form.code is not None), key=lambda form: form.code)
-    assert [(form.code, form.name, form.bits, form.always_quantizes) for form in on_cpu] == theirs
+    ours = [(f.code, f.name, f.bits, f.always_quantizes, f.scale_group or 0) for f in on_cpu]
+    assert ours == theirs
+    assert {f.zero_point for f in on_cpu if f.bits == 4} == {int(re.search(r"kZeroPoint = (\d+);", text).group(1))}
     for name in ("kRowBlock", "kColumnChunk"):
         ours = {"kRowBlock": formats.ROW_BLOCK, "kColumnChunk": formats.COLUMN_CHUNK}[name]
         assert int(re.search(rf"{name} = (\d+);", text).group(1)) == ours
@@ -35,6 +39,10 @@ def test_chunk_bytes_and_column_shifts():
         "fp32": 1088,
         "int8": 320,
         "fp8": 320,
+        "int4": 192,
+        "int4_g32": 192,
+        "int4_g64": 192,
+        "int4_g128": 192,
     }
     for group in range(8):
         for value in range(2):
@@ -45,7 +53,14 @@ def test_chunk_bytes_and_column_shifts():
 
 def test_a_format_is_found_by_dtype_or_refused():
     for form in FORMATS.values():
-        assert format_of(form.dtype) is form
+        if form.zero_point is None:
+            assert format_of(form.dtype) is form
+    for group in (None, 32, 64, 128):
+        assert int4_format(group).scale_group == group and int4_format(group).bits == 4
+    with pytest.raises(
+        ValueError, match="48 columns share a scale; 4-bit weights have groups of 32, 64, 128, or whole"
+    ):
+        int4_format(48)
     with pytest.raises(TypeError, match="float64; bfloat16, float16, float32, int8 or float8_e4m3fn"):
         format_of(torch.float64)
 
@@ -61,7 +76,9 @@ def test_wider_formats_hold_every_value():
 
 
 # A lane is at most 32 bits.
-LANES = [(name, lane) for name, form in FORMATS.items() for lane in (1, 2, 4) if form.code is not None]
+LANES = [
+    (name, lane) for name, form in FORMATS.items() for lane in (1, 2, 4) if form.code is not None and form.bits > 4
+]
 LANES = [(name, lane) for name, lane in LANES if lane * FORMATS[name].bits <= 32]
 
 

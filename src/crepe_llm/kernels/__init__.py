@@ -10,7 +10,17 @@ tensor([[16.,  1.]])
 """
 
 from crepe_llm.kernels.cuda.weight import CudaWeight
-from crepe_llm.kernels.dispatch import linear, pack, pack_compressed, unpack
+from crepe_llm.kernels.dispatch import linear, pack, pack_compressed, pack_int4, unpack
 from crepe_llm.kernels.packed import DenseWeight, PackedWeight, pack_dense
 
-__all__ = ["CudaWeight", "DenseWeight", "PackedWeight", "linear", "pack", "pack_compressed", "pack_dense", "unpack"]
+__all__ = [
+    "CudaWeight",
+    "DenseWeight",
+    "PackedWeight",
+    "linear",
+    "pack",
+    "pack_compressed",
+    "pack_dense",
+    "pack_int4",
+    "unpack",
+]

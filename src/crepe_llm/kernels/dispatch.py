@@ -5,6 +5,7 @@ graph break.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from crepe_llm.kernels import checks, cpu, cuda, reference
 from crepe_llm.kernels.cuda import products
 from crepe_llm.kernels.cuda.products import CUSPARSELT, CUSPARSELT_LIMITS, CUTLASS, CUTLASS_LIMITS, TRITON, fits
 from crepe_llm.kernels.cuda.weight import CudaWeight
-from crepe_llm.kernels.formats import FORMATS, Format, format_named
+from crepe_llm.kernels.formats import FORMATS, Format, format_named, int4_format
 from crepe_llm.kernels.packed import (
     DenseWeight,
     Inputs,
@@ -22,8 +23,11 @@ from crepe_llm.kernels.packed import (
     deinterleave,
     fitted_scale,
     interleave,
+    interleave_int4,
+    nibbles,
     split,
     split_compressed,
+    split_int4,
 )
 
 # Most tokens for which the dense kernel beats torch's linear, by instruction set, for half-precision weights and, last,
@@ -34,7 +38,10 @@ _DENSE_FP32_TOKENS = 4
 _EXPANDED_ROWS = 4096
 
 # ``format`` is the name of a format; ``n`` and ``k`` are the dense shape.
-_SPARSE24 = "sparse24_linear(Tensor x, Tensor data, Tensor? scale, Tensor? bias, int n, int k, str format) -> Tensor"
+_SPARSE24 = (
+    "sparse24_linear(Tensor x, Tensor data, Tensor? scale, Tensor? zero, Tensor? bias, int n, int k, str format) "
+    "-> Tensor"
+)
 _CUDA = (
     "sparse24_cuda_linear(Tensor x, Tensor? token_scale, Tensor? values, Tensor? metadata, Tensor? cutlass, "
     "Tensor? cusparselt, Tensor? dense, Tensor? scale, Tensor? bias, int n, int k, str format, "
@@ -83,8 +90,44 @@ def pack_compressed(
     return _pack(split_compressed(compressed, bitmask, shape), scale, inputs)
 
 
+def pack_int4(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shape: Sequence[int],
+    group_size: int | None = None,
+    zero_point: torch.Tensor | None = None,
+) -> PackedWeight:
+    """Packs a 2:4 weight of 4-bit codes as compressed-tensors' ``pack-quantized`` stores it, for the CPU.
+
+    ``weight`` is int32 [N, ceil(K / 8)], eight codes a value, the lowest bits first; ``scale`` [N, groups] or, for
+    whole rows (``group_size`` None), [N, 1]; ``shape`` the dense (N, K); ``group_size`` 32, 64, 128 or None columns;
+    ``zero_point`` int32 [ceil(N / 8), groups], eight rows a value, or None: 8 everywhere. The weight is
+    ``(code - zero point) * scale``, the arithmetic of compressed-tensors; products with it are exact but for fp32 sums.
+
+    Raises ValueError when a group of 4 columns holds more than two codes that are not the zero point, when shapes
+    disagree, for another group size, or on another device; TypeError for other dtypes.
+    """
+    (n, k), form = shape, int4_format(group_size)
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight is on {weight.device}; 4-bit 2:4 weights are multiplied on a CPU: move it there")
+    if tuple(scale.shape) != (wanted := (n, form.zero_shape(n, k)[1])):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; one for each of {wanted} is needed")
+    zero = None
+    if zero_point is not None:
+        zero_point = zero_point.contiguous()
+        checks.part("zero_point", zero_point, (-(-n // 8), wanted[1]), (torch.int32,))
+        zero = nibbles(zero_point.t().contiguous()).t()[:n].reshape(form.scale_shape(n, k)).contiguous()
+    kept = split_int4(weight.contiguous(), zero, (n, k), form)
+    fitted = fitted_scale(scale, kept)
+    assert fitted is not None
+    return interleave_int4(kept, fitted, zero)
+
+
 def unpack(packed: PackedWeight | CudaWeight | DenseWeight) -> torch.Tensor:
-    """The dense weight [N, K], bit for bit what was packed (where it is held as bf16: as bf16), without the scale."""
+    """The dense weight [N, K], bit for bit what was packed (where it is held as bf16: as bf16), without the scale.
+
+    Of 4-bit codes: int8, less their zero points.
+    """
     if isinstance(packed, DenseWeight):
         return packed.weight
     return cuda.to_dense(packed) if isinstance(packed, CudaWeight) else deinterleave(packed)
@@ -209,7 +252,9 @@ def _quantized_cpu(x: torch.Tensor, packed: PackedWeight, inputs: Inputs, bias: 
 def _sparse(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     if _direct(x):
         return _multiply(x, packed, bias)
-    return torch.ops.crepe_llm.sparse24_linear(x, packed.data, packed.scale, bias, *packed.shape, packed.format.name)
+    return torch.ops.crepe_llm.sparse24_linear(
+        x, packed.data, packed.scale, packed.zero, bias, *packed.shape, packed.format.name
+    )
 
 
 def _direct(x: torch.Tensor) -> bool:
@@ -225,8 +270,8 @@ def _multiply(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) 
 
 def _sparse24_call(*operands: Any) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None]:
     """x, weight and bias from the operands of the CPU's operator, in the order of its schema."""
-    x, data, scale, bias, n, k, name = operands
-    return x, PackedWeight(data, (n, k), format_named(name), scale), bias
+    x, data, scale, zero, bias, n, k, name = operands
+    return x, PackedWeight(data, (n, k), format_named(name), scale, zero=zero), bias
 
 
 def _sparse24_linear(*operands: Any) -> torch.Tensor:

@@ -9,7 +9,16 @@ from functools import cached_property
 
 import torch
 
-__all__ = ["COLUMN_CHUNK", "FORMATS", "METADATA_BYTES", "ROW_BLOCK", "Format", "format_named", "format_of"]
+__all__ = [
+    "COLUMN_CHUNK",
+    "FORMATS",
+    "METADATA_BYTES",
+    "ROW_BLOCK",
+    "Format",
+    "format_named",
+    "format_of",
+    "int4_format",
+]
 
 ROW_BLOCK = 16
 COLUMN_CHUNK = 32
@@ -25,12 +34,14 @@ class Format:
 
     - ``name``: what operators, plans and messages call it
     - ``bits``: of one kept value in a chunk
-    - ``dtype``: torch's dtype of a tensor of kept values
+    - ``dtype``: torch's dtype of a tensor of kept values; wider than ``bits`` for 4-bit codes, a code an element
     - ``code``: its place in the C++ kernels' table; None: the CPU has no kernel for it and holds it as ``wider``
     - ``lane``: how many kept values of a row lie side by side in a chunk, which is [kept values / lane][row][lane]
     - ``spread``: whether the 2-bit columns of a lane's values lie each in its own part of a row's metadata word, where
       one shift and one mask spread them over the lane; else they follow each other in the order of the values
-    - ``scale_group``: how many columns of a row share a scale; None: the whole row
+    - ``scale_group``: how many columns of a row share a scale, a multiple of 32; None: the whole row
+    - ``zero_point``: None: kept values are numbers; else they are unsigned codes, and what a code stands for is the
+      code less its zero point: this one, or the weight's own, one for each scale
     - ``inputs``: the dtype that activations can be quantized to, or None
     - ``always_quantizes``: whether activations are always quantized
     - ``max_columns``: the largest K, or None
@@ -44,6 +55,7 @@ class Format:
     lane: int = 1
     spread: bool = False
     scale_group: int | None = None
+    zero_point: int | None = None
     inputs: torch.dtype | None = None
     always_quantizes: bool = False
     max_columns: int | None = None
@@ -75,7 +87,18 @@ class Format:
 
     def scale_shape(self, n: int, k: int) -> tuple[int, ...]:
         """The shape of the scales of a weight [n, k]: [n], or [n, groups of columns]."""
-        return (n,) if self.scale_group is None else (n, -(-k // self.scale_group))
+        return (n,) if self.scale_group is None else (n, self._groups(k))
+
+    def packed_scale_shape(self, n: int, k: int) -> tuple[int, ...]:
+        """The shape of the scales beside the CPU kernels' layout: [n], or [row blocks, groups of columns, 16]."""
+        return (n,) if self.scale_group is None else self.zero_shape(n, k)
+
+    def zero_shape(self, n: int, k: int) -> tuple[int, int, int]:
+        """The shape of the zero points beside the CPU kernels' layout: [row blocks, groups of columns, 16]."""
+        return -(-n // ROW_BLOCK), self._groups(k), ROW_BLOCK
+
+    def _groups(self, k: int) -> int:
+        return 1 if self.scale_group is None else -(-k // self.scale_group)
 
 
 FORMATS: dict[str, Format] = {
@@ -97,10 +120,19 @@ FORMATS: dict[str, Format] = {
             wider="bf16",
         ),
         Format("fp8", bits=8, dtype=torch.float8_e4m3fn, code=None, inputs=torch.float8_e4m3fn, wider="bf16"),
+        *(
+            Format(name, bits=4, dtype=torch.uint8, code=code, lane=8, scale_group=group, zero_point=8)
+            for name, code, group in (
+                ("int4", 4, None),
+                ("int4_g32", 5, 32),
+                ("int4_g64", 6, 64),
+                ("int4_g128", 7, 128),
+            )
+        ),
     )
 }
 
-_BY_DTYPE = {form.dtype: form for form in FORMATS.values()}
+_BY_DTYPE = {form.dtype: form for form in FORMATS.values() if form.bits == 8 * form.dtype.itemsize}
 
 
 def format_named(name: str) -> Format:
@@ -108,6 +140,18 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"format is {name!r}; one of {', '.join(FORMATS)} is needed")
     return FORMATS[name]
+
+
+def int4_format(scale_group: int | None) -> Format:
+    """The format of 4-bit codes with a scale for ``scale_group`` columns; None: for the whole row.
+
+    Raises ValueError where there is none.
+    """
+    found = [form for form in FORMATS.values() if form.bits == 4 and form.scale_group == scale_group]
+    if not found:
+        known = ", ".join(str(form.scale_group) for form in FORMATS.values() if form.bits == 4 and form.scale_group)
+        raise ValueError(f"{scale_group} columns share a scale; 4-bit weights have groups of {known}, or whole rows")
+    return found[0]
 
 
 def format_of(dtype: torch.dtype) -> Format:

@@ -11,7 +11,10 @@ bytes    content          order
 the rest kept values      [kept values / lane][row 16][lane]: ``lane`` kept values of a row side by side
 ======== ================ =======================================================================================
 
-The lane is 2 for bf16 (the two kept values of a group), 1 for fp16 and fp32, and 4 for int8 (those of two groups).
+The lane is 2 for bf16 (the two kept values of a group), 1 for fp16 and fp32, 4 for int8 (those of two groups), and 8
+for int4 (those of four groups: a word whose lower half has the first kept value of each, 4 bits a value, whose upper
+half has the second). Scales of groups of columns and int4's zero points lie beside the chunks, each
+[row block][group of columns][row 16].
 
 In the metadata word the column (0 to 3, within its group) of kept value ``v`` of group ``g`` is at bits ``4 g + 2 v``;
 for int8, of kept value ``v`` (0 to 3) of pair of groups ``p``, at bits ``8 v + 2 p``, so that one shift and one mask
@@ -21,6 +24,7 @@ says, a kernel reads no activation outside the group. The layout is ours; what d
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,9 +76,10 @@ class Inputs:
 class PackedWeight:
     """A 2:4 weight in the CPU kernels' layout; made by :func:`crepe_llm.kernels.pack`.
 
-    ``data`` is the layout's bytes (uint8, flat), ``shape`` the dense (N, K), ``scale`` the format's fp32 scales ([N],
-    they multiply the outputs), or None, and ``inputs`` how activations are quantized, or None (the int8 kernel
-    quantizes them itself, one scale a token).
+    ``data`` is the layout's bytes (uint8, flat), ``shape`` the dense (N, K), ``scale`` the format's scales (fp32 [N],
+    they multiply the outputs; for groups of columns bf16, fp16 or fp32 [row blocks, groups, 16]), or None, ``inputs``
+    how activations are quantized, or None (the int8 kernel quantizes them itself, one scale a token), and ``zero`` the
+    zero points of codes (uint8 [row blocks, groups, 16]), or None: all are the format's.
 
     Raises ValueError or TypeError where the tensors are not those of such a weight.
     """
@@ -84,21 +89,30 @@ class PackedWeight:
     format: Format
     scale: torch.Tensor | None = None
     inputs: Inputs | None = None
+    zero: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         (n, k), form = self.shape, self.format
         form.check_shape(n, k)
         checks.part(f"packed data of {n} x {k} {form.name}", self.data, (packed_bytes(n, k, form),), (torch.uint8,))
-        checks.part("scale", self.scale, form.scale_shape(n, k), (torch.float32,))
+        if form.scale_group is not None and self.scale is None:
+            raise ValueError(f"scale is None; a {form.name} weight needs one for each group of columns")
+        if form.zero_point is None and self.zero is not None:
+            raise ValueError(
+                f"zero has shape {tuple(self.zero.shape)}; {form.name} weights need None: they have no codes"
+            )
+        dtypes = (torch.float32,) if form.scale_group is None else checks.ACTIVATIONS
+        checks.part("scale", self.scale, form.packed_scale_shape(n, k), dtypes)
+        checks.part("zero", self.zero, form.zero_shape(n, k), (torch.uint8,))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.data,) if self.scale is None else (self.data, self.scale)
+        return tuple(tensor for tensor in (self.data, self.scale, self.zero) if tensor is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the packed weight takes."""
-        return self.data.numel() + (self.scale.nbytes if self.scale is not None else 0)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +171,47 @@ def split(weight: torch.Tensor) -> Kept:
     form = format_of(weight.dtype)
     form.check_shape(n, k)
     weight = weight.resolve_neg()
-    kept = nonzero(weight).reshape(n, k // 4, 4)
+    columns = _two_columns(nonzero(weight))
+    groups = weight.reshape(n, k // 4, 4).view(INTEGERS[weight.element_size()])
+    return Kept(groups.gather(-1, columns).view(weight.dtype), columns.to(torch.uint8), form)
+
+
+def split_int4(weight: torch.Tensor, zero: torch.Tensor | None, shape: Sequence[int], form: Format) -> Kept:
+    """Takes a 2:4 weight of 4-bit codes apart, eight codes an int32 [N, ceil(K / 8)], the lowest bits first.
+
+    ``zero`` uint8 [N, groups of columns]: the codes that stand for zero; None: the format's.
+
+    Raises ValueError when a group of 4 holds more than two codes that do not stand for zero, and where shapes disagree.
+    """
+    n, k = shape
+    form.check_shape(n, k)
+    checks.part("weight", weight, (n, -(-k // 8)), (torch.int32,))
+    checks.part("zero_point", zero, form.scale_shape(n, k), (torch.uint8,))
+    codes = nibbles(weight)[:, :k]
+    zeros = torch.tensor(form.zero_point) if zero is None else _of_columns(zero.view(n, -1), form, k)
+    columns = _two_columns(codes.ne(zeros))
+    return Kept(codes.reshape(n, k // 4, 4).gather(-1, columns), columns.to(torch.uint8), form)
+
+
+def nibbles(words: torch.Tensor) -> torch.Tensor:
+    """The 4-bit values of contiguous integers, the lowest bits first: uint8 [..., 8 for an int32]."""
+    pairs = words.view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+
+
+def _of_columns(of_groups: torch.Tensor, form: Format, k: int) -> torch.Tensor:
+    """What each column of a row has, [N, K], of what each of the row's scale groups has, [N, groups]."""
+    if form.scale_group is None:
+        return of_groups.expand(-1, k)
+    return of_groups.repeat_interleave(form.scale_group, 1)[:, :k]
+
+
+def _two_columns(kept: torch.Tensor) -> torch.Tensor:
+    """The columns (0 to 3) of the two values that each group of 4 keeps, ascending: [N, K / 4, 2].
+
+    ``kept`` bool [N, K]; zeros fill up where it has fewer. Raises ValueError where it has more.
+    """
+    kept = kept.reshape(len(kept), -1, 4)
     surplus = (kept.sum(-1, dtype=torch.uint8) > 2).nonzero()
     if surplus.numel():
         row, group = surplus[0].tolist()
@@ -166,9 +220,7 @@ def split(weight: torch.Tensor) -> Kept:
             f"{int(kept[row, group].sum())} non-zero values; prune it with mask_structure 2:4"
         )
     # Two columns a group: the non-zero ones first, then zeros, in ascending order.
-    columns = torch.sort(kept.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
-    groups = weight.reshape(n, k // 4, 4).view(INTEGERS[weight.element_size()])
-    return Kept(groups.gather(-1, columns).view(weight.dtype), columns.to(torch.uint8), form)
+    return torch.sort(kept.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
 
 
 def split_compressed(compressed: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, int] | torch.Tensor) -> Kept:
@@ -223,7 +275,10 @@ def pack_dense(weight: torch.Tensor, scale: torch.Tensor | None = None) -> Dense
 
 
 def deinterleave(packed: PackedWeight) -> torch.Tensor:
-    """The dense weight [N, K] of the CPU kernels' layout, bit for bit what was packed (without the scale)."""
+    """The dense weight [N, K] of the CPU kernels' layout, bit for bit what was packed (without the scale).
+
+    Of codes: int8, less their zero points.
+    """
     form, (n, k) = packed.format, packed.shape
     rows, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
     data = packed.data.view(rows, chunks, form.chunk_bytes)
@@ -232,21 +287,44 @@ def deinterleave(packed: PackedWeight) -> torch.Tensor:
     columns = bits.transpose(1, 2).reshape(rows * ROW_BLOCK, chunks * _GROUPS, 2)
     lanes = data[..., METADATA_BYTES:].contiguous().view(_lane_integer(form))
     ordered = lanes.view(rows, chunks, -1, ROW_BLOCK).permute(0, 3, 1, 2).contiguous()
-    values = ordered.view(form.dtype).reshape(rows * ROW_BLOCK, chunks * _GROUPS, 2)
-    dense = torch.zeros(*values.shape[:2], 4, dtype=form.dtype, device=values.device)
+    values = _from_lanes(ordered, form).reshape(rows * ROW_BLOCK, chunks * _GROUPS, 2)
+    if form.zero_point is not None:
+        values = values.to(torch.int8) - _zeros_of_kept(packed)
+    dense = torch.zeros(*values.shape[:2], 4, dtype=values.dtype, device=values.device)
     dense.scatter_(-1, columns.long(), values)
     return dense.view(rows * ROW_BLOCK, -1)[:n, :k].contiguous()
 
 
-def interleave(kept: Kept, scale: torch.Tensor | None = None, inputs: Inputs | None = None) -> PackedWeight:
-    """The CPU kernels' layout of a weight whose format they know."""
+def _zeros_of_kept(packed: PackedWeight) -> torch.Tensor | int:
+    """The zero points int8 [16 x row blocks, groups of 4 columns, 1] of a weight of codes, or the one that all have."""
+    form = packed.format
+    if packed.zero is None:
+        assert form.zero_point is not None
+        return form.zero_point
+    by_row = packed.zero.to(torch.int8).transpose(1, 2).flatten(0, 1)
+    columns = -(-packed.shape[1] // COLUMN_CHUNK) * COLUMN_CHUNK
+    return _of_columns(by_row, form, columns)[:, ::4, None]
+
+
+def column_scales(packed: PackedWeight) -> torch.Tensor:
+    """The fp32 scales [N, K] of a weight whose groups of columns have scales."""
+    assert packed.scale is not None
+    n, k = packed.shape
+    by_row = packed.scale.float().transpose(1, 2).flatten(0, 1)
+    return _of_columns(by_row, packed.format, k)[:n]
+
+
+def interleave(
+    kept: Kept, scale: torch.Tensor | None = None, inputs: Inputs | None = None, zero: torch.Tensor | None = None
+) -> PackedWeight:
+    """The CPU kernels' layout of a weight whose format they know; ``scale`` and ``zero`` lie as there."""
     values, columns, form = kept
     n, k = kept.shape
     rows, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
     padding = (0, 0, 0, chunks * _GROUPS - k // 4, 0, rows * ROW_BLOCK - n)
     if any(padding):
         values = torch.nn.functional.pad(values, padding)
-        # Padded values are zero, so that their columns do not matter: (0, 0) is as good as (0, 1).
+        # Padded values meet activations of zero, so that their columns do not matter: (0, 0) is as good as (0, 1).
         columns = torch.nn.functional.pad(columns, padding)
     data = on_huge_pages(torch.empty(rows, chunks, form.chunk_bytes, dtype=torch.uint8, device=values.device))
     words = torch.zeros(rows * ROW_BLOCK, chunks, dtype=torch.int32, device=values.device)
@@ -255,10 +333,43 @@ def interleave(kept: Kept, scale: torch.Tensor | None = None, inputs: Inputs | N
         words |= by_chunk[:, :, value].to(torch.int32) << shift
     metadata = words.view(rows, ROW_BLOCK, chunks).transpose(1, 2).contiguous()
     data[..., :METADATA_BYTES] = metadata.view(torch.uint8).view(rows, chunks, METADATA_BYTES)
-    lanes = values.contiguous().view(rows, ROW_BLOCK, chunks, 2 * _GROUPS).view(_lane_integer(form))
+    lanes = _to_lanes(values.contiguous().view(rows, ROW_BLOCK, chunks, 2 * _GROUPS), form)
     ordered = lanes.permute(0, 2, 3, 1)
     data[..., METADATA_BYTES:] = ordered.contiguous().view(torch.uint8).view(rows, chunks, -1)
-    return PackedWeight(data.view(-1), (n, k), form, scale, inputs)
+    return PackedWeight(data.view(-1), (n, k), form, scale, inputs, zero)
+
+
+def interleave_int4(kept: Kept, scale: torch.Tensor, zero: torch.Tensor | None) -> PackedWeight:
+    """:func:`interleave` for codes; ``scale`` fp32 and ``zero`` uint8 lie as :meth:`Format.scale_shape` says.
+
+    Scales of groups are held in the narrowest of bf16, fp16 and fp32 that holds all of them exactly.
+    """
+    if kept.format.scale_group is not None:
+        exact = (dtype for dtype in checks.ACTIVATIONS if torch.equal(scale.to(dtype).float(), scale))
+        scale = _by_block(scale.to(next(exact, torch.float32)))
+    return interleave(kept, scale, zero=None if zero is None else _by_block(zero.view(len(zero), -1)))
+
+
+def _by_block(of_rows: torch.Tensor) -> torch.Tensor:
+    """[N, groups] as [row blocks, groups, 16], with zeros to fill up."""
+    n, groups = of_rows.shape
+    padded = torch.nn.functional.pad(of_rows, (0, 0, 0, -n % ROW_BLOCK))
+    return padded.view(-1, ROW_BLOCK, groups).transpose(1, 2).contiguous()
+
+
+def _to_lanes(values: torch.Tensor, form: Format) -> torch.Tensor:
+    """The integers [..., 16 / lane] that hold a row's 16 kept values [..., 16] of a chunk."""
+    if form.bits != 4:
+        return values.view(_lane_integer(form))
+    nibbles = values.unflatten(-1, (-1, form.lane // 2, 2)).transpose(-1, -2).flatten(-2)
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).contiguous().view(_lane_integer(form)).flatten(-2)
+
+
+def _from_lanes(lanes: torch.Tensor, form: Format) -> torch.Tensor:
+    """The inverse of :func:`_to_lanes`."""
+    if form.bits != 4:
+        return lanes.view(form.dtype)
+    return nibbles(lanes).unflatten(-1, (-1, 2, form.lane // 2)).transpose(-1, -2).flatten(-3)
 
 
 def _lane_integer(form: Format) -> torch.dtype:

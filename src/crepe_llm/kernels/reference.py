@@ -3,7 +3,7 @@
 import torch
 
 from crepe_llm.kernels import checks
-from crepe_llm.kernels.packed import Inputs, PackedWeight, deinterleave
+from crepe_llm.kernels.packed import Inputs, PackedWeight, column_scales, deinterleave
 
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _FP8_MIN_SCALE = 1 / (_FP8_MAX * 512)  # vLLM's: keeps a token of zeros from dividing by zero
@@ -54,8 +54,10 @@ def sparse_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | No
         # Sums stay below 2^53, so that fp64 gives the int32 result exactly.
         y = torch.nn.functional.linear(values.double(), weight.double()).float() * token_scale[:, None]
     else:
-        y = torch.nn.functional.linear(x.float(), weight.float())
-    if packed.scale is not None:
+        grouped = packed.format.scale_group is not None
+        weight = weight.float() * column_scales(packed) if grouped else weight.float()
+        y = torch.nn.functional.linear(x.float(), weight)
+    if packed.scale is not None and packed.format.scale_group is None:
         y = y * packed.scale
     if bias is not None:
         y = y + bias.float().reshape(-1)

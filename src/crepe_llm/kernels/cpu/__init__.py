@@ -20,7 +20,8 @@ from crepe_llm.kernels.packed import DenseWeight, PackedWeight
 ISA_VARIABLE = "CREPE_CPU_ISA"
 
 # Activations, biases and dense weights have the codes of the formats of their dtype; dense weights may be int8, too.
-_CODES = {form.dtype: form.code for form in FORMATS.values() if form.code is not None}
+_FORMATS = [form for name, form in FORMATS.items() if name in ("bf16", "fp16", "fp32", "int8")]
+_CODES = {form.dtype: form.code for form in _FORMATS if form.code is not None}
 _FLOATS = {dtype: code for dtype, code in _CODES.items() if dtype.is_floating_point}
 _SPARSE24, _DENSE = 0, 1
 # pip keeps the wheel that it builds, one without kernels too, and would install that again.
@@ -35,10 +36,10 @@ class _Problem(ctypes.Structure):
     """``Problem`` of kernels.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "x", "scale", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("weight", "x", "scale", "zero", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "x_row_stride", "x_column_stride")),
-        *((name, ctypes.c_int64) for name in ("weight_bytes", "x_columns", "scale_count", "bias_count")),
-        *((name, ctypes.c_int32) for name in ("layout", "weight_format", "x_dtype", "bias_dtype")),
+        *((name, ctypes.c_int64) for name in ("weight_bytes", "x_columns", "scale_count", "zero_count", "bias_count")),
+        *((name, ctypes.c_int32) for name in ("layout", "weight_format", "x_dtype", "scale_dtype", "bias_dtype")),
     )
 
 
@@ -131,9 +132,11 @@ def multiply(
             raise ValueError(
                 f"the CPU has no kernel for {weight.format.name} weights; crepe_llm.kernels.pack widens them"
             )
-        layout, data, scale, code = _SPARSE24, weight.data, weight.scale, weight.format.code
+        layout, data, code = _SPARSE24, weight.data, weight.format.code
+        scale, zero = weight.scale, weight.zero
     else:
-        layout, data, scale, code = _DENSE, weight.weight, weight.scale, _CODES[weight.dtype]
+        layout, data, code = _DENSE, weight.weight, _CODES[weight.dtype]
+        scale, zero = weight.scale, None
     x = x.resolve_neg()
     y = x.new_empty(x.shape[0], n)
     if bias is not None:
@@ -142,6 +145,7 @@ def multiply(
         data.data_ptr(),
         x.data_ptr(),
         None if scale is None else scale.data_ptr(),
+        None if zero is None else zero.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         x.shape[0],
@@ -152,10 +156,12 @@ def multiply(
         data.nbytes,
         x.shape[1],
         0 if scale is None else scale.numel(),
+        0 if zero is None else zero.numel(),
         0 if bias is None else bias.numel(),
         layout,
         code,
         _FLOATS[x.dtype],
+        0 if scale is None else _FLOATS[scale.dtype],
         0 if bias is None else _FLOATS[bias.dtype],
     )
     index = instruction_sets()[instruction_set or default_instruction_set() or ""]

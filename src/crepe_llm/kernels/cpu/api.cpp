@@ -57,6 +57,15 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_float(int32_t code) { return code == kBf16 || code == kFp16 || code == kFp32; }
 
+// Whether scales and zero points have the sizes of the weight's format, whose code is checked.
+bool scales_fit(const Problem& p) {
+    const int64_t group = p.layout == kSparse24 ? kWeightFormats[p.weight_format].scale_group : 0;
+    const int64_t in_blocks = ceil_div(p.n, kRowBlock) * (group ? ceil_div(p.k, group) : 1) * kRowBlock;
+    if (p.zero && (p.layout != kSparse24 || !is_codes(p.weight_format) || p.zero_count != in_blocks)) return false;
+    if (group) return p.scale && is_float(p.scale_dtype) && p.scale_count == in_blocks;
+    return !p.scale || (p.scale_dtype == kFp32 && p.scale_count == p.n);
+}
+
 // Whether the buffers have the sizes that the product reads and writes.
 bool fits(const Problem& p) {
     constexpr int64_t most = int64_t(1) << 30;  // no size below can overflow
@@ -64,7 +73,7 @@ bool fits(const Problem& p) {
     if (p.layout != kSparse24 && p.layout != kDense) return false;
     if (p.weight_format < 0 || p.weight_format >= kFormatCount || !is_float(p.x_dtype)) return false;
     if (p.x_columns != p.k || p.x_row_stride < 0 || p.x_column_stride < 0) return false;
-    if (p.scale && p.scale_count != p.n) return false;
+    if (!scales_fit(p)) return false;
     if (p.bias && (p.bias_count != p.n || !is_float(p.bias_dtype))) return false;
     const WeightFormat& format = kWeightFormats[p.weight_format];
     int64_t bytes = p.n * p.k * (format.bits / 8);
@@ -72,6 +81,8 @@ bool fits(const Problem& p) {
         // A sum of K / 2 products of at most 127 * 128 has to stay below 2^31.
         if (p.k % 4 || (format.quantizes_inputs && p.k > kMostInt8Columns)) return false;
         bytes = ceil_div(p.n, kRowBlock) * ceil_div(p.k, kColumnChunk) * chunk_bytes(p.weight_format);
+    } else if (!is_float(p.weight_format) && p.weight_format != kInt8) {
+        return false;
     }
     return p.weight_bytes == bytes && (!p.m || !p.n || (p.k && p.weight && p.x && p.y));
 }

@@ -73,10 +73,77 @@ struct Isa {
     static INLINE void value(const uint8_t* const (&group)[U], const int (&half)[U], const __m256i (&columns)[U], const float* x, __m256 (&acc)[U][T]) {
         __m256 w[U];
         UNROLL for (int u = 0; u < U; u++) w[u] = kept<K::format, V>(group[u], half[u]);
+        multiply_add(w, columns, x, acc);
+    }
+
+    template <int U, int T>
+    static INLINE void multiply_add(const __m256 (&w)[U], const __m256i (&columns)[U], const float* x, __m256 (&acc)[U][T]) {
         UNROLL for (int t = 0; t < T; t++) {
             __m256 activations = broadcast(x + 4 * t);
             UNROLL for (int u = 0; u < U; u++) acc[u][t] = _mm256_fmadd_ps(w[u], _mm256_permutevar_ps(activations, columns[u]), acc[u][t]);
         }
+    }
+
+    // Scales of 8 rows from row 8 h.
+    static INLINE __m256 scales(const uint8_t* of_block, int h, int32_t dtype) {
+        if (dtype == kFp32) return _mm256_loadu_ps(reinterpret_cast<const float*>(of_block + 32 * h));
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(of_block + 16 * h));
+        return dtype == kFp16 ? _mm256_cvtph_ps(halves) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+
+    // The same as sparse_f32 for int4 codes less their zero points.
+    template <int R, int U, int First, int T>
+    static INLINE void codes_f32(const Codes& codes, const float* const tile, int64_t chunks, float* sums, bool first) {
+        const float* x = tile;
+        const __m256i low = _mm256_set1_epi32(15);
+        const uint8_t* block[U];
+        __m256i zero[U];
+        __m256 acc[U][T];
+        UNROLL for (int u = 0; u < U; u++) {
+            const int r = (First + u) / 2, half = (First + u) % 2;
+            block[u] = codes.weight + r * codes.block_stride + 32 * half;
+            zero[u] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes.zero + r * codes.zero_stride + 8 * half)));
+            UNROLL for (int t = 0; t < T; t++)
+                acc[u][t] = first || codes.scale ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * R * kRowBlock + 8 * (First + u));
+        }
+        for (int64_t c = 0; c < chunks; c++) {
+            __m256i metadata[U];
+            UNROLL for (int u = 0; u < U; u++) {
+                if ((First + u) % 2 == 0) prefetch<kCodeBytes, kPrefetchCodes>(block[u], codes.left - c, (U - 1) / 2 * codes.block_stride);
+                metadata[u] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block[u]));
+            }
+            for (int word = 1; word < 3; word++) {
+                __m256i words[U];
+                UNROLL for (int u = 0; u < U; u++) words[u] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block[u] + 64 * word));
+                for (int g = 0; g < 4; g++, x += 4 * T) {
+                    UNROLL for (int v = 0; v < 2; v++) {
+                        __m256 w[U];
+                        UNROLL for (int u = 0; u < U; u++)
+                            w[u] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(v ? _mm256_srli_epi32(words[u], 16) : words[u], low), zero[u]));
+                        multiply_add(w, metadata, x, acc);
+                        UNROLL for (int u = 0; u < U; u++) metadata[u] = _mm256_srli_epi32(metadata[u], 2);
+                    }
+                    UNROLL for (int u = 0; u < U; u++) words[u] = _mm256_srli_epi32(words[u], 4);
+                }
+            }
+            UNROLL for (int u = 0; u < U; u++) block[u] += kCodeBytes;
+        }
+        UNROLL for (int u = 0; u < U; u++) {
+            const int r = (First + u) / 2, half = (First + u) % 2;
+            __m256 scale = _mm256_setzero_ps();
+            if (codes.scale) scale = scales(codes.scale + r * codes.scale_stride, half, codes.scale_dtype);
+            UNROLL for (int t = 0; t < T; t++) {
+                float* to = sums + t * R * kRowBlock + 8 * (First + u);
+                _mm256_storeu_ps(to, codes.scale ? _mm256_fmadd_ps(acc[u][t], scale, first ? _mm256_setzero_ps() : _mm256_loadu_ps(to)) : acc[u][t]);
+            }
+        }
+        if constexpr (First + U < 2 * R) codes_f32<R, U, First + U, T>(codes, tile, chunks, sums, first);
+    }
+
+    template <class K, int R, int T>
+    static INLINE void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        constexpr int units = T == 1 ? 2 * R : T <= 5 ? 2 : 1;  // as in sparse
+        codes_f32<R, units, 0, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 
     // |w| * (x with w's sign): vpmaddubsw takes one unsigned factor, and |w| <= 128, |x| <= 127 cannot saturate its sums.

@@ -80,20 +80,132 @@ struct Isa {
             UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(sums + (t * R + r) * kRowBlock, acc[r][t]);
     }
 
+    // The code of kept value V of the group at hand, as the words' lowest bits have it, less the zero point.
+    template <int V>
+    static INLINE __m512 code(__m512i words, __m512 zero) {
+        const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_sub_ps(_mm512_permutexvar_ps(V ? _mm512_srli_epi32(words, 16) : words, table), zero);
+    }
+
+    template <int V, int R, int T>
+    static INLINE void code_value(const __m512i (&words)[R], const __m512 (&zero)[R], const __m512i (&columns)[R], const float* x, __m512 (&acc)[R][T]) {
+        __m512 w[R];
+        UNROLL for (int r = 0; r < R; r++) w[r] = code<V>(words[r], zero[r]);
+        UNROLL for (int t = 0; t < T; t++) {
+            __m512 activations = broadcast(x + 4 * t);
+            UNROLL for (int r = 0; r < R; r++) acc[r][t] = _mm512_fmadd_ps(w[r], _mm512_permutevar_ps(activations, columns[r]), acc[r][t]);
+        }
+    }
+
+    template <int R, int T>
+    static INLINE void store_codes(const Codes& w, const __m512 (&acc)[R][T], float* sums, bool first) {
+        UNROLL for (int r = 0; r < R; r++) {
+            const uint8_t* at = w.scale + r * w.scale_stride;
+            __m512 scale = _mm512_setzero_ps();
+            if (w.scale) scale = w.scale_dtype == kFp32 ? load(reinterpret_cast<const float*>(at), 0xffff) : w.scale_dtype == kBf16 ? load(reinterpret_cast<const Bf16*>(at), 0xffff) : load(reinterpret_cast<const Fp16*>(at), 0xffff);
+            UNROLL for (int t = 0; t < T; t++) {
+                float* to = sums + (t * R + r) * kRowBlock;
+                _mm512_storeu_ps(to, w.scale ? _mm512_fmadd_ps(acc[r][t], scale, first ? _mm512_setzero_ps() : _mm512_loadu_ps(to)) : acc[r][t]);
+            }
+        }
+    }
+
+    template <int R, int T>
+    static INLINE void codes_f32(const Codes& w, const float* x, int64_t chunks, float* sums, bool first) {
+        __m512 acc[R][T], zero[R];
+        UNROLL for (int r = 0; r < R; r++) {
+            zero[r] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero + r * w.zero_stride))));
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = first || w.scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        }
+        for (int64_t c = 0; c < chunks; c++) {
+            const uint8_t* chunk = w.weight + c * kCodeBytes;
+            __m512i metadata[R], words[R];
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(chunk + r * w.block_stride), prefetch<kCodeBytes, kPrefetchCodes>(chunk + r * w.block_stride, w.left - c, (R - 1) * w.block_stride);
+            for (int half = 0; half < 2; half++) {
+                UNROLL for (int r = 0; r < R; r++) words[r] = load512(chunk + r * w.block_stride + kMetadataBytes + 64 * half);
+                for (int g = 0; g < 4; g++, x += 4 * T) {
+                    code_value<0>(words, zero, metadata, x, acc);
+                    UNROLL for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2);
+                    code_value<1>(words, zero, metadata, x, acc);
+                    UNROLL for (int r = 0; r < R; r++) metadata[r] = _mm512_srli_epi32(metadata[r], 2), words[r] = _mm512_srli_epi32(words[r], 4);
+                }
+            }
+        }
+        store_codes(w, acc, sums, first);
+    }
+
 #if CREPE_BF16
+    // Control bytes by which vpshufb picks a pair of bf16 activations, for the 16 pairs of columns.
+    struct Controls {
+        uint32_t of[16];
+        constexpr Controls() : of() {
+            for (uint32_t i = 0; i < 16; i++) {
+                uint32_t a = 2 * (i & 3), b = 2 * (i >> 2);
+                of[i] = a | (a + 1) << 8 | b << 16 | (b + 1) << 24;
+            }
+        }
+    };
+
+    // The bf16 of a code less its zero point, by the lowest five bits of the difference.
+    struct Differences {
+        uint16_t of[32];
+        constexpr Differences() : of() {
+            for (int i = 1; i < 32; i++) {
+                const int magnitude = i < 16 ? i : 32 - i;
+                int exponent = 4;
+                while (!(magnitude >> exponent)) exponent--;
+                of[i] = uint16_t((i < 16 ? 0 : 0x8000) | (127 + exponent) << 7 | ((magnitude << (7 - exponent)) & 0x7f));
+            }
+        }
+    };
+
+    // As sparse_bf16; the pair of values comes from a table. The zero points are taken from bytes, four codes at once.
+    template <int R, int T>
+    static INLINE void codes_bf16(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        alignas(64) static constexpr Controls controls;
+        alignas(64) static constexpr Differences differences;
+        const __m512i column_table = load512(controls.of), value_table = load512(differences.of), low = _mm512_set1_epi8(15);
+        __m512 acc[R][T];
+        __m512i zero[R];
+        UNROLL for (int r = 0; r < R; r++) {
+            const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero + r * w.zero_stride)));
+            zero[r] = _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101));
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = first || w.scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        }
+        for (int64_t c = 0; c < chunks; c++) {
+            const uint8_t* chunk = w.weight + c * kCodeBytes;
+            __m512i metadata[R], even[R], odd[R];
+            UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(chunk + r * w.block_stride), prefetch<kCodeBytes, kPrefetchCodes>(chunk + r * w.block_stride, w.left - c, (R - 1) * w.block_stride);
+            UNROLL for (int g = 0; g < 8; g++, x += 8 * T) {
+                __m512i control[R], value[R];
+                UNROLL for (int r = 0; r < R; r++) {
+                    if (g % 4 == 0) {
+                        const __m512i words = load512(chunk + r * w.block_stride + kMetadataBytes + 16 * g);
+                        even[r] = _mm512_sub_epi8(_mm512_and_si512(words, low), zero[r]);
+                        odd[r] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(words, 4), low), zero[r]);
+                    }
+                    const __m512i codes = g % 2 ? odd[r] : even[r];
+                    value[r] = _mm512_permutexvar_epi16(g % 4 < 2 ? codes : _mm512_srli_epi16(codes, 8), value_table);
+                    control[r] = _mm512_permutexvar_epi32(metadata[r], column_table);
+                    metadata[r] = _mm512_srli_epi32(metadata[r], 4);
+                }
+                UNROLL for (int t = 0; t < T; t++) {
+                    int64_t four;
+                    std::memcpy(&four, x + 8 * t, 8);
+                    const __m512i activations = _mm512_set1_epi64(four);
+                    UNROLL for (int r = 0; r < R; r++)
+                        acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value[r], (__m512bh)_mm512_shuffle_epi8(activations, control[r]));
+                }
+            }
+        }
+        store_codes(w, acc, sums, first);
+    }
+
     // The two kept values of a group are a pair of bf16 in a row's lane; vpshufb picks the activations' pair and one
     // vdpbf16ps multiplies and adds both. The shuffle's control bytes come from a table of the 16 column pairs.
     template <int R, int T>
     static void sparse_bf16(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, float* sums, bool first) {
-        alignas(64) static constexpr struct Controls {
-            uint32_t of[16];
-            constexpr Controls() : of() {
-                for (uint32_t i = 0; i < 16; i++) {
-                    uint32_t a = 2 * (i & 3), b = 2 * (i >> 2);
-                    of[i] = a | (a + 1) << 8 | b << 16 | (b + 1) << 24;
-                }
-            }
-        } controls;
+        alignas(64) static constexpr Controls controls;
         const __m512i table = load512(controls.of);
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
@@ -190,6 +302,14 @@ struct Isa {
         else
             sparse_bf16<R, T>(w, block_stride, x, chunks, sums, first);
 #endif
+    }
+
+    template <class K, int R, int T>
+    static INLINE void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+#if CREPE_BF16
+        if constexpr (K::activations == kPairsBf16) return codes_bf16<R, T>(w, x, chunks, sums, first);
+#endif
+        if constexpr (K::activations == kF32) codes_f32<R, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 
     static INLINE __m512 load(const float* p, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, p); }

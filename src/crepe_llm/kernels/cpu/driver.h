@@ -12,6 +12,8 @@
 //                           that it does together for T of them
 //   sparse<Kind, R, T>(weight, bytes from row block to row block, activations, chunks, sums, first)
 //                           adds to (or, if first, sets) sums [T][16 R]
+//   codes<Kind, R, T>(Codes, activations, chunks, sums, first)
+//                           the same for int4 codes less their zero points, times scales where they are there
 //   dense<W, X, R, T>(weight, k, activations, sums, stride)
 //                           sets sums [T][R], `stride` apart from token to token
 #pragma once
@@ -26,8 +28,8 @@ namespace {
 
 Activations activations_of(const Problem& p) {
     if (quantizes_inputs(p)) return kI8;
-    // bf16 holds every value of a dense int8 weight.
-    const bool bf16 = p.weight_format == kBf16 || (p.layout == kDense && p.weight_format == kInt8);
+    // bf16 holds every value of a dense int8 weight, and every int4 code.
+    const bool bf16 = p.weight_format == kBf16 || is_codes(p.weight_format) || (p.layout == kDense && p.weight_format == kInt8);
     return Isa::kBf16Activations && bf16 && p.x_dtype == kBf16 ? kPairsBf16 : kF32;
 }
 int64_t activation_bytes(const Problem& p) {
@@ -116,13 +118,15 @@ template <class Y, class Sum>
 void store_as(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tokens, const Sum* sums) {
     const Problem& p = job.p;
     int64_t valid = p.n - row < rows ? p.n - row : rows;
+    // Scales of groups of columns are in the sums already.
+    const float* row_scale = kWeightFormats[p.weight_format].scale_group ? nullptr : static_cast<const float*>(p.scale);
     for (int64_t t = 0; t < tokens; t++) {
         float value[64] = {};
         for (int64_t r = 0; r < rows; r++) value[r] = float(sums[t * rows + r]);
         if (job.token_scale)
             for (int64_t r = 0; r < rows; r++) value[r] *= job.token_scale[token + t];
-        if (p.scale)
-            for (int64_t r = 0; r < valid; r++) value[r] *= p.scale[row + r];
+        if (row_scale)
+            for (int64_t r = 0; r < valid; r++) value[r] *= row_scale[row + r];
         if (p.bias) {
             if (p.bias_dtype == kFp32)
                 for (int64_t r = 0; r < valid; r++) value[r] += static_cast<const float*>(p.bias)[row + r];
@@ -147,12 +151,43 @@ void store(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tok
 
 // ---- 2:4 weights ----
 
-// Calls sparse<R, tokens> with `tokens` as a template argument.
+// The chunks [begin, begin + count) of `rows` row blocks from `block` on, for the tokens of a tile.
+struct Piece {
+    int64_t block, begin, count;
+};
+
+// Sums of int4 codes, one group of columns that share a scale after the other.
 template <class K, int R, int T>
-inline void sparse_tokens(int64_t tokens, const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
+void multiply_codes(const Job& job, const Piece& piece, const uint8_t* w, const uint8_t* x, float* sums) {
+    static constexpr struct ZeroPoints {
+        uint8_t of[kRowBlock];
+        constexpr ZeroPoints() : of() {
+            for (uint8_t& zero : of) zero = kZeroPoint;
+        }
+    } zero_points;
+    const Problem& p = job.p;
+    const int64_t group = kWeightFormats[p.weight_format].scale_group / kColumnChunk, step = group ? group : job.chunks;
+    const int64_t groups = (job.chunks + step - 1) / step, scale_bytes = p.scale_dtype == kFp32 ? 4 : 2;
+    for (int64_t chunk = piece.begin, end = chunk + piece.count; chunk < end; chunk += step) {
+        const int64_t rows = (piece.block * groups + chunk / step) * kRowBlock;  // in scales and zero points
+        const Codes codes{w, job.chunks * kCodeBytes, p.zero ? p.zero + rows : zero_points.of, p.zero ? groups * kRowBlock : 0,
+                          job.chunks - chunk, group ? static_cast<const uint8_t*>(p.scale) + rows * scale_bytes : nullptr,
+                          groups * kRowBlock * scale_bytes, p.scale_dtype};
+        const int64_t count = end - chunk < step ? end - chunk : step;
+        Isa::template codes<K, R, T>(codes, x, count, sums, chunk == 0);
+        w += count * kCodeBytes, x += count * kColumnChunk * T * K::activation_bytes;
+    }
+}
+
+// Multiplies a piece of R row blocks by `tokens` tokens, with `tokens` as a template argument.
+template <class K, int R, int T>
+inline void multiply_piece(const Job& job, const Piece& piece, int64_t tokens, const uint8_t* w, const uint8_t* x, typename K::Sum* sums) {
     if constexpr (T > 0) {
-        if (tokens == T) return Isa::template sparse<K, R, T>(w, block_stride, x, chunks, sums, first);
-        sparse_tokens<K, R, T - 1>(tokens, w, block_stride, x, chunks, sums, first);
+        if (tokens != T) return multiply_piece<K, R, T - 1>(job, piece, tokens, w, x, sums);
+        if constexpr (is_codes(K::format))
+            multiply_codes<K, R, T>(job, piece, w, x, sums);
+        else
+            Isa::template sparse<K, R, T>(w, job.chunks * K::weight_bytes, x, piece.count, sums, piece.begin == 0);
     }
 }
 
@@ -162,11 +197,14 @@ int64_t multiply_blocks(const Job& job, int64_t block, int64_t block_end, int64_
     const int64_t stride = job.chunks * K::weight_bytes, begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin;
     const uint8_t* w = static_cast<const uint8_t*>(job.p.weight) + block * stride + chunk * K::weight_bytes;
     const uint8_t* x = job.activations + begin * job.token_bytes + chunk * kColumnChunk * tokens * K::activation_bytes;
-    const int64_t together = block + Isa::kBlocks <= block_end && !Isa::one_block(K::activations, tokens) ? Isa::kBlocks : 1;
+    // The few bytes of codes arrive before the additions of one row block are done: two wait for each other less.
+    const bool alone = !is_codes(K::format) && Isa::one_block(K::activations, tokens);
+    const int64_t together = block + Isa::kBlocks <= block_end && !alone ? Isa::kBlocks : 1;
+    const Piece piece{block, chunk, chunks};
     if (together == Isa::kBlocks)
-        sparse_tokens<K, Isa::kBlocks, Isa::tile(K::activations)>(tokens, w, stride, x, chunks, sums, chunk == 0);
+        multiply_piece<K, Isa::kBlocks, Isa::tile(K::activations)>(job, piece, tokens, w, x, sums);
     else
-        sparse_tokens<K, 1, Isa::tile(K::activations)>(tokens, w, stride, x, chunks, sums, chunk == 0);
+        multiply_piece<K, 1, Isa::tile(K::activations)>(job, piece, tokens, w, x, sums);
     if (chunk + chunks == job.chunks) store(job, block * kRowBlock, together * kRowBlock, begin, tokens, sums);
     return together;
 }
@@ -237,15 +275,15 @@ void multiply_dense(const Job& job, int64_t block_begin, int64_t block_end, int6
     }
 }
 
-// Calls run with the Kind of a 2:4 weight's format, which is `Format` or one after it in the table.
+// Calls run with the Kind of a 2:4 weight's format, which is `Format` or one after it in the table; codes are kInt4's.
 template <int32_t Format, class Run>
 void with_kind(const Job& job, const Run& run) {
-    if constexpr (Format < kFormatCount) {
-        if (job.p.weight_format != Format) return with_kind<Format + 1>(job, run);
+    if constexpr (Format <= kInt4) {
+        if (job.p.weight_format != Format && Format != kInt4) return with_kind<Format + 1>(job, run);
         if constexpr (kWeightFormats[Format].quantizes_inputs) {
             run(Kind<Format, kI8>{});
         } else {
-            if constexpr (Format == kBf16 && Isa::kBf16Activations)
+            if constexpr ((Format == kBf16 || Format == kInt4) && Isa::kBf16Activations)
                 if (activations_of(job.p) == kPairsBf16) return run(Kind<Format, kPairsBf16>{});
             run(Kind<Format, kF32>{});
         }

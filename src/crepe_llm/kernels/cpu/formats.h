@@ -27,9 +27,9 @@ struct Fp16 {
 // Asks for the next bytes of a row block while a chunk is worked on: the streams of several blocks and the activations
 // together defeat the hardware's own prefetching.
 // `left` chunks are left of the row block, `skip` bytes lie between it and the next one of this stream.
-template <int64_t Bytes>
+template <int64_t Bytes, int64_t Ahead = kPrefetchChunks>
 inline void prefetch(const uint8_t* chunk, int64_t left, int64_t skip) {
-    chunk += kPrefetchChunks * Bytes + (left <= kPrefetchChunks ? skip : 0);
+    chunk += Ahead * Bytes + (left <= Ahead ? skip : 0);
     for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + line, 0, 3);
 }
 
@@ -95,6 +95,23 @@ inline void from_float(float f, Fp16& out) {
 
 // What activations are converted to: fp32, bf16 (for products of pairs), or int8.
 enum Activations { kF32, kPairsBf16, kI8 };
+
+// The row blocks of int4 codes that an inner kernel does together, from some chunk on.
+struct Codes {
+    const uint8_t* weight;  // of the first block; the next begins block_stride bytes on
+    int64_t block_stride;
+    const uint8_t* zero;    // 16 zero points; those of the next block lie zero_stride on
+    int64_t zero_stride;
+    int64_t left;           // chunks up to the end of the row block
+    // Of groups of columns: 16 scales of scale_dtype, those of the next block scale_stride bytes on. Where they are there,
+    // the sums of these chunks start from zero and are added to `sums` times the scales. Else null.
+    const uint8_t* scale;
+    int64_t scale_stride;
+    int32_t scale_dtype;
+};
+
+constexpr int64_t kCodeBytes = chunk_bytes(kInt4);
+constexpr int64_t kPrefetchCodes = 42;  // chunks, about as many bytes as kPrefetchChunks of bf16
 
 // What a weight format and converted activations mean to the inner kernels.
 template <int32_t Format, Activations A>

@@ -15,14 +15,15 @@ enum : int32_t { kSparse24 = 0, kDense = 1 };
 struct Problem {
     const void* weight;   // packed bytes (sparse) or [n, k] row-major (dense)
     const void* x;        // [m, k], strides in elements
-    const float* scale;   // [n] or null
+    const void* scale;    // fp32 [n] or null; for groups of columns [row blocks, groups, 16]
+    const uint8_t* zero;  // zero points of codes [row blocks, groups, 16], or null: all are kZeroPoint
     const void* bias;     // [n] or null
     void* y;              // [m, n], contiguous, dtype of x
     int64_t m, n, k;
     int64_t x_row_stride, x_column_stride;
-    int64_t weight_bytes, x_columns, scale_count, bias_count;  // sizes of the buffers: bytes, and elements
+    int64_t weight_bytes, x_columns, scale_count, zero_count, bias_count;  // sizes of the buffers: bytes, and elements
     int32_t layout;       // kSparse24 or kDense
-    int32_t weight_format, x_dtype, bias_dtype;  // codes of weight_formats.h
+    int32_t weight_format, x_dtype, scale_dtype, bias_dtype;  // codes of weight_formats.h
 };
 
 // Whether a product quantizes its activations: with 2:4 weights of some formats. Dense weights are exact products.

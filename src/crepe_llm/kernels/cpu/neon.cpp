@@ -1,7 +1,7 @@
 // NEON (AArch64): 4 rows a register; a byte table lookup picks the activations of a group for 4 rows.
 #include <arm_neon.h>
 
-#include "formats.h"
+#include "portable_codes.h"
 
 namespace {
 
@@ -89,6 +89,11 @@ struct Isa {
             sparse_int8<T>(w, x, chunks, sums, first);
         else
             sparse_f32<K, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
+    }
+
+    template <class K, int R, int T>
+    static void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        portable_codes<T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 
     static INLINE float32x4_t load(const float* p) { return vld1q_f32(p); }

@@ -1,5 +1,5 @@
 // Plain C++: right on every processor; the other translation units are checked against it.
-#include "formats.h"
+#include "portable_codes.h"
 
 namespace {
 
@@ -41,6 +41,11 @@ struct Isa {
             }
         }
         std::memcpy(sums, acc, sizeof acc);
+    }
+
+    template <class K, int R, int T>
+    static void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        portable_codes<T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 
     template <int32_t Format>

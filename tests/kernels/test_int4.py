@@ -1,0 +1,221 @@
+"""4-bit 2:4 weights: packing, and products on every instruction set against the arithmetic of their definition."""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crepe_llm import kernels
+from crepe_llm.kernels import cpu, reference
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+GROUPS = (None, 32, 64, 128)
+PAIRS = list(itertools.combinations(range(4), 2))
+ISAS = list(cpu.instruction_sets()) or [pytest.param("none", marks=pytest.mark.skip("no CPU kernel library"))]
+
+
+class Quantized(NamedTuple):
+    """A 2:4 weight of codes [N, K] with zero points and scales [N, groups], as numbers and as a checkpoint has it."""
+
+    codes: torch.Tensor
+    zero: torch.Tensor
+    scale: torch.Tensor
+    group_size: int | None
+    symmetric: bool
+
+    def of_columns(self, of_groups):
+        return of_groups.repeat_interleave(self.group_size or self.codes.shape[1], 1)[:, : self.codes.shape[1]]
+
+    @property
+    def differences(self):
+        return self.codes - self.of_columns(self.zero)
+
+    @property
+    def dense(self):
+        return self.differences.double() * self.of_columns(self.scale.double())
+
+    def packed(self, **changes):
+        arguments = {
+            "weight": words(self.codes),
+            "scale": self.scale,
+            "shape": tuple(self.codes.shape),
+            "group_size": self.group_size,
+            "zero_point": None if self.symmetric else words(self.zero.t()).t(),
+        }
+        return kernels.pack_int4(**{**arguments, **changes})
+
+
+def words(codes):
+    """Eight codes an int32, the first in the lowest bits."""
+    padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
+    unsigned = sum(padded[..., place] << 4 * place for place in range(8))
+    return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
+
+
+def quantized(n, k, group_size, symmetric, seed=0, scale_dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size is None else -(-k // group_size)
+    zero = torch.full((n, groups), 8) if symmetric else torch.randint(0, 16, (n, groups), generator=generator)
+    keep = (torch.rand(n, k // 4, 4, generator=generator).argsort(-1) < 2).view(n, k)
+    scale = (torch.rand(n, groups, generator=generator) + 0.5).to(scale_dtype)
+    made = Quantized(torch.randint(0, 16, (n, k), generator=generator), zero, scale, group_size, symmetric)
+    return made._replace(codes=torch.where(keep, made.codes, made.of_columns(zero)))
+
+
+def assert_close(y, x, weight, bias=None):
+    """Within the rounding of fp32 sums and of the result."""
+    expected, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+    if bias is not None:
+        expected, size = expected + bias.double(), size + bias.double().abs()
+    tolerance = size * 2.0**-18 + expected.abs() * torch.finfo(y.dtype).eps + torch.finfo(y.dtype).smallest_normal
+    assert bool(((y.double() - expected).abs() <= tolerance).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    quads=st.integers(1, 70),
+    group_size=st.sampled_from(GROUPS),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_unpack_gives_the_codes_less_their_zero_points(n, quads, group_size, symmetric, seed):
+    made = quantized(n, 4 * quads, group_size, symmetric, seed)
+    assert torch.equal(kernels.unpack(made.packed()).long(), made.differences)
+
+
+@pytest.mark.parametrize(("group_size", "bits"), [(32, 3.5), (64, 3.25), (128, 3.125), (None, 3 + 32 / 4096)])
+def test_bits_a_weight(group_size, bits):
+    packed = quantized(32, 4096, group_size, symmetric=True).packed()
+    assert 8 * packed.nbytes / (32 * 4096) == bits
+
+
+def test_scales_are_held_exactly_in_the_narrowest_dtype():
+    made = quantized(5, 64, 32, symmetric=True)
+    for dtype, odd in ((torch.bfloat16, 0.5), (torch.float16, 1 + 2**-10), (torch.float32, 1 + 2**-20)):
+        scale = made.scale.float()
+        scale[:] = 0.25
+        scale[2, 1] = odd
+        packed = made.packed(scale=scale)
+        assert packed.scale.dtype == dtype
+        assert packed.scale[0, 1, 2].item() == odd
+
+
+def test_what_is_not_2_of_4_is_refused():
+    made = quantized(6, 32, 32, symmetric=False)
+    made.codes[4, 8:12] = (made.zero[4, 0] + 1) % 16
+    with pytest.raises(ValueError, match="row 4, columns 8 to 11 hold 4 non-zero values"):
+        made.packed()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.zeros(6, 3, dtype=torch.int32)}, ValueError, r"weight has shape \(6, 3\)"),
+        ({"weight": torch.zeros(6, 4)}, TypeError, "int32 is needed"),
+        ({"shape": (6, 30)}, ValueError, "multiple of 4"),
+        ({"scale": torch.ones(6, 2)}, ValueError, r"scale has shape \(6, 2\); one for each of \(6, 1\)"),
+        ({"zero_point": torch.zeros(2, 1, dtype=torch.int32)}, ValueError, r"zero_point has shape \(2, 1\)"),
+        ({"group_size": 16}, ValueError, "groups of 32, 64, 128, or whole rows"),
+        ({"weight": torch.zeros(6, 4, dtype=torch.int32, device="meta")}, ValueError, "weight is on meta"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        quantized(6, 32, 32, symmetric=True).packed(**change)
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_code_in_every_pair_of_columns(isa, x_dtype):
+    """16 codes in both places x 6 pairs of columns x 16 zero points, element by element."""
+    cases = list(itertools.product(range(16), PAIRS, range(2), range(16)))
+    codes = torch.empty(len(cases), 4, dtype=torch.int64)
+    zero = torch.empty(len(cases), 1, dtype=torch.int64)
+    x = torch.tensor([[1.0, 3.0, -5.0, 7.0]])
+    expected = []
+    for row, (code, pair, place, zero_point) in enumerate(cases):
+        other = (code + 5) % 16
+        kept = (code, other) if place == 0 else (other, code)
+        codes[row], zero[row] = zero_point, zero_point
+        codes[row, list(pair)] = torch.tensor(kept)
+        expected.append(sum((c - zero_point) * x[0, column].item() for c, column in zip(kept, pair, strict=True)))
+    for group_size in (None, 32):
+        made = Quantized(codes, zero, torch.ones(len(cases), 1), group_size, symmetric=False)
+        y = cpu.multiply(x.to(x_dtype), made.packed(), None, isa)
+        assert y.flatten().tolist() == expected
+    symmetric = [row for row, case in enumerate(cases) if case[3] == 8]
+    made = Quantized(codes[symmetric], zero[symmetric], torch.ones(len(symmetric), 1), 64, symmetric=True)
+    y = cpu.multiply(x.to(x_dtype), made.packed(), None, isa)
+    assert y.flatten().tolist() == [expected[row] for row in symmetric]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 70),
+    quads=st.integers(1, 90),
+    m=st.integers(0, 40),
+    group_size=st.sampled_from(GROUPS),
+    symmetric=st.booleans(),
+    x_dtype=st.sampled_from(FLOATS),
+    scale_dtype=st.sampled_from(FLOATS),
+    layout=st.sampled_from(["contiguous", "rows", "columns"]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("isa", ISAS)
+def test_products(isa, n, quads, m, group_size, symmetric, x_dtype, scale_dtype, layout, with_bias, seed):
+    k, generator = 4 * quads, torch.Generator().manual_seed(seed)
+    made = quantized(n, k, group_size, symmetric, seed, scale_dtype)
+    if layout == "rows":
+        x = torch.randn(m, k + 7, generator=generator).to(x_dtype)[:, 3 : 3 + k]
+    elif layout == "columns":
+        x = torch.randn(k, m, generator=generator).to(x_dtype).t()
+    else:
+        x = torch.randn(m, k, generator=generator).to(x_dtype)
+    bias = torch.randn(n, generator=generator) if with_bias else None
+    packed = made.packed()
+    y = cpu.multiply(x, packed, bias, isa)
+    assert y.shape == (m, n) and y.dtype == x_dtype
+    assert_close(y, x, made.dense, bias)
+    assert_close(reference.sparse_linear(x, packed, bias), x, made.dense, bias)
+
+
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_token_does_not_depend_on_its_batch(isa, group_size):
+    """Also covers the blocked loops: several tiles, several column blocks, several tasks."""
+    packed = quantized(300, 2336, group_size, symmetric=group_size != 64).packed()
+    x = torch.randn(40, 2336, generator=torch.Generator().manual_seed(0))
+    for x_dtype in (torch.bfloat16, torch.float32):
+        together = cpu.multiply(x.to(x_dtype), packed, None, isa)
+        for m in (1, 2, 9, 23):
+            assert torch.equal(cpu.multiply(x[:m].to(x_dtype), packed, None, isa), together[:m])
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_infinities_and_nans_reach_exactly_the_outputs_that_keep_their_column(isa, x_dtype):
+    codes = torch.full((3, 36), 8)
+    codes[0, 1], codes[1, 2], codes[2, 3] = 9, 11, 4
+    codes[:, 0] = 10
+    made = Quantized(codes, torch.full((3, 2), 8), torch.ones(3, 2), 32, symmetric=True)
+    x = torch.zeros(4, 36)
+    x[0, 1], x[1, 2], x[2, 3] = torch.inf, -torch.inf, torch.nan
+    y = cpu.multiply(x.to(x_dtype), made.packed(), None, isa).float()
+    expected = torch.zeros(4, 3)
+    expected[0, 0], expected[1, 1], expected[2, 2] = torch.inf, -torch.inf, torch.nan
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+def test_torch_compile_traces_without_a_break():
+    packed = quantized(24, 64, 32, symmetric=False).packed()
+    x, bias = torch.randn(3, 64), torch.randn(24)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: kernels.linear(x.relu(), packed, bias), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), kernels.linear(x.relu(), packed, bias))
+    arguments = (x, packed.data, packed.scale, packed.zero, bias, *packed.shape, packed.format.name)
+    torch.library.opcheck(torch.ops.crepe_llm.sparse24_linear.default, arguments)
