@@ -95,13 +95,15 @@ def test_two_checkpoints_in_one_folder_are_refused(tmp_path: Path) -> None:
         made.maybe_update_config(str(folder))
 
 
-def test_4_bit_weights_are_served_by_vllm(tmp_path: Path) -> None:
+def test_4_bit_weights_that_are_not_2of4_are_served_by_vllm(tmp_path: Path) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM
 
     config = llama(intermediate_size=256)
-    source = write_random_model(config, tmp_path / "source", sparse=False, dtype=torch.bfloat16)
+    source = write_random_model(
+        config, tmp_path / "source", sparse=False, dtype=torch.bfloat16, dense_layers=["layers"]
+    )
     model = AutoModelForCausalLM.from_pretrained(source)
     oneshot(model=model, recipe=[QuantizationModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])])
     for name in ("twin", "plain"):

@@ -35,7 +35,7 @@ from crepe_llm.checkpoints.reading import (
 from crepe_llm.functional.bitmask import unpack_bits, wrong_byte
 from crepe_llm.functional.masks import nonzero
 
-__all__ = ["attach", "compress_folder", "decompress_folder", "pack_folder", "plain_2of4"]
+__all__ = ["attach", "compress_folder", "decompress_folder", "int4_2of4", "pack_folder", "plain_2of4"]
 
 FORMAT = SPARSE_24_BITMASK  # what is written
 SPARSITY = "sparsity_config"
@@ -47,7 +47,7 @@ _NOT_LINEAR = re.compile(
     r"(^|\.)(lm_head|embed_out|output_embedding\w*|\w*embed\w*|wte|wpe|\w*norm\w*|experts|router)(\.|$)", re.IGNORECASE
 )
 _QUANTIZATION_SUFFIXES = ("_scale", "_zero_point", "_global_scale", "_g_idx", "_shape")
-# A packed signed int4 value is stored with this offset, so this nibble is a zero weight.
+# A packed signed int4 value is stored with this offset, so this nibble is a zero weight where there are no zero points.
 _INT4_ZERO = 8
 
 Masks = Callable[[], Mapping[str, torch.Tensor]]
@@ -228,6 +228,11 @@ def plain_2of4(checkpoint: Checkpoint) -> list[str]:
     return [name.removesuffix(".weight") for name in checkpoint.tensors if _packs(checkpoint, name)]
 
 
+def int4_2of4(checkpoint: Checkpoint) -> list[str]:
+    """The prefixes of the layers whose 4-bit weights, in compressed-tensors' pack-quantized form, are exactly 2:4."""
+    return [name.removesuffix(".weight_packed") for name in checkpoint.tensors if _is_2of4_int4(checkpoint, name)]
+
+
 def _pack_in_place(folder: Path, masks: Mapping[str, torch.Tensor]) -> list[str]:
     """Pack the shards of a checkpoint that nobody reads yet, each replaced as soon as it is rewritten."""
     checkpoint = read_folder(folder)
@@ -364,7 +369,7 @@ def _sparsity_config(checkpoint: Checkpoint, form: str, layers: list[str]) -> di
 def _zero_fraction(checkpoint: Checkpoint) -> float:
     """The fraction of zeros over all parameters of the model that the checkpoint stands for."""
     zeros = parameters = 0
-    for name, stored in checkpoint.tensors.items():
+    for name in checkpoint.tensors:
         if name.endswith(_QUANTIZATION_SUFFIXES):
             continue
         layer, _, part = name.rpartition(".")
@@ -375,35 +380,47 @@ def _zero_fraction(checkpoint: Checkpoint) -> float:
                 zeros += prod(packed.shape) - int(nonzero(checkpoint.load(name)).count_nonzero())
             continue
         tensor = checkpoint.load(name)
-        if name.endswith(".weight_packed") and stored.dtype == "I32":
-            nibbles = _int4_nonzero(tensor)
-            parameters += nibbles.numel()
-            zeros += nibbles.numel() - int(nibbles.count_nonzero())
-        else:
-            parameters += tensor.numel()
-            zeros += tensor.numel() - int(nonzero(tensor).count_nonzero())
+        int4 = _int4_kept(checkpoint, name)
+        kept = nonzero(tensor) if int4 is None else int4
+        parameters += kept.numel()
+        zeros += kept.numel() - int(kept.count_nonzero())
     return zeros / max(1, parameters)
 
 
 def _is_2of4_int4(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a symmetric int4 weight in compressed-tensors' pack-quantized form is 2:4."""
+    """Whether the tensor is an int4 weight in compressed-tensors' pack-quantized form and is 2:4."""
+    kept = _int4_kept(checkpoint, name)
+    return kept is not None and FORMAT.fits(kept.to(torch.int8))
+
+
+def _int4_kept(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
+    """Bool [rows, columns]: which weights of an int4 tensor in compressed-tensors' pack-quantized form are not zero.
+
+    None where the tensor is no such one. A code that is its group's zero point is zero.
+    """
     layer = name.removesuffix("_packed")
     if not name.endswith(".weight_packed") or f"{layer}_shape" not in checkpoint.tensors:
-        return False
-    if f"{layer}_zero_point" in checkpoint.tensors or checkpoint.tensors[name].dtype != "I32":
-        return False
+        return None
+    if checkpoint.tensors[name].dtype != "I32":
+        return None
     packed = checkpoint.load(name)
     rows, columns = checkpoint.load(f"{layer}_shape").flatten().tolist()
     # Eight values an int32: other widths are not the int4 that this reads.
     if packed.ndim != 2 or packed.shape != (rows, (columns + 7) // 8):
-        return False
-    return FORMAT.fits(_int4_nonzero(packed)[:, :columns].to(torch.int8))
+        return None
+    codes = _nibbles(packed)[:, :columns]
+    if f"{layer}_zero_point" not in checkpoint.tensors:
+        return codes != _INT4_ZERO
+    zero = _nibbles(checkpoint.load(f"{layer}_zero_point").t()).t()[:rows]
+    if zero.shape[0] != rows or columns % zero.shape[1]:
+        return None
+    return codes != zero.repeat_interleave(columns // zero.shape[1], 1)
 
 
-def _int4_nonzero(packed: torch.Tensor) -> torch.Tensor:
-    """Bool [rows, 8 * words] of int32 [rows, words]: which of the eight values a word are not zero, ascending."""
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The eight values of each int32, ascending: uint8 [rows, 8 * words] of int32 [rows, words]."""
     pairs = packed.contiguous().view(torch.uint8)
-    return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2) != _INT4_ZERO
+    return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)
 
 
 def _least_bytes(model: Any) -> int:

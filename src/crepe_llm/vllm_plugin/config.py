@@ -1,5 +1,6 @@
 """The quantization config through which vLLM learns which layers of a checkpoint are 2:4 sparse."""
 
+import functools
 import logging
 import re
 import sys
@@ -23,6 +24,7 @@ from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_strictly
 from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.embeddings import DenseEmbeddingMethod, Int8EmbeddingMethod, hold_int8
+from crepe_llm.vllm_plugin.int4 import PACK_QUANTIZED, Int4LinearMethod, Int4Scheme
 from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod
 from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain
 
@@ -34,8 +36,9 @@ class Sparse24Config(CompressedTensorsConfig):
     """compressed-tensors checkpoints in the format ``sparse-24-bitmask``, with or without INT8 or FP8 on top.
 
     Which layers are sparse is read from the checkpoint's tensor names; where its sparsity format is ``dense``, plain
-    weights that are 2:4 are found by their values and packed while they are loaded. A sparse linear layer is multiplied
-    from its compressed weight. Where vLLM has no place for one (a fused layer of which only some parts are sparse, the
+    weights that are 2:4 are found by their values and packed while they are loaded, and on a CPU so are weights of 4
+    bits (``pack-quantized``), whose record stands at the top of config.json. A sparse linear layer is multiplied from
+    its compressed weight. Where vLLM has no place for one (a fused layer of which only some parts are sparse, the
     experts of a Mixture of Experts, an embedding, a gate that is built without this config, a projection whose dense
     weight multi-head latent attention reads), its tensors are expanded while they are loaded, one at a time, and the
     layer is served dense, with a warning. Everything else is vLLM's own compressed-tensors.
@@ -44,7 +47,8 @@ class Sparse24Config(CompressedTensorsConfig):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoint_name: dict[str, str] = {}  # vLLM's name of a sparse module -> the checkpoint's
-        self._plain = False  # whether the sparse modules are stored as plain weights
+        self._int4: dict[str, str] = {}  # the same of a 2:4 module of 4-bit weights
+        self._plain = False  # whether the sparse modules are stored as plain or 4-bit weights
         self._scaled: dict[str, str] = {}  # the same of a module with a weight_scale
         self._words: dict[str, str] = {}  # and of one whose weight is packed in words of 32 bits
         # Of the model that is being built: the modules served sparse; of those served dense, the layer and the reason
@@ -57,10 +61,17 @@ class Sparse24Config(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> Any:
-        """Claims compressed-tensors checkpoints of the sparsity format sparse-24-bitmask or dense, and nothing else."""
+        """Claims compressed-tensors checkpoints of the sparsity format sparse-24-bitmask or dense, and nothing else.
+
+        On a CPU these are also checkpoints of 4-bit weights that record 2:4 layers at the top of config.json.
+        """
         sparsity = hf_quant_cfg.get("sparsity_config") or {}
         ours = hf_quant_cfg.get("quant_method") == "compressed-tensors" and isinstance(sparsity, dict)
-        return QUANTIZATION if ours and sparsity.get("format") in (SPARSE_24_BITMASK.name, PLAIN) else None
+        if ours and (
+            sparsity.get("format") in (SPARSE_24_BITMASK.name, PLAIN) or _records_int4(hf_quant_cfg, hf_config)
+        ):
+            return QUANTIZATION
+        return None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
@@ -81,10 +92,14 @@ class Sparse24Config(CompressedTensorsConfig):
             ValueError: none is sparse, or a file or tensor of the checkpoint is missing or damaged (named; a checkpoint
                 that is still on the hub is checked while it is loaded).
         """
-        if self._plain:
-            checkpoint, layers = read_plain(model_name, revision)
+        if self._plain or _records_int4({"format": self.quant_format}, hf_config):
+            self._plain = True
+            checkpoint, layers, int4 = read_plain(model_name, revision)
             self._checkpoint_name = {name: name for name in layers}
-            self._scaled = {name: name for name in _modules_with(_SCALE, checkpoint.tensors)}
+            self._int4 = {name: name for name in int4 if current_platform.is_cpu()}
+            words = _modules_with("weight_packed", checkpoint.tensors)  # their scales are vLLM's, or the kernels'
+            self._words = {name: name for name in words}
+            self._scaled = {name: name for name in _modules_with(_SCALE, checkpoint.tensors) - words}
             return
         if Path(model_name).is_dir():
             tensors: Iterable[str] = read_strictly(Path(model_name)).tensors
@@ -104,6 +119,7 @@ class Sparse24Config(CompressedTensorsConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self._checkpoint_name = _mapped(self._checkpoint_name, hf_to_vllm_mapper)
+        self._int4 = _mapped(self._int4, hf_to_vllm_mapper)
         self._scaled = _mapped(self._scaled, hf_to_vllm_mapper)
         self._words = _mapped(self._words, hf_to_vllm_mapper)
 
@@ -142,6 +158,9 @@ class Sparse24Config(CompressedTensorsConfig):
         """
         if isinstance(layer, LinearBase):
             parts = self.parts(prefix)
+            int4 = [part for part in parts if part in self._int4]
+            if int4:
+                return self._int4_method(layer, prefix, parts) or super().get_quant_method(layer, prefix)
             sparse = [part for part in parts if part in self._checkpoint_name]
             if prefix.endswith("kv_b_proj") and _uses_latent_attention(prefix):
                 self._serve_dense(prefix, sparse, "multi-head latent attention reads its dense weight")
@@ -161,6 +180,20 @@ class Sparse24Config(CompressedTensorsConfig):
                 return DenseEmbeddingMethod()  # finish_model makes it INT8
         return super().get_quant_method(layer, prefix)
 
+    def _int4_method(self, layer: torch.nn.Module, prefix: str, parts: list[str]) -> Int4LinearMethod | None:
+        """How a layer of 4-bit weights, of which some are 2:4, is multiplied; None, with a warning: as vLLM does it."""
+        scheme = Int4Scheme.of(self.get_scheme_dict(layer, prefix))
+        if not self._int4.keys() >= set(parts):
+            reason = "only some of its parts are 2:4"
+        elif scheme is None:
+            reason = "the kernels take scales of rows or of 32, 64 or 128 columns in order, and 16-bit inputs"
+        elif prefix.endswith("kv_b_proj") and _uses_latent_attention(prefix):
+            reason = "multi-head latent attention reads its weight"
+        else:
+            return Int4LinearMethod(scheme, prefix, parts)
+        _warn_of_dense_int4(_kind(prefix), reason)
+        return None
+
     def _sparse_scheme(self, layer: torch.nn.Module, prefix: str) -> Scheme | None:
         """How a sparse layer is quantized; None: in a way that is served dense, which a plain weight can be."""
         try:
@@ -175,13 +208,14 @@ class Sparse24Config(CompressedTensorsConfig):
 
         Where the checkpoint has the layer fused already, its one name.
         """
-        if layer in self._checkpoint_name:
+        known_names = self._checkpoint_name.keys() | self._int4.keys()
+        if layer in known_names:
             return [layer]
         parent, dot, name = layer.rpartition(".")
         listed = [parent + dot + part for part in self.packed_modules_mapping.get(name, [])]
         mapped = [_parts_by(fusion, layer) for fusion in self._fusions]
         known = [parts for parts in (listed, *mapped) if parts]
-        return next((parts for parts in known if self._checkpoint_name.keys() & parts), (known or [[layer]])[0])
+        return next((parts for parts in known if known_names & set(parts)), (known or [[layer]])[0])
 
     def expand(
         self, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
@@ -224,6 +258,17 @@ class Sparse24Config(CompressedTensorsConfig):
             _logger.warning("%s: served dense, expanded from 2:4 while it is loaded: %s", name, reason)
 
 
+def _records_int4(quantization: dict[str, Any], hf_config: Any) -> bool:
+    """Whether a checkpoint of 4-bit weights records 2:4 layers at the top of config.json, and runs on a CPU."""
+    record = getattr(hf_config, "sparsity_config", None)
+    return (
+        isinstance(record, dict)
+        and record.get("format") == PLAIN
+        and quantization.get("format") == PACK_QUANTIZED
+        and bool(current_platform.is_cpu())
+    )
+
+
 def _has_no_scale(model: torch.nn.Module, layer: str) -> bool:
     try:
         return not hasattr(model.get_submodule(layer), _SCALE)
@@ -263,6 +308,12 @@ def _uses_latent_attention(layer: str) -> bool:
             "--attention-backend CPU_MLA"
         )
     return True
+
+
+@functools.cache
+def _warn_of_dense_int4(kind: str, reason: str) -> None:
+    """One line for each kind of layer and each reason."""
+    _logger.warning("%s: 2:4 in 4 bits, but left to vLLM's dense product: %s", kind, reason)
 
 
 def _kind(module: str) -> str:

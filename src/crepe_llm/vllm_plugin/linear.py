@@ -83,8 +83,85 @@ class Scheme:
         )
 
 
+class CheckedLinearMethod(LinearMethodBase):
+    """Multiplies by a packed 2:4 weight, and checks the tensors of the checkpoint that it is packed from.
+
+    Args:
+        layer_name: vLLM's name of the layer, for messages.
+        parts: the names of the layer's unfused parts, for messages.
+    """
+
+    def __init__(self, layer_name: str, parts: Sequence[str]) -> None:
+        self.name = layer_name
+        self.parts = list(parts)
+        _request_amx()
+
+    def expected(self, kind: str, rows: int, columns: int) -> tuple[list[int], tuple[torch.dtype, ...]]:
+        """The shape (of a tensor that holds a shape: its values) and the dtypes of one tensor of a part."""
+        raise NotImplementedError
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return kernels.linear(x, layer.packed, bias)
+
+    def keep(self, layer: Any, packed: Any, loaded: Sequence[str]) -> None:
+        """Gives the layer its packed weight, and frees what was loaded: parameters by name."""
+        for name in loaded:
+            if hasattr(layer, name):
+                delattr(layer, name)
+        layer.packed = packed
+        # vLLM's LoRA looks here for the device of the layer that it wraps.
+        layer.weight_packed = torch.empty(0, device=packed.tensors[0].device)
+        return_freed_memory()
+
+    def _full_rows(self, layer: Any) -> list[int]:
+        """The rows of each part in the checkpoint, all tensor-parallel ranks together."""
+        if isinstance(layer, QKVParallelLinear):
+            return [
+                layer.total_num_heads * layer.head_size,
+                layer.total_num_kv_heads * layer.head_size,
+                layer.total_num_kv_heads * layer.v_head_size,
+            ]
+        if isinstance(layer, MergedColumnParallelLinear):
+            return list(layer.output_sizes)
+        return [layer.output_size]
+
+    def checked(
+        self, layer: Any, kind: str, loader: Callable[..., None]
+    ) -> Callable[[torch.nn.Parameter, torch.Tensor], None]:
+        """Wraps vLLM's loader of one tensor: what does not fit the layer stops loading with the tensor's name."""
+
+        def load(param: torch.nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
+            sizes = self._full_rows(layer)
+            if shard is None:
+                chosen = list(range(len(sizes)))
+            elif isinstance(shard, tuple):
+                chosen = list(shard)
+            else:
+                chosen = ["qkv".index(shard) if isinstance(shard, str) else int(shard)]
+            rows = sum(sizes[index] for index in chosen)
+            part = self.parts[chosen[0]] if len(chosen) == 1 and chosen[0] < len(self.parts) else self.name
+            found = loaded.flatten().tolist() if kind.endswith("shape") else list(loaded.shape)
+            wanted, dtypes = self.expected(kind, rows, layer.input_size)
+            if found != wanted or loaded.dtype not in dtypes:
+                raise ValueError(
+                    f"damaged checkpoint: {part}.{kind} holds {found} as {loaded.dtype} where the model needs {wanted} "
+                    f"as {' or '.join(str(dtype) for dtype in dtypes)}; export it again, with the config.json that "
+                    "belongs to it"
+                )
+            loader(param, loaded) if shard is None else loader(param, loaded, shard)
+
+        return load
+
+    def check_scales(self, kind: str, scale: torch.Tensor) -> None:
+        """Raises ValueError, with the layer's name, where a scale is not finite."""
+        if not torch.isfinite(scale).all():
+            raise ValueError(
+                f"damaged checkpoint: {self.name}: .{kind} is missing or not finite in one of {', '.join(self.parts)}"
+            )
+
+
 @register_weight_loader_v2_supported_method
-class Sparse24LinearMethod(LinearMethodBase):
+class Sparse24LinearMethod(CheckedLinearMethod):
     """Multiplies by a 2:4 weight that stays compressed.
 
     The checkpoint's tensors are read into parameters of the same layout, so that vLLM fuses and splits them as it
@@ -97,10 +174,15 @@ class Sparse24LinearMethod(LinearMethodBase):
     """
 
     def __init__(self, scheme: Scheme, layer_name: str, parts: Sequence[str]) -> None:
+        super().__init__(layer_name, parts)
         self.scheme = scheme
-        self.name = layer_name
-        self.parts = list(parts)
-        _request_amx()
+
+    def expected(self, kind: str, rows: int, columns: int) -> tuple[list[int], tuple[torch.dtype, ...]]:
+        if kind == "compressed":
+            return [rows, columns // 2], _FLOATS if self.scheme.format is None else (self.scheme.format.dtype,)
+        if kind == "bitmask":
+            return [rows, (columns + 7) // 8], (torch.uint8,)
+        return [rows, columns], (torch.int64,)
 
     def create_weights(
         self,
@@ -124,14 +206,14 @@ class Sparse24LinearMethod(LinearMethodBase):
         def weight(kind: str, width: int, dtype: torch.dtype) -> ModelWeightParameter:
             data = torch.empty(rows, width, dtype=dtype)
             return ModelWeightParameter(
-                data=data, input_dim=1, output_dim=0, weight_loader=self._checked(layer, kind, loader)
+                data=data, input_dim=1, output_dim=0, weight_loader=self.checked(layer, kind, loader)
             )
 
         form = self.scheme.format
         layer.register_parameter("compressed", weight("compressed", columns // 2, form.dtype if form else params_dtype))
         layer.register_parameter("bitmask", weight("bitmask", (columns + 7) // 8, torch.uint8))
         shape = BasevLLMParameter(
-            data=torch.empty(2, 1, dtype=torch.int64), weight_loader=self._checked(layer, "shape", _keep_shape)
+            data=torch.empty(2, 1, dtype=torch.int64), weight_loader=self.checked(layer, "shape", keep_shape)
         )
         layer.register_parameter("shape", shape)
         if form is None:
@@ -152,14 +234,14 @@ class Sparse24LinearMethod(LinearMethodBase):
         compressed, scale, form = layer.compressed.data, None, self.scheme.format
         if form is not None:
             scale = layer.weight_scale.data
-            self._check_scales("weight_scale", scale)
+            self.check_scales("weight_scale", scale)
             if not self.scheme.per_channel:
                 scale = scale.repeat_interleave(torch.tensor(layer.logical_widths, device=scale.device))
         inputs: str | float | None = self.scheme.input
         if inputs == "static":
             # A fused layer's parts see the same input; their scales differ only where they were calibrated apart, and
             # vLLM's dense W8A8 takes the largest, too.
-            self._check_scales("input_scale", layer.input_scale.data)
+            self.check_scales("input_scale", layer.input_scale.data)
             inputs = float(layer.input_scale.data.max())
         elif inputs is None and form is not None and form.always_quantizes and form.wider is not None:
             compressed = compressed.to(FORMATS[form.wider].dtype)  # exact, and its products quantize no inputs
@@ -168,66 +250,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             packed = kernels.pack_compressed(compressed, layer.bitmask.data, shape, scale, inputs)
         except ValueError as error:
             raise ValueError(f"damaged checkpoint: {self.name} ({', '.join(self.parts)}): {error}") from error
-        for name in (*SPARSE_24_BITMASK.parts, "weight_scale", "input_scale"):
-            if hasattr(layer, name):
-                delattr(layer, name)
-        layer.packed = packed
-        # vLLM's LoRA looks here for the device of the layer that it wraps.
-        layer.weight_packed = torch.empty(0, device=compressed.device)
-        return_freed_memory()
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return kernels.linear(x, layer.packed, bias)
-
-    def _full_rows(self, layer: Any) -> list[int]:
-        """The rows of each part in the checkpoint, all tensor-parallel ranks together."""
-        if isinstance(layer, QKVParallelLinear):
-            return [
-                layer.total_num_heads * layer.head_size,
-                layer.total_num_kv_heads * layer.head_size,
-                layer.total_num_kv_heads * layer.v_head_size,
-            ]
-        if isinstance(layer, MergedColumnParallelLinear):
-            return list(layer.output_sizes)
-        return [layer.output_size]
-
-    def _checked(
-        self, layer: Any, kind: str, loader: Callable[..., None]
-    ) -> Callable[[torch.nn.Parameter, torch.Tensor], None]:
-        """Wraps vLLM's loader of one tensor: what does not fit the layer stops loading with the tensor's name."""
-
-        def load(param: torch.nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
-            sizes = self._full_rows(layer)
-            if shard is None:
-                chosen = list(range(len(sizes)))
-            elif isinstance(shard, tuple):
-                chosen = list(shard)
-            else:
-                chosen = ["qkv".index(shard) if isinstance(shard, str) else int(shard)]
-            rows, columns = sum(sizes[index] for index in chosen), layer.input_size
-            part = self.parts[chosen[0]] if len(chosen) == 1 and chosen[0] < len(self.parts) else self.name
-            found = loaded.flatten().tolist() if kind == "shape" else list(loaded.shape)
-            wanted = [rows, {"compressed": columns // 2, "bitmask": (columns + 7) // 8, "shape": columns}[kind]]
-            dtypes = {
-                "compressed": _FLOATS if self.scheme.format is None else (self.scheme.format.dtype,),
-                "bitmask": (torch.uint8,),
-                "shape": (torch.int64,),
-            }[kind]
-            if found != wanted or loaded.dtype not in dtypes:
-                raise ValueError(
-                    f"damaged checkpoint: {part}.{kind} holds {found} as {loaded.dtype} where the model needs {wanted} "
-                    f"as {' or '.join(str(dtype) for dtype in dtypes)}; export it again, with the config.json that "
-                    "belongs to it"
-                )
-            loader(param, loaded) if shard is None else loader(param, loaded, shard)
-
-        return load
-
-    def _check_scales(self, kind: str, scale: torch.Tensor) -> None:
-        if not torch.isfinite(scale).all():
-            raise ValueError(
-                f"damaged checkpoint: {self.name}: .{kind} is missing or not finite in one of {', '.join(self.parts)}"
-            )
+        self.keep(layer, packed, (*SPARSE_24_BITMASK.parts, "weight_scale", "input_scale"))
 
 
 @functools.cache
@@ -248,5 +271,6 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def _keep_shape(parameter: torch.nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
-    parameter.data.copy_(loaded.reshape(2, 1))
+def keep_shape(parameter: torch.nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
+    """vLLM's way to load the shape of a layer's part, which nothing is made of."""
+    parameter.data.copy_(loaded.reshape(parameter.shape))

@@ -1,4 +1,4 @@
-"""Checkpoints with plain 2:4 weights (``sparsity_config.format: dense``): found, and packed while they are loaded."""
+"""Checkpoints that record plain or 4-bit 2:4 weights (``sparsity_config.format: dense``): found, and packed at load."""
 
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -8,14 +8,14 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
 from crepe_llm.checkpoints.reading import Checkpoint, read_strictly
-from crepe_llm.checkpoints.saving import plain_2of4
+from crepe_llm.checkpoints.saving import int4_2of4, plain_2of4
 
 PLAIN = "dense"
 """What ``sparsity_config.format`` is called where 2:4 weights are stored with their zeros."""
 
 
-def read_plain(model_name: str, revision: str | None) -> tuple[Checkpoint, list[str]]:
-    """Returns a checkpoint and the prefixes of its linear layers whose plain weights are exactly 2:4.
+def read_plain(model_name: str, revision: str | None) -> tuple[Checkpoint, list[str], list[str]]:
+    """Returns a checkpoint and the prefixes of its linear layers whose plain, and whose 4-bit, weights are exactly 2:4.
 
     All weights are read, one at a time. A checkpoint on the hub is downloaded first, into the hub's own cache.
 
@@ -26,7 +26,7 @@ def read_plain(model_name: str, revision: str | None) -> tuple[Checkpoint, list[
     if not Path(folder).is_dir():
         folder = download_weights_from_hf(model_name, None, ["*.safetensors"], revision)
     checkpoint = read_strictly(Path(folder))
-    return checkpoint, plain_2of4(checkpoint)
+    return checkpoint, plain_2of4(checkpoint), int4_2of4(checkpoint)
 
 
 def pack_weights(
