@@ -14,6 +14,8 @@ extern "C" {
 const char* crepe_instruction_set(int32_t index);
 int32_t crepe_supported(int32_t index);
 int32_t crepe_multiply(const Problem* problem, int32_t index, void* parallel, int32_t threads);
+int32_t crepe_multiply_experts(const Problem* all, const int64_t* ends, int64_t experts, int32_t index, void* parallel,
+                               int32_t threads);
 }
 
 static std::mt19937 rng(1);
@@ -54,6 +56,42 @@ static int refuses_wrong_sizes(const Problem& right, int portable) {
         if (crepe_multiply(&wrong, portable, nullptr, 1) != 2) return 1;
     }
     return 0;
+}
+
+// The rows of a product shared among three experts of the same weight are those of the product.
+static int experts_agree(const Problem& one, const std::vector<uint8_t>& weight, const std::vector<float>& scale,
+                         const std::vector<uint8_t>& expected, int index) {
+    std::vector<uint8_t> weights, y(expected.size());
+    std::vector<float> scales;
+    for (int e = 0; e < 3; e++) {
+        weights.insert(weights.end(), weight.begin(), weight.end());
+        scales.insert(scales.end(), scale.begin(), scale.end());
+    }
+    Problem all = one;
+    all.weight = weights.data();
+    all.weight_bytes = int64_t(weights.size());
+    all.scale = one.scale ? scales.data() : nullptr;
+    all.scale_count = int64_t(scales.size());
+    all.y = y.data();
+    const int64_t first = pick(0, one.m), second = pick(first, one.m);
+    const std::vector<int64_t> ends = {first, second, one.m};
+    if (crepe_multiply_experts(&all, ends.data(), 3, index, nullptr, 1) || y != expected) return 1;
+    const std::vector<int64_t> wrong[] = {{first, second, one.m + 1}, {first, second, one.m - 1}, {-1, second, one.m}, {one.m, 0, one.m}};
+    for (const std::vector<int64_t>& bad : wrong)
+        if (crepe_multiply_experts(&all, bad.data(), 3, index, nullptr, 1) != 2) return 1;
+    void (*const damages[])(Problem&) = {
+        [](Problem& p) { p.weight_bytes -= 3; },       [](Problem& p) { p.bias = p.y, p.bias_count = p.n; },
+        [](Problem& p) { p.scale = static_cast<const float*>(p.y), p.scale_count = p.n + 1; },
+        [](Problem& p) { p.layout = kDense; },         [](Problem& p) { p.m = int64_t(1) << 40; },
+        [](Problem& p) { p.x_dtype = kInt8; },
+    };
+    for (auto damage : damages) {
+        Problem bad = all;
+        damage(bad);
+        if (crepe_multiply_experts(&bad, ends.data(), 3, index, nullptr, 1) != 2) return 1;
+    }
+    if (crepe_multiply_experts(&all, ends.data(), 0, index, nullptr, 1) != 2) return 1;
+    return crepe_multiply_experts(&all, nullptr, 3, index, nullptr, 1) != 2;
 }
 
 int main() {
@@ -112,6 +150,12 @@ int main() {
         full.scale = scale.data(), full.bias = bias.data();
         if (p.n > 1 && refuses_wrong_sizes(full, portable)) return 3;
         if (crepe_multiply(&p, portable, nullptr, 1)) return 2;
+        if (p.layout == kSparse24 && !p.bias)
+            for (int index = 0; crepe_instruction_set(index); index++) {
+                if (!crepe_supported(index)) continue;
+                p.y = y.data();
+                if (crepe_multiply(&p, index, nullptr, 1) || experts_agree(p, weight, scale, y, index)) return 4;
+            }
         p.y = y.data();
         for (int index = 0; crepe_instruction_set(index); index++) {
             if (!crepe_supported(index)) continue;

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["ACTIVATIONS", "Weight", "part", "product"]
+__all__ = ["ACTIVATIONS", "Experts", "Weight", "grouped", "part", "product"]
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -24,6 +24,13 @@ class Weight(Protocol):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]: ...
+
+
+class Experts(Weight, Protocol):
+    """The same for the weights of several experts."""
+
+    @property
+    def count(self) -> int: ...
 
 
 def part(name: str, tensor: torch.Tensor | None, shape: Sequence[int], dtypes: Iterable[torch.dtype]) -> None:
@@ -74,6 +81,20 @@ def product(
             "an operand requires a gradient, which products with packed weights do not have: call them under "
             "torch.no_grad(), or train the dense weight (crepe_llm.kernels.unpack)"
         )
+
+
+def grouped(x: torch.Tensor, ends: torch.Tensor, experts: Experts) -> None:
+    """Checks what comes with a call of the products of experts: ``x`` [M, K] and ``ends`` int64 [experts].
+
+    That the rows of ``ends`` ascend to M is checked where they are read. Raises as :func:`product`.
+    """
+    product(x, experts, None)
+    if ends.dtype != torch.int64:
+        raise TypeError(f"ends has dtype {ends.dtype}; torch.int64 is needed")
+    if tuple(ends.shape) != (experts.count,):
+        raise ValueError(f"ends has shape {tuple(ends.shape)}; {experts.count} experts need ({experts.count},)")
+    if ends.device != x.device:
+        raise ValueError(f"x is on {x.device}, ends on {ends.device}; one device is needed")
 
 
 def _differentiated(*operands: torch.Tensor) -> bool:

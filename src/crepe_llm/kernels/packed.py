@@ -116,6 +116,48 @@ class PackedWeight:
 
 
 @dataclass(frozen=True, eq=False)
+class PackedExperts:
+    """The 2:4 weights of ``count`` experts, all of the dense shape (N, K), in the CPU kernels' layout.
+
+    ``data`` is the bytes of one after the other (uint8, flat), ``scale`` their fp32 scales ([count, N], they multiply
+    the outputs), or None. Made by :func:`crepe_llm.kernels.experts.pack_experts`.
+
+    Raises ValueError or TypeError where the tensors are not those of such weights.
+    """
+
+    data: torch.Tensor
+    count: int
+    shape: tuple[int, int]
+    format: Format
+    scale: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        (n, k), form = self.shape, self.format
+        form.check_shape(n, k)
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}; at least one expert is needed")
+        if form.code is None:
+            raise ValueError(f"the CPU has no kernel for {form.name} weights; crepe_llm.kernels.pack widens them")
+        name = f"packed data of {self.count} x {n} x {k} {form.name}"
+        checks.part(name, self.data, (self.count * packed_bytes(n, k, form),), (torch.uint8,))
+        checks.part("scale", self.scale, (self.count, *form.scale_shape(n, k)), (torch.float32,))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.data,) if self.scale is None else (self.data, self.scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the packed weights take."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def __getitem__(self, expert: int) -> PackedWeight:
+        """The weight of one expert; its tensors are views."""
+        data = self.data.view(self.count, -1)[expert]
+        return PackedWeight(data, self.shape, self.format, None if self.scale is None else self.scale[expert])
+
+
+@dataclass(frozen=True, eq=False)
 class DenseWeight:
     """A dense weight [N, K] (bf16, fp16, fp32 or int8, contiguous) for :func:`crepe_llm.kernels.linear`.
 

@@ -15,7 +15,7 @@ import torch
 
 from crepe_llm.kernels import checks
 from crepe_llm.kernels.formats import FORMATS
-from crepe_llm.kernels.packed import DenseWeight, PackedWeight
+from crepe_llm.kernels.packed import DenseWeight, PackedExperts, PackedWeight
 
 ISA_VARIABLE = "CREPE_CPU_ISA"
 
@@ -51,14 +51,16 @@ def library() -> ctypes.CDLL | None:
     if found.exists():
         try:
             loaded = ctypes.CDLL(str(found))
-            current = loaded.crepe_problem_bytes() == ctypes.sizeof(_Problem)
+            current = loaded.crepe_problem_bytes() == ctypes.sizeof(_Problem) and bool(loaded.crepe_multiply_experts)
         except (AttributeError, OSError) as error:
             current, reason = False, str(error)
         else:
             reason = f"{found.name} was built from another version of the source"
         if current:
             loaded.crepe_instruction_set.restype = ctypes.c_char_p
-            loaded.crepe_multiply.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
+            pointer, integer = ctypes.c_void_p, ctypes.c_int32
+            loaded.crepe_multiply.argtypes = (pointer, integer, pointer, integer)
+            loaded.crepe_multiply_experts.argtypes = (pointer, pointer, ctypes.c_int64, integer, pointer, integer)
             return loaded
     warnings.warn(
         f"crepe-llm's CPU kernel library is missing ({reason}); 2:4 weights are decompressed at every product, which "
@@ -172,4 +174,49 @@ def multiply(
         raise MemoryError(f"no memory for the converted activations of {x.shape[0]} tokens x {k} columns")
     if status:
         raise ValueError(f"the operands do not fit a product of {x.shape[0]} tokens with a weight of {n} x {k}")
+    return y
+
+
+def multiply_experts(
+    x: torch.Tensor, ends: torch.Tensor, experts: PackedExperts, instruction_set: str | None = None
+) -> torch.Tensor:
+    """``x`` [M, K], its rows in the order of the experts, times the weight of the expert of each: [M, N] in x's dtype.
+
+    ``ends`` and what is raised are those of :func:`crepe_llm.kernels.experts.experts_linear`, ``instruction_set`` and
+    what the caller has checked are those of :func:`multiply`.
+    """
+    checks.grouped(x, ends, experts)
+    if not x.is_cpu:
+        raise ValueError(f"x is on {x.device}; these kernels run on the CPU")
+    n, k = experts.shape
+    x, ends = x.resolve_neg(), ends.contiguous()
+    y = x.new_empty(x.shape[0], n)
+    scale = experts.scale
+    problem = _Problem(
+        weight=experts.data.data_ptr(),
+        x=x.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        y=y.data_ptr(),
+        m=x.shape[0],
+        n=n,
+        k=k,
+        x_row_stride=x.stride(0),
+        x_column_stride=x.stride(1),
+        weight_bytes=experts.data.nbytes,
+        x_columns=x.shape[1],
+        scale_count=0 if scale is None else scale.numel(),
+        layout=_SPARSE24,
+        weight_format=experts.format.code,
+        x_dtype=_FLOATS[x.dtype],
+    )
+    index = instruction_sets()[instruction_set or default_instruction_set() or ""]
+    lib = library()
+    assert lib is not None
+    status = lib.crepe_multiply_experts(
+        ctypes.addressof(problem), ends.data_ptr(), len(ends), index, _parallel(), torch.get_num_threads()
+    )
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory for the converted activations of {x.shape[0]} rows x {k} columns")
+    if status:
+        raise ValueError(f"the operands do not fit products of {x.shape[0]} rows with {len(ends)} weights of {n} x {k}")
     return y

@@ -30,26 +30,40 @@ constexpr int32_t kSetCount = sizeof kSets / sizeof *kSets;
 // libgomp's entry point, which LLVM's and Intel's runtimes have too: runs f(data) once on each thread of a team.
 using Parallel = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
 
+// A product and its share of the tiles and tasks of all that are done together.
+struct Part {
+    Job job;
+    int64_t tile_end, task_end;  // of this part; it begins where the one before it ends
+    int64_t row_tasks, tile_tasks;
+};
+
 struct Work {
-    const Job* job;
+    const Part* parts;
+    int64_t count;
     const InstructionSet* set;
     std::atomic<int64_t> next;
-    int64_t row_tasks, tile_tasks;
 };
 
 void convert_tiles(void* data) {
     Work& work = *static_cast<Work*>(data);
-    for (int64_t tile; (tile = work.next.fetch_add(1, std::memory_order_relaxed)) < work.job->tiles;)
-        work.set->convert(*work.job, tile, tile + 1);
+    const Part* part = work.parts;
+    for (int64_t tile; (tile = work.next.fetch_add(1, std::memory_order_relaxed)) < work.parts[work.count - 1].tile_end;) {
+        while (tile >= part->tile_end) part++;
+        const int64_t own = tile - (part->tile_end - part->job.tiles);
+        work.set->convert(part->job, own, own + 1);
+    }
 }
 
 void multiply_tasks(void* data) {
     Work& work = *static_cast<Work*>(data);
-    const Job& job = *work.job;
-    for (int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.row_tasks * work.tile_tasks;) {
-        const int64_t row = task / work.tile_tasks, tile = task % work.tile_tasks;
-        work.set->multiply(job, job.blocks * row / work.row_tasks, job.blocks * (row + 1) / work.row_tasks,
-                           job.tiles * tile / work.tile_tasks, job.tiles * (tile + 1) / work.tile_tasks);
+    const Part* part = work.parts;
+    for (int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.parts[work.count - 1].task_end;) {
+        while (task >= part->task_end) part++;
+        const Job& job = part->job;
+        const int64_t own = task - (part->task_end - part->row_tasks * part->tile_tasks);
+        const int64_t row = own / part->tile_tasks, tile = own % part->tile_tasks;
+        work.set->multiply(job, job.blocks * row / part->row_tasks, job.blocks * (row + 1) / part->row_tasks,
+                           job.tiles * tile / part->tile_tasks, job.tiles * (tile + 1) / part->tile_tasks);
     }
 }
 
@@ -66,10 +80,15 @@ bool scales_fit(const Problem& p) {
     return !p.scale || (p.scale_dtype == kFp32 && p.scale_count == p.n);
 }
 
+// Whether no size that is computed from the product's can overflow.
+bool in_range(const Problem& p) {
+    constexpr int64_t most = int64_t(1) << 30;
+    return p.m >= 0 && p.n >= 0 && p.k >= 0 && p.m <= most && p.n <= most && p.k <= most;
+}
+
 // Whether the buffers have the sizes that the product reads and writes.
 bool fits(const Problem& p) {
-    constexpr int64_t most = int64_t(1) << 30;  // no size below can overflow
-    if (p.m < 0 || p.n < 0 || p.k < 0 || p.m > most || p.n > most || p.k > most) return false;
+    if (!in_range(p)) return false;
     if (p.layout != kSparse24 && p.layout != kDense) return false;
     if (p.weight_format < 0 || p.weight_format >= kFormatCount || !is_float(p.x_dtype)) return false;
     if (p.x_columns != p.k || p.x_row_stride < 0 || p.x_column_stride < 0) return false;
@@ -85,6 +104,80 @@ bool fits(const Problem& p) {
         return false;
     }
     return p.weight_bytes == bytes && (!p.m || !p.n || (p.k && p.weight && p.x && p.y));
+}
+
+// Bytes of a part's converted activations, and of their scales after them; both whole cache lines.
+int64_t activation_memory(const Job& job) { return ceil_div(job.p.m * job.token_bytes + 64, 64) * 64; }
+int64_t scale_memory(const Job& job) {
+    return quantizes_inputs(job.p) ? ceil_div(job.p.m * 4, 64) * 64 : 0;
+}
+
+Part part_of(const Problem& problem, const InstructionSet& set) {
+    Part part{};
+    Job& job = part.job;
+    job.p = problem;
+    job.blocks = ceil_div(problem.n, kRowBlock);
+    job.chunks = ceil_div(problem.k, kColumnChunk);
+    job.tiles = ceil_div(problem.m, set.tile_tokens(problem));
+    job.token_bytes = job.chunks * kColumnChunk * set.activation_bytes(problem);
+    return part;
+}
+
+// Computes the parts, of which there is at least one and none is empty. False: there is no memory.
+bool run_parts(Part* parts, int64_t count, const InstructionSet& set, Parallel parallel, int32_t threads) {
+    if (threads < 1) threads = 1;
+    int64_t bytes = 0, tiles = 0, tasks = 0, inputs = 0, products = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Job& job = parts[i].job;
+        bytes += activation_memory(job) + scale_memory(job);
+        inputs += job.p.m * job.p.k;
+        products += job.p.n * job.chunks * (1 + job.p.m / 4);
+    }
+    uint8_t* memory = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(bytes)));
+    if (!memory) return false;
+    uint8_t* place = memory;
+    for (int64_t i = 0; i < count; i++) {
+        Part& part = parts[i];
+        Job& job = part.job;
+        job.activations = place;
+        place += activation_memory(job);
+        job.token_scale = scale_memory(job) ? reinterpret_cast<float*>(place) : nullptr;
+        place += scale_memory(job);
+        // Tasks of 16 row blocks (their weights fit the second-level cache) and at most 512 tokens; smaller where that
+        // would leave threads idle.
+        part.tile_tasks = ceil_div(job.p.m, 512);
+        const int64_t wanted = ceil_div(4 * threads, part.tile_tasks * count);
+        const int64_t by_cache = ceil_div(job.blocks, 16);
+        part.row_tasks = by_cache > wanted ? by_cache : wanted < job.blocks ? wanted : job.blocks;
+        part.tile_end = tiles += job.tiles;
+        part.task_end = tasks += part.row_tasks * part.tile_tasks;
+    }
+    auto run = [&](void (*f)(void*), bool worth) {
+        Work work{parts, count, &set, {0}};
+        if (parallel && threads > 1 && worth)
+            parallel(f, &work, unsigned(threads), 0);
+        else
+            f(&work);
+    };
+    // Below about 10 us of work on one thread, waking the team costs more than it saves.
+    run(convert_tiles, inputs > 65536);
+    run(multiply_tasks, products > 4096);
+    std::free(memory);
+    return true;
+}
+
+// The problem of one expert: its tokens are rows [begin, end) of x and y, its weight and scales one of `experts`.
+Problem expert_problem(const Problem& all, int64_t experts, int64_t expert, int64_t begin, int64_t end) {
+    const int64_t width = kWeightFormats[all.x_dtype].bits / 8;
+    Problem one = all;
+    one.weight_bytes /= experts;
+    one.scale_count /= experts;
+    one.m = end - begin;
+    one.weight = static_cast<const uint8_t*>(all.weight) + expert * one.weight_bytes;
+    one.x = static_cast<const uint8_t*>(all.x) + begin * all.x_row_stride * width;
+    one.y = static_cast<uint8_t*>(all.y) + begin * all.n * width;
+    if (all.scale) one.scale = static_cast<const float*>(all.scale) + expert * one.scale_count;
+    return one;
 }
 
 }  // namespace
@@ -105,38 +198,34 @@ EXPORT int64_t crepe_problem_bytes() { return sizeof(Problem); }
 // run it or sizes do not belong together; nothing was read then.
 EXPORT int32_t crepe_multiply(const Problem* problem, int32_t index, Parallel parallel, int32_t threads) {
     if (!crepe_supported(index) || !fits(*problem)) return 2;
-    if (threads < 1) threads = 1;
     if (problem->m == 0 || problem->n == 0) return 0;
-    const InstructionSet& set = *kSets[index];
-    Job job{};
-    job.p = *problem;
-    job.blocks = ceil_div(problem->n, kRowBlock);
-    job.chunks = ceil_div(problem->k, kColumnChunk);
-    job.tiles = ceil_div(problem->m, set.tile_tokens(*problem));
-    job.token_bytes = job.chunks * kColumnChunk * set.activation_bytes(*problem);
-    const int64_t scales = quantizes_inputs(*problem) ? ceil_div(problem->m * 4, 64) * 64 : 0;
-    uint8_t* memory = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(ceil_div(problem->m * job.token_bytes + 64, 64) * 64 + scales)));
-    if (!memory) return 1;
-    job.token_scale = scales ? reinterpret_cast<float*>(memory) : nullptr;
-    job.activations = memory + scales;
+    Part part = part_of(*problem, *kSets[index]);
+    return run_parts(&part, 1, *kSets[index], parallel, threads) ? 0 : 1;
+}
 
-    auto run = [&](void (*f)(void*), Work& work, bool worth) {
-        if (parallel && threads > 1 && worth)
-            parallel(f, &work, unsigned(threads), 0);
-        else
-            f(&work);
-    };
-    // Below about 10 us of work on one thread, waking the team costs more than it saves.
-    Work converting{&job, &set, {0}, 0, 0};
-    run(convert_tiles, converting, problem->m * problem->k > 65536);
-    Work multiplying{&job, &set, {0}, 0, 0};
-    // Tasks of 16 row blocks (their weights fit the second-level cache) and at most 512 tokens; smaller where that would
-    // leave threads idle.
-    multiplying.tile_tasks = ceil_div(problem->m, 512);
-    const int64_t wanted = ceil_div(4 * threads, multiplying.tile_tasks);
-    const int64_t by_cache = ceil_div(job.blocks, 16);
-    multiplying.row_tasks = by_cache > wanted ? by_cache : wanted < job.blocks ? wanted : job.blocks;
-    run(multiply_tasks, multiplying, problem->n * job.chunks * (1 + problem->m / 4) > 4096);
-    std::free(memory);
-    return 0;
+// The products of `experts` weights of one shape, each with its own tokens, as crepe_multiply computes one. `all` has the
+// weights and scales one after the other, and the tokens in the order of the experts: those of expert e end before row
+// ends[e] of x. There is no bias.
+EXPORT int32_t crepe_multiply_experts(const Problem* all, const int64_t* ends, int64_t experts, int32_t index,
+                                      Parallel parallel, int32_t threads) {
+    if (!crepe_supported(index) || experts < 1 || !ends || all->bias || !in_range(*all)) return 2;
+    if (!is_float(all->x_dtype) || all->layout != kSparse24 || all->zero) return 2;
+    if (all->scale && all->scale_dtype != kFp32) return 2;
+    if (all->weight_bytes % experts || all->scale_count % experts) return 2;
+    int64_t count = 0;
+    for (int64_t e = 0, begin = 0; e < experts; begin = ends[e++]) {
+        if (ends[e] < begin || ends[e] > all->m || !fits(expert_problem(*all, experts, e, begin, ends[e]))) return 2;
+        count += ends[e] > begin;
+    }
+    if (ends[experts - 1] != all->m) return 2;
+    if (!count || all->n == 0) return 0;
+    Part* parts = static_cast<Part*>(std::malloc(size_t(count) * sizeof(Part)));
+    if (!parts) return 1;
+    int64_t filled = 0;
+    for (int64_t e = 0, begin = 0; e < experts; begin = ends[e++])
+        if (ends[e] > begin)
+            parts[filled++] = part_of(expert_problem(*all, experts, e, begin, ends[e]), *kSets[index]);
+    const bool done = run_parts(parts, count, *kSets[index], parallel, threads);
+    std::free(parts);
+    return done ? 0 : 1;
 }
