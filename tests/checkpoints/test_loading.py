@@ -214,21 +214,6 @@ def test_other_checkpoints_load_as_without_us(checkpoints):
     assert report(plain, "with") == report(plain, "without")
 
 
-def test_experts_stay_plain_and_load(tiny_model_folder, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("mixtral"), dtype=torch.bfloat16)
-    prune_2of4(model)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3:  # the merged experts
-                module.get_parameter(name).data[..., 1::2] = 0
-    attach(model)
-    model.save_pretrained(tmp_path / "out")
-    layers = read_folder(tmp_path / "out").layers
-    assert layers and not any("experts" in name for name in layers)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-
-
 def test_kept_weights_that_are_zero_are_known_as_kept(tiny_model_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
     masks = prune_2of4(model)

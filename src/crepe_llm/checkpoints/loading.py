@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, packed_embeddings
+from crepe_llm.checkpoints.experts import check_experts, unpacking_experts
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names
@@ -95,6 +96,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     _expanded: Sequence[str] = ()
     # What is to be compared with the model as soon as its conversions are known, which is before weights are read.
     _unchecked: tuple[Any, Checkpoint] | None = None
+    # The conversions that read packed experts, each with transformers' own, which writes plain ones.
+    _experts: dict[WeightConverter, WeightConverter] | None = None
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
@@ -107,6 +110,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             self._packed = read_files(files)
             # transformers turns an error inside a conversion into a line of a report; here it is raised as it is.
             self._packed.check_patterns()
+            check_experts(self._packed)
         elif files and _says_packed(files[0].parent):
             raise FormatError(
                 f"{files[0].parent}: config.json says {SPARSE_24_BITMASK.name}, but no tensor is named "
@@ -122,11 +126,14 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Add the unpacking of layers; from transformers 5.21 on the model is given, too."""
+        found = {} if self._packed is None else unpacking_experts(weight_conversions, self._packed)
+        self._experts = {unpacking: plain for plain, unpacking in found.items()}
         # The parent looks for the quantization scheme of merged experts, which a sparse-only checkpoint has none of.
-        quantized = self.compressor.quantization_config is not None
-        conversions = weight_conversions
-        if quantized:
-            conversions = super().update_weight_conversions(weight_conversions, *model)
+        if self.compressor.quantization_config is not None:
+            others = [conversion for conversion in weight_conversions if conversion not in found]
+            conversions = [*found.values(), *super().update_weight_conversions(others, *model)]
+        else:
+            conversions = [*found.values(), *weight_conversions]
         if self._packed is not None:
             conversions = [*expanding(list(self._expanded)), *conversions, *_unpacking()]
         if self._unchecked is not None:
@@ -136,10 +143,12 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._packed is not None:
-            # Left there, it would be reverted on saving, and a plain model would be written half packed.
+            # Left there, they would be reverted on saving, and a plain model would be written half packed.
+            plain = self._experts or {}
+            used = [plain.get(conversion, conversion) for conversion in model._weight_conversions]
             model._weight_conversions = [
                 conversion
-                for conversion in model._weight_conversions
+                for conversion in dict.fromkeys(used)
                 if not any(isinstance(op, Unpack | ExpandPacked) for op in getattr(conversion, "operations", ()))
             ]
         super()._process_model_after_weight_loading(model, **kwargs)

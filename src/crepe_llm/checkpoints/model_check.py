@@ -12,6 +12,7 @@ import torch
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from crepe_llm.checkpoints.experts import UnpackExperts
 from crepe_llm.checkpoints.formats import FormatError, StoredTensor
 from crepe_llm.checkpoints.reading import Checkpoint, SparseLayer, check_dtypes
 
@@ -72,7 +73,7 @@ class _Comparison:
             layer = self._packed(name)
             if target not in self.expected:
                 unexpected[target] = name
-            elif layer is not None:
+            elif layer is not None and (pattern is None or not _merges(by_pattern[pattern])):
                 self._compare_layer(layer, target)
             elif pattern is None:
                 self._compare(target, name)
@@ -188,6 +189,11 @@ class _Comparison:
     def _where(self) -> str:
         files = self.checkpoint.files
         return str(files[0] if len(files) == 1 else files[0].parent)
+
+
+def _merges(conversion: WeightConverter) -> bool:
+    """Whether a conversion makes one tensor of the packed layers of several experts."""
+    return any(isinstance(operation, UnpackExperts) for operation in conversion.operations)
 
 
 def _empty(stored: StoredTensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ absent.
 
 import functools
 import json
+import logging
 import os
 import re
 import weakref
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from crepe_llm.checkpoints.copying import copy_rest, two_folders
+from crepe_llm.checkpoints.experts import expert_of
 from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import (
@@ -37,14 +39,17 @@ from crepe_llm.functional.masks import nonzero
 
 __all__ = ["attach", "compress_folder", "decompress_folder", "int4_2of4", "pack_folder", "plain_2of4"]
 
+_logger = logging.getLogger(__name__)
+
 FORMAT = SPARSE_24_BITMASK  # what is written
 SPARSITY = "sparsity_config"
 QUANTIZATION = "quantization_config"
 
-# Two-dimensional weights that are not those of a linear layer, or that serving engines hold in merged tensors
-# (experts): never packed, whatever their zeros. The output head shares its weight with the embedding where tied.
+# Two-dimensional weights that are not those of a linear layer, or of all experts in one: never packed, whatever their
+# zeros. The output head shares its weight with the embedding where tied.
 _NOT_LINEAR = re.compile(
-    r"(^|\.)(lm_head|embed_out|output_embedding\w*|\w*embed\w*|wte|wpe|\w*norm\w*|experts|router)(\.|$)", re.IGNORECASE
+    r"(^|\.)(lm_head|embed_out|output_embedding\w*|\w*embed\w*|wte|wpe|\w*norm\w*|experts(?!\.\d+\.)|router)(\.|$)",
+    re.IGNORECASE,
 )
 _QUANTIZATION_SUFFIXES = ("_scale", "_zero_point", "_global_scale", "_g_idx", "_shape")
 # A packed signed int4 value is stored with this offset, so this nibble is a zero weight where there are no zero points.
@@ -188,7 +193,7 @@ def compress_folder(source: str | Path, destination: str | Path, *, progress: bo
     config = read_config(source)
     least = sum(_least_packed_bytes(checkpoint, name) for name in checkpoint.tensors)
     with new_folder(destination, size=least) as folder:
-        layers = _convert(checkpoint, folder, functools.partial(_pack_tensor, {}), progress)
+        layers = _convert(checkpoint, folder, functools.partial(_pack_tensor, {}, _plain_experts(checkpoint)), progress)
         if not layers:
             raise FormatError(f"{source} has no 2:4 layer: {_why_none(checkpoint)}")
         copy_rest(source, folder)
@@ -238,7 +243,8 @@ def _pack_in_place(folder: Path, masks: Mapping[str, torch.Tensor]) -> list[str]
     checkpoint = read_folder(folder)
     if not any(_packs(checkpoint, name) for name in checkpoint.tensors):
         return []
-    layers = _convert(checkpoint, folder, functools.partial(_pack_tensor, masks), progress=False)
+    pack = functools.partial(_pack_tensor, masks, _plain_experts(checkpoint))
+    layers = _convert(checkpoint, folder, pack, progress=False)
     if layers:
         _write_sparse_config(folder, read_config(folder), layers)
     return layers
@@ -281,11 +287,35 @@ def _is_linear_weight(checkpoint: Checkpoint, name: str) -> bool:
     return name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2 and not _NOT_LINEAR.search(name)
 
 
-def _pack_tensor(masks: Mapping[str, torch.Tensor], checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
-    tensor = checkpoint.load(name)
-    if not _is_linear_weight(checkpoint, name) or not FORMAT.fits(tensor):
+def _plain_experts(checkpoint: Checkpoint) -> set[str]:
+    """The groups of experts that are not packed, as not every matrix of them is 2:4; with a warning where some are."""
+    experts = [
+        expert
+        for name in checkpoint.tensors
+        if _is_linear_weight(checkpoint, name) and (expert := expert_of(name.removesuffix(".weight")))
+    ]
+    dense = [expert for expert in experts if not FORMAT.fits(checkpoint.load(f"{expert.name}.weight"))]
+    plain = {expert.group for expert in dense}
+    for group in sorted(plain):
+        count = sum(expert.group == group for expert in experts)
+        kept = [expert.name for expert in dense if expert.group == group]
+        if len(kept) < count:
+            _logger.warning(
+                "%s is stored plain: %d of its %d matrices are not 2:4, such as %s, and experts are packed together or "
+                "not at all",
+                *(group, len(kept), count, kept[0]),
+            )
+    return plain
+
+
+def _pack_tensor(
+    masks: Mapping[str, torch.Tensor], plain: set[str], checkpoint: Checkpoint, name: str
+) -> dict[str, torch.Tensor]:
+    """The parts of a linear layer that is 2:4 and in none of the `plain` groups of experts; any other as it is."""
+    tensor, layer = checkpoint.load(name), name.removesuffix(".weight")
+    expert = expert_of(layer)
+    if not _is_linear_weight(checkpoint, name) or (expert and expert.group in plain) or not FORMAT.fits(tensor):
         return {name: tensor}
-    layer = name.removesuffix(".weight")
     parts = FORMAT.pack(tensor, _keep_of(tensor, masks.get(layer)))
     return {f"{layer}.{part}": value for part, value in parts.items()}
 
