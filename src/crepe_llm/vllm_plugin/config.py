@@ -24,6 +24,7 @@ from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_strictly
 from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.embeddings import DenseEmbeddingMethod, Int8EmbeddingMethod, hold_int8
+from crepe_llm.vllm_plugin.experts import ExpertNames, Sparse24ExpertsMethod, why_dense
 from crepe_llm.vllm_plugin.int4 import PACK_QUANTIZED, Int4LinearMethod, Int4Scheme
 from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod
 from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain
@@ -38,16 +39,17 @@ class Sparse24Config(CompressedTensorsConfig):
     Which layers are sparse is read from the checkpoint's tensor names; where its sparsity format is ``dense``, plain
     weights that are 2:4 are found by their values and packed while they are loaded, and on a CPU so are weights of 4
     bits (``pack-quantized``), whose record stands at the top of config.json. A sparse linear layer is multiplied from
-    its compressed weight. Where vLLM has no place for one (a fused layer of which only some parts are sparse, the
-    experts of a Mixture of Experts, an embedding, a gate that is built without this config, a projection whose dense
-    weight multi-head latent attention reads), its tensors are expanded while they are loaded, one at a time, and the
-    layer is served dense, with a warning. Everything else is vLLM's own compressed-tensors.
+    its compressed weight, and so are the experts of a mixture on a CPU. Where vLLM has no place for one (a fused layer
+    of which only some parts are sparse, experts on a GPU, an embedding, a gate that is built without this config, a
+    projection whose dense weight multi-head latent attention reads), its tensors are expanded while they are loaded,
+    one at a time, and the layer is served dense, with a warning. Everything else is vLLM's own compressed-tensors.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoint_name: dict[str, str] = {}  # vLLM's name of a sparse module -> the checkpoint's
         self._int4: dict[str, str] = {}  # the same of a 2:4 module of 4-bit weights
+        self._plain_weight: dict[str, str] = {}  # and of a module with a plain weight that is not sparse
         self._plain = False  # whether the sparse modules are stored as plain or 4-bit weights
         self._scaled: dict[str, str] = {}  # the same of a module with a weight_scale
         self._words: dict[str, str] = {}  # and of one whose weight is packed in words of 32 bits
@@ -97,9 +99,7 @@ class Sparse24Config(CompressedTensorsConfig):
             checkpoint, layers, int4 = read_plain(model_name, revision)
             self._checkpoint_name = {name: name for name in layers}
             self._int4 = {name: name for name in int4 if current_platform.is_cpu()}
-            words = _modules_with("weight_packed", checkpoint.tensors)  # their scales are vLLM's, or the kernels'
-            self._words = {name: name for name in words}
-            self._scaled = {name: name for name in _modules_with(_SCALE, checkpoint.tensors) - words}
+            self._note_others(checkpoint.tensors)
             return
         if Path(model_name).is_dir():
             tensors: Iterable[str] = read_strictly(Path(model_name)).tensors
@@ -113,8 +113,16 @@ class Sparse24Config(CompressedTensorsConfig):
                 "export the model again, or remove sparsity_config from config.json if its weights are dense"
             )
         self._checkpoint_name = {name: name for name in names}
-        self._scaled = {name: name for name in _modules_with(_SCALE, tensors)}
-        self._words = {name: name for name in _modules_with("weight_packed", tensors)}
+        self._note_others(tensors)
+
+    def _note_others(self, tensors: Iterable[str]) -> None:
+        tensors = list(tensors)
+        words = _modules_with("weight_packed", tensors)  # their scales are vLLM's, or the kernels'
+        self._words = {name: name for name in words}
+        self._scaled = {name: name for name in _modules_with(_SCALE, tensors) - words}
+        self._plain_weight = {
+            name: name for name in _modules_with("weight", tensors) if name not in self._checkpoint_name
+        }
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
@@ -122,6 +130,7 @@ class Sparse24Config(CompressedTensorsConfig):
         self._int4 = _mapped(self._int4, hf_to_vllm_mapper)
         self._scaled = _mapped(self._scaled, hf_to_vllm_mapper)
         self._words = _mapped(self._words, hf_to_vllm_mapper)
+        self._plain_weight = _mapped(self._plain_weight, hf_to_vllm_mapper)
 
     def begin_model(self, model_class: type) -> None:
         """Forgets the model built before, and learns from the new one's class which modules vLLM fuses.
@@ -171,8 +180,15 @@ class Sparse24Config(CompressedTensorsConfig):
                 return Sparse24LinearMethod(scheme, prefix, parts)
             self._serve_dense(prefix, sparse, "only some of its parts are sparse")
         elif isinstance(layer, RoutedExperts):
-            experts = [name for name in self._checkpoint_name if name.startswith(prefix + ".")]
-            self._serve_dense(prefix, experts, "vLLM's expert kernels are dense")
+            experts = [name for name in self._checkpoint_name if name.startswith(f"{prefix}.")]
+            scheme = self._experts_scheme(layer, prefix)
+            reason = self._why_dense(layer, prefix, scheme)
+            if experts and reason is None and scheme is not None:
+                self._sparse.update(self._checkpoint_name[name] for name in experts)
+                return Sparse24ExpertsMethod(
+                    layer.moe_config, scheme, ExpertNames(layer, prefix, self._checkpoint_name)
+                )
+            self._serve_dense(prefix, experts, reason or "")
         elif isinstance(layer, VocabParallelEmbedding):
             self._serve_dense(prefix, [prefix] if prefix in self._checkpoint_name else [], "its rows are looked up")
             quantization = self.get_scheme_dict(layer, prefix)
@@ -202,6 +218,22 @@ class Sparse24Config(CompressedTensorsConfig):
             if not self._plain:
                 raise
             return None
+
+    def _experts_scheme(self, layer: RoutedExperts, prefix: str) -> Scheme | None:
+        """How all matrices of experts are quantized; None: not alike, or in a way that only dense ones can be."""
+        self._add_fused_moe_to_target_scheme_map()
+        ends = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        names = [f"{prefix}.0.{end}" for end in ends if end is not None]
+        try:
+            schemes = {Scheme.of(name, self.get_scheme_dict(layer, name)) for name in names}
+        except ValueError:
+            return None
+        return schemes.pop() if len(schemes) == 1 else None
+
+    def _why_dense(self, layer: RoutedExperts, prefix: str, scheme: Scheme | None) -> str | None:
+        if any(name.startswith(f"{prefix}.") for name in self._plain_weight):
+            return "only some of its experts are sparse"
+        return "vLLM has no sparse kernel for its quantization" if scheme is None else why_dense(layer, scheme)
 
     def parts(self, layer: str) -> list[str]:
         """The unfused names of a layer: ``...qkv_proj`` is ``...q_proj``, ``...k_proj`` and ``...v_proj``.

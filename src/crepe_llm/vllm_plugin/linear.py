@@ -25,7 +25,7 @@ from crepe_llm import kernels
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
 from crepe_llm.kernels.formats import FORMATS, Format
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels' formats of weights of 8 bits.
 _QUANTIZED = {QuantizationType.INT: FORMATS["int8"], QuantizationType.FLOAT: FORMATS["fp8"]}
 
@@ -94,7 +94,7 @@ class CheckedLinearMethod(LinearMethodBase):
     def __init__(self, layer_name: str, parts: Sequence[str]) -> None:
         self.name = layer_name
         self.parts = list(parts)
-        _request_amx()
+        request_amx()
 
     def expected(self, kind: str, rows: int, columns: int) -> tuple[list[int], tuple[torch.dtype, ...]]:
         """The shape (of a tensor that holds a shape: its values) and the dtypes of one tensor of a part."""
@@ -179,7 +179,7 @@ class Sparse24LinearMethod(CheckedLinearMethod):
 
     def expected(self, kind: str, rows: int, columns: int) -> tuple[list[int], tuple[torch.dtype, ...]]:
         if kind == "compressed":
-            return [rows, columns // 2], _FLOATS if self.scheme.format is None else (self.scheme.format.dtype,)
+            return [rows, columns // 2], FLOATS if self.scheme.format is None else (self.scheme.format.dtype,)
         if kind == "bitmask":
             return [rows, (columns + 7) // 8], (torch.uint8,)
         return [rows, columns], (torch.int64,)
@@ -254,7 +254,7 @@ class Sparse24LinearMethod(CheckedLinearMethod):
 
 
 @functools.cache
-def _request_amx() -> None:
+def request_amx() -> None:
     """Ask Linux to let this process use AMX tiles, once.
 
     vLLM's attention on the CPU uses them wherever the processor has them, and relies on oneDNN's dense products to have

@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import get_model_cls
 
 from crepe_llm.vllm_plugin.config import Sparse24Config
+from crepe_llm.vllm_plugin.experts import Sparse24ExpertsMethod
 
 _aten = torch.ops.aten
 # The operators by which a loader fills a tensor. Arithmetic in place is none: it needs what was there.
@@ -179,6 +180,12 @@ def _unread(
     gaps = written.gaps(parameter.data) if written.holds(parameter) else []
     empty = sum(stop - start for start, stop in gaps) == parameter.nbytes
     if not gaps or (empty and name in claimed):  # some models fill a parameter later, and say that they have it
+        return
+    method = getattr(layer.module, "quant_method", None)
+    if isinstance(method, Sparse24ExpertsMethod):
+        height = parameter.shape[1]
+        empty_rows = (divmod(row, height) for row in _rows(parameter.data.flatten(0, 1), gaps))
+        yield from method.unread(attribute, empty_rows, height)
         return
     rows = _rows(parameter, gaps)
     sizes = getattr(layer.module, "output_partition_sizes", [])
