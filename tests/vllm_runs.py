@@ -84,6 +84,12 @@ def qwen2_moe() -> PretrainedConfig:
     )
 
 
+def deepseek_moe() -> PretrainedConfig:
+    """Latent attention, and from the second layer on experts beside one that all tokens share."""
+    routed = {"first_k_dense_replace": 1, "moe_intermediate_size": 68, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    return deepseek(**routed, n_group=1, topk_group=1)
+
+
 def stablelm() -> PretrainedConfig:
     """vLLM knows only from the mapper of weight names that it fuses q, k and v, gate and up."""
     return StableLmConfig(**SIZES, architectures=["StableLmForCausalLM"], tie_word_embeddings=False, use_qkv_bias=True)
@@ -114,10 +120,10 @@ def deepseek(**changes: Any) -> PretrainedConfig:
     )
 
 
-def qwen2_moe_shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors of a published Qwen2-MoE checkpoint: transformers' own, with one matrix for each expert."""
+def expert_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a published checkpoint: transformers' own, with one matrix for each expert."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes_of(qwen2_moe()).items():
+    for name, shape in shapes_of(config).items():
         at, dot, fused = name.rpartition(".experts.")
         if not dot:
             shapes[name] = shape

@@ -15,16 +15,14 @@ from crepe_llm.evaluation.random_models import write_random_model
 from vllm_runs import (
     assert_same,
     deepseek,
+    expert_shapes,
     gemma3,
     generate,
     glm4,
     in_process,
     llama,
-    mixtral,
-    mixtral_shapes,
     qwen2,
     qwen2_moe,
-    qwen2_moe_shapes,
     stablelm,
     twins,
 )
@@ -73,15 +71,8 @@ def test_partly_sparse_fused_layer_is_served_dense(tmp_path: Path) -> None:
     assert_same(ours, generate(dense))
 
 
-def test_experts_are_served_dense(tmp_path: Path) -> None:
-    sparse, dense = twins(tmp_path, mixtral(), shapes=mixtral_shapes())
-    ours, layers = generate(sparse, inspect=linear_parameters)
-    assert {name.rsplit(".", 1)[1] for name, left in layers.items() if "PackedWeight" in left} == {"qkv_proj", "o_proj"}
-    assert_same(ours, generate(dense))
-
-
 def test_a_gate_that_vllm_does_not_quantize_is_served_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sparse, dense = twins(tmp_path, qwen2_moe(), shapes=qwen2_moe_shapes())
+    sparse, dense = twins(tmp_path, qwen2_moe(), shapes=expert_shapes(qwen2_moe()))
     ours, layers = generate(sparse, inspect=linear_parameters)
     packed = {name.rsplit(".", 1)[1] for name, left in layers.items() if "PackedWeight" in left}
     assert packed == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
