@@ -1,7 +1,8 @@
 """Mixtures of experts: oneshot takes experts apart into linear layers, and these are saved as transformers reads them.
 
 What transformers reads, vLLM reads, too. A family whose checkpoints hold one matrix an expert (Mixtral's w1, w2, w3)
-is saved under those names; in all others (GraniteMoE, GPT-OSS, Llama 4) the experts are put together again.
+is saved under those names and packed where it is 2:4; in all others (GraniteMoE, GPT-OSS, Llama 4) the experts are put
+together again.
 """
 
 import copy
@@ -22,7 +23,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from crepe_llm.checkpoints import is_2of4
 
-__all__ = ["check_experts", "restore_experts", "take_llama4_apart"]
+__all__ = ["check_experts", "restore_experts", "saves_whole_experts", "take_llama4_apart"]
 
 # How a checkpoint's matrix of each expert is written in transformers' table, and which of our layers are in it.
 _EACH = re.compile(r"experts\.?\*\.(\w+)\.weight$")
@@ -55,7 +56,7 @@ def check_experts(model: Any, quantizing: list[Any]) -> None:
         if quantized:
             logger.warning(
                 f"{type(quantized[0]).__name__} quantizes the experts of {type(model).__name__}: vLLM reads such a "
-                "checkpoint, and transformers does not"
+                "checkpoint; transformers reads experts that are 2:4, dequantized, and no others"
             )
         return
     name, experts = apart[0]
@@ -75,6 +76,12 @@ def _matches(model: Any, modifier: Any, prefixes: list[str]) -> bool:
     """Whether a modifier that quantizes targets a layer below one of these names."""
     matched = match_named_modules(model, modifier.resolved_targets, modifier.ignore)
     return any(layer.startswith(f"{prefix}.") for layer, _ in matched for prefix in prefixes)
+
+
+def saves_whole_experts(model: Any) -> bool:
+    """Whether the model's checkpoints hold all experts of a layer in one tensor, which no sparse format does."""
+    apart = _taken_apart(model)
+    return bool(apart) and _with_own_names(model) is None and not isinstance(apart[0][1], Llama4LinearExperts)
 
 
 def restore_experts(model: Any) -> None:

@@ -23,7 +23,7 @@ from crepe_llm.models.dense_layers import dense_by_default
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.conv1d import record_conv1d
-from crepe_llm.modifiers.experts import check_experts, restore_experts
+from crepe_llm.modifiers.experts import check_experts, restore_experts, saves_whole_experts
 from crepe_llm.modifiers.fields import Patterns
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
 from crepe_llm.pruning.layer import recorded_masks
@@ -180,7 +180,10 @@ class LayerModifier(Modifier):
             logger.warning(f"Left dense are {what}: {listed}. To prune them, name them in `targets`")
         for what, names in (
             ("Conv1D layers", [name for module, name in self._layers.items() if is_transposed(module)]),
-            ("layers of experts", [name for name in self._layers.values() if ".experts." in name]),
+            (
+                "layers of experts",
+                [name for name in self._layers.values() if ".experts." in name and saves_whole_experts(model)],
+            ),
         ):
             if names:
                 logger.warning(
