@@ -20,7 +20,7 @@ from crepe_llm.vllm_plugin.linear import FLOATS, Scheme, request_amx, return_fre
 
 # vLLM's names of an expert's matrices, by those of the merged ones: gate and up, and down.
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
-_ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
     MoEActivation.SILU: functional.silu,
     MoEActivation.GELU: functional.gelu,
     MoEActivation.GELU_TANH: functools.partial(functional.gelu, approximate="tanh"),
@@ -68,7 +68,7 @@ def why_dense(layer: Any, scheme: Scheme) -> str | None:
         "its experts can be moved while they are served": parallel.enable_eplb,
         "LoRA adapters need vLLM's own experts": moe.is_lora_enabled,
         "its experts have biases": moe.has_bias,
-        f"the activation {moe.activation.value} is applied by vLLM's own experts": moe.activation not in _ACTIVATIONS,
+        f"the activation {moe.activation.value} is applied by vLLM's own experts": moe.activation not in ACTIVATIONS,
         "its activation is clamped": layer.swiglu_limit is not None,
         "its inputs are scaled by the router": layer.apply_router_weight_on_input,
         "vLLM pads its experts": moe.intermediate_size_per_partition_unpadded
@@ -211,10 +211,10 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        return mixture(x, topk_ids, topk_weights, layer.packed, functools.partial(_gated, layer.activation))
+        return mixture(x, topk_ids, topk_weights, layer.packed, functools.partial(gated, layer.activation))
 
 
-def _gated(activation: MoEActivation, y: torch.Tensor) -> torch.Tensor:
+def gated(activation: MoEActivation, y: torch.Tensor) -> torch.Tensor:
     """``activation(gate) * up`` of [rows, 2 N], gate before up, in fp32 and rounded once: [rows, N]."""
     gate, up = y.float().chunk(2, dim=-1)
-    return (_ACTIVATIONS[activation](gate) * up).to(y.dtype)
+    return (ACTIVATIONS[activation](gate) * up).to(y.dtype)
