@@ -70,9 +70,6 @@ def packed(weights: torch.Tensor, dtype: str) -> PackedExperts:
 def calls_of(shape: Shape, tokens: int, dtype: str) -> dict[str, Callable[[int], torch.Tensor]]:
     """Ours and vLLM's, by name: the output of routing number ``i``."""
     from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-
-    from crepe_llm.vllm_plugin.experts import gated
 
     both = torch.stack([masked(2 * shape.inner, shape.hidden) for _ in range(shape.experts)])
     down = torch.stack([masked(shape.hidden, shape.inner) for _ in range(shape.experts)])
@@ -82,7 +79,7 @@ def calls_of(shape: Shape, tokens: int, dtype: str) -> dict[str, Callable[[int],
     shares = torch.rand(tokens, shape.chosen).softmax(-1)
 
     def ours(i: int) -> torch.Tensor:
-        return mixture(x, ids[i % ROUTINGS], shares, layers, lambda y: gated(MoEActivation.SILU, y))
+        return mixture(x, ids[i % ROUTINGS], shares, layers, "silu")
 
     def dense(isa: str) -> Callable[[int], torch.Tensor]:
         ready = [ops.cpu_prepack_moe_weight(weight, isa) for weight in (both, down)]

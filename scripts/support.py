@@ -145,7 +145,7 @@ def check(family: str, recipe: str, folder: Path, vllm: bool) -> Row:
 
 
 def served(folder: Path) -> str:
-    """Whether vLLM gives the same greedy tokens for a packed folder and for its decompressed twin."""
+    """Whether vLLM gives the same greedy tokens for a packed folder and for its decompressed twin, if it serves that."""
     from crepe_llm.checkpoints import decompress_folder, read_folder
     from vllm_runs import assert_same, generate
 
@@ -153,7 +153,12 @@ def served(folder: Path) -> str:
         generate(folder / "pruned")
         return "served dense"
     decompress_folder(folder / "pruned", folder / "twin")
-    assert_same(generate(folder / "pruned"), generate(folder / "twin"))
+    ours = generate(folder / "pruned")
+    try:
+        dense = generate(folder / "twin")
+    except NotImplementedError as error:  # dense INT8 experts on most CPUs
+        return f"served; its dense twin is not: {str(error).partition('(')[0].strip()}"
+    assert_same(ours, dense)
     return "tokens equal"
 
 

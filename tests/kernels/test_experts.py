@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from crepe_llm import kernels
 from crepe_llm.kernels import cpu
-from crepe_llm.kernels.experts import experts_linear, mixture, pack_experts
+from crepe_llm.kernels.experts import ACTIVATIONS, experts_linear, mixture, pack_experts
+from crepe_llm.kernels.formats import FORMATS
 from crepe_llm.kernels.packed import PackedExperts
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,14 +30,10 @@ def naive_mixture(x, ids, weights, gate_up, down, activation):
     y = torch.zeros(x.shape[0], down[0].shape[0])
     for token, slot in torch.cartesian_prod(torch.arange(ids.shape[0]), torch.arange(ids.shape[1])).tolist():
         expert = int(ids[token, slot])
-        hidden = activation(kernels.linear(x[token : token + 1], gate_up[expert]))
+        gate, up = kernels.linear(x[token : token + 1], gate_up[expert]).float().chunk(2, -1)
+        hidden = (activation(gate) * up).to(x.dtype)
         y[token] += float(weights[token, slot]) * kernels.linear(hidden, down[expert])[0].float()
     return y.to(x.dtype)
-
-
-def gated(y):
-    gate, up = y.float().chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).to(y.dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -68,7 +65,8 @@ def test_rows_are_those_of_each_experts_product(isa, count, n, groups, m, dtype,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 40])
 @pytest.mark.parametrize("library", [True, False])
-def test_a_mixture_is_its_definition(dtype, tokens, library, monkeypatch):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_mixture_is_its_definition(dtype, tokens, activation, library, monkeypatch):
     if not library:
         monkeypatch.setattr(cpu, "library", lambda: None)
     generator = torch.Generator().manual_seed(3)
@@ -77,8 +75,8 @@ def test_a_mixture_is_its_definition(dtype, tokens, library, monkeypatch):
     x = torch.randn(tokens, 32, generator=generator)
     ids = torch.rand(tokens, 5, generator=generator).argsort(-1)[:, :3].to(torch.int32)
     weights = torch.rand(tokens, 3, generator=generator)
-    y = mixture(x, ids, weights, (pack_experts(gate_up, 5), pack_experts(down, 5)), gated)
-    expected = naive_mixture(x, ids, weights, gate_up, down, gated)
+    y = mixture(x, ids, weights, (pack_experts(gate_up, 5), pack_experts(down, 5)), activation)
+    expected = naive_mixture(x, ids, weights, gate_up, down, ACTIVATIONS[activation])
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max() if tokens else 1))
 
 
@@ -88,10 +86,10 @@ def test_a_token_does_not_depend_on_its_batch():
     x = torch.randn(64, 64, generator=generator).bfloat16()
     ids = torch.rand(64, 6, generator=generator).argsort(-1)[:, :2]
     weights = torch.rand(64, 2, generator=generator)
-    together = mixture(x, ids, weights, layers, gated)
+    together = mixture(x, ids, weights, layers, "silu")
     for token in range(64):
         rows = slice(token, token + 1)
-        assert torch.equal(mixture(x[rows], ids[rows], weights[rows], layers, gated), together[rows])
+        assert torch.equal(mixture(x[rows], ids[rows], weights[rows], layers, "silu"), together[rows])
 
 
 def test_each_expert_is_what_was_packed():
@@ -146,15 +144,11 @@ X, ENDS = torch.ones(3, 32), torch.tensor([1, 3])
         (X, ENDS.to("meta"), ValueError, "ends on meta"),
     ],
 )
-def test_the_operator_refuses(library, x, ends, error, message, monkeypatch):
+def test_operands_that_do_not_fit(library, x, ends, error, message, monkeypatch):
     if not library:
         monkeypatch.setattr(cpu, "library", lambda: None)
-    operands = (EXPERTS.data, EXPERTS.scale, EXPERTS.count, *EXPERTS.shape, EXPERTS.format.name)
     with pytest.raises(error, match=message):
         experts_linear(x, ends, EXPERTS)
-    if ends.device.type == "cpu" and not x.requires_grad:
-        with pytest.raises(error, match=message):
-            torch.ops.crepe_llm.sparse24_experts(x, ends, *operands)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +160,7 @@ def test_the_operator_refuses(library, x, ends, error, message, monkeypatch):
         {"shape": (32, 32)},
         {"shape": (16, 30)},
         {"scale": torch.ones(16)},
-        {"format": kernels.formats.FORMATS["fp8"]},
+        {"format": FORMATS["fp8"]},
     ],
 )
 def test_tensors_that_are_no_packed_experts(changes):
@@ -175,23 +169,51 @@ def test_tensors_that_are_no_packed_experts(changes):
         PackedExperts(**fields | changes)
 
 
+DOWN = pack_experts([one(32, 8)] * 2, 2)
+IDS, SHARES = torch.tensor([[0], [1], [1]]), torch.ones(3, 1)
+CALL = {
+    **{"x": X, "expert_ids": IDS, "expert_weights": SHARES, "gate_up": EXPERTS.data, "gate_up_scale": None},
+    **{"down": DOWN.data, "down_scale": None, "count": 2, "hidden": 32, "inner": 8, "format": "fp32"},
+    "activation": "silu",
+}
+
+
 @pytest.mark.parametrize(
-    ("ids", "weights", "message"),
+    ("changes", "error", "message"),
     [
-        (torch.tensor([[2]]), torch.ones(1, 1), "expert_ids are 2 to 2; there are 2 experts"),
-        (torch.tensor([[-1]]), torch.ones(1, 1), "expert_ids are -1 to -1"),
-        (torch.tensor([[0]]), torch.ones(1, 2), "expert_weights"),
-        (torch.tensor([[0], [1]]), torch.ones(2, 1), "expert_ids has shape"),
+        ({"expert_ids": IDS + 1}, ValueError, "expert_ids are 1 to 2; there are 2 experts"),
+        ({"expert_ids": -IDS}, ValueError, "expert_ids are -1 to 0"),
+        ({"expert_ids": IDS[:2]}, ValueError, "expert_ids has shape"),
+        ({"expert_ids": IDS.float()}, TypeError, "expert_ids are torch.float32"),
+        ({"expert_weights": torch.ones(3, 2)}, ValueError, "expert_weights"),
+        ({"expert_weights": SHARES.int()}, TypeError, "expert_weights torch.int32"),
+        ({"expert_weights": SHARES.clone().requires_grad_()}, RuntimeError, "require a gradient"),
+        ({"x": X[:, :28]}, ValueError, "its last dimension must be 32"),
+        ({"x": X[:2]}, ValueError, "expert_ids has shape"),
+        ({"x": X.clone().requires_grad_()}, RuntimeError, "requires a gradient"),
+        ({"gate_up": EXPERTS.data[:-1]}, ValueError, "packed data"),
+        ({"gate_up_scale": torch.ones(2)}, ValueError, "scale has shape"),
+        ({"down": DOWN.data[1:]}, ValueError, "packed data"),
+        ({"count": 3}, ValueError, "packed data"),
+        ({"inner": 12}, ValueError, "packed data"),
+        ({"format": "int4"}, ValueError, "format is"),
+        ({"activation": "relu"}, ValueError, "activation is 'relu'; one of silu"),
     ],
 )
-def test_routing_that_does_not_fit(ids, weights, message):
-    layers = (EXPERTS, pack_experts([one(32, 16)] * 2, 2))
-    with pytest.raises(ValueError, match=message):
-        mixture(torch.ones(1, 32), ids, weights, layers, torch.nn.Identity())
+def test_the_operator_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        torch.ops.crepe_llm.sparse24_mixture(**CALL | changes)
+
+
+def test_layers_that_do_not_follow_each_other():
+    with pytest.raises(ValueError, match=r"the second needs 2 x \(64, 16\) fp32 before it"):
+        mixture(X, IDS, SHARES, (EXPERTS, EXPERTS), "silu")
 
 
 def test_the_operator_is_traced():
-    operands = (X, ENDS, EXPERTS.data, EXPERTS.scale, EXPERTS.count, *EXPERTS.shape, EXPERTS.format.name)
-    torch.library.opcheck(torch.ops.crepe_llm.sparse24_experts.default, operands)
-    compiled = torch.compile(lambda x, ends: experts_linear(x, ends, EXPERTS) * 2, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(X, ENDS), experts_linear(X, ENDS, EXPERTS) * 2)
+    torch.library.opcheck(torch.ops.crepe_llm.sparse24_mixture.default, tuple(CALL.values()))
+
+    def twice(x):
+        return mixture(x, IDS, SHARES, (EXPERTS, DOWN), "silu") * 2
+
+    assert torch.equal(torch.compile(twice, backend="aot_eager", fullgraph=True)(X), twice(X))

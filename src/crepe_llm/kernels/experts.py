@@ -1,20 +1,31 @@
 """The products of a mixture of 2:4 experts on a CPU: tokens are sorted by expert, one call multiplies them all."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from crepe_llm.kernels import checks, cpu, reference
 from crepe_llm.kernels.formats import format_named
 from crepe_llm.kernels.memory import on_huge_pages
 from crepe_llm.kernels.packed import PackedExperts, PackedWeight
 
-__all__ = ["experts_linear", "mixture", "pack_experts"]
+__all__ = ["ACTIVATIONS", "experts_linear", "mixture", "pack_experts"]
 
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+}
+"""What is applied to the gates, by name."""
+
+# ``hidden`` channels of the model and ``inner`` ones of an expert; ``format`` is the name of both weights' format.
 _SCHEMA = (
-    "sparse24_experts(Tensor x, Tensor ends, Tensor data, Tensor? scale, int count, int n, int k, str format) -> Tensor"
+    "sparse24_mixture(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor? gate_up_scale, "
+    "Tensor down, Tensor? down_scale, int count, int hidden, int inner, str format, str activation) -> Tensor"
 )
 
 
@@ -54,62 +65,6 @@ def experts_linear(x: torch.Tensor, ends: torch.Tensor, experts: PackedExperts) 
     Raises ValueError when shapes or devices do not fit or ``ends`` do not ascend to M, TypeError for another dtype, and
     RuntimeError where an operand requires a gradient and gradients are recorded.
     """
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
-        n, k = experts.shape
-        name = experts.format.name
-        return torch.ops.crepe_llm.sparse24_experts(x, ends, experts.data, experts.scale, experts.count, n, k, name)
-    return _multiply(x, ends, experts)
-
-
-def mixture(
-    x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    expert_weights: torch.Tensor,
-    layers: tuple[PackedExperts, PackedExperts],
-    activation: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """A mixture of experts: ``y_t = sum_s w_ts down_e(activation(gate_up_e(x_t)))`` with e = ``expert_ids[t, s]``.
-
-    ``x`` is [M, H] in bf16, fp16 or fp32, ``expert_ids`` (integers) and ``expert_weights`` (floats) are [M, S]: the
-    experts of each token and how much of each goes into its output. ``layers`` are those before and after the
-    activation, [N, H] and [H, K] an expert; ``activation`` maps [R, N] to [R, K]. ``y`` is [M, H] in x's dtype, summed
-    in fp32. A token's result does not depend on the tokens beside it.
-
-    Raises ValueError when an id is not that of an expert or shapes do not fit, and as :func:`experts_linear`.
-    """
-    gate_up, down = layers
-    tokens, slots = expert_ids.shape
-    if expert_weights.shape != expert_ids.shape or x.shape[:1] != (tokens,):
-        raise ValueError(
-            f"expert_ids has shape {tuple(expert_ids.shape)}, expert_weights {tuple(expert_weights.shape)} and x "
-            f"{tuple(x.shape)}; [tokens, slots] twice and [tokens, K] are needed"
-        )
-    flat = expert_ids.reshape(-1).long()
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < gate_up.count:
-        raise ValueError(f"expert_ids are {int(flat.min())} to {int(flat.max())}; there are {gate_up.count} experts")
-    order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=gate_up.count).cumsum(0)
-    hidden = activation(experts_linear(x[order // slots], ends, gate_up))
-    sorted_outputs = experts_linear(hidden, ends, down)
-    outputs = torch.empty_like(sorted_outputs)
-    outputs[order] = sorted_outputs
-    weighted = outputs.view(tokens, slots, down.shape[0]).float() * expert_weights.float()[..., None]
-    return weighted.sum(1).to(x.dtype)
-
-
-def _check_alike(index: int, weight: PackedWeight, first: PackedWeight) -> None:
-    if weight.inputs is not None:
-        raise ValueError(f"expert {index} quantizes its inputs to {weight.inputs.dtype}; products of experts do not")
-    for what in ("shape", "format"):
-        if getattr(weight, what) != getattr(first, what):
-            raise ValueError(
-                f"expert {index} has {what} {getattr(weight, what)}, expert 0 {getattr(first, what)}; all must have one"
-            )
-    if (weight.scale is None) != (first.scale is None):
-        raise ValueError(f"of experts 0 and {index} one has scales; all must have them, or none")
-
-
-def _multiply(x: torch.Tensor, ends: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     if cpu.library() is not None:
         return cpu.multiply_experts(x, ends, experts)
     checks.grouped(x, ends, experts)
@@ -124,23 +79,122 @@ def _multiply(x: torch.Tensor, ends: torch.Tensor, experts: PackedExperts) -> to
     return torch.cat(parts) if parts else x.new_empty(0, experts.shape[0])
 
 
-def _call(*operands: Any) -> tuple[torch.Tensor, torch.Tensor, PackedExperts]:
-    """x, ends and weights from the operands of the operator, in the order of its schema."""
-    x, ends, data, scale, count, n, k, name = operands
-    return x, ends, PackedExperts(data, count, (n, k), format_named(name), scale)
+def mixture(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    layers: tuple[PackedExperts, PackedExperts],
+    activation: str,
+) -> torch.Tensor:
+    """A mixture of gated experts: ``y_t = sum_s w_ts down_e(activation(gate_e(x_t)) up_e(x_t))`` with e = ids[t, s].
+
+    ``x`` is [M, H] in bf16, fp16 or fp32, ``expert_ids`` (integers) and ``expert_weights`` (floats) are [M, S]: the
+    experts of each token and how much of each goes into its output. ``layers`` are the packed weights of one format
+    before and after the activation, of the dense shapes [2 N, H] (gate before up) and [H, N] an expert; ``activation``
+    is one of :data:`ACTIVATIONS`. ``y`` is [M, H] in x's dtype. What lies between the two products is rounded to x's
+    dtype once; the sum is fp32. A token's result does not depend on the tokens beside it.
+
+    Raises ValueError when an id is not that of an expert or shapes do not fit, and as :func:`experts_linear`.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        gate_up, down = layers
+        weights = gate_up.data, gate_up.scale, down.data, down.scale
+        sizes = down.count, *down.shape, down.format.name
+        return torch.ops.crepe_llm.sparse24_mixture(x, expert_ids, expert_weights, *weights, *sizes, activation)
+    return _mixture(x, expert_ids, expert_weights, layers, activation)
+
+
+def _mixture(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    layers: tuple[PackedExperts, PackedExperts],
+    activation: str,
+) -> torch.Tensor:
+    _check_mixture(x, expert_ids, expert_weights, layers, activation)
+    gate_up, down = layers
+    tokens, slots = expert_ids.shape
+    flat = expert_ids.reshape(-1).long()
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < gate_up.count:
+        raise ValueError(f"expert_ids are {int(flat.min())} to {int(flat.max())}; there are {gate_up.count} experts")
+    order = flat.argsort(stable=True)
+    ends = torch.bincount(flat, minlength=gate_up.count).cumsum(0)
+    gate, up = experts_linear(x[order // slots], ends, gate_up).float().chunk(2, dim=-1)
+    sorted_outputs = experts_linear((ACTIVATIONS[activation](gate) * up).to(x.dtype), ends, down)
+    outputs = torch.empty_like(sorted_outputs)
+    outputs[order] = sorted_outputs
+    weighted = outputs.view(tokens, slots, down.shape[0]).float() * expert_weights.float()[..., None]
+    return weighted.sum(1).to(x.dtype)
+
+
+def _check_mixture(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    layers: tuple[PackedExperts, PackedExperts],
+    activation: str,
+) -> None:
+    """What is checked without a look at the values, also where a call is only traced."""
+    gate_up, down = layers
+    checks.product(x, gate_up, None)
+    hidden, inner = down.shape
+    if gate_up.shape != (2 * inner, hidden) or gate_up.count != down.count or gate_up.format != down.format:
+        raise ValueError(
+            f"the layers are {gate_up.count} x {gate_up.shape} {gate_up.format.name} and {down.count} x {down.shape} "
+            f"{down.format.name}; the second needs {down.count} x {(2 * inner, hidden)} {down.format.name} before it"
+        )
+    if expert_ids.ndim != 2 or expert_weights.shape != expert_ids.shape or x.shape[:1] != expert_ids.shape[:1]:
+        raise ValueError(
+            f"expert_ids has shape {tuple(expert_ids.shape)}, expert_weights {tuple(expert_weights.shape)} and x "
+            f"{tuple(x.shape)}; [tokens, slots] twice and [tokens, K] are needed"
+        )
+    if expert_ids.dtype not in (torch.int32, torch.int64) or not expert_weights.is_floating_point():
+        raise TypeError(
+            f"expert_ids are {expert_ids.dtype}, expert_weights {expert_weights.dtype}; int32 or int64 and "
+            "floats are needed"
+        )
+    if expert_ids.device != x.device or expert_weights.device != x.device:
+        raise ValueError(f"x is on {x.device}, the routing on {expert_ids.device} and {expert_weights.device}")
+    if torch.is_grad_enabled() and expert_weights.requires_grad:
+        raise RuntimeError("expert_weights require a gradient, which a mixture does not have: call it under no_grad()")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)} is needed")
+
+
+def _check_alike(index: int, weight: PackedWeight, first: PackedWeight) -> None:
+    if weight.inputs is not None:
+        raise ValueError(f"expert {index} quantizes its inputs to {weight.inputs.dtype}; products of experts do not")
+    for what in ("shape", "format"):
+        if getattr(weight, what) != getattr(first, what):
+            raise ValueError(
+                f"expert {index} has {what} {getattr(weight, what)}, expert 0 {getattr(first, what)}; all must have one"
+            )
+    if (weight.scale is None) != (first.scale is None):
+        raise ValueError(f"of experts 0 and {index} one has scales; all must have them, or none")
+
+
+def _call(*operands: Any) -> tuple[Any, ...]:
+    """What :func:`mixture` takes, from the operands of the operator, in the order of its schema."""
+    x, ids, weights, gate_up, gate_up_scale, down, down_scale, count, hidden, inner, name, activation = operands
+    form = format_named(name)
+    layers = (
+        PackedExperts(gate_up, count, (2 * inner, hidden), form, gate_up_scale),
+        PackedExperts(down, count, (hidden, inner), form, down_scale),
+    )
+    return x, ids, weights, layers, activation
 
 
 def _operator(*operands: Any) -> torch.Tensor:
-    return _multiply(*_call(*operands))
+    return _mixture(*_call(*operands))
 
 
 def _shape(*operands: Any) -> torch.Tensor:
-    x, ends, experts = _call(*operands)
-    checks.grouped(x, ends, experts)
-    return x.new_empty(x.shape[0], experts.shape[0])
+    call = _call(*operands)
+    _check_mixture(*call)
+    return torch.empty_like(call[0], memory_format=torch.contiguous_format)
 
 
 _library = torch.library.Library("crepe_llm", "FRAGMENT")
 _library.define(_SCHEMA)
-_library.impl("sparse24_experts", _operator, "CPU")
-torch.library.register_fake("crepe_llm::sparse24_experts", _shape, lib=_library)
+_library.impl("sparse24_mixture", _operator, "CPU")
+torch.library.register_fake("crepe_llm::sparse24_mixture", _shape, lib=_library)

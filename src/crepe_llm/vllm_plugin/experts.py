@@ -1,11 +1,9 @@
 """The experts of a mixture with 2:4 compressed weights, on a CPU."""
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
@@ -20,11 +18,8 @@ from crepe_llm.vllm_plugin.linear import FLOATS, Scheme, request_amx, return_fre
 
 # vLLM's names of an expert's matrices, by those of the merged ones: gate and up, and down.
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
-ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
-    MoEActivation.SILU: functional.silu,
-    MoEActivation.GELU: functional.gelu,
-    MoEActivation.GELU_TANH: functools.partial(functional.gelu, approximate="tanh"),
-}
+# By vLLM's name of an activation that of the kernels.
+_ACTIVATIONS = {MoEActivation.SILU: "silu", MoEActivation.GELU: "gelu", MoEActivation.GELU_TANH: "gelu_tanh"}
 
 
 class ExpertNames:
@@ -68,7 +63,7 @@ def why_dense(layer: Any, scheme: Scheme) -> str | None:
         "its experts can be moved while they are served": parallel.enable_eplb,
         "LoRA adapters need vLLM's own experts": moe.is_lora_enabled,
         "its experts have biases": moe.has_bias,
-        f"the activation {moe.activation.value} is applied by vLLM's own experts": moe.activation not in ACTIVATIONS,
+        f"the activation {moe.activation.value} is applied by vLLM's own experts": moe.activation not in _ACTIVATIONS,
         "its activation is clamped": layer.swiglu_limit is not None,
         "its inputs are scaled by the router": layer.apply_router_weight_on_input,
         "vLLM pads its experts": moe.intermediate_size_per_partition_unpadded
@@ -211,10 +206,4 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        return mixture(x, topk_ids, topk_weights, layer.packed, functools.partial(gated, layer.activation))
-
-
-def gated(activation: MoEActivation, y: torch.Tensor) -> torch.Tensor:
-    """``activation(gate) * up`` of [rows, 2 N], gate before up, in fp32 and rounded once: [rows, N]."""
-    gate, up = y.float().chunk(2, dim=-1)
-    return (ACTIVATIONS[activation](gate) * up).to(y.dtype)
+        return mixture(x, topk_ids, topk_weights, layer.packed, _ACTIVATIONS[layer.activation])
