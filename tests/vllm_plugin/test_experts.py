@@ -96,6 +96,10 @@ def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor
     return target
 
 
+def test_compiled_same_tokens_as_eager(stored: Path) -> None:
+    assert_same(generate(stored, enforce_eager=False), generate(stored))
+
+
 EXPERTS = "model.layers.0.block_sparse_moe.experts"
 PARTS = ("compressed", "bitmask", "shape")
 
