@@ -31,8 +31,8 @@ PROTOCOL = 1
 RECIPES = ("crepe_2of4", "crepe_2of4_best", "crepe_2of4_int8")
 PAGE = ROOT / "docs" / "support.md"
 WINDOWS, LENGTH, SECONDS = 16, 32, 900
-# Logits relative to the largest: those of the same weights in fp32, of INT8 layers, whose inputs are rounded, too, and of
-# INT8 experts, which transformers reads dequantized, so that only the model in memory rounds their inputs.
+# Logits relative to the largest: those of the same weights in fp32, of INT8 layers, whose inputs are rounded, too, and
+# of INT8 experts, which transformers reads dequantized, so that only the model in memory rounds their inputs.
 TOLERANCE, INT8_TOLERANCE, INT8_EXPERTS_TOLERANCE = 1e-5, 2e-2, 6e-2
 
 SIZES: dict[str, Any] = {

@@ -29,7 +29,7 @@ def support():
 def test_families(support, family, recipe, packed):
     row = support.run(family, recipe, vllm=False)
     assert "error" not in row, row
-    assert support.verdict(row | {"recipe": recipe}) == f"{packed} layers packed"
+    assert support.verdict(row | {"family": family, "recipe": recipe}) == f"{packed} layers packed"
 
 
 def test_what_died_says_so(support):

@@ -10,6 +10,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
 
 from crepe_llm.checkpoints import read_folder
+from crepe_llm.functional.bitmask import RECORDED, unpack_bits
 from crepe_llm.modifiers import DSnoTModifier, SparseCheckpointModifier
 from crepe_llm.modifiers.experts import check_experts
 from modifier_helpers import SMALL, crepe, load, run, save
@@ -100,6 +101,17 @@ def test_experts_are_read_back(family, recipe, folder_of, calibration_data, tmp_
     ]
     assert routers and all(torch.equal(checkpoint.load(name), before.load(name)) for name in routers)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_kept_weights_of_experts_that_are_zero_stay_kept(family, folder_of, calibration_data, tmp_path):
+    model = run(load(folder_of(family)), [crepe()], calibration_data)
+    expert = model.get_submodule("model.layers.0.mlp.experts.1.gate_proj")
+    bits = getattr(expert, RECORDED)
+    with torch.no_grad():
+        expert.weight[unpack_bits(bits, expert.in_features)] = 0
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(read_folder(tmp_path / "out").load(f"{STORED[family]}.bitmask"), bits)
 
 
 def test_llama4_is_saved_whole_where_nothing_is_packed(folder_of, calibration_data, tmp_path):

@@ -18,12 +18,13 @@ from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from loguru import logger
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from crepe_llm.checkpoints import is_2of4
+from crepe_llm.pruning.layer import recorded_masks
 
-__all__ = ["check_experts", "restore_experts", "saves_whole_experts", "take_llama4_apart"]
+__all__ = ["check_experts", "masks_as_stored", "restore_experts", "saves_whole_experts", "take_llama4_apart"]
 
 # How a checkpoint's matrix of each expert is written in transformers' table, and which of our layers are in it.
 _EACH = re.compile(r"experts\.?\*\.(\w+)\.weight$")
@@ -99,6 +100,19 @@ def restore_experts(model: Any) -> None:
             logger.warning(f"{name} is quantized and stays taken apart: transformers will not read it")
             continue
         model.set_submodule(name, _together(experts))
+
+
+def masks_as_stored(model: Any) -> dict[str, torch.Tensor]:
+    """The recorded masks (uint8 [d_out, ceil(d_in / 8)]) by the names of the layers in the checkpoint of the model."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    reverse = [conversion.reverse_transform() for conversion in reversed(conversions)]
+    renamings = [one for one in reverse if isinstance(one, WeightRenaming)]
+    converters = [one for one in reverse if isinstance(one, WeightConverter)]
+    masks = {}
+    for name, bits in recorded_masks(model).items():
+        stored, _ = rename_source_key(f"{name}.weight", renamings, converters, reverse=True)
+        masks[stored.removesuffix(".weight")] = bits
+    return masks
 
 
 class _ExpertName(WeightRenaming):

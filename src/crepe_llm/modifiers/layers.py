@@ -23,10 +23,9 @@ from crepe_llm.models.dense_layers import dense_by_default
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.conv1d import record_conv1d
-from crepe_llm.modifiers.experts import check_experts, restore_experts, saves_whole_experts
+from crepe_llm.modifiers.experts import check_experts, masks_as_stored, restore_experts, saves_whole_experts
 from crepe_llm.modifiers.fields import Patterns
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
-from crepe_llm.pruning.layer import recorded_masks
 
 __all__ = ["LayerModifier", "save_sparse"]
 
@@ -199,5 +198,5 @@ def save_sparse(model: Any, finish: Callable[[Path], None] | None = None) -> Non
     """
     restore_experts(model)
     # Bound, so that a second call gives the same callable again.
-    attach(model, masks=MethodType(recorded_masks, model), finish=MethodType(record_conv1d, model))
+    attach(model, masks=MethodType(masks_as_stored, model), finish=MethodType(record_conv1d, model))
     attach(model, finish=finish)
