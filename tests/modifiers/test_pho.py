@@ -1,5 +1,6 @@
 """PHOSearchModifier through llm-compressor's own oneshot."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
-from crepe_llm.modifiers import CRePEModifier, PHOSearchModifier
+from crepe_llm.modifiers import ADMMModifier, CRePEModifier, PHOSearchModifier, WeightCorrectionModifier
 from crepe_llm.search.fitness import PROXIES
 from crepe_llm.search.space import RIA, Coefficients, Mask
 from crepe_llm.search.study import Study, StudyError
@@ -22,6 +24,10 @@ from modifier_helpers import load, run
 from tiny_models import FAMILIES
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "crepe_2of4_pho.yaml"
+
+
+SHIPPED = yaml.safe_load((RECIPE.parent / "crepe_unstructured_50.yaml").read_text())["crepe_stage"]
+COEFFICIENTS = ("row", "column", "neighbourhood", "kernel_size", "activation_exponent")
 
 
 def weights(model):
@@ -37,7 +43,8 @@ def pair(tmp_path):
     """A function: fields of PHO, fields of CRePE -> both modifiers, PHO's record in the test's folder."""
 
     def make(pho=None, crepe=None):
-        fields = {"candidates": 20, "record": str(tmp_path / "study.json"), "rows": 16, "layers_per_kind": 1}
+        fields = {"candidates": 8, "record": str(tmp_path / "study.json"), "rows": 16, "layers_per_kind": 1}
+        fields["tokens"] = 600
         fields.update(pho or {})
         fields = {name: value for name, value in fields.items() if value is not None}
         return PHOSearchModifier(**fields), CRePEModifier(**{"mask_structure": "2:4", **(crepe or {})})
@@ -51,8 +58,9 @@ def test_crepe_prunes_with_what_pho_found(tiny_model_folder, calibration_data, p
     model = run(load(tiny_model_folder(family)), [pho, crepe], calibration_data)
     study = Study.load(tmp_path / "study.json")
     assert study.finished
-    assert len(study.candidates) >= 21
-    chosen = study.best.coefficients
+    assert len(study.candidates) >= 9
+    assert len(study.stages) == 3
+    chosen = study.recommended
     assert vars(chosen) == pho.chosen
     assert all(crepe.value(name) == value for name, value in pho.chosen.items())
     # The same coefficients given by hand prune the same, so the search left the weights and the data as they were.
@@ -118,7 +126,7 @@ def test_saved_recipe_prunes_the_same_without_searching(tiny_model_folder, calib
 def test_the_recipe_of_this_project(tiny_model_folder, calibration_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    text = RECIPE.read_text().replace("candidates: 200", "candidates: 12")
+    text = RECIPE.read_text().replace("PHOSearchModifier: {}", "PHOSearchModifier: {candidates: 12, tokens: 600}")
     assert text != RECIPE.read_text()
     (tmp_path / "recipe.yaml").write_text(text)
     model = run(load(tiny_model_folder("llama")), str(tmp_path / "recipe.yaml"), calibration_data)
@@ -141,20 +149,25 @@ def test_every_proxy_and_unstructured_group(tiny_model_folder, calibration_data,
     assert pho.result.proxy == proxy
 
 
-def test_searches_repeat_and_resume(tiny_model_folder, calibration_data, pair, tmp_path, messages):
-    values = []
-    for budget in (20, 40):
-        pho, crepe = pair({"candidates": budget, "record": str(tmp_path / f"{budget}.json")})
+def seen(study):
+    """What a study holds but times."""
+    stages = [[(trial.coefficients, trial.losses) for trial in stage.trials] for stage in study.stages]
+    return [(c.coefficients, c.value) for c in study.candidates], stages
+
+
+def test_searches_repeat_and_go_on(tiny_model_folder, calibration_data, pair, tmp_path):
+    """A search by proxy with a larger budget goes on where the smaller one ended; what was measured stays."""
+    found = []
+    for record, budget in (("small", 8), ("large", 24), ("small", 24), ("large", 24)):
+        pho, crepe = pair({"candidates": budget, "record": str(tmp_path / record)})
         run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
-        values.append([(c.coefficients, c.value) for c in pho.result.candidates])
-    assert values[1][: len(values[0])] == values[0]
-    resumed, crepe = pair({"candidates": 40, "record": str(tmp_path / "20.json")})
-    run(load(tiny_model_folder("llama")), [resumed, crepe], calibration_data)
-    assert [(c.coefficients, c.value) for c in resumed.result.candidates] == values[1]
+        found.append(seen(pho.result))
+    assert found[1][0][:9] == found[0][0]
+    assert found[1] == found[2] == found[3]
 
 
 def test_a_killed_run_is_resumed_to_the_same_end(tiny_model_folder, calibration_data, pair, tmp_path):
-    """SIGKILL during the search of a whole oneshot run in another process."""
+    """SIGKILL of a whole oneshot run in another process while it measures the pruned model."""
     folder = tiny_model_folder("llama")
     calibration_data.to_json(tmp_path / "data.jsonl")
     script = tmp_path / "run.py"
@@ -166,11 +179,11 @@ def test_a_killed_run_is_resumed_to_the_same_end(tiny_model_folder, calibration_
         "from transformers import AutoModelForCausalLM\n"
         "import crepe_llm.modifiers.pho as pho\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "evaluate = pho.evaluate\n"
-        "pho.evaluate = lambda *a: time.sleep(0.05) or evaluate(*a)\n"
+        "call = pho.Divergence.__call__\n"
+        "pho.Divergence.__call__ = lambda *a: time.sleep(0.02) or call(*a)\n"
         "record, folder, data = sys.argv[1:]\n"
         "rows = [json.loads(line) for line in open(data)]\n"
-        "search = pho.PHOSearchModifier(candidates=40, record=record, rows=16, layers_per_kind=1)\n"
+        "search = pho.PHOSearchModifier(candidates=8, tokens=600, record=record, rows=16, layers_per_kind=1)\n"
         "model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)\n"
         "recipe = [search, pho.CRePEModifier(mask_structure='2:4')]\n"
         "oneshot(model=model, recipe=recipe, dataset=Dataset.from_list(rows), batch_size=4,\n"
@@ -180,32 +193,37 @@ def test_a_killed_run_is_resumed_to_the_same_end(tiny_model_folder, calibration_
     command = [sys.executable, str(script), str(killed), str(folder), str(tmp_path / "data.jsonl")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
-    while not (killed.exists() and len(json.loads(killed.read_text())["candidates"]) > 12):
+    while not (killed.exists() and sum(len(stage.trials) for stage in Study.load(killed).stages) > 5):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not Study.load(killed).finished
     outcomes = []
     for record in (killed, whole):
-        pho, crepe = pair({"candidates": 40, "record": str(record)})
+        pho, crepe = pair({"record": str(record)})
         model = run(load(folder), [pho, crepe], calibration_data)
-        outcomes.append(([(c.coefficients, c.value) for c in Study.load(record).candidates], weights(model)))
+        outcomes.append((seen(Study.load(record)), weights(model)))
     assert outcomes[0][0] == outcomes[1][0]
     assert same(outcomes[0][1], outcomes[1][1])
 
 
-def test_an_earlier_study_is_used_instead_of_searching(tiny_model_folder, calibration_data, pair, tmp_path, messages):
+def test_an_earlier_study_is_judged_by_the_last_stage_alone(tiny_model_folder, calibration_data, pair, tmp_path):
     pho, crepe = pair()
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     before = (tmp_path / "study.json").read_bytes()
-    # On another model, too.
-    reused, crepe = pair({"study": str(tmp_path / "study.json"), "record": None})
-    transferred = run(load(tiny_model_folder("qwen2")), [reused, crepe], calibration_data)
-    assert reused.chosen == pho.chosen
+    # On another model, and before a correction that the study knew nothing of.
+    reused, crepe = pair({"study": str(tmp_path / "study.json"), "record": str(tmp_path / "second.json")})
+    recipe = [reused, crepe, WeightCorrectionModifier()]
+    transferred = run(load(tiny_model_folder("qwen2")), recipe, calibration_data)
     assert (tmp_path / "study.json").read_bytes() == before
-    by_hand = CRePEModifier(mask_structure="2:4", **pho.chosen)
-    assert same(weights(transferred), weights(run(load(tiny_model_folder("qwen2")), [by_hand], calibration_data)))
+    [stage] = Study.load(tmp_path / "second.json").stages
+    own = Coefficients(row=1.0, column=1.0, neighbourhood=1.0, kernel_size=3, activation_exponent=0.5)
+    challengers = [each for each in pho.result.challengers if each != own]
+    assert [trial.coefficients for trial in stage.trials] == [own, *challengers]
+    assert reused.chosen == vars(stage.winner.coefficients)
+    by_hand = [CRePEModifier(mask_structure="2:4", **reused.chosen), WeightCorrectionModifier()]
+    assert same(weights(transferred), weights(run(load(tiny_model_folder("qwen2")), by_hand, calibration_data)))
 
     other, crepe = pair({"study": str(tmp_path / "study.json"), "record": None}, {"mask_structure": "4:8"})
     with pytest.raises(StudyError, match=r"searched for 2:4 masks, .* to prune 4:8"):
@@ -215,136 +233,104 @@ def test_an_earlier_study_is_used_instead_of_searching(tiny_model_folder, calibr
         run(load(tiny_model_folder("llama")), [missing, crepe], calibration_data)
 
 
-def test_a_result_no_better_than_ria_is_not_used(tiny_model_folder, calibration_data, pair, monkeypatch, messages):
-    monkeypatch.setattr(
-        "crepe_llm.modifiers.pho.evaluate",
-        lambda samples, c, mask, proxy: 0.0 if c == RIA else c.activation_exponent,
-    )
+def test_the_last_stage_prunes_as_the_recipe_does(tiny_model_folder, calibration_data, pair):
+    """ADMM included: the incumbent's loss is the divergence of the model that the recipe without a search gives, if it
+    is calibrated on the sequences that are not kept aside."""
     pho, crepe = pair()
-    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
-    assert Coefficients(**pho.chosen) == RIA
-    assert (crepe.value("neighbourhood"), crepe.value("activation_exponent")) == (0.0, 0.5)
-    assert any("RIA's are used" in line for line in messages)
+    run(load(tiny_model_folder("llama")), [pho, crepe, ADMMModifier(rounds=2, iterations=3)], calibration_data)
+    last = pho.result.stages[-1]
+    used, masks = calibration_data["input_ids"], calibration_data["attention_mask"]
+    texts = [torch.tensor(ids)[torch.tensor(mask).bool()] for ids, mask in zip(used, masks, strict=True)]
+    alone = Dataset.from_dict(
+        {"input_ids": [text.tolist() for text in texts[::2]], "attention_mask": [[1] * len(t) for t in texts[::2]]}
+    )
+    model, dense = (load(tiny_model_folder("llama")).eval() for _ in range(2))
+    run(model, [CRePEModifier(mask_structure="2:4"), ADMMModifier(rounds=2, iterations=3)], alone, batch_size=1)
+    expected = []
+    for text in texts[1::2]:
+        with torch.no_grad():
+            p, q = (m.eval()(text[None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
+        expected.append((p.exp() * (p - q)).sum().item())
+    assert last.trials[0].coefficients == Coefficients(1.0, 1.0, 1.0, 3, 0.5)
+    # The dense model's log-probabilities are kept in half precision.
+    assert last.trials[0].losses == pytest.approx(expected, abs=0.02)
+    # The recipe's own run begins with empty tables.
+    assert set(recipe_errors(crepe)) == set(crepe.realised)
 
 
-def test_verification_measures_real_perplexity_and_restores_the_model(
-    tiny_model_folder, calibration_data, pair, tmp_path
-):
-    own = {"row": 1.0, "column": 4.0, "neighbourhood": 3.0, "kernel_size": 31, "activation_exponent": 0.85}
-    verified, crepe = pair({"verify": True, "finalists": 6}, own)
-    model = run(load(tiny_model_folder("llama")), [verified, crepe], calibration_data)
-    study = Study.load(tmp_path / "study.json")
-    finalists = {finalist.coefficients: finalist.perplexity for finalist in study.finalists}
-    assert len(finalists) == len(study.finalists) == 6
-    assert list(finalists)[:2] == [Coefficients(**own), RIA]
-    assert study.best.coefficients in finalists
-    ranked = [candidate.coefficients for candidate in sorted(study.candidates, key=study.loss)]
-    assert set(list(finalists)[2:]) < set(ranked[:6])
-    # What is used prunes as if it had been given by hand.
-    used = Coefficients(**verified.chosen)
-    assert used == study.recommended
-    by_hand = CRePEModifier(mask_structure="2:4", **vars(used))
-    expected = run(load(tiny_model_folder("llama")), [by_hand], calibration_data)
-    assert same(weights(model), weights(expected))
-    ria = finalists[RIA]
-    # RIA's perplexity, from a model pruned by dense statistics, layer by layer.
-    dense = load(tiny_model_folder("llama"))
-    norms = {}
-    ids, masks = torch.tensor(calibration_data["input_ids"]), torch.tensor(calibration_data["attention_mask"])
+def recipe_errors(crepe):
+    return crepe.pruning_pass._modifiers[1].errors
 
-    def hook(module, args):
-        norms[module] = norms.get(module, 0) + args[0].detach()[masks.bool()].double().square().sum(0)
 
-    layers = [m for n, m in dense.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
-    with torch.no_grad():
-        dense(input_ids=ids, attention_mask=masks)
-        for handle in handles:
-            handle.remove()
-        for layer in layers:
-            scores = crepe_scores(layer.weight, norms[layer].sqrt().float(), **vars(RIA))
-            layer.weight *= keep_mask(scores, 0.5, "2:4")
-        total = count = 0
-        for row, mask in list(zip(ids, masks, strict=True))[:8]:
-            row = row[mask.bool()]
-            logits = dense(input_ids=row[None]).logits[0, :-1]
-            total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
-            count += len(row) - 1
-    assert ria == pytest.approx(float(torch.tensor(total / count).exp()), abs=2e-3)
+def spoilt(monkeypatch, best):
+    """Have every candidate but one lose more on every window."""
+
+    def losses(coefficients, windows):
+        return [float(window + (2 if coefficients == best else 3)) for window in windows]
+
+    for name in ("_as_the_recipe_prunes", "_by_cached_statistics"):
+        original = getattr(PHOSearchModifier, name)
+        monkeypatch.setattr(
+            PHOSearchModifier,
+            name,
+            lambda *arguments, original=original: dataclasses.replace(original(*arguments), losses=losses),
+        )
 
 
 @pytest.mark.parametrize("winner", ["own", "ria"])
-def test_verification_decides_against_the_proxy(
-    tiny_model_folder, calibration_data, pair, monkeypatch, messages, winner
+def test_the_last_stage_decides_and_says_so(
+    tiny_model_folder, calibration_data, pair, monkeypatch, messages, winner, tmp_path
 ):
-    # A proxy that leads astray: it prefers exponents whose scores look at the inputs least.
-    monkeypatch.setattr(
-        "crepe_llm.modifiers.pho.evaluate", lambda samples, c, mask, proxy: 9.0 if c == RIA else c.activation_exponent
-    )
     own = Coefficients(row=1.0, column=2.0, neighbourhood=0.5, kernel_size=5, activation_exponent=0.7)
     good = own if winner == "own" else RIA
-
-    def losses(self, model, coefficients):
-        return ((20.0, 31.0) if coefficients == good else (22.0, 33.0)), (10, 10)
-
-    monkeypatch.setattr(PHOSearchModifier, "_losses", losses)
-    pho, crepe = pair({"verify": True}, vars(own))
+    spoilt(monkeypatch, good)
+    pho, crepe = pair({}, vars(own))
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
-    assert len(pho.result.finalists) == 8
-    assert pho.result.best.coefficients not in (own, RIA)
     assert Coefficients(**pho.chosen) == good
-    kept = any("no finalist is clearly better than row 1, column 2" in line for line in messages)
-    assert kept == (winner == "own")
+    assert any("nothing is clearly better than row 1, column 2" in line for line in messages) == (winner == "own")
+    assert any("is better than row 1, column 2" in line for line in messages) == (winner == "ria")
 
 
-def test_interrupted_verification_goes_on(tiny_model_folder, calibration_data, pair, monkeypatch):
-    measure, measured = PHOSearchModifier._losses, []
-
-    def interrupted(self, model, coefficients):
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        measured.append(coefficients)
-        return measure(self, model, coefficients)
-
-    def counted(self, model, coefficients):
-        measured.append(coefficients)
-        return measure(self, model, coefficients)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PHOSearchModifier, "_losses", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(load(tiny_model_folder("llama")), list(pair({"verify": True, "finalists": 5})), calibration_data)
-    monkeypatch.setattr(PHOSearchModifier, "_losses", counted)
-    resumed, crepe = pair({"verify": True, "finalists": 5})
-    run(load(tiny_model_folder("llama")), [resumed, crepe], calibration_data)
-    whole, crepe = pair({"verify": True, "finalists": 5, "record": resumed.record + ".whole"})
-    run(load(tiny_model_folder("llama")), [whole, crepe], calibration_data)
-    # Three before the interrupt, two after it; then five of the uninterrupted run.
-    assert len(measured) == 3 + 2 + 5
-    assert [(f.coefficients, f.losses) for f in resumed.result.finalists] == [
-        (f.coefficients, f.losses) for f in whole.result.finalists
-    ]
-    assert resumed.chosen == whole.chosen
+def test_costs_are_told_and_a_budget_that_is_too_small_keeps_the_incumbent(
+    tiny_model_folder, calibration_data, pair, messages
+):
+    pho, crepe = pair()
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    told = next(number for number, line in enumerate(messages) if "minutes more" in line)
+    assert told < next(number for number, line in enumerate(messages) if "stage 1" in line)
+    pho, crepe = pair({"minutes": 1e-4, "tokens": None, "record": pho.record + "2"})
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    assert pho.chosen == {name: crepe.value(name) for name in pho.chosen}
+    assert Coefficients(**pho.chosen) == Coefficients(1.0, 1.0, 1.0, 3, 0.5)
+    assert any("minutes=0.0001 does not pay" in line for line in messages)
 
 
 def test_ctrl_c_keeps_the_study(tiny_model_folder, calibration_data, pair, monkeypatch, tmp_path, messages):
-    from crepe_llm.search.fitness import evaluate
+    from crepe_llm.search.divergence import Divergence
 
-    calls = 0
+    measure, calls = Divergence.__call__, 0
 
-    def interrupted(*arguments):
+    def interrupted(self, window):
         nonlocal calls
         calls += 1
-        if calls == 18:
+        if calls == 30:
             raise KeyboardInterrupt
-        return evaluate(*arguments)
+        return measure(self, window)
 
-    monkeypatch.setattr("crepe_llm.modifiers.pho.evaluate", interrupted)
+    monkeypatch.setattr(Divergence, "__call__", interrupted)
     pho, crepe = pair()
+    model = load(tiny_model_folder("llama"))
+    before = weights(model)
     with pytest.raises(KeyboardInterrupt):
-        run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
-    assert 8 < len(Study.load(tmp_path / "study.json").candidates) < 18
+        run(model, [pho, crepe], calibration_data)
+    assert sum(len(stage.trials) for stage in Study.load(tmp_path / "study.json").stages) > 3
     assert any("the study is kept in" in line for line in messages)
+    assert same(before, weights(model))
+
+
+def test_one_sequence_cannot_be_kept_aside(tiny_model_folder, calibration_data, pair):
+    with pytest.raises(ValueError, match="there are 1 sequences"):
+        run(load(tiny_model_folder("llama")), list(pair()), calibration_data.select([1]))
 
 
 def test_a_search_alone_changes_nothing(tiny_model_folder, calibration_data, pair):
@@ -354,6 +340,7 @@ def test_a_search_alone_changes_nothing(tiny_model_folder, calibration_data, pai
     run(model, [pho], calibration_data)
     assert same(before, weights(model))
     assert pho.result.finished
+    assert all(stage.trials[0].coefficients == RIA for stage in pho.result.stages)
 
 
 def test_experts_that_were_never_routed_to_are_left_out(tiny_model_folder, calibration_data, pair):
@@ -371,8 +358,12 @@ def test_experts_that_were_never_routed_to_are_left_out(tiny_model_folder, calib
         ({"rows": 0}, r"rows\n  Input should be greater than 0"),
         ({"space": {"column": [2, 1]}}, "column=.*is empty"),
         ({"space": {"colum": [1, 2]}}, "no bounds called colum; it has"),
-        ({"study": "a", "record": "b"}, "one of the two"),
-        ({"found": {"row": 1.0}}, "must hold exactly row, column"),
+        ({"study": "a", "record": "a"}, "give record another file"),
+        ({"tokens": 5, "minutes": 1}, "tokens=5 and minutes=1.0 are both budgets"),
+        ({"tokens": 0}, r"tokens\n  Input should be greater than 0"),
+        ({"found": {"row": 1.0}}, "found=.* must hold exactly row, column"),
+        ({"incumbent": {"row": 1.0}}, "incumbent=.* must hold exactly row, column"),
+        ({"verify": True}, "Extra inputs"),
         ({"optimiser": "adam"}, "cma"),
         ({"population": 3}, "Extra inputs"),
     ],
@@ -407,6 +398,9 @@ def test_bad_places_in_a_recipe_are_refused(tiny_model_folder, calibration_data,
     pho, crepe = pair({}, {"mask_structure": {"re:.*mlp.*": "5:8", "re:.*": "3:8"}})
     with pytest.raises(ValueError, match=r"mask_structure differs between layers.*give PHOSearchModifier a mask_str"):
         refused([pho, crepe])
+    pho, crepe = pair({"incumbent": vars(RIA)})
+    with pytest.raises(ValueError, match="whose own coefficients are to be beaten"):
+        refused([pho, crepe])
     pho, crepe = pair({}, {"score": "cvr"})
     with pytest.raises(ValueError, match="has score: cvr, which has none: leave PHOSearchModifier out"):
         refused([pho, crepe])
@@ -440,7 +434,18 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
     (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
     study, plot = tmp_path / "study.json", tmp_path / "study.png"
     arguments = ["search", str(folder), "--text", str(tmp_path / "text.txt"), "--samples", "8", "--length", "16"]
-    arguments += ["--sparsity", "0.6", "--candidates", "16", "--study", str(study), "--plot", str(plot)]
+    arguments += [
+        "--sparsity",
+        "0.6",
+        "--candidates",
+        "16",
+        "--tokens",
+        "600",
+        "--study",
+        str(study),
+        "--plot",
+        str(plot),
+    ]
     arguments += ["--json", str(tmp_path / "figures.json")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
@@ -449,25 +454,15 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
     assert recorded.finished
     assert plot.stat().st_size > 1000
     lines = yaml.safe_load(printed[printed.index("CRePEModifier:") :])["CRePEModifier"]
-    chosen = recorded.best.coefficients
+    chosen = recorded.recommended
     assert lines == pytest.approx(vars(chosen), rel=1e-3)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["coefficients"] == vars(chosen) and figures["candidates"] == len(recorded.candidates)
-
-    recipe = [
-        PHOSearchModifier(study=str(study)),
-        CRePEModifier(mask_structure="0:0", sparsity=0.6, comparison_group="matrix"),
-    ]
-    run(load(folder), recipe, calibration_data)
-    assert recipe[0].chosen == vars(chosen)
-
-    # The same study, verified: the candidates stay, the finalists come.
-    capsys.readouterr()
-    assert main([*arguments, "--verify"]) == 0
-    verified = Study.load(study)
-    assert verified.candidates == recorded.candidates
-    assert [finalist.coefficients for finalist in verified.finalists] == recorded.shortlist(8)
-    assert "perplexity of 8 finalists" in capsys.readouterr().out
+    # The shipped coefficients are to be beaten.
+    assert recorded.stages[-1].trials[0].coefficients == Coefficients(
+        **{name: SHIPPED["pruning_modifiers"]["CRePEModifier"][name] for name in COEFFICIENTS}
+    )
+    assert "incumbent" in printed
 
     assert main([*arguments[:-4], "--study", str(study), "--seed", "1"]) == 2
     assert "was made with sample=" in capsys.readouterr().err

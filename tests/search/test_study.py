@@ -1,11 +1,12 @@
-import math
+import json
 
 import numpy as np
 import pytest
 
 from crepe_llm.search.search import search
 from crepe_llm.search.space import RIA, Coefficients, Mask
-from crepe_llm.search.study import Finalist, Study, StudyError
+from crepe_llm.search.study import Study, StudyError
+from crepe_llm.search.trials import Plan, Round, Stage, Trial
 from searches import bowl, study
 
 
@@ -24,7 +25,7 @@ def test_saved_studies_load_as_they_were(tmp_path):
         (lambda text: text[: len(text) // 2], "damaged, it is no JSON"),
         (lambda text: "", "damaged, it is no JSON"),
         (lambda text: "[]", "no study"),
-        (lambda text: text.replace('"format": 1', '"format": 99'), "format"),
+        (lambda text: text.replace('"format": 2', '"format": 99'), "format"),
         (lambda text: text.replace('"value"', '"worth"'), "damaged"),
         (lambda text: text.replace('"kernel_size": 3', '"kernel_size": 4'), "damaged .*kernel_size=4"),
         (lambda text: text.replace('"mask_structure": "2:4"', '"mask_structure": "4:2"'), "damaged"),
@@ -49,7 +50,7 @@ def test_studies_lend_themselves_to_their_own_masks_only():
         study().require_mask(Mask("0:0", 0.6, "matrix"))
 
 
-def test_the_shortlist_is_spread_and_finalists_decide():
+def test_the_shortlist_is_spread():
     result = search(bowl(), study(), candidates=200)
     own = Coefficients(1.0, 4.0, 3.0, 31, 0.85)
     shortlist = result.shortlist(12, [own, RIA])
@@ -59,61 +60,70 @@ def test_the_shortlist_is_spread_and_finalists_decide():
     # The best of all crowd around one place; the shortlist does not.
     crowd = [result.space.point(c.coefficients) for c in sorted(result.candidates, key=result.loss)[:9]]
     assert np.std(crowd, axis=0).max() < np.std([result.space.point(c) for c in shortlist[3:]], axis=0).min()
-    assert result.shortlist(1, [own]) == shortlist[:3]
-    assert result.recommended == result.best.coefficients
-    # The third is best, but not clearly; the fourth is clearly better than the first.
+    assert result.shortlist(1, [own]) == [own, result.best.coefficients]
+    assert result.recommended == result.challengers[0] == result.best.coefficients
+
+
+def test_the_last_stage_decides():
+    result = search(bowl(), study(), candidates=8)
+    own, other, third = (candidate.coefficients for candidate in result.candidates[1:4])
     tokens = (10, 20, 10)
-    result.finalists = [
-        Finalist(coefficients, losses, tokens, 1.0)
-        for coefficients, losses in (
-            (own, (30, 60, 30)),
-            (RIA, (31, 62, 31)),
-            (shortlist[4], (30, 61, 22)),
-            (shortlist[5], (28.0, 56.1, 27.8)),
-        )
+    result.stages = [
+        Stage("first", [Trial(third, (1, 1, 1), tokens, 1.0)]),
+        Stage("last", [Trial(own, (30, 60, 30), tokens, 1.0), Trial(other, (31, 50, 30), tokens, 1.0)]),
     ]
-    assert result.recommended == shortlist[5]
-    assert f"{math.exp(3):.2f}  {own}, to be beaten" in str(result)
-    assert ", used" in str(result).split(str(shortlist[5]))[-1]
-    result.finalists.pop()
+    # Better on the whole, but not clearly.
     assert result.recommended == own
+    assert result.challengers == [own, other]
+    result.stages[-1].trials.append(Trial(third, (28.0, 56.1, 27.8), tokens, 1.0))
+    assert result.recommended == third
+    assert result.challengers == [third, other]
+    lines = str(result).splitlines()
+    assert [line for line in lines if "incumbent" in line and str(own) in line]
+    assert [line for line in lines if line.endswith(f"{third}  <- best that is clearly better")]
 
 
-def test_finalists_are_told_apart_by_paired_differences():
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(20, 60, 16)
-    texts = generator.normal(3, 0.5, 16)  # texts differ far more than the two do
-    gains = generator.normal(0.02, 0.01, 16)
-    worse = Finalist(RIA, tuple(texts * tokens), tuple(tokens.tolist()), 0.0)
-    better = Finalist(RIA, tuple((texts - gains) * tokens), tuple(tokens.tolist()), 0.0)
-    assert better.clearly_better(worse)
-    assert not worse.clearly_better(better)
-    assert not better.clearly_better(better)
-    # Against the jackknife's standard error of the ratio.
-    differences = gains * tokens
-    left_out = np.array(
-        [(differences.sum() - d) / (tokens.sum() - t) for d, t in zip(differences, tokens, strict=True)]
-    )
-    error = np.sqrt(15 / 16 * ((left_out - left_out.mean()) ** 2).sum())
-    gain = differences.sum() / tokens.sum()
-    for factor in (0.9, 1.1):  # a finalist whose gain is a little below, above twice that error
-        shift = gain - 2 * error * factor
-        shifted = Finalist(RIA, tuple((texts - gains + shift) * tokens), tuple(tokens.tolist()), 0.0)
-        assert shifted.clearly_better(worse) == (factor > 1)
-    one = Finalist(RIA, (1.0,), (9,), 0.0)
-    assert not one.clearly_better(Finalist(RIA, (2.0,), (9,), 0.0))
-    with pytest.raises(ValueError, match="2 losses"):
-        Finalist(RIA, (1.0, 2.0), (9,), 0.0)
-
-
-def test_plot_draws_a_file(tmp_path):
+def with_stages():
     result = search(bowl(), study(), candidates=16)
-    result.plot(tmp_path / "study.png")
-    assert (tmp_path / "study.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    first, second = result.candidates[1].coefficients, result.candidates[2].coefficients
+    result.plan = Plan("tokens=900", (Round(8, 2), Round(2, 2)), 12.5)
+    result.stages = [
+        Stage("stage 1, quick", [Trial(first, (3, 4), (5, 6), 0.1), Trial(second, (2.5, 3.5), (5, 6), 0.2)]),
+        Stage("last", [Trial(first, (7.0,), (9,), 0.5)]),
+    ]
+    return result
 
 
-def test_studies_of_earlier_versions_are_read(tmp_path):
+def test_plot_draws_a_panel_for_each_stage(tmp_path):
+    without, result = search(bowl(), study(), candidates=16), with_stages()
+    sizes = []
+    for number, each in enumerate((without, result)):
+        path = tmp_path / f"{number}.png"
+        each.plot(path)
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        sizes.append(int.from_bytes(path.read_bytes()[16:20], "big"))
+    assert sizes[1] > 2 * sizes[0]
+
+
+def test_stages_and_plans_are_saved(tmp_path):
+    result = with_stages()
+    result.save(tmp_path / "study.json")
+    assert Study.load(tmp_path / "study.json") == result
+
+
+def test_studies_of_the_first_format_are_read(tmp_path):
     path = tmp_path / "study.json"
     result = search(bowl(), study(), candidates=8, path=path)
-    path.write_text(path.read_text().replace('"seed": 0', '"seed": 0,\n "population": null'))
+    content = json.loads(path.read_text())
+    del content["plan"], content["stages"]
+    own, better = content["candidates"][1]["coefficients"], content["candidates"][2]["coefficients"]
+    finalists = [
+        {"coefficients": own, "losses": [30.0, 61.0, 30.0], "tokens": [10, 20, 10], "seconds": 2.0},
+        {"coefficients": better, "losses": [28.0, 57.1, 27.8], "tokens": [10, 20, 10], "seconds": 2.0},
+    ]
+    path.write_text(json.dumps(content | {"format": 1, "population": None, "finalists": []}))
     assert Study.load(path) == result
+    path.write_text(json.dumps(content | {"format": 1, "finalists": finalists}))
+    old = Study.load(path)
+    assert [trial.losses for trial in old.stages[0].trials] == [(30.0, 61.0, 30.0), (28.0, 57.1, 27.8)]
+    assert old.challengers == [Coefficients(**better), Coefficients(**own)]

@@ -5,6 +5,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from crepe_llm.cli.common import (
     MODEL_HELP,
     add_calibration,
@@ -16,6 +18,7 @@ from crepe_llm.cli.common import (
     window_length,
 )
 from crepe_llm.cli.results import add_json, check_json, write_json
+from crepe_llm.recipe_files import shipped_recipes
 
 
 def add(subparsers: Any) -> None:
@@ -23,8 +26,10 @@ def add(subparsers: Any) -> None:
         "search",
         help="search for a model's CRePE coefficients",
         description=(
-            "Search for the coefficients with which CRePE prunes this model best, by a proxy for perplexity, without "
-            "pruning it. The study is saved after each generation; the same command resumes it."
+            "Search for the coefficients with which CRePE prunes this model best, without pruning it: by a proxy "
+            "first, then by how far the pruned model's predictions are from the dense model's. Every second window is "
+            "kept aside to decide by. The shipped recipe's coefficients stay unless others are clearly better. The "
+            "study is saved as it grows; the same command resumes it."
         ),
         epilog=(
             "examples:\n"
@@ -46,10 +51,11 @@ def add(subparsers: Any) -> None:
         default="matrix",
         help="which weights compete in an unstructured mask (%(default)s)",
     )
-    parser.add_argument("--candidates", type=at_least(1), help="stop after so many candidates (200)")
-    parser.add_argument("--minutes", type=float, help="stop when evaluations have taken so long")
-    parser.add_argument("--proxy", help="what stands for perplexity (balanced_reconstruction)")
-    parser.add_argument("--verify", action="store_true", help="then measure the perplexity of the best few and choose")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--tokens", type=at_least(1), help="the most tokens that pruned models are run on (112,000)")
+    budget.add_argument("--minutes", type=float, help="the most that the search may take, calibration aside")
+    parser.add_argument("--candidates", type=at_least(1), help="how many are judged by the proxy (200)")
+    parser.add_argument("--proxy", help="the first filter (balanced_reconstruction)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
     add_calibration(parser)
     add_json(parser)
@@ -88,8 +94,8 @@ def run(options: argparse.Namespace) -> None:
     study = search.result
     assert study is not None and search.chosen  # oneshot has run it
     print(study)
-    if study.recommended == study.reference.coefficients:
-        print("Nothing is better than RIA's coefficients, so these are RIA's:")
+    if study.recommended == study.stages[-1].trials[0].coefficients:
+        print("Nothing is clearly better than the incumbent's coefficients, so these are the incumbent's:")
     print("CRePEModifier:")
     for name, value in search.chosen.items():
         print(f"  {name}: {value:.4g}")
@@ -103,10 +109,24 @@ def run(options: argparse.Namespace) -> None:
             "coefficients": search.chosen,
             "proxy": study.proxy,
             "candidates": len(study.candidates),
-            "seconds": sum(candidate.seconds for candidate in study.candidates),
+            "seconds": study.seconds + sum(trial.seconds for stage in study.stages for trial in stage.trials),
             "study": options.study,
         },
     )
+
+
+def _shipped(structure: str | None) -> dict[str, float] | None:
+    """The shipped recipe's coefficients for "N:M" or, with None, unstructured masks; None where no recipe is shipped.
+
+    An unstructured recipe is shipped for one sparsity, and its coefficients are what there is for the others.
+    """
+    name = "crepe_unstructured_50" if structure is None else f"crepe_{structure.replace(':', 'of')}"
+    if name not in shipped_recipes():
+        return None
+    (stage,) = yaml.safe_load(shipped_recipes()[name].read_text()).values()
+    fields = stage["pruning_modifiers"]["CRePEModifier"]
+    names = ("row", "column", "neighbourhood", "kernel_size", "activation_exponent")
+    return {name: fields[name] for name in names}
 
 
 def _fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -114,9 +134,9 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "record": str(options.study),
         "mask_structure": options.mask_structure,
-        "verify": options.verify,
+        "incumbent": _shipped(None if options.sparsity is not None else options.mask_structure),
     }
     if options.sparsity is not None:
         fields |= {"mask_structure": "0:0", "sparsity": options.sparsity, "comparison_group": options.comparison_group}
-    given = {name: getattr(options, name) for name in ("candidates", "minutes", "proxy")}
+    given = {name: getattr(options, name) for name in ("candidates", "tokens", "minutes", "proxy")}
     return fields | {name: value for name, value in given.items() if value is not None}

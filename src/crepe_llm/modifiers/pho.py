@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,32 +26,43 @@ from pydantic import (
 
 from crepe_llm.functional.masks import ComparisonGroup, parse_mask_structure
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.losses import summed_loss
+from crepe_llm.models.blocks import find_blocks
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.fields import MaskStructure
 from crepe_llm.modifiers.layers import LayerModifier
-from crepe_llm.modifiers.observe import Observer, Uncalibrated
-from crepe_llm.pruning.block_pass import Wanted
-from crepe_llm.pruning.layer import weight_matrix
+from crepe_llm.modifiers.observe import Observer, Uncalibrated, is_usable
+from crepe_llm.pruning.block_pass import Calibration, Wanted
+from crepe_llm.pruning.layer import Layer, weight_matrix
+from crepe_llm.search.divergence import Divergence, cut_windows
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
-from crepe_llm.search.search import search
+from crepe_llm.search.halving import WINDOW, Cost, Measure, choose_rounds, judge, run_last_stage
+from crepe_llm.search.rehearsal import Pruning, mask_step, pruned, rehearsed
+from crepe_llm.search.search import search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.study import Study
-from crepe_llm.search.verification import pruned, verify
+from crepe_llm.search.trials import Plan, Stage
 
 __all__ = ["PHOSearchModifier"]
 
 _CANDIDATES = 200
-_VERIFICATION_SEQUENCES = 8
 _NAMES = [field.name for field in dataclasses.fields(Coefficients)]
+# The share of `minutes` that the search by proxy may take.
+_BY_PROXY = 0.25
+# At most so many tokens are kept for the last stage, are looked at in earlier ones, and calibrate the last stage.
+_KEPT_TOKENS, _EARLY_TOKENS, _REHEARSAL_TOKENS = 16384, 8192, 32768
 
 
 class PHOSearchModifier(LayerModifier):
     """
-    Modifier that searches for the coefficients of the CRePEModifier after it, by a proxy for perplexity on a sample of
-    layers and rows, in the manner of the PHO of https://arxiv.org/abs/2606.01544, whose internals are not public to us.
-    It changes no weight. See `crepe_llm.search.fitness` and `crepe_llm.search.search`.
+    Modifier that searches for the coefficients of the CRePEModifier after it, in the manner of the PHO of
+    https://arxiv.org/abs/2606.01544, whose internals are not public to us. It changes no weight.
+
+    A proxy on a sample of layers and rows is the first filter. Then the model is pruned with ever fewer candidates on
+    ever more text, and compared with the dense model by the divergence of their predictions. In the last stage it is
+    pruned as the recipe prunes it, by the modifiers that share the CRePEModifier's pass, and judged on text that is
+    kept for that. The CRePEModifier's own coefficients stay unless others are clearly better there. docs/pho.md says
+    how.
 
     The CRePEModifier prunes with what was found, and the recipe that is saved with the model has it: as `found` here,
     and as the CRePEModifier's coefficients. So that recipe prunes the same again without searching.
@@ -59,7 +73,7 @@ class PHOSearchModifier(LayerModifier):
     pruning_stage:
       pruning_modifiers:
         PHOSearchModifier:
-          candidates: 200
+          minutes: 10
         CRePEModifier:
           mask_structure: "2:4"
     ```
@@ -68,21 +82,24 @@ class PHOSearchModifier(LayerModifier):
 
     - on_initialize
         - find the CRePEModifier, draw the sample of its layers
-        - with `found` or `study`: hand the coefficients over, and be done
+        - with `found`: hand the coefficients over, and be done
     - on_calibration_start
         - watch the layers' inputs
     - on_sequential_epoch_end
         - reduce each sampled layer of the block to its sample
     - on_calibration_end
         - remove_hooks()
-        - search, compare with RIA or measure finalists, hand the coefficients over
+        - search, judge, hand the coefficients over
     - on_finalize
         - nothing is left to do
 
-    :param proxy: what stands for perplexity, a name from `crepe_llm.search.fitness.PROXIES`
-    :param optimiser: `cma` (CMA-ES) or `random`
-    :param candidates: stop after so many candidates; 200 where neither this nor `minutes` is given
-    :param minutes: stop when evaluations have taken so long
+    :param proxy: the first filter, a name from `crepe_llm.search.fitness.PROXIES`
+    :param optimiser: of the search by proxy, `cma` (CMA-ES) or `random`
+    :param candidates: how many are judged by the proxy; 200 where it is left out
+    :param tokens: the most tokens, candidates times windows, that the pruned model is run on. Where neither this nor
+        `minutes` is given, 32 candidates on 1024 tokens each, 8 on 4096 and 3 on 16384, as far as there is text
+    :param minutes: the most that searching and judging may take, calibration aside. Where the incumbent alone takes
+        that long, its coefficients are used
     :param space: bounds that differ from `crepe_llm.search.space.SearchSpace`'s, such as `{activation_exponent: [0.2,
         1.0]}`
     :param seed: of the sample and of the optimiser
@@ -90,13 +107,9 @@ class PHOSearchModifier(LayerModifier):
     :param rows: how many rows of each sampled layer are
     :param record: file in which the search is recorded and from which it is resumed. Where it is left out, a file in
         `crepe_llm/pho_studies` in the user's cache folder, named after model, structure and settings
-    :param study: file of an earlier study, on this or another model, to use instead of searching
-    :param verify: after searching, measure the perplexity of the pruned model on eight sequences of the calibration
-        data for a few finalists: the CRePEModifier's own coefficients, RIA's, the search's best, and the best of the
-        candidates that it looked around with. One that is better than the CRePEModifier's own (without a
-        CRePEModifier: RIA's) by more than twice the standard error of the difference is used. Holds a second copy of
-        the pruned layers' weights meanwhile
-    :param finalists: how many `verify` measures
+    :param study: file of an earlier study, on this or another model. Nothing is searched then: the last stage alone
+        judges the two best of the study on this model
+    :param incumbent: the coefficients to beat where no CRePEModifier follows; RIA's where it is left out
     :param found: the coefficients, in a saved recipe; nothing is searched
     :param mask_structure: as the CRePEModifier's, from which it is taken where there is one
     :param sparsity: likewise
@@ -109,6 +122,7 @@ class PHOSearchModifier(LayerModifier):
     proxy: str = DEFAULT_PROXY
     optimiser: Literal["cma", "random"] = "cma"
     candidates: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
     minutes: float | None = Field(default=None, gt=0)
     space: dict[str, Any] | None = None
     seed: int = 0
@@ -116,8 +130,7 @@ class PHOSearchModifier(LayerModifier):
     rows: int = Field(default=96, gt=0)
     record: str | None = None
     study: str | None = None
-    verify: bool = False
-    finalists: int = Field(default=8, gt=0)
+    incumbent: dict[str, float] | None = None
     found: dict[str, float] | None = None
     mask_structure: MaskStructure | None = None
     sparsity: float | None = None
@@ -131,6 +144,7 @@ class PHOSearchModifier(LayerModifier):
     _samples: list[LayerSample] = PrivateAttr(default_factory=list)
     _tokens: int = PrivateAttr(default=0)
     _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _source: Study | None = PrivateAttr(default=None)
     _result: Study | None = PrivateAttr(default=None)
     _chosen: Coefficients | None = PrivateAttr(default=None)
 
@@ -154,15 +168,18 @@ class PHOSearchModifier(LayerModifier):
     @model_validator(mode="after")
     def _check_search(self) -> "PHOSearchModifier":
         self._space()
-        if self.study is not None and self.record is not None:
+        if self.study is not None and self.study == self.record:
             raise ValueError(
-                f"study={self.study} is to be used instead of searching, and record={self.record} is where a search is "
-                "recorded: give one of the two"
+                f"study={self.study} is read and record={self.record} is written: give record another file"
             )
-        if self.found is not None:
-            _coefficients(self.found)
+        if self.tokens is not None and self.minutes is not None:
+            raise ValueError(f"tokens={self.tokens} and minutes={self.minutes} are both budgets: give one of the two")
+        for name in ("incumbent", "found"):
+            value = getattr(self, name)
+            if value is not None:
+                _coefficients(name, value)
         # A search that has been done needs no calibration epoch of its own.
-        self.requires_calibration_data = self.found is None and self.study is None
+        self.requires_calibration_data = self.found is None
         return self
 
     @model_serializer(mode="wrap")
@@ -174,20 +191,22 @@ class PHOSearchModifier(LayerModifier):
         order.check(self)
         self._crepe = self._searched_for()
         if self.found is not None:
-            self._hand_over(_coefficients(self.found))
-            logger.info(f"PHO: coefficients of the recipe, no search: {_coefficients(self.found)}")
+            self._hand_over(_coefficients("found", self.found))
+            logger.info(f"PHO: coefficients of the recipe, no search: {_coefficients('found', self.found)}")
             return True
         self._mask = self._wanted_mask()
+        if self._crepe is not None and self.incumbent is not None:
+            raise ValueError(
+                f"incumbent={self.incumbent} is for a search without a CRePEModifier, and there is one, whose own "
+                "coefficients are to be beaten: leave incumbent out"
+            )
         if self.study is not None:
-            self._result = Study.load(self.study)
-            self._result.require_mask(self._mask)
-            self._conclude(self._result)
-            return True
+            self._source = Study.load(self.study)
+            self._source.require_mask(self._mask)
         super().on_initialize(state, **kwargs)
         self._model_name = Path(state.model.config._name_or_path or type(state.model).__name__).name
-        self._sampled = set(sample_layers(self._layers.values(), self.layers_per_kind, self.seed))
-        if not self.verify:
-            self._layers = {module: name for module, name in self._layers.items() if name in self._sampled}
+        if self._source is None:
+            self._sampled = set(sample_layers(self._layers.values(), self.layers_per_kind, self.seed))
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -214,8 +233,7 @@ class PHOSearchModifier(LayerModifier):
                 self._reduce(module, name, statistics)
 
     def _reduce(self, module: torch.nn.Module, name: str, statistics: InputStatistics) -> None:
-        if self.verify:
-            self._norms[module] = statistics.norm
+        self._norms[module] = statistics.norm
         if name in self._sampled:
             self._tokens = max(self._tokens, statistics.tokens)
             self._samples.append(
@@ -234,19 +252,41 @@ class PHOSearchModifier(LayerModifier):
         if self._observer is None:
             return
         self.stop_watching()
-        path = self._search()
-        assert self._result is not None
-        if self.verify:
-            self._verify(state.model, self._result, path)
-        self._conclude(self._result)
+        calibrating, kept = self._texts()
+        study = self._new_study(kept)
+        path = Path(self.record) if self.record is not None else study.default_path()
+        self._result = study
+        logger.info(f"PHO: recorded in {path}, from which the same run resumes")
+        started = time.perf_counter()
+        try:
+            if self._source is None:
+                self._search(study, path)
+            with _as_it_predicts(state.model):
+                self._judge(state.model, study, path, (calibrating, kept), started)
+        except KeyboardInterrupt:
+            logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
+            raise
+        self._conclude(study)
         self._samples.clear()
         self._norms.clear()
 
-    def _search(self) -> Path:
-        if not self._samples:
+    def _new_study(self, kept: list[torch.Tensor]) -> Study:
+        """The settings of a study, before anything is measured."""
+        if self._source is None and not self._samples:
             raise ValueError("no sampled layer saw a calibration token: calibrate with more or other text")
         proxy = PROXIES[self.proxy]
-        study = Study(
+        digest = hashlib.sha256()
+        for tensor in [*self._norms.values(), *kept]:
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        sample = {
+            "layers": [sample.name for sample in self._samples],
+            "rows": self.rows,
+            "tokens": self._tokens,
+            "fingerprint": fingerprint(self._samples),
+            "texts": digest.hexdigest()[:16],
+            "recipe": json.loads(json.dumps(self._described_recipe())),
+        }
+        return Study(
             model=self._model_name,
             mask=self._mask,
             proxy=proxy.name,
@@ -254,81 +294,163 @@ class PHOSearchModifier(LayerModifier):
             optimiser=self.optimiser,
             space=self._space(),
             seed=self.seed,
-            sample={
-                "layers": [sample.name for sample in self._samples],
-                "rows": self.rows,
-                "tokens": self._tokens,
-                "fingerprint": fingerprint(self._samples),
-            },
+            sample=sample,
         )
-        path = Path(self.record) if self.record is not None else study.default_path()
-        self._result = study
-        logger.info(f"PHO: searching on {len(self._samples)} layers; recorded in {path}")
-        try:
-            self._result = search(
-                lambda coefficients: evaluate(self._samples, coefficients, self._mask, proxy),
-                study,
-                candidates=_CANDIDATES if self.candidates is None and self.minutes is None else self.candidates,
-                minutes=self.minutes,
-                path=path,
-                progress=lambda done: logger.info(
-                    f"PHO: {len(done.candidates) - 1} candidates, {done.seconds:.0f} s, "
-                    f"{done.proxy} {done.best.value:.6g} (RIA {done.reference.value:.6g}): {done.best.coefficients}"
-                ),
+
+    def _described_recipe(self) -> dict[str, Any] | None:
+        """What the last stage prunes with beside CRePE's mask."""
+        return self._crepe.pruning_pass.described() if self._crepe is not None and self._prunes_as_crepe else None
+
+    def _search(self, study: Study, path: Path) -> None:
+        """Find by the proxy what is worth measuring."""
+        proxy = PROXIES[self.proxy]
+        logger.info(f"PHO: searching by {proxy.name} on {len(self._samples)} layers")
+        search(
+            lambda coefficients: evaluate(self._samples, coefficients, self._mask, proxy),
+            study,
+            candidates=_CANDIDATES if self.candidates is None else self.candidates,
+            minutes=None if self.minutes is None else self.minutes * _BY_PROXY,
+            path=path,
+            progress=lambda done: logger.info(
+                f"PHO: {len(done.candidates) - 1} candidates, {done.seconds:.0f} s, "
+                f"{done.proxy} {done.best.value:.6g} (RIA {done.reference.value:.6g}): {done.best.coefficients}"
+            ),
+        )
+
+    def _judge(
+        self, model: Any, study: Study, path: Path, texts: tuple[list[torch.Tensor], list[torch.Tensor]], started: float
+    ) -> None:
+        """Measure candidates on the pruned model, until the last stage says what to use."""
+        calibrating, kept = texts
+        own = self._own()
+        last = Divergence(model, cut_windows(kept, WINDOW))
+        real = self._as_the_recipe_prunes(model, last, _up_to(calibrating, _REHEARSAL_TOKENS))
+        if self._source is not None:
+            take_record(study, path) if path.exists() else None
+            run_last_stage(study, [own, *self._source.challengers], real, path, _progress)
+            return
+        before = time.perf_counter()
+        early = Divergence(model, cut_windows(_up_to(calibrating, _EARLY_TOKENS), WINDOW))
+        window = (time.perf_counter() - before) / len(early.tokens)
+        quick = self._by_cached_statistics(model, early)
+
+        def plan(seconds: float) -> Plan:
+            before = time.perf_counter()
+            with pruned(self._norms, own, self._mask):
+                cost = Cost(time.perf_counter() - before, window, seconds)
+            return self._plan(cost, (early.tokens, last.tokens), time.perf_counter() - started)
+
+        judge(study, own, (quick, real), plan, path, _progress)
+
+    def _plan(self, cost: Cost, tokens: tuple[tuple[int, ...], tuple[int, ...]], spent: float) -> Plan:
+        budget = f"tokens={self.tokens}" * (self.tokens is not None) + f"minutes={self.minutes}" * bool(self.minutes)
+        seconds = None if self.minutes is None else 60 * self.minutes - spent
+        rounds = choose_rounds(*tokens, cost, tokens=self.tokens, seconds=seconds)
+        plan = Plan(budget, rounds, cost.of(rounds) if rounds else 0.0)
+        if rounds:
+            stages = ", ".join(f"{each.candidates} candidates on {each.windows} windows" for each in rounds)
+            logger.info(f"PHO: {stages}: about {plan.seconds / 60:.1f} minutes more, after {spent / 60:.1f}")
+        else:
+            logger.warning(
+                f"PHO: {budget} does not pay for comparing anything with the recipe's coefficients, which stay: a "
+                f"candidate takes {cost.pruning + cost.window:.1f} s, in the last stage {cost.last:.1f} s"
             )
-        except KeyboardInterrupt:
-            logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
-            raise
-        return path
+        return plan
+
+    def _by_cached_statistics(self, model: Any, divergence: Divergence) -> Measure:
+        def losses(coefficients: Coefficients, windows: range) -> list[float]:
+            with pruned(self._norms, coefficients, self._mask):
+                return [divergence(window) for window in windows]
+
+        return Measure("masks from cached statistics", divergence.tokens, losses)
+
+    def _as_the_recipe_prunes(self, model: Any, divergence: Divergence, calibrating: list[torch.Tensor]) -> Measure:
+        """The last stage's measure; where blocks cannot be run by themselves, masks are of the dense statistics."""
+        try:
+            find_blocks(model)
+        except ValueError as error:
+            logger.warning(f"PHO: the last stage prunes by the dense model's statistics, as {error}")
+            return self._by_cached_statistics(model, divergence)
+
+        def losses(coefficients: Coefficients, windows: range) -> list[float]:
+            with rehearsed(model, calibrating, self._pruning(coefficients)):
+                return [divergence(window) for window in windows]
+
+        return Measure("last stage: pruned as the recipe prunes", divergence.tokens, losses)
+
+    @property
+    def _prunes_as_crepe(self) -> bool:
+        """Whether the CRePEModifier knows its sparsity by now; an allocation between the two has not found it yet."""
+        crepe = self._crepe
+        return crepe is not None and (
+            crepe.value("sparsity") is not None
+            or isinstance(crepe.value("mask_structure"), dict)
+            or parse_mask_structure(crepe.value("mask_structure")) is not None
+        )
+
+    def _pruning(self, coefficients: Coefficients) -> Pruning:
+        """How the recipe's modifiers prune with these coefficients."""
+        if not self._prunes_as_crepe:
+            step = mask_step(coefficients, self._mask)
+            wanted = {module: Wanted(name) for module, name in self._layers.items()}
+            return Pruning(wanted, Calibration(), lambda layer: self._if_usable(layer, self.uncalibrated, step))
+        crepe = self._crepe
+        assert crepe is not None
+        crepe.use(**dataclasses.asdict(coefficients))
+        run = crepe.pruning_pass
+        run.forget()
+        wanted = {module: run.wanted(module) for module in crepe.layers}
+        return Pruning(wanted, run.calibration, lambda layer: self._if_usable(layer, crepe.uncalibrated, run.run_steps))
+
+    @staticmethod
+    def _if_usable(layer: Layer, uncalibrated: Uncalibrated, run: Any) -> None:
+        if is_usable(layer.name, layer.module, layer.statistics, uncalibrated):
+            run(layer)
+
+    def _own(self) -> Coefficients:
+        """The coefficients that others must beat."""
+        if self._crepe is not None:
+            return Coefficients(**{name: self._crepe.value(name) for name in _NAMES})
+        return RIA if self.incumbent is None else _coefficients("incumbent", self.incumbent)
 
     def _conclude(self, study: Study) -> None:
-        """Hand over what the study found, or RIA's coefficients where it found nothing better."""
+        """Hand over what the last stage says."""
         logger.info(f"PHO: {study}")
-        chosen = study.recommended
-        if study.finalists:
-            if chosen == study.finalists[0].coefficients:
-                logger.warning(f"PHO: no finalist is clearly better than {chosen}, so these are used")
-        elif chosen == RIA:
-            logger.warning(
-                f"PHO: no candidate has a better {study.proxy} than RIA's coefficients "
-                f"({study.reference.value:.6g}), so RIA's are used"
+        last = study.stages[-1]
+        winner, first = last.winner, last.trials[0]
+        if winner is first:
+            logger.warning(f"PHO: nothing is clearly better than {first.coefficients}, so these are used")
+        else:
+            gain, error = winner.gain_over(first)
+            logger.info(
+                f"PHO: {winner.coefficients} is better than {first.coefficients} by {gain:.4f} nats a token, with a "
+                f"standard error of {error:.4f}, so these are used"
             )
-        self._hand_over(chosen)
+        if self._prunes_as_crepe:
+            assert self._crepe is not None
+            self._crepe.pruning_pass.forget()
+        self._hand_over(winner.coefficients)
 
-    def _verify(self, model: torch.nn.Module, study: Study, path: Path) -> None:
-        own = [] if self._crepe is None else [Coefficients(**{name: self._crepe.value(name) for name in _NAMES})]
-        shortlist = study.shortlist(self.finalists, own)
-        for finalist in verify(study, shortlist, lambda coefficients: self._losses(model, coefficients), path):
-            logger.info(f"PHO: perplexity {finalist.perplexity:.3f}: {finalist.coefficients}")
-
-    def _losses(self, model: torch.nn.Module, coefficients: Coefficients) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """Of the model pruned with these coefficients, the summed loss on sequences of the calibration data, and how
-        many tokens of each it predicted."""
+    def _texts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The calibration sequences without their padding, int64 [length] each; and every second one kept aside, as far
+        as the last stage needs them."""
         sequences = list(self._sequences())
-        if not sequences:
-            raise ValueError("verify: true needs a calibration sequence of at least two tokens, and there is none")
-        with (
-            pruned(self._norms, coefficients, self._mask),
-            _working_head(model),
-            HooksMixin.disable_hooks(),
-            summed_loss(model, sequences[0][None]) as loss,
-        ):
-            losses = tuple(loss(sequence[None]) for sequence in sequences)
-        return losses, tuple(len(sequence) - 1 for sequence in sequences)
+        if len(sequences) < 2:
+            raise ValueError(
+                f"PHOSearchModifier keeps calibration text aside to judge by, and there are {len(sequences)} sequences "
+                "of at least two tokens: calibrate with two at least, better with 16"
+            )
+        kept = _up_to(sequences[1::2], _KEPT_TOKENS)
+        return sequences[::2] + sequences[1::2][len(kept) :], kept
 
     def _sequences(self) -> Iterator[torch.Tensor]:
-        """The first sequences of the calibration data without their padding, int64 [length] each."""
-        left = _VERIFICATION_SEQUENCES
         for batch in self._dataloader:
             masks = batch.get("attention_mask")
             masks = torch.ones_like(batch["input_ids"]) if masks is None else masks
             for ids, mask in zip(batch["input_ids"], masks, strict=True):
                 real = ids[mask.bool()]
-                if len(real) > 1 and left > 0:
-                    left -= 1
+                if len(real) > 1:
                     yield real
-            if left == 0:
-                return
 
     def _hand_over(self, coefficients: Coefficients) -> None:
         self._chosen = coefficients
@@ -389,11 +511,45 @@ class PHOSearchModifier(LayerModifier):
         return SearchSpace(**bounds)
 
 
-def _coefficients(found: dict[str, float]) -> Coefficients:
+def _coefficients(field: str, values: dict[str, float]) -> Coefficients:
     try:
-        return Coefficients(**{**found, "kernel_size": int(found["kernel_size"])})  # type: ignore[arg-type]
+        return Coefficients(**{**values, "kernel_size": int(values["kernel_size"])})  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"found={found} must hold exactly {', '.join(_NAMES)}") from error
+        raise ValueError(f"{field}={values} must hold exactly {', '.join(_NAMES)}") from error
+
+
+def _up_to(sequences: list[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+    """The first of some sequences that hold so many tokens together, the last of them cut; at least one."""
+    chosen: list[torch.Tensor] = []
+    for sequence in sequences:
+        room = tokens - sum(map(len, chosen))
+        if chosen and room < 2:
+            break
+        chosen.append(sequence if len(sequence) <= room else sequence[:room])
+    return chosen
+
+
+def _progress(stage: Stage) -> None:
+    best = min(stage.trials, key=lambda trial: trial.loss)
+    logger.info(
+        f"PHO: {stage.name}: {len(stage.trials)} candidates, the best so far diverges by {best.loss:.4f} nats a token: "
+        f"{best.coefficients}"
+    )
+
+
+@contextmanager
+def _as_it_predicts(model: Any) -> Iterator[None]:
+    """Have a model predict meanwhile as it does outside of a calibration: no hooks, no dropout, its own head."""
+    training = model.training
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(HooksMixin.disable_hooks())
+        stack.enter_context(_working_head(model))
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
 
 
 @contextmanager

@@ -156,7 +156,7 @@ class PruningPass:
 
     def start(self, model: torch.nn.Module) -> None:
         """Watch the model: blocks that will be run again, and the layers outside of them."""
-        calibration = self._calibration
+        calibration = self.calibration
         done = self._done()
         watched = {module: name for module, name in self._left.items() if name not in done}
         if calibration.runs_blocks:
@@ -164,7 +164,7 @@ class PruningPass:
             for layers in self._blocks.values():
                 for module in layers:
                     watched.pop(module, None)
-        self._observer = Observer(self.leader, model, self._dataloader, {m: self._wanted(m) for m in watched})
+        self._observer = Observer(self.leader, model, self._dataloader, {m: self.wanted(m) for m in watched})
         for block, layers in self._blocks.items():
             if calibration.cross or any(self._left[module] not in done for module in layers):
                 self._observer.watch_block(block, self._capture, "forward_pre")
@@ -246,13 +246,31 @@ class PruningPass:
                     "`asymmetric_calibration: 0`"
                 )
 
+    def run_steps(self, layer: Layer) -> None:
+        """Run the steps of the modifiers that work on a layer; the module keeps its weight."""
+        for modifier in self._modifiers:
+            if layer.module in modifier.layers and (layer.keep is None or layer.is_pruned):
+                modifier.step(layer)
+
+    def described(self) -> dict[str, Any]:
+        """The modifiers after the first by name, with the fields that the recipe gives them."""
+        return {type(m).__name__: m.model_dump(include=m.model_fields_set) for m in self._modifiers[1:]}
+
+    def forget(self) -> None:
+        """Empty what the steps have recorded of layers, before they are run on the same layers again."""
+        for modifier in self._modifiers:
+            for record in vars(modifier.step).values():
+                if isinstance(record, dict):
+                    record.clear()
+
     def stop(self) -> None:
         """Remove all hooks. Idempotent."""
         if self._observer is not None:
             self._observer.stop()
 
     @property
-    def _calibration(self) -> Calibration:
+    def calibration(self) -> Calibration:
+        """How the layers are calibrated, by what any of the modifiers wants."""
         wanted = [modifier.calibration for modifier in self._modifiers]
         return Calibration(any(each.in_turn for each in wanted), any(each.cross for each in wanted))
 
@@ -270,7 +288,7 @@ class PruningPass:
         between = blocks[places[0] : places[-1] + 1] if places and calibration.cross else blocks
         self._blocks = {block: inside[block] for block in between if inside[block] or calibration.cross}
 
-    def _wanted(self, module: torch.nn.Module) -> Wanted:
+    def wanted(self, module: torch.nn.Module) -> Wanted:
         """What is gathered for a layer. At most one modifier refits, as each starts from the dense weights."""
         fitting = [m for m in self._modifiers if m.step.needs_gram and module in m.layers]
         return Wanted(self._left[module], bool(fitting), fitting[0].token_weights if fitting else None)
@@ -285,7 +303,7 @@ class PruningPass:
         batches.append(batch.sharing_with(batches[-1]) if batches else batch)
 
     def _prune_block(self, block: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
-        self._run_dense(block, self._captured.pop(block), {module: self._wanted(module) for module in layers})
+        self._run_dense(block, self._captured.pop(block), {module: self.wanted(module) for module in layers})
         for module in layers:
             self._left.pop(module, None)
 
@@ -296,7 +314,7 @@ class PruningPass:
         for batch, dense in zip(batches, self._dense_stream, strict=False):
             batch.dense = dense
         with HooksMixin.disable_hooks():
-            prune_block(block, batches, wanted or {}, self._calibration, self._prune_if_usable)
+            prune_block(block, batches, wanted or {}, self.calibration, self._prune_if_usable)
         self._dense_stream = [batch.dense for batch in batches]
 
     def _prune_if_usable(self, layer: Layer) -> None:
@@ -308,9 +326,7 @@ class PruningPass:
         """Run the steps on a layer, and put what they make of it into its module."""
         if not self.starts_dense and not self._restore(layer):
             return
-        for modifier in self._modifiers:
-            if layer.module in modifier.layers and (layer.keep is None or layer.is_pruned):
-                modifier.step(layer)
+        self.run_steps(layer)
         set_weight_matrix(layer.module, layer.weight)
         assert layer.keep is not None
         record_mask(layer.module, layer.keep)

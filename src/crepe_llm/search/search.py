@@ -1,4 +1,4 @@
-"""The search itself.
+"""The search by a proxy, which finds what is worth measuring on the whole model.
 
 :func:`search` drives an optimiser and saves the :class:`Study` after each generation. Given an unfinished study, it
 replays the recorded losses first, so that a search that was killed at any moment ends where the uninterrupted one would
@@ -15,7 +15,7 @@ from crepe_llm.search.optimisers import OPTIMISERS
 from crepe_llm.search.space import RIA, Coefficients
 from crepe_llm.search.study import Candidate, Study, StudyError, package_versions
 
-__all__ = ["search"]
+__all__ = ["search", "take_record"]
 
 # What two runs must share for one to continue the other.
 _IDENTITY = (
@@ -109,7 +109,7 @@ class _Values:
 
     def __init__(self, objective: Callable[[Coefficients], float], study: Study, path: str | Path | None) -> None:
         self._objective, self._study, self._path = objective, study, path
-        self._recorded = [] if path is None or not Path(path).exists() else _recorded(study, path)
+        self._recorded = [] if path is None or not Path(path).exists() else take_record(study, path)
         self._given = 0
 
     @property
@@ -145,8 +145,12 @@ class _Values:
         return known
 
 
-def _recorded(study: Study, path: str | Path) -> list[Candidate]:
-    """The candidates of an earlier run with the same settings; its finalists and versions become the study's."""
+def take_record(study: Study, path: str | Path) -> list[Candidate]:
+    """The candidates of an earlier run with the same settings; its plan, stages and versions become the study's.
+
+    Raises:
+        StudyError: it is damaged, or had other settings.
+    """
     earlier = Study.load(path)
     for name in _IDENTITY:
         if getattr(earlier, name) != getattr(study, name):
@@ -154,7 +158,7 @@ def _recorded(study: Study, path: str | Path) -> list[Candidate]:
                 f"the study {path} was made with {name}={getattr(earlier, name)!r}, and this search has "
                 f"{getattr(study, name)!r}: give another file, or delete this one"
             )
-    study.finalists = earlier.finalists
+    study.plan, study.stages = earlier.plan, earlier.stages
     study.versions = earlier.versions
     return earlier.candidates
 

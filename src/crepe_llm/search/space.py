@@ -9,7 +9,7 @@ import torch
 from crepe_llm.functional.masks import ComparisonGroup, keep_mask
 from crepe_llm.functional.scores import check_coefficients
 
-__all__ = ["RIA", "Coefficients", "Mask", "SearchSpace"]
+__all__ = ["RIA", "WANDA", "Coefficients", "Mask", "SearchSpace"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Coefficients:
 
 
 RIA = Coefficients(row=1.0, column=1.0, neighbourhood=0.0, kernel_size=3, activation_exponent=0.5)
-"""RIA's score in CRePE's terms, the yardstick of every search."""
+"""RIA's score in CRePE's terms, the yardstick of every search by proxy."""
+
+WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)
+"""Wanda's score in CRePE's terms, where weights compete within a row or an N:M group."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,13 @@ import torch
 import crepe_llm
 from crepe_llm.search.optimisers import LOOKED_AT
 from crepe_llm.search.space import Coefficients, Mask, SearchSpace
+from crepe_llm.search.trials import Plan, Stage, Trial
 
-__all__ = ["Candidate", "Finalist", "Study", "StudyError", "package_versions"]
+__all__ = ["Candidate", "Study", "StudyError", "package_versions"]
 
-_FORMAT = 1
+_FORMAT = 2
+# Studies of the first format hold finalists, measured by their negative log-likelihood, where these hold stages.
+_FIRST_FORMAT = 1
 
 
 class StudyError(ValueError):
@@ -46,48 +49,6 @@ class Candidate:
     generation: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Finalist:
-    """A candidate that the model was pruned with, and how well the model then predicts some sequences of text.
-
-    Attributes:
-        coefficients: what was tried.
-        losses: of each sequence, the summed negative log-likelihood of its tokens but the first, in nats.
-        tokens: of each sequence, how many tokens were predicted.
-        seconds: wall time of pruning and measuring.
-    """
-
-    coefficients: Coefficients
-    losses: tuple[float, ...]
-    tokens: tuple[int, ...]
-    seconds: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "losses", tuple(self.losses))
-        object.__setattr__(self, "tokens", tuple(self.tokens))
-        if not len(self.losses) == len(self.tokens) > 0 or min(self.tokens) < 1:
-            raise ValueError(f"a finalist has {len(self.losses)} losses, and predicted {self.tokens} tokens")
-
-    @property
-    def perplexity(self) -> float:
-        """Over all sequences."""
-        return math.exp(math.fsum(self.losses) / sum(self.tokens))
-
-    def clearly_better(self, other: "Finalist") -> bool:
-        """Whether the mean loss per token is lower by more than twice the standard error of the difference.
-
-        The difference is taken sequence by sequence, since texts differ more from each other than masks do. One
-        sequence decides nothing.
-        """
-        sequences, tokens = len(self.losses), sum(self.tokens)
-        if sequences < 2 or self.tokens != other.tokens:
-            return False
-        gains = [theirs - own for own, theirs in zip(self.losses, other.losses, strict=True)]
-        gain = math.fsum(gains) / tokens
-        squares = math.fsum((g - gain * t) ** 2 for g, t in zip(gains, self.tokens, strict=True))
-        return gain > 2 * math.sqrt(squares * sequences / (sequences - 1)) / tokens
-
-
 @dataclasses.dataclass
 class Study:
     """The record of one search: what was searched where and how, and every candidate.
@@ -102,7 +63,8 @@ class Study:
         seed: of the optimiser.
         sample: what candidates were evaluated on (layers, rows, tokens, a fingerprint): numbers and names.
         candidates: RIA first, then generation by generation.
-        finalists: those that were measured on the pruned model, if any: first the one that the others must beat.
+        plan: how the stages share the budget; None before it is made, or where another study's candidates are judged.
+        stages: what was measured on the pruned model, if anything, in order; the last one decides.
         versions: of the packages that made it.
         finished: whether the budget was spent or the optimiser ended.
     """
@@ -116,7 +78,8 @@ class Study:
     seed: int = 0
     sample: dict[str, Any] = dataclasses.field(default_factory=dict)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
-    finalists: list[Finalist] = dataclasses.field(default_factory=list)
+    plan: Plan | None = None
+    stages: list[Stage] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: package_versions())
     finished: bool = False
 
@@ -152,36 +115,46 @@ class Study:
 
     @property
     def recommended(self) -> Coefficients:
-        """What to prune with: of the finalists that are clearly better than the first, the one of the lowest
-        perplexity, or the first; without finalists the best candidate, or RIA's coefficients where none beats them.
+        """What to prune with: the winner of the last stage; without stages the best candidate by proxy, or RIA's
+        coefficients where none beats them.
 
         Raises:
             StudyError: nothing was evaluated yet.
         """
-        if self.finalists:
-            first = self.finalists[0]
-            better = [finalist for finalist in self.finalists if finalist.clearly_better(first)]
-            return min(better, key=lambda finalist: finalist.perplexity, default=first).coefficients
+        if self.stages:
+            return self.stages[-1].winner.coefficients
         return self.best.coefficients if self.beats_reference else self.reference.coefficients
 
+    @property
+    def challengers(self) -> list[Coefficients]:
+        """What another model may try of this study, best first: the winner and the best of the rest of its last stage,
+        or without stages what the proxy likes best.
+
+        Raises:
+            StudyError: nothing was evaluated yet.
+        """
+        if not self.stages:
+            return [self.best.coefficients]
+        ranked = sorted(self.stages[-1].trials, key=lambda trial: trial.loss)
+        return list(dict.fromkeys([self.recommended, *(trial.coefficients for trial in ranked[:2])]))[:2]
+
     def shortlist(self, count: int, others: Sequence[Coefficients] = ()) -> list[Coefficients]:
-        """Which candidates to measure the perplexity of: `others`, RIA, the best, and the best of the look around.
+        """Which candidates to measure on the whole model: `others`, the best, and the best of the look around.
 
         Later generations crowd around the proxy's optimum and would give many times the same mask. The look around is
         spread over the space, so its best differ from each other. (Without CMA-ES every candidate belongs to it.)
 
         Args:
-            count: how many, if there are as many; `others`, RIA and the best in any case.
+            count: how many, if there are as many; `others` and the best in any case.
             others: coefficients from elsewhere, such as a recipe's own.
 
         Raises:
             StudyError: nothing was evaluated yet.
         """
-        chosen = [*others, self.reference.coefficients, self.best.coefficients]
+        chosen = list(dict.fromkeys([*others, self.best.coefficients]))
         spread = self.candidates[1 : 1 + LOOKED_AT] if self.optimiser == "cma" else self.candidates
-        room = count - len(set(chosen))
         ranked = [c.coefficients for c in sorted(spread, key=self.loss) if c.coefficients not in chosen]
-        return list(dict.fromkeys([*chosen, *ranked[: max(0, room)]]))
+        return [*chosen, *list(dict.fromkeys(ranked))[: max(0, count - len(chosen))]]
 
     def loss(self, candidate: Candidate) -> float:
         """The candidate's value with the sign under which lower is better."""
@@ -239,23 +212,14 @@ class Study:
             raise StudyError(f"the study {path} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise StudyError(f"the study {path} is damaged, it is no JSON ({error}): restore or delete it") from error
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise StudyError(f'{path} is no study of this version: its "format" is not {_FORMAT}')
+        form = content.pop("format", None) if isinstance(content, dict) else None
+        if form not in (_FIRST_FORMAT, _FORMAT):
+            raise StudyError(f'{path} is no study of this version: its "format" is neither 1 nor {_FORMAT}')
         try:
-            content.pop("population", None)  # null in the studies of earlier versions
-            content["mask"] = Mask(**content["mask"])
-            content["space"] = SearchSpace(**content["space"])
-            for name, kind in (("candidates", Candidate), ("finalists", Finalist)):
-                content[name] = [
-                    kind(**{**entry, "coefficients": Coefficients(**entry["coefficients"])})
-                    for entry in content.get(name, [])
-                ]
-            study = cls(**content)
-            values = [candidate.value for candidate in study.candidates]
-            if not all(map(math.isfinite, values + [loss for f in study.finalists for loss in f.losses])):
-                raise ValueError("a candidate's value is not finite")
-            return study
-        except (KeyError, TypeError, ValueError) as error:
+            if form == _FIRST_FORMAT:
+                content = _converted(content)
+            return cls(**_parsed(content))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StudyError(f"the study {path} is damaged ({error}): restore or delete it") from error
 
     def __str__(self) -> str:
@@ -269,17 +233,18 @@ class Study:
         lines += [f"  {candidate.value:.6g}  {candidate.coefficients}" for candidate in best]
         if self.candidates:
             lines.append(f"  {self.reference.value:.6g}  RIA")
-        if self.finalists:
-            seconds, used = math.fsum(finalist.seconds for finalist in self.finalists), self.recommended
-            lines.append(f"perplexity of {len(self.finalists)} finalists, in {seconds:.1f} s:")
-            for finalist in sorted(self.finalists, key=lambda finalist: finalist.perplexity):
-                note = ", to be beaten" if finalist == self.finalists[0] else ""
-                note += ", used" if finalist.coefficients == used else ""
-                lines.append(f"  {finalist.perplexity:.2f}  {finalist.coefficients}{note}")
+        if self.plan is not None:
+            rounds = ", ".join(f"{each.candidates} x {each.windows} windows" for each in self.plan.rounds)
+            lines.append(
+                f"plan: {rounds or 'no stages, the budget is spent'}; expected to take {self.plan.seconds:.0f} s"
+            )
+        lines += [stage.table() for stage in self.stages]
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw every candidate's value, the best so far and RIA's value over the number of candidates.
+        """Draw the search: left every candidate by proxy with the best so far, and a panel for each stage.
+
+        A stage's panel has the gain of each candidate over the incumbent, best first, with its standard error.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -289,17 +254,73 @@ class Study:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("plots need matplotlib: pip install matplotlib") from error
+        panels = 1 + len(self.stages)
+        figure = Figure(figsize=(1 + 4 * panels, 4), layout="constrained")
+        first, *others = figure.subplots(1, panels, squeeze=False)[0]
+        if self.candidates:
+            self._plot_proxy(first)
+        for axes, stage in zip(others, self.stages, strict=True):
+            _plot_stage(axes, stage)
+        figure.suptitle(f"{self.model}, {self.mask}")
+        figure.savefig(path, dpi=120)
+
+    def _plot_proxy(self, axes: Any) -> None:
         reference = self.reference.value
         values = [candidate.value for candidate in self.candidates[1:]] or [reference]
         best = (np.maximum if self.higher_is_better else np.minimum).accumulate(np.array(values))
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
         axes.plot(values, ".", color="0.6", label="candidate")
         axes.plot(best, color="C0", label="best so far")
         axes.axhline(reference, color="C3", linestyle="--", label="RIA")
-        axes.set(xlabel="candidates", ylabel=self.proxy, title=f"{self.model}, {self.mask}")
+        axes.set(xlabel="candidates", ylabel=self.proxy, title="by proxy")
         axes.legend()
-        figure.savefig(path, dpi=120)
+
+
+def _plot_stage(axes: Any, stage: Stage) -> None:
+    first, winner = stage.trials[0], stage.winner
+    ranked = sorted(stage.trials, key=lambda trial: trial.loss)
+    for place, trial in enumerate(ranked):
+        gain, error = trial.gain_over(first)
+        colour = "C2" if trial is winner and trial is not first else "C3" if trial is first else "0.4"
+        axes.errorbar(place, gain, yerr=error if math.isfinite(error) else 0.0, fmt="o", color=colour, capsize=2)
+    axes.axhline(0.0, color="C3", linestyle="--", label="incumbent")
+    tokens = sum(first.tokens)
+    title = stage.name.replace(", ", ",\n")
+    axes.set(xlabel="candidates, best first", ylabel="gain, nats a token", title=f"{title}\n{tokens} tokens")
+    axes.legend()
+
+
+def _parsed(content: dict[str, Any]) -> dict[str, Any]:
+    """A study's fields from its JSON.
+
+    Raises:
+        ValueError: a value is not finite, or an object refuses its fields.
+    """
+    content["mask"] = Mask(**content["mask"])
+    content["space"] = SearchSpace(**content["space"])
+    content["candidates"] = [_with_coefficients(Candidate, entry) for entry in content.get("candidates", [])]
+    if content.get("plan") is not None:
+        content["plan"] = Plan(**content["plan"])
+    content["stages"] = [
+        Stage(stage["name"], [_with_coefficients(Trial, entry) for entry in stage["trials"]])
+        for stage in content.get("stages", [])
+    ]
+    values = [candidate.value for candidate in content["candidates"]]
+    values += [loss for stage in content["stages"] for trial in stage.trials for loss in trial.losses]
+    if not all(map(math.isfinite, values)):
+        raise ValueError("a candidate's value is not finite")
+    return content
+
+
+def _with_coefficients(kind: Any, entry: dict[str, Any]) -> Any:
+    return kind(**{**entry, "coefficients": Coefficients(**entry["coefficients"])})
+
+
+def _converted(content: dict[str, Any]) -> dict[str, Any]:
+    """The first format's fields as this one's: its finalists are a stage."""
+    content = {name: value for name, value in content.items() if name != "population"}
+    finalists = content.pop("finalists", [])
+    stage = {"name": "negative log-likelihood, of an earlier version", "trials": finalists}
+    return content | {"stages": [stage] if finalists else []}
 
 
 def package_versions() -> dict[str, str]:
