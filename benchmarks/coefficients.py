@@ -12,8 +12,8 @@ uses; every record is appended to results/coefficients.jsonl as soon as it is th
 import argparse
 import dataclasses
 
-from crepe_llm.search.space import RIA, Coefficients
-from pho_common import MODELS, WANDA, Bench, parse_mask
+from crepe_llm.search.space import RIA, WANDA, Coefficients
+from pho_common import MODELS, Bench, parse_mask
 from records import LEGEND, RESULTS, Row, append, dagger, is_done, read, read_old, with_old
 
 # Raised by every change of a default or of how something is measured. 1: rows without provenance.

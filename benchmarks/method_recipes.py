@@ -22,6 +22,8 @@ STRUCTURES = {
 # Where PHO's searches are kept, by model, structure and calibration seed (see `filled` and `studies.py`).
 STUDY = "{studies}/methods/{model}-{structure}-seed{seed}.json"
 BY_PROXY = STUDY.replace(".json", "-proxy.json")
+# Of PHO in stages, from the recipe's coefficients and from RIA's ("ria"), alone and under ADMM ("admm").
+STAGED = STUDY.replace(".json", "-staged.json")
 # The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
 WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
 RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}
@@ -42,6 +44,17 @@ def crepe(structure: str) -> Modifiers:
 def searched(**fields: Any) -> Method:
     """The shipped recipe after PHO, which searches (or, with `study`, takes what it found for another model)."""
     return lambda structure: {"PHOSearchModifier": fields} | crepe(structure)
+
+
+def from_ria(method: Method) -> Method:
+    """A method whose CRePEModifier begins with RIA's coefficients: what the user of a new model has."""
+    coefficients = {name: value for name, value in RIA.items() if name != "comparison_group"} | {"kernel_size": 3}
+
+    def modifiers(structure: str) -> Modifiers | None:
+        found = method(structure)
+        return None if found is None else found | {"CRePEModifier": found["CRePEModifier"] | coefficients}
+
+    return modifiers
 
 
 def pruned_by(**fields: Any) -> Method:
@@ -141,6 +154,16 @@ METHODS: dict[str, Method | None] = {
     "CRePE + the other model's PHO": searched(study=STUDY.replace("{model}", "{other}")),
     "CRePE + PHO, not verified": searched(record=BY_PROXY),
     "CRePE + the other model's PHO, not verified": searched(study=BY_PROXY.replace("{model}", "{other}")),
+    "CRePE + PHO in stages": searched(record=STAGED),
+    "RIA's coefficients + PHO in stages": from_ria(searched(record=STAGED.replace(".json", "-ria.json"))),
+    "CRePE + the other model's PHO in stages": searched(
+        study=STAGED.replace("{model}", "{other}"), record=STAGED.replace(".json", "-lent.json")
+    ),
+    "CRePE + PHO in stages + admm": with_admm(searched(record=STAGED.replace(".json", "-admm.json"))),
+    "RIA's coefficients + PHO in stages + admm": with_admm(
+        from_ria(searched(record=STAGED.replace(".json", "-ria-admm.json")))
+    ),
+    "RIA's coefficients + admm": with_admm(from_ria(crepe)),
     "SparseGPT": sparsegpt,
     "CVR + energy": corrected(pruned_by(score="cvr"), "energy"),
     "CRePE + energy": corrected(crepe, "energy"),
@@ -180,6 +203,9 @@ METHODS: dict[str, Method | None] = {
     "CRePE + steep atp + admm, by block": allocated(with_admm(crepe, BY_BLOCK), "atp"),
     "CRePE + steep atp + admm, symmetric": allocated(with_admm(crepe, SYMMETRIC), "atp"),
 }
+
+# PHO as it was until it judged on the whole model (a2f28ac): rows are on record, and only that revision makes new ones.
+EARLIER = {name for name in METHODS if name.endswith((" PHO", "not verified"))}
 
 
 def filled(modifiers: Modifiers, **values: Any) -> Modifiers:

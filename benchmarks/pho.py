@@ -4,8 +4,9 @@
     python benchmarks/pho.py --hill-climb 20    # and 20 candidates of the hill climb on perplexity; resumes at will
 
 One process measures, on one model: a perplexity evaluation of the pruned model; a candidate on the sample that
-PHOSearchModifier takes by default; the default search; the held-out perplexity of what it found, RIA and Wanda. The
-hill climb starts at RIA and lowers validation perplexity; its study is saved after every candidate.
+PHOSearchModifier takes by default; the search, from RIA's coefficients, as PHOSearchModifier does it (by proxy, then in
+stages on the calibration windows, every second one kept for the last); the held-out perplexity of what it found, RIA
+and Wanda. The hill climb starts at RIA and lowers validation perplexity; its study is saved after every candidate.
 """
 
 import argparse
@@ -18,18 +19,22 @@ from pathlib import Path
 
 import torch
 
+from crepe_llm.search.divergence import Divergence
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, evaluate
+from crepe_llm.search.halving import Cost, Measure, choose_rounds, judge
 from crepe_llm.search.optimisers import OPTIMISERS
 from crepe_llm.search.search import search
-from crepe_llm.search.space import RIA, Coefficients, Mask
+from crepe_llm.search.space import RIA, WANDA, Coefficients, Mask
 from crepe_llm.search.study import Study
+from crepe_llm.search.trials import Plan, Stage
 from hill_climb import hill_climb as by_hill_climbing
-from pho_common import LAYERS_PER_KIND, MODELS, ROWS, WANDA, Bench, parse_mask
+from pho_common import LAYERS_PER_KIND, MODELS, ROWS, Bench, parse_mask
 from records import RESULTS, Row, append
 from studies import studies_folder
 
 # Raised by every change of a default or of how something is measured.
-PROTOCOL = 1
+# 1: by the proxy alone.
+PROTOCOL = 2
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 PROXY = PROXIES[DEFAULT_PROXY]
@@ -57,6 +62,42 @@ def costs(bench: Bench, mask: Mask, tokens: int) -> dict[str, float]:
         f"1/{evaluation / candidate:.0f} of the evaluation alone"
     )
     return {"pruning": pruning, "evaluation": evaluation, "candidate": candidate}
+
+
+def searched(bench: Bench, mask: Mask, options: argparse.Namespace, path: Path) -> Study:
+    """The search by proxy and in stages, from RIA's coefficients; the same one again is read from its study."""
+    study = search(
+        lambda coefficients: evaluate(bench.samples, coefficients, mask, PROXY),
+        Study(options.model, mask, PROXY.name, PROXY.higher_is_better, seed=options.seed),
+        candidates=options.candidates,
+        path=path,
+    )
+    windows = bench.calibration.unbind()
+    measures = tuple(
+        measure(bench, mask, Divergence(bench.model, list(part)), name)
+        for name, part in (("masks from cached statistics", windows[::2]), ("kept windows", windows[1::2]))
+    )
+
+    def plan(seconds: float) -> Plan:
+        cost = Cost(0.0, seconds / len(measures[1].tokens), seconds)
+        rounds = choose_rounds(measures[0].tokens, measures[1].tokens, cost, tokens=options.search_tokens)
+        return Plan(f"tokens={options.search_tokens}", rounds, cost.of(rounds) if rounds else 0.0)
+
+    def progress(stage: Stage) -> None:
+        print(f"{stage.name}: {stage.trials[-1].loss:.4f} nats a token: {stage.trials[-1].coefficients}", flush=True)
+
+    judge(study, RIA, (measures[0], measures[1]), plan, path, progress)
+    return study
+
+
+def measure(bench: Bench, mask: Mask, divergence: Divergence, name: str) -> Measure:
+    """How far the model pruned by dense statistics is from the dense one, on some windows."""
+
+    def losses(coefficients: Coefficients, windows: range) -> list[float]:
+        with bench.pruned(coefficients, mask):
+            return [divergence(window) for window in windows]
+
+    return Measure(name, divergence.tokens, losses)
 
 
 def projection(bench: Bench, candidate: float, candidates: int) -> dict[str, float]:
@@ -104,7 +145,7 @@ def hill_climb(bench: Bench, study: Study, goal: float, perplexity: Perplexity, 
         best = climb.loss(candidate)
         reached = perplexity(candidate.coefficients, bench.corpus.test)
         bests.append({"seconds": spent, "perplexity": reached})
-        print(f"  {spent:5.0f} s, {spent / study.seconds:3.0f} times the search: {reached:.2f}", flush=True)
+        print(f"  {spent:5.0f} s, {spent / study.total_seconds:3.0f} times the search: {reached:.2f}", flush=True)
         if reached <= goal:
             print("  which is as good as what the search found")
             break
@@ -118,6 +159,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=16384, help="of a perplexity evaluation")
     parser.add_argument("--candidates", type=int, default=200)
+    parser.add_argument("--search-tokens", type=int, help="the most that the search's stages take")
     parser.add_argument("--hill-climb", type=int, metavar="N", help="candidates of the hill climb")
     parser.add_argument("--results", type=Path, default=RESULTS / "pho.jsonl", help="a row a call")
     options = parser.parse_args()
@@ -128,24 +170,28 @@ def main() -> None:
     bench = Bench(options.model, options.seed)
     loading, tokens = time.perf_counter() - started, bench.calibration.numel()
     print(f"loading, calibrating on {tokens} tokens, sampling: {loading:.1f} s")
-    row: Row = {name: getattr(options, name) for name in ("model", "mask", "seed", "tokens", "candidates")}
+    row: Row = {
+        name: getattr(options, name) for name in ("model", "mask", "seed", "tokens", "candidates", "search_tokens")
+    }
     row |= {"loading": loading, **costs(bench, mask, options.tokens)}
 
     def perplexity(coefficients: Coefficients, texts: list[str]) -> float:
         with bench.pruned(coefficients, mask):
             return bench.perplexity(texts, options.tokens)
 
-    study = search(
-        lambda coefficients: evaluate(bench.samples, coefficients, mask, PROXY),
-        Study(options.model, mask, PROXY.name, PROXY.higher_is_better, seed=options.seed),
-        candidates=options.candidates,
-    )
+    name = f"{options.model}-{options.mask.replace(':', '-')}-seed{options.seed}-{options.search_tokens}.json"
+    study = searched(bench, mask, options, studies_folder() / "staged" / name)
     print(f"\nsearch: {study}\n\nperplexity on {options.tokens} test tokens of {bench.corpus.name}, windows of 512:")
     tested = {}
     for name, coefficients in (("found", study.recommended), ("RIA", RIA), ("Wanda", WANDA)):
         tested[name] = perplexity(coefficients, bench.corpus.test)
         print(f"  {name:<6} {tested[name]:.2f}", flush=True)
-    row |= {"search": study.seconds, "found": dataclasses.asdict(study.recommended), "perplexity": tested}
+    row |= {
+        "search": study.total_seconds,
+        "by_proxy": study.seconds,
+        "found": dataclasses.asdict(study.recommended),
+        "perplexity": tested,
+    }
     row |= projection(bench, row["candidate"], options.candidates)
     if options.hill_climb is not None:
         row["hill_climb"] = hill_climb(bench, study, tested["found"], perplexity, options)

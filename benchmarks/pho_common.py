@@ -17,7 +17,6 @@ from crepe_llm.search.fitness import LayerSample, sample_layers
 from crepe_llm.search.space import Coefficients, Mask, SearchSpace
 
 MODELS = {"smollm2": samples.smollm2, "gemma3": samples.gemma3}
-WANDA = Coefficients(row=1.0, column=0.0, neighbourhood=0.0, kernel_size=3, activation_exponent=1.0)
 WINDOW = 512
 LAYERS_PER_KIND, ROWS = 4, 96  # PHOSearchModifier's defaults
 

@@ -20,8 +20,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from crepe_llm.search.fitness import PROXIES, evaluate
-from crepe_llm.search.space import RIA, Coefficients, SearchSpace
-from pho_common import MODELS, WANDA, Bench, parse_mask
+from crepe_llm.search.space import RIA, WANDA, Coefficients, SearchSpace
+from pho_common import MODELS, Bench, parse_mask
 from records import LEGEND, RESULTS, Row, append, dagger, is_done, read, read_old, with_old
 
 # Raised by every change of a default or of how something is measured. 1: rows without provenance.

@@ -23,7 +23,7 @@ from records import LEGEND, RESULTS, append, dagger, is_done, newest, read, read
 # Raised by every change of a default or of how something is measured. 1: rows without provenance.
 PROTOCOL = 2
 
-DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE + PHO", "CRePE + permutation + admm"]
+DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE + PHO in stages", "CRePE + permutation + admm"]
 
 
 def main() -> None:

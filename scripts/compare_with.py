@@ -33,7 +33,7 @@ from revisions import check_package, output_of, sources, start  # noqa: E402
 
 WINDOWS, LENGTH, PADDED_TO, BATCH = 12, 16, 10, 4
 # Fields that make a recipe fast enough here; both sides get them.
-FASTER = {"PHOSearchModifier": {"candidates": 8, "finalists": 3}}
+FASTER = {"PHOSearchModifier": {"candidates": 8}}
 # Of SmolLM2: windows of calibration and test, their length, and how far perplexities may be apart, relatively.
 REAL_WINDOWS, TEST_WINDOWS, REAL_LENGTH, TOLERANCE = 16, 20, 512, 1e-3
 

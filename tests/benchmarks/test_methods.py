@@ -65,3 +65,19 @@ def test_cells_with_rows_without_provenance_are_marked_and_explained():
 def test_the_dense_model_stands_in_every_structure_of_its_own_model():
     rows = [row(15.0, method="dense", structure=""), row(16.0, method="dense", structure="", model="other")]
     assert [r["perplexity"] for r in method_tables.cell(rows, "Gemma-3-270M", "dense", "50%")] == [15.0]
+
+
+def test_searches_from_ria_withhold_the_recipes_coefficients():
+    runs = method_recipes.runs_of(options(methods=["RIA's coefficients + PHO in stages"], structures=["2:4", "60%"]))
+    for run in runs:
+        modifiers = run["recipe"]["methods_stage"]["pruning_modifiers"]
+        assert list(modifiers) == ["PHOSearchModifier", "CRePEModifier"]
+        fields = modifiers["CRePEModifier"]
+        assert [fields[name] for name in ("row", "column", "neighbourhood", "activation_exponent")] == [1, 1, 0, 0.5]
+        assert fields["kernel_size"] == 3 and fields["mask_structure"] in ("2:4", "0:0")
+        assert modifiers["PHOSearchModifier"]["record"].endswith("-staged-ria.json")
+
+
+def test_searches_of_earlier_revisions_are_told_from_todays():
+    assert "CRePE + PHO" in method_recipes.EARLIER
+    assert not any("stages" in name for name in method_recipes.EARLIER)

@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
             "coefficients": search.chosen,
             "proxy": study.proxy,
             "candidates": len(study.candidates),
-            "seconds": study.seconds + sum(trial.seconds for stage in study.stages for trial in stage.trials),
+            "seconds": study.total_seconds,
             "study": options.study,
         },
     )

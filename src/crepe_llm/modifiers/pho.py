@@ -326,7 +326,8 @@ class PHOSearchModifier(LayerModifier):
         last = Divergence(model, cut_windows(kept, WINDOW))
         real = self._as_the_recipe_prunes(model, last, _up_to(calibrating, _REHEARSAL_TOKENS))
         if self._source is not None:
-            take_record(study, path) if path.exists() else None
+            if path.exists():
+                take_record(study, path)
             run_last_stage(study, [own, *self._source.challengers], real, path, _progress)
             return
         before = time.perf_counter()

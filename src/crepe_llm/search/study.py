@@ -105,8 +105,18 @@ class Study:
 
     @property
     def seconds(self) -> float:
-        """Time spent on evaluations."""
+        """Time spent on evaluations by the proxy."""
         return math.fsum(candidate.seconds for candidate in self.candidates)
+
+    @property
+    def total_seconds(self) -> float:
+        """Time spent on evaluations and on the stages; a survivor's time is counted once."""
+        spent: dict[tuple[bool, Coefficients], float] = {}
+        for stage in self.stages:
+            for trial in stage.trials:
+                key = (stage is self.stages[-1], trial.coefficients)
+                spent[key] = max(trial.seconds, spent.get(key, 0.0))
+        return self.seconds + math.fsum(spent.values())
 
     @property
     def beats_reference(self) -> bool:
