@@ -20,7 +20,7 @@ from crepe_llm.modifiers import ADMMModifier, CRePEModifier, PHOSearchModifier, 
 from crepe_llm.search.fitness import PROXIES
 from crepe_llm.search.space import RIA, Coefficients, Mask
 from crepe_llm.search.study import Study, StudyError
-from modifier_helpers import load, run
+from modifier_helpers import linears, load, run
 from tiny_models import FAMILIES
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "crepe_2of4_pho.yaml"
@@ -233,29 +233,68 @@ def test_an_earlier_study_is_judged_by_the_last_stage_alone(tiny_model_folder, c
         run(load(tiny_model_folder("llama")), [missing, crepe], calibration_data)
 
 
+OWN = Coefficients(row=1.0, column=1.0, neighbourhood=1.0, kernel_size=3, activation_exponent=0.5)  # the defaults
+
+
+def sharp(folder):
+    """A model whose predictions are far from even, so that pruning moves them by much."""
+    model = load(folder).eval()
+    with torch.no_grad():
+        model.model.norm.weight *= 10
+    return model
+
+
 def test_the_last_stage_prunes_as_the_recipe_does(tiny_model_folder, calibration_data, pair):
     """ADMM included: the incumbent's loss is the divergence of the model that the recipe without a search gives, if it
     is calibrated on the sequences that are not kept aside."""
     pho, crepe = pair()
-    run(load(tiny_model_folder("llama")), [pho, crepe, ADMMModifier(rounds=2, iterations=3)], calibration_data)
+    run(sharp(tiny_model_folder("llama")), [pho, crepe, ADMMModifier(rounds=2, iterations=3)], calibration_data)
     last = pho.result.stages[-1]
     used, masks = calibration_data["input_ids"], calibration_data["attention_mask"]
     texts = [torch.tensor(ids)[torch.tensor(mask).bool()] for ids, mask in zip(used, masks, strict=True)]
     alone = Dataset.from_dict(
         {"input_ids": [text.tolist() for text in texts[::2]], "attention_mask": [[1] * len(t) for t in texts[::2]]}
     )
-    model, dense = (load(tiny_model_folder("llama")).eval() for _ in range(2))
+    model, dense = (sharp(tiny_model_folder("llama")) for _ in range(2))
     run(model, [CRePEModifier(mask_structure="2:4"), ADMMModifier(rounds=2, iterations=3)], alone, batch_size=1)
     expected = []
     for text in texts[1::2]:
         with torch.no_grad():
             p, q = (m.eval()(text[None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
         expected.append((p.exp() * (p - q)).sum().item())
-    assert last.trials[0].coefficients == Coefficients(1.0, 1.0, 1.0, 3, 0.5)
+    assert last.trials[0].coefficients == OWN
     # The dense model's log-probabilities are kept in half precision.
-    assert last.trials[0].losses == pytest.approx(expected, abs=0.02)
+    assert last.trials[0].losses == pytest.approx(expected, rel=0.02, abs=2e-3)
+    assert sum(expected) > 1
     # The recipe's own run begins with empty tables.
     assert set(recipe_errors(crepe)) == set(crepe.realised)
+
+
+def test_early_stages_judge_on_other_text_than_their_statistics(tiny_model_folder, calibration_data, pair):
+    """The incumbent's first loss, against the model pruned by the norms of every second sequence, on the others."""
+    pho, crepe = pair()
+    run(sharp(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    used, masks = calibration_data["input_ids"], calibration_data["attention_mask"]
+    texts = [torch.tensor(ids)[torch.tensor(mask).bool()] for ids, mask in zip(used, masks, strict=True)]
+    model, dense = (sharp(tiny_model_folder("llama")) for _ in range(2))
+    norms = {}
+
+    def see(module, args):
+        norms[module] = norms.get(module, 0) + args[0].double().square().sum((0, 1))
+
+    with torch.no_grad():
+        handles = [module.register_forward_pre_hook(see) for module in linears(model).values()]
+        for text in texts[1::2]:
+            model(text[None])
+        for handle in handles:
+            handle.remove()
+        for module in linears(model).values():
+            scores = crepe_scores(module.weight, norms[module].sqrt().float(), **vars(OWN))
+            module.weight *= keep_mask(scores, 0.5, "2:4")
+        p, q = (m(texts[0][None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
+    first = pho.result.stages[0].trials[0]
+    expected = (p.exp() * (p - q)).sum().item()
+    assert expected > 0.1 and first.losses[0] == pytest.approx(expected, rel=0.02, abs=2e-3)
 
 
 def recipe_errors(crepe):

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers import CRePEModifier
 from crepe_llm.pruning.block_pass import Calibration, Wanted
-from crepe_llm.search.rehearsal import Pruning, mask_step, pruned, rehearsed
+from crepe_llm.search.rehearsal import Pruning, input_norms, mask_step, pruned, rehearsed
 from crepe_llm.search.space import RIA, Mask
 from modifier_helpers import inputs_of, linears, load, matrix, run
 from tiny_models import FAMILIES
@@ -58,3 +58,19 @@ def test_models_are_restored_when_a_measurement_fails(tiny_model_folder):
         assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_input_norms_are_those_of_what_is_run_meanwhile(tiny_model_folder, calibration_data):
+    model = load(tiny_model_folder("llama"))
+    data = calibration_data.select([1, 2, 4])
+    expected = inputs_of(model, data)
+    layers = layers_of(model)
+    unreached = torch.nn.Linear(3, 3)
+    with input_norms([*layers, unreached]) as norms, torch.no_grad():
+        for ids in data["input_ids"]:
+            model(input_ids=torch.tensor([ids]))
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 19)[None])
+    assert norms.keys() == layers.keys()
+    for module, name in layers.items():
+        assert torch.allclose(norms[module], expected[name].norm(dim=0).float(), rtol=1e-5)

@@ -37,13 +37,15 @@ from crepe_llm.pruning.layer import Layer, weight_matrix
 from crepe_llm.search.divergence import Divergence, cut_windows
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
 from crepe_llm.search.halving import WINDOW, Cost, Measure, choose_rounds, judge, run_last_stage
-from crepe_llm.search.rehearsal import Pruning, mask_step, pruned, rehearsed
+from crepe_llm.search.rehearsal import Pruning, input_norms, mask_step, pruned, rehearsed
 from crepe_llm.search.search import search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.study import Study
 from crepe_llm.search.trials import Plan, Stage
 
 __all__ = ["PHOSearchModifier"]
+
+Norms = dict[torch.nn.Module, torch.Tensor]
 
 _CANDIDATES = 200
 _NAMES = [field.name for field in dataclasses.fields(Coefficients)]
@@ -143,7 +145,7 @@ class PHOSearchModifier(LayerModifier):
     _sampled: set[str] = PrivateAttr(default_factory=set)
     _samples: list[LayerSample] = PrivateAttr(default_factory=list)
     _tokens: int = PrivateAttr(default=0)
-    _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _digest: Any = PrivateAttr(default_factory=hashlib.sha256)
     _source: Study | None = PrivateAttr(default=None)
     _result: Study | None = PrivateAttr(default=None)
     _chosen: Coefficients | None = PrivateAttr(default=None)
@@ -233,7 +235,7 @@ class PHOSearchModifier(LayerModifier):
                 self._reduce(module, name, statistics)
 
     def _reduce(self, module: torch.nn.Module, name: str, statistics: InputStatistics) -> None:
-        self._norms[module] = statistics.norm
+        self._digest.update(statistics.norm.cpu().numpy().tobytes())
         if name in self._sampled:
             self._tokens = max(self._tokens, statistics.tokens)
             self._samples.append(
@@ -268,16 +270,15 @@ class PHOSearchModifier(LayerModifier):
             raise
         self._conclude(study)
         self._samples.clear()
-        self._norms.clear()
 
     def _new_study(self, kept: list[torch.Tensor]) -> Study:
         """The settings of a study, before anything is measured."""
         if self._source is None and not self._samples:
             raise ValueError("no sampled layer saw a calibration token: calibrate with more or other text")
         proxy = PROXIES[self.proxy]
-        digest = hashlib.sha256()
-        for tensor in [*self._norms.values(), *kept]:
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest = self._digest.copy()
+        for sequence in kept:
+            digest.update(sequence.cpu().numpy().tobytes())
         sample = {
             "layers": [sample.name for sample in self._samples],
             "rows": self.rows,
@@ -323,7 +324,10 @@ class PHOSearchModifier(LayerModifier):
         """Measure candidates on the pruned model, until the last stage says what to use."""
         calibrating, kept = texts
         own = self._own()
-        last = Divergence(model, cut_windows(kept, WINDOW))
+        # Early stages prune by the statistics of the text that the last one judges on, and judge on the text that it
+        # calibrates on: masks suit the text that their statistics are from, most of all those of large exponents.
+        with input_norms(self._layers) as norms:
+            last = Divergence(model, cut_windows(kept, WINDOW))
         real = self._as_the_recipe_prunes(model, last, _up_to(calibrating, _REHEARSAL_TOKENS))
         if self._source is not None:
             if path.exists():
@@ -333,11 +337,11 @@ class PHOSearchModifier(LayerModifier):
         before = time.perf_counter()
         early = Divergence(model, cut_windows(_up_to(calibrating, _EARLY_TOKENS), WINDOW))
         window = (time.perf_counter() - before) / len(early.tokens)
-        quick = self._by_cached_statistics(model, early)
+        quick = self._by_cached_statistics(early, norms)
 
         def plan(seconds: float) -> Plan:
             before = time.perf_counter()
-            with pruned(self._norms, own, self._mask):
+            with pruned(norms, own, self._mask):
                 cost = Cost(time.perf_counter() - before, window, seconds)
             return self._plan(cost, (early.tokens, last.tokens), time.perf_counter() - started)
 
@@ -358,9 +362,9 @@ class PHOSearchModifier(LayerModifier):
             )
         return plan
 
-    def _by_cached_statistics(self, model: Any, divergence: Divergence) -> Measure:
+    def _by_cached_statistics(self, divergence: Divergence, norms: Norms) -> Measure:
         def losses(coefficients: Coefficients, windows: range) -> list[float]:
-            with pruned(self._norms, coefficients, self._mask):
+            with pruned(norms, coefficients, self._mask):
                 return [divergence(window) for window in windows]
 
         return Measure("masks from cached statistics", divergence.tokens, losses)
@@ -371,7 +375,9 @@ class PHOSearchModifier(LayerModifier):
             find_blocks(model)
         except ValueError as error:
             logger.warning(f"PHO: the last stage prunes by the dense model's statistics, as {error}")
-            return self._by_cached_statistics(model, divergence)
+            with input_norms(self._layers) as norms:
+                Divergence(model, cut_windows(calibrating, WINDOW))
+            return self._by_cached_statistics(divergence, norms)
 
         def losses(coefficients: Coefficients, windows: range) -> list[float]:
             with rehearsed(model, calibrating, self._pruning(coefficients)):

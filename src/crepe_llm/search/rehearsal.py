@@ -1,7 +1,7 @@
 """A model that is pruned for a while: by cached statistics of its dense layers, or block by block as a recipe does."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,13 +11,14 @@ from compressed_tensors.utils import align_module_device, get_execution_device
 
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
+from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.pruning.block_pass import Batch, Calibration, Wanted, block_inputs, block_outputs, prune_block
-from crepe_llm.pruning.layer import Layer, set_weight_matrix, weight_matrix
+from crepe_llm.pruning.layer import Layer, input_channels, set_weight_matrix, weight_matrix
 from crepe_llm.pruning.steps import Mask as MaskStep
 from crepe_llm.search.space import Coefficients, Mask
 
-__all__ = ["Pruning", "mask_step", "pruned", "rehearsed"]
+__all__ = ["Pruning", "input_norms", "mask_step", "pruned", "rehearsed"]
 
 
 @contextmanager
@@ -33,6 +34,30 @@ def _restored(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
         for module, weight in originals.items():
             with torch.no_grad(), align_module_device(module):
                 set_weight_matrix(module, weight)
+
+
+@contextmanager
+def input_norms(layers: Iterable[torch.nn.Module]) -> Iterator[dict[torch.nn.Module, torch.Tensor]]:
+    """What the norms of layers' input channels are over all that a model is run on meanwhile, without padding.
+
+    Gives a dictionary that holds them, fp32 [d_in] each, when the context has been left; layers that no token reached
+    are not in it.
+    """
+    norms: dict[torch.nn.Module, torch.Tensor] = {}
+    statistics: dict[torch.nn.Module, InputStatistics] = {}
+
+    def see(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if module not in statistics:
+            statistics[module] = InputStatistics(input_channels(module), device=get_execution_device(module))
+        statistics[module].update(args[0])
+
+    handles = [module.register_forward_pre_hook(see) for module in layers]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
+    norms |= {module: found.norm for module, found in statistics.items() if found.tokens}
 
 
 @contextmanager
