@@ -37,7 +37,7 @@ from crepe_llm.pruning.layer import Layer, weight_matrix
 from crepe_llm.search.divergence import Divergence, cut_windows
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
 from crepe_llm.search.halving import WINDOW, Cost, Measure, choose_rounds, judge, run_last_stage
-from crepe_llm.search.rehearsal import Pruning, input_norms, mask_step, pruned, rehearsed
+from crepe_llm.search.rehearsal import Pruning, mask_step, pruned, rehearsed
 from crepe_llm.search.search import search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.study import Study
@@ -326,8 +326,8 @@ class PHOSearchModifier(LayerModifier):
         own = self._own()
         # Early stages prune by the statistics of the text that the last one judges on, and judge on the text that it
         # calibrates on: masks suit the text that their statistics are from, most of all those of large exponents.
-        with input_norms(self._layers) as norms:
-            last = Divergence(model, cut_windows(kept, WINDOW))
+        last = Divergence(model, cut_windows(kept, WINDOW), self._layers)
+        norms = last.norms
         real = self._as_the_recipe_prunes(model, last, _up_to(calibrating, _REHEARSAL_TOKENS))
         if self._source is not None:
             if path.exists():
@@ -375,9 +375,8 @@ class PHOSearchModifier(LayerModifier):
             find_blocks(model)
         except ValueError as error:
             logger.warning(f"PHO: the last stage prunes by the dense model's statistics, as {error}")
-            with input_norms(self._layers) as norms:
-                Divergence(model, cut_windows(calibrating, WINDOW))
-            return self._by_cached_statistics(divergence, norms)
+            other = Divergence(model, cut_windows(calibrating, WINDOW), self._layers)
+            return self._by_cached_statistics(divergence, other.norms)
 
         def losses(coefficients: Coefficients, windows: range) -> list[float]:
             with rehearsed(model, calibrating, self._pruning(coefficients)):
