@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from records import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
