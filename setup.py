@@ -101,9 +101,9 @@ class WheelForAnyPython(bdist_wheel):
 
 
 def index_readme() -> str:
-    """README.md as a package index shows it: a file that lies beside it is named, where the link would lead nowhere."""
-    text = Path("README.md").read_text(encoding="utf-8")
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?://)([^)#]*)#?[^)]*\)", _named, text)
+    """README.md as a package index shows it: files beside it are named, not linked, and its pictures are left out."""
+    text = re.sub(r"!\[[^\]]*\]\((?!https?://)[^)]*\)\n*", "", Path("README.md").read_text(encoding="utf-8"))
+    return re.sub(r"\[([^\]]+)\]\((?!https?://)([^)#]*)#?[^)]*\)", _named, text)
 
 
 def _named(link: re.Match[str]) -> str:

@@ -16,8 +16,7 @@ def test_a_file_goes_before_a_shipped_name(tmp_path, monkeypatch):
 
 def test_the_package_carries_the_recipes(tmp_path):
     # The step of building a wheel that gathers its files; the extensions are of no interest here.
-    code = "from setuptools import setup; setup()"
-    command = [sys.executable, "-c", code, "-q", "build_py", "--build-lib", str(tmp_path)]
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     carried = {path.name: path.read_text() for path in (tmp_path / "crepe_llm" / "recipes").iterdir()}
     assert carried == {path.name: path.read_text() for path in (ROOT / "recipes").glob("*.yaml")}
