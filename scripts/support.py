@@ -68,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": {},
     "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
+    "deepseek_v3": {**LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # as published; vLLM reads them
     "ernie4_5": HEADS_OF_32,
     "exaone4": {"sliding_window": 64},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 256},
