@@ -4,6 +4,7 @@
     python benchmarks/kernel.py --quick              # two shapes, four token counts
     python benchmarks/kernel.py --dense              # the dense kernel for few tokens (lm_head) instead
     python benchmarks/kernel.py --dtype int8         # W8A8 2:4 weights
+    python benchmarks/kernel.py --dtype int4_g64     # W4A16 2:4 weights, a scale for 64 columns
     python benchmarks/kernel.py --device cuda        # the GPU's products, whose plans are measured first
 
 Ours and the dense products alternate call by call, each on its own copies of the weights, which rotate through more
@@ -30,9 +31,9 @@ import torch
 
 from crepe_llm import kernels
 from crepe_llm.kernels import cpu
-from crepe_llm.kernels.formats import COLUMN_CHUNK, FORMATS, ROW_BLOCK
+from crepe_llm.kernels.formats import COLUMN_CHUNK, FORMATS, ROW_BLOCK, Format
 from crepe_llm.kernels.memory import on_huge_pages
-from crepe_llm.kernels.packed import PackedWeight
+from crepe_llm.kernels.packed import PackedWeight, interleave, split
 from records import RESULTS, append
 
 # Raised by every change of a default or of how something is measured.
@@ -54,6 +55,7 @@ DTYPES = {
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
+INT4 = [form.name for form in FORMATS.values() if form.bits == 4]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 Shapes = dict[str, tuple[int, int]]
 
@@ -69,6 +71,15 @@ def random_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
         parts.append(kernels.pack((weight * 30).to(dtype)))
     scale = torch.full((n,), 0.01) if dtype == torch.int8 else None
     return PackedWeight(torch.cat([part.data for part in parts]), (n, k), parts[0].format, scale)
+
+
+def random_int4(n: int, k: int, form: Format) -> PackedWeight:
+    """A random 2:4 weight of 4-bit codes."""
+    kept = split((torch.rand(n, k // 4, 4).argsort(-1) < 2).view(n, k).to(torch.float16))
+    codes = torch.randint(0, 16, kept.values.shape, dtype=torch.uint8)
+    dtype = torch.float32 if form.scale_group is None else torch.bfloat16
+    scale = torch.full(form.packed_scale_shape(n, k), 0.01, dtype=dtype)
+    return interleave(kept._replace(values=codes, format=form), scale)
 
 
 def as_served(data: torch.Tensor) -> torch.Tensor:
@@ -175,9 +186,13 @@ def shape_rows(
     name: str, shape: tuple[int, int], tokens: Sequence[int], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """The times of one shape on the CPU, a row for each token count."""
-    dtype, (n, k) = DTYPES[options.dtype], shape
-    activations = torch.bfloat16 if dtype == torch.int8 else dtype
-    packed = random_packed(n, k, dtype)
+    n, k = shape
+    if options.dtype in INT4:
+        activations, packed = torch.bfloat16, random_int4(n, k, FORMATS[options.dtype])
+    else:
+        dtype = DTYPES[options.dtype]
+        activations = torch.bfloat16 if dtype == torch.int8 else dtype
+        packed = random_packed(n, k, dtype)
     number = min(256, max(2, int(1.2e8 / packed.nbytes)))
     copies = [dataclasses.replace(packed, data=as_served(packed.data)) for _ in range(number)]
     dense = [torch.randn(n, k).bfloat16() for _ in range(min(256, max(2, int(1.2e8 / (2 * n * k)))))]
@@ -228,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, token counts 1, 8, 64, 256")
     parser.add_argument("--dense", action="store_true", help="the dense kernel for few tokens instead of the 2:4 one")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="2:4 weights (fp8: cuda)")
+    parser.add_argument("--dtype", choices=[*DTYPES, *INT4], default="bf16", help="2:4 weights (fp8: cuda; int4: cpu)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", action="append", help="NxK instead of the built-in shapes; may be repeated")
     parser.add_argument("--tokens", type=int, nargs="+", help="token counts")

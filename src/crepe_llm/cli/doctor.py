@@ -76,6 +76,7 @@ def _kernels() -> dict[str, str]:
     import torch
 
     from crepe_llm.kernels import cpu
+    from crepe_llm.kernels.formats import FORMATS
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -85,7 +86,8 @@ def _kernels() -> dict[str, str]:
             said = f"not used: {error}"
         else:
             names = ", ".join(cpu.instruction_sets())
-            said = f"built, used with {used} (this machine runs {names})"
+            formats = ", ".join(form.name for form in FORMATS.values() if form.code is not None)
+            said = f"built, used with {used} (this machine runs {names}), for weights of {formats}"
             if used is None:
                 said = f"not used: {caught[0].message if caught else 'the library is missing'}"
     found = {"CPU": said}
