@@ -325,7 +325,7 @@ class PHOSearchModifier(LayerModifier):
         calibrating, kept = texts
         own = self._own()
         # Early stages prune by the statistics of the text that the last one judges on, and judge on the text that it
-        # calibrates on: masks suit the text that their statistics are from, most of all those of large exponents.
+        # calibrates on, so that no mask is judged on the text that its statistics are from.
         last = Divergence(model, cut_windows(kept, WINDOW), self._layers)
         norms = last.norms
         real = self._as_the_recipe_prunes(model, last, _up_to(calibrating, _REHEARSAL_TOKENS))
