@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -99,10 +100,9 @@ def run(options: argparse.Namespace) -> None:
         check_report("prune --report")
     started = time.perf_counter()
     path = recipe_path(options.recipe)
-    from crepe_llm import processes
+    with _heard_once(), quiet("prune", options.verbose) as progress:
+        from crepe_llm import processes
 
-    processes.start()
-    with _heard_once(processes.is_first()), quiet("prune", options.verbose) as progress:
         made, texts, length = _made(options, path, progress)
         if options.report and processes.is_first():
             progress.phase("measuring")
@@ -114,10 +114,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple["Pruning", tuple[str, list[str]], int]:
     """Prune the model into the output folder; what was done, the text with its name, and a window's length."""
-    from crepe_llm import processes
-
     with _shared_folder(options.output) as folder:
-        from crepe_llm import samples
+        from crepe_llm import processes, samples
         from crepe_llm.evaluation.model_card import model_card
         from crepe_llm.oneshot.recipes import read_recipe
 
@@ -139,10 +137,10 @@ def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple[
 
 
 @contextlib.contextmanager
-def _heard_once(first: bool) -> Iterator[None]:
-    """Let the first of several processes alone print."""
+def _heard_once() -> Iterator[None]:
+    """Let the first of several processes alone print; torch, which binds standard error, is not imported before."""
     with contextlib.ExitStack() as stack:
-        if not first:
+        if int(os.environ.get("RANK") or 0):
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
@@ -153,6 +151,7 @@ def _shared_folder(destination: Path) -> Iterator[Path]:
     """The first process's :func:`output_folder`, which is done when all processes are."""
     from crepe_llm import processes
 
+    processes.start()
     with output_folder(destination) if processes.is_first() else contextlib.nullcontext(destination) as folder:
         yield processes.from_first(folder)
         processes.wait()
