@@ -59,10 +59,9 @@ static int refuses_wrong_sizes(const Problem& right, int portable) {
 }
 
 // The rows of a product shared among three experts of the same weight are those of the product.
-static int experts_agree(const Problem& one, const std::vector<uint8_t>& weight, const std::vector<float>& scale,
+static int experts_agree(const Problem& one, const std::vector<uint8_t>& weight, const std::vector<uint8_t>& scale,
                          const std::vector<uint8_t>& expected, int index) {
-    std::vector<uint8_t> weights, y(expected.size());
-    std::vector<float> scales;
+    std::vector<uint8_t> weights, scales, y(expected.size());
     for (int e = 0; e < 3; e++) {
         weights.insert(weights.end(), weight.begin(), weight.end());
         scales.insert(scales.end(), scale.begin(), scale.end());
@@ -71,7 +70,7 @@ static int experts_agree(const Problem& one, const std::vector<uint8_t>& weight,
     all.weight = weights.data();
     all.weight_bytes = int64_t(weights.size());
     all.scale = one.scale ? scales.data() : nullptr;
-    all.scale_count = int64_t(scales.size());
+    all.scale_count = int64_t(scales.size()) / bytes_of(one.scale_dtype);
     all.y = y.data();
     const int64_t first = pick(0, one.m), second = pick(first, one.m);
     const std::vector<int64_t> ends = {first, second, one.m};
@@ -150,7 +149,7 @@ int main() {
         full.scale = scale.data(), full.bias = bias.data();
         if (p.n > 1 && refuses_wrong_sizes(full, portable)) return 3;
         if (crepe_multiply(&p, portable, nullptr, 1)) return 2;
-        if (p.layout == kSparse24 && !p.bias)
+        if (p.layout == kSparse24 && !p.bias && !is_codes(p.weight_format))
             for (int index = 0; crepe_instruction_set(index); index++) {
                 if (!crepe_supported(index)) continue;
                 p.y = y.data();
