@@ -216,7 +216,7 @@ def test_mixtures_of_experts(text, tmp_path, capsys):
     letters_tokenizer(True).save_pretrained(tmp_path / "model")
     assert main(prune(tmp_path / "model", text, tmp_path)) == 0
     shown = capsys.readouterr()
-    assert shown.err.count("warning: 6 layers of experts such as ") == 1 and "accelerator" not in shown.err
+    assert "warning: " not in shown.err and "accelerator" not in shown.err
     printed = shown.out
     assert "are removed" not in printed and "50.00% of the weights of 5 linear layers are zero" in printed
     assert "| model.layers.0.mlp.experts | 384 x 32 | 50.00% | 0.00% |" in (tmp_path / "out" / "README.md").read_text()

@@ -161,6 +161,7 @@ def test_operands_that_do_not_fit(library, x, ends, error, message, monkeypatch)
         {"shape": (16, 30)},
         {"scale": torch.ones(16)},
         {"format": FORMATS["fp8"]},
+        {"format": FORMATS["int4"]},
     ],
 )
 def test_tensors_that_are_no_packed_experts(changes):
@@ -196,7 +197,8 @@ CALL = {
         ({"down": DOWN.data[1:]}, ValueError, "packed data"),
         ({"count": 3}, ValueError, "packed data"),
         ({"inner": 12}, ValueError, "packed data"),
-        ({"format": "int4"}, ValueError, "format is"),
+        ({"format": "int3"}, ValueError, "format is"),
+        ({"format": "int4"}, ValueError, "no grouped product"),
         ({"activation": "relu"}, ValueError, "activation is 'relu'; one of silu"),
     ],
 )

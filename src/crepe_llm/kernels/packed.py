@@ -136,6 +136,10 @@ class PackedExperts:
         form.check_shape(n, k)
         if self.count < 1:
             raise ValueError(f"count is {self.count}; at least one expert is needed")
+        if form.zero_point is not None:
+            raise ValueError(
+                f"experts are {form.name}, which has no grouped product; bf16, fp16, fp32 or int8 is needed"
+            )
         if form.code is None:
             raise ValueError(f"the CPU has no kernel for {form.name} weights; crepe_llm.kernels.pack widens them")
         name = f"packed data of {self.count} x {n} x {k} {form.name}"

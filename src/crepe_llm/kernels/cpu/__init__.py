@@ -208,6 +208,7 @@ def multiply_experts(
         layout=_SPARSE24,
         weight_format=experts.format.code,
         x_dtype=_FLOATS[x.dtype],
+        scale_dtype=_FLOATS[torch.float32],
     )
     index = instruction_sets()[instruction_set or default_instruction_set() or ""]
     lib = library()
