@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from crepe_llm.checkpoints.folders import resolved
@@ -19,8 +20,8 @@ def two_folders(source: str | Path, destination: str | Path) -> tuple[Path, Path
     return Path(source), Path(destination)
 
 
-def copy_rest(source: Path, folder: Path) -> None:
-    """Copy what is neither weights nor their index nor hidden: config, tokenizer, recipe, code.
+def copy_rest(source: Path, folder: Path, but: Sequence[str] = ()) -> None:
+    """Copy what is neither weights nor their index nor hidden, nor named in `but`: config, tokenizer, recipe, code.
 
     Links to files in the folder are followed, also to where the hub's cache keeps the files of its folders. What a
     link to elsewhere names is not copied.
@@ -28,8 +29,13 @@ def copy_rest(source: Path, folder: Path) -> None:
     source = Path(os.path.realpath(source))
     roots = [source, source.parents[1] / "blobs"] if source.parent.name == "snapshots" else [source]
     for path in sorted(source.iterdir()):
-        if not path.name.startswith(".") and not path.name.endswith((".safetensors", ".safetensors.index.json")):
+        is_weight = path.name.endswith((".safetensors", ".safetensors.index.json")) or _is_old_weight(path.name)
+        if not path.name.startswith(".") and not is_weight and path.name not in but:
             _copy(path, folder / path.name, roots, folder)
+
+
+def _is_old_weight(name: str) -> bool:
+    return name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
 
 
 def _copy(path: Path, target: Path, roots: list[Path], written: Path) -> None:

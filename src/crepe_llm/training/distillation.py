@@ -20,7 +20,8 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from crepe_llm.checkpoints.reading import CONFIG, INDEX, read_config
+from crepe_llm.checkpoints.copying import copy_rest
+from crepe_llm.checkpoints.reading import CONFIG, read_config
 from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
@@ -511,10 +512,6 @@ def _parameter_name(model: Any, name: str) -> str:
 
 
 def _write(model: Any, source: Path, destination: Path, masks: dict[str, torch.Tensor]) -> None:
+    copy_rest(source, destination, but=("README.md",))
     model.save_pretrained(destination)
-    for path in source.iterdir():
-        target = destination / path.name
-        is_weight = path.suffix in (".safetensors", ".bin") or path.name in (CONFIG, INDEX)
-        if path.is_file() and not is_weight and not path.name.startswith(".") and path.name != "README.md":
-            shutil.copyfile(path, target)
     pack_folder(destination, masks)
