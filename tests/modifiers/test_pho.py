@@ -487,7 +487,11 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
     ]
     arguments += ["--json", str(tmp_path / "figures.json")]
     assert main(arguments) == 0
-    printed = capsys.readouterr().out
+    shown = capsys.readouterr()
+    printed = shown.out
+    assert printed.startswith("model: ") and "\nstudy: " in printed and "\nlog: " in printed
+    assert shown.err.count("nothing is clearly better") <= 1
+    assert "Calibrating" not in shown.err and "INFO" not in shown.err
     recorded = Study.load(study)
     assert recorded.mask == Mask("0:0", 0.6, "matrix")
     assert recorded.finished

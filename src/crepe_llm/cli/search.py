@@ -1,9 +1,11 @@
 """`crepe search`: the CRePE coefficients that suit a model."""
 
 import argparse
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,8 +19,15 @@ from crepe_llm.cli.common import (
     require,
     window_length,
 )
+from crepe_llm.cli.plan import device_in_words
+from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
 from crepe_llm.recipe_files import shipped_recipes
+
+if TYPE_CHECKING:
+    from crepe_llm.modifiers import PHOSearchModifier
+
+_WIDTH = 110  # of the progress line
 
 
 def add(subparsers: Any) -> None:
@@ -57,6 +66,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--candidates", type=at_least(1), help="how many are judged by the proxy (200)")
     parser.add_argument("--proxy", help="the first filter (balanced_reconstruction)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show llm-compressor's log and bars instead of one progress line"
+    )
     add_calibration(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -64,33 +76,13 @@ def add(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     require("search", "llmcompressor", "transformers", "accelerate")
-    from llmcompressor import oneshot
-
-    from crepe_llm import samples
-    from crepe_llm.modifiers import PHOSearchModifier
-
     check_json(options)
     check_new_file(options.study, "--study")
     check_new_file(options.plot, "--plot")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install matplotlib")
-    search = PHOSearchModifier(**_fields(options))
-    source = open_model(options, dense=True)
-    length = window_length(options.length, source.config)
-    _, texts = calibration_texts(options, length)
-    windows = samples.calibration_windows(
-        source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
-    )
-    oneshot(
-        model=source.load(on_device=False),
-        tokenizer=source.tokenizer,
-        recipe=search,
-        dataset=windows,
-        num_calibration_samples=options.samples,
-        max_seq_length=length,
-        shuffle_calibration_samples=False,
-        trust_remote_code_model=options.trust_remote_code,
-    )
+    with quiet("search", options.verbose) as progress:
+        search = _search(options, progress)
     study = search.result
     assert study is not None and search.chosen  # oneshot has run it
     print(study)
@@ -101,6 +93,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"  {name}: {value:.4g}")
     if options.plot is not None:
         study.plot(options.plot)
+    if progress.log is not None:
+        progress.tell("log", str(progress.log))
     write_json(
         options,
         {
@@ -111,8 +105,64 @@ def run(options: argparse.Namespace) -> None:
             "candidates": len(study.candidates),
             "seconds": study.total_seconds,
             "study": options.study,
+            "log": progress.log,
         },
     )
+
+
+def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifier":
+    """Say the plan, and search; the modifier, which holds the study."""
+    from llmcompressor import oneshot
+
+    from crepe_llm import samples
+    from crepe_llm.modifiers import PHOSearchModifier
+
+    search = PHOSearchModifier(**_fields(options))
+    source = open_model(options, dense=True)
+    length = window_length(options.length, source.config)
+    corpus, texts = calibration_texts(options, length)
+    windows = samples.calibration_windows(
+        source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
+    )
+    progress.tell("model", f"{options.model}, {type(source.config).__name__.removesuffix('Config')}")
+    masks = (
+        options.mask_structure
+        if options.sparsity is None
+        else f"{options.sparsity:.0%} of each {search.comparison_group}"
+    )
+    progress.tell("masks", masks)
+    progress.tell("calibration", f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}")
+    progress.tell("device", device_in_words())
+    progress.tell("study", str(options.study))
+    with _told(progress):
+        oneshot(
+            model=source.load(on_device=False),
+            tokenizer=source.tokenizer,
+            recipe=search,
+            dataset=windows,
+            num_calibration_samples=options.samples,
+            max_seq_length=length,
+            shuffle_calibration_samples=False,
+            trust_remote_code_model=options.trust_remote_code,
+        )
+    return search
+
+
+@contextlib.contextmanager
+def _told(progress: Progress) -> Iterator[None]:
+    """Show what the search logs of its state as the progress line."""
+    from loguru import logger
+
+    def show(message: Any) -> None:
+        text = message.record["message"].removeprefix("PHO: ")
+        if "\n" not in text and message.record["level"].name == "INFO":
+            progress.line(text[:_WIDTH].ljust(_WIDTH))
+
+    sink = logger.add(show, level="INFO", filter="crepe_llm.modifiers.pho")
+    try:
+        yield
+    finally:
+        logger.remove(sink)
 
 
 def _shipped(structure: str | None) -> dict[str, float] | None:
