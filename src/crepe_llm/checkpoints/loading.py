@@ -18,7 +18,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, packed_embeddings
-from crepe_llm.checkpoints.experts import check_experts, unpacking_experts
+from crepe_llm.checkpoints.expert_conversions import unpacking_experts
+from crepe_llm.checkpoints.experts import check_experts
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names

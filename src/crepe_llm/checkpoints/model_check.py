@@ -12,7 +12,7 @@ import torch
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from crepe_llm.checkpoints.experts import UnpackExperts
+from crepe_llm.checkpoints.expert_conversions import UnpackExperts
 from crepe_llm.checkpoints.formats import FormatError, StoredTensor
 from crepe_llm.checkpoints.reading import Checkpoint, SparseLayer, check_dtypes
 

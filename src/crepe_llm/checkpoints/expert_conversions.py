@@ -1,0 +1,94 @@
+"""Packed experts, merged while transformers reads them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from crepe_llm.checkpoints.experts import expert_of
+from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
+from crepe_llm.checkpoints.reading import Checkpoint
+
+__all__ = ["UnpackExperts", "unpacking_experts"]
+
+_FORMAT = SPARSE_24_BITMASK
+_SCALE = "weight_scale"
+
+
+class UnpackExperts(ConversionOps):
+    """transformers' conversion of the parts of packed experts into a list of dense weights a kind of matrix.
+
+    It comes before transformers' own merging of these lists. INT8 weights are multiplied by their scales, as merged
+    experts are no layers that compressed-tensors could run quantized.
+
+    Args:
+        kinds: the patterns of the parts by part and, under "weight_scale", of the scales, one entry a kind of matrix.
+    """
+
+    def __init__(self, kinds: Sequence[Mapping[str, str]]) -> None:
+        self.kinds = kinds
+
+    def convert(  # type: ignore[override]  # narrower: lists of tensors, as transformers' merging takes them
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, list[torch.Tensor]]:
+        """Unpack the experts that are merged into the parameter `full_layer_name`, in its dtype.
+
+        Raises FormatError, naming the parameter, if parts are malformed.
+        """
+        dtype = model.get_parameter(full_layer_name).dtype
+        made = {}
+        for patterns in self.kinds:
+            stored = {part: input_dict.pop(patterns[part], []) for part in _FORMAT.parts}
+            scales = input_dict.pop(patterns[_SCALE], [])
+            weights = []
+            for index, parts in enumerate(zip(*stored.values(), strict=True)):
+                weight = _unpacked(dict(zip(stored, parts, strict=True)), str(full_layer_name))
+                weights.append((weight.float() * scales[index].float() if scales else weight).to(dtype))
+            made[patterns[_FORMAT.values]] = weights
+        return made
+
+
+def unpacking_experts(conversions: Sequence[Any], checkpoint: Checkpoint) -> dict[WeightConverter, WeightConverter]:
+    """What reads packed experts, by the conversion of `conversions` that reads the same experts where they are plain.
+
+    Empty if the checkpoint has no packed experts.
+    """
+    if not any(map(expert_of, checkpoint.layers)):
+        return {}
+    return {
+        conversion: _unpacking(conversion)
+        for conversion in conversions
+        if isinstance(conversion, WeightConverter)
+        and all(re.search(r"experts\.?\*\.[\w.]+\.weight$", p) for p in conversion._original_source_patterns)
+    }
+
+
+def _unpacking(conversion: WeightConverter) -> WeightConverter:
+    stems = [pattern.removesuffix("weight") for pattern in conversion._original_source_patterns]
+    kinds = [{part: f"{stem}{part}$" for part in (*_FORMAT.parts, _SCALE)} for stem in stems]
+    made = WeightConverter(
+        [pattern for patterns in kinds for pattern in patterns.values()],
+        list(conversion._original_target_patterns),
+        operations=[UnpackExperts(kinds), *conversion.operations],
+    )
+    made.scope_prefix, made.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+    return made
+
+
+def _unpacked(parts: dict[str, torch.Tensor], parameter: str) -> torch.Tensor:
+    """The dense weight of the parts; of the right shape where they are empty and a load is only tried."""
+    values = parts[_FORMAT.values]
+    if values.is_meta:
+        return values.new_empty(values.shape[0], 2 * values.shape[1])
+    try:
+        return _FORMAT.unpack(parts)
+    except FormatError as error:
+        raise FormatError(f"an expert of {parameter}: {error}") from None
