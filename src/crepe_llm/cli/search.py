@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from crepe_llm.cli.common import (
     MODEL_HELP,
     add_calibration,
@@ -170,6 +168,8 @@ def _shipped(structure: str | None) -> dict[str, float] | None:
 
     An unstructured recipe is shipped for one sparsity, and its coefficients are what there is for the others.
     """
+    import yaml
+
     name = "crepe_unstructured_50" if structure is None else f"crepe_{structure.replace(':', 'of')}"
     if name not in shipped_recipes():
         return None
