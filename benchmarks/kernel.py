@@ -3,6 +3,7 @@
     python benchmarks/kernel.py                      # all shapes and token counts: several minutes
     python benchmarks/kernel.py --quick              # two shapes, four token counts
     python benchmarks/kernel.py --dense              # the dense kernel for few tokens (lm_head) instead
+    python benchmarks/kernel.py --dense --dtype int8 # the same with int8 rows
     python benchmarks/kernel.py --dtype int8         # W8A8 2:4 weights
     python benchmarks/kernel.py --dtype int4_g64     # W4A16 2:4 weights, a scale for 64 columns
     python benchmarks/kernel.py --device cuda        # the GPU's products, whose plans are measured first
@@ -33,7 +34,7 @@ from crepe_llm import kernels
 from crepe_llm.kernels import cpu
 from crepe_llm.kernels.formats import COLUMN_CHUNK, FORMATS, ROW_BLOCK, Format
 from crepe_llm.kernels.memory import on_huge_pages
-from crepe_llm.kernels.packed import PackedWeight, interleave, split
+from crepe_llm.kernels.packed import DenseWeight, PackedWeight, interleave, split
 from records import RESULTS, append
 
 # Raised by every change of a default or of how something is measured.
@@ -80,6 +81,15 @@ def random_int4(n: int, k: int, form: Format) -> PackedWeight:
     dtype = torch.float32 if form.scale_group is None else torch.bfloat16
     scale = torch.full(form.packed_scale_shape(n, k), 0.01, dtype=dtype)
     return interleave(kept._replace(values=codes, format=form), scale)
+
+
+def dense_weight(weight: torch.Tensor, dtype: str) -> DenseWeight:
+    """A dense weight as it is, or in int8 with a scale a row."""
+    if dtype != "int8":
+        return kernels.pack_dense(as_served(weight))
+    return kernels.pack_dense(
+        as_served((weight * 30).clamp(-127, 127).to(torch.int8)), torch.full((len(weight),), 0.03)
+    )
 
 
 def as_served(data: torch.Tensor) -> torch.Tensor:
@@ -201,14 +211,14 @@ def shape_rows(
         x = torch.randn(count, k).to(activations)
         calls: dict[str, Callable[[int], object]] = dense_calls(count, dense, wide)
         if options.dense:
-            wrapped = [kernels.pack_dense(as_served(w)) for w in dense]
+            wrapped = [dense_weight(w, options.dtype) for w in dense]
             half = x.bfloat16()
             calls["ours"] = lambda i, x=half, w=wrapped: cpu.multiply(x, w[i % len(w)], None)
         else:
             calls["ours"] = lambda i, x=x, w=copies: kernels.linear(x, w[i % len(w)])
         times = time_alternating(calls, options.seconds, min if options.fastest else statistics.median)
         ours = times.pop("ours")
-        rate = (2 * n * k if options.dense else packed.nbytes) / ours
+        rate = (wrapped[0].nbytes if options.dense else packed.nbytes) / ours
         row = {"shape": name, "n": n, "k": k, "tokens": count, "ours": ours, "dense": times}
         yield row | {"bytes_per_second": rate}
 
