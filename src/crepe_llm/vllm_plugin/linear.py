@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,9 +97,9 @@ class CheckedLinearMethod(LinearMethodBase):
         self.parts = list(parts)
         request_amx()
 
+    @abstractmethod
     def expected(self, kind: str, rows: int, columns: int) -> tuple[list[int], tuple[torch.dtype, ...]]:
         """The shape (of a tensor that holds a shape: its values) and the dtypes of one tensor of a part."""
-        raise NotImplementedError
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return kernels.linear(x, layer.packed, bias)

@@ -20,8 +20,7 @@ from crepe_llm.kernels.packed import DenseWeight, PackedExperts, PackedWeight
 ISA_VARIABLE = "CREPE_CPU_ISA"
 
 # Activations, biases and dense weights have the codes of the formats of their dtype; dense weights may be int8, too.
-_FORMATS = [form for name, form in FORMATS.items() if name in ("bf16", "fp16", "fp32", "int8")]
-_CODES = {form.dtype: form.code for form in _FORMATS if form.code is not None}
+_CODES = {form.dtype: form.code for form in FORMATS.values() if form.code is not None and form.zero_point is None}
 _FLOATS = {dtype: code for dtype, code in _CODES.items() if dtype.is_floating_point}
 _SPARSE24, _DENSE = 0, 1
 # pip keeps the wheel that it builds, one without kernels too, and would install that again.
