@@ -39,6 +39,10 @@ class Head:
 class Predictions(Protocol):
     """A teacher's predictions of a batch's tokens."""
 
+    def chunk(self, rows: slice) -> "Predictions":
+        """Those of some of the tokens, with whatever is cheaper made at once than a few rows at a time."""
+        ...
+
     def compare(self, log_q: torch.Tensor, rows: slice, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over rows of KL(teacher || student), and share q + (1 - share) times its gradient by logits.
 
@@ -55,6 +59,10 @@ class Whole:
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     cap: float | None = None
+
+    def chunk(self, rows: slice) -> "Whole":
+        """Their logits: a head that is read for a few rows at a time costs more than all the rest."""
+        return Whole(_logits(self.hidden[rows], self.weight, self.bias), cap=self.cap)
 
     def compare(self, log_q: torch.Tensor, rows: slice, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         logits = _logits(self.hidden[rows], self.weight, self.bias).float()
@@ -75,6 +83,9 @@ class TopK:
 
     tokens: torch.Tensor
     log_p: torch.Tensor
+
+    def chunk(self, rows: slice) -> "TopK":
+        return TopK(self.tokens[rows], self.log_p[rows])
 
     def compare(self, log_q: torch.Tensor, rows: slice, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, log_p = self.tokens[rows].long(), self.log_p[rows].float()
@@ -100,6 +111,10 @@ class Target:
     teacher: Predictions | None
     ids: torch.Tensor
     share: float = 0.0
+
+    def chunk(self, rows: slice) -> "Target":
+        """What the predictions of some of the tokens are compared with."""
+        return Target(None if self.teacher is None else self.teacher.chunk(rows), self.ids[rows], self.share)
 
     def compare(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss summed over rows, and its gradient by their logits, fp32 [rows, vocabulary]."""
@@ -156,7 +171,7 @@ class _MeanLoss(torch.autograd.Function):
         for rows in _slices(len(hidden), _CHUNK_NUMEL // vocabulary):
             logits = _logits(hidden[rows], weight, bias)
             logits = logits.clone() if weight is None else logits
-            total += _compare(logits, target, rows, cap)
+            total += _compare(logits, target.chunk(rows), cap)
             _accumulate(gradients, logits, hidden[rows], weight, rows)
         count = max(1, len(hidden))
         ctx.gradients = [None if gradient is None else gradient.div_(count) for gradient in gradients]
@@ -168,13 +183,13 @@ class _MeanLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _compare(logits: torch.Tensor, target: Target, rows: slice, cap: float | None) -> torch.Tensor:
-    """The summed loss of a chunk of logits, which become their gradient in place."""
+def _compare(logits: torch.Tensor, target: Target, cap: float | None) -> torch.Tensor:
+    """The summed loss of a chunk of logits against its target; the logits become their gradient in place."""
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     numel = _WIDE_NUMEL if logits.device.type == "cpu" else _CHUNK_NUMEL
     for inner in _slices(len(logits), numel // logits.shape[1]):
         wide = _capped(logits[inner].float(), cap)
-        loss, gradient = target.compare(wide, slice(rows.start + inner.start, rows.start + inner.stop))
+        loss, gradient = target.compare(wide, inner)
         total += loss
         logits[inner] = gradient if cap is None else gradient * (1 - (wide / cap).square_())
     return total
