@@ -1,15 +1,17 @@
-"""Perplexity and size of 2:4 checkpoints with each quantization on top: the table of docs/results.md.
+"""Perplexity and size after each quantization: of dense models, of 2:4 ones, and of those after recovery.
 
-    python benchmarks/quantization.py                    # both models
-    python benchmarks/quantization.py --models SmolLM2-135M-Instruct --tokens 4096
+    python benchmarks/quantization.py                                         # both models, three seeds
+    python benchmarks/quantization.py --models SmolLM2-135M-Instruct --starts dense CRePE --tokens 0
+    python benchmarks/quantization.py --report
 
-CRePE prunes each model once; every quantization then starts from that 2:4 checkpoint, read back from disk, with the
-quantization of its recipe, so that all have the same mask. What is measured is the saved checkpoint, loaded again.
-Every line of the table is a row of --results.
+A start is a method of methods.py, pruned once a seed, or the dense model. With --tokens the best stack is trained as in
+recover.py, whose folders in --folder are used, and made where they are missing. Every quantization starts from that
+folder, and the benchmark stops if a mask changes. What is measured is the folder saved, loaded again: perplexity on the
+test and validation articles and on news. A dense model's INT4 by GPTQ is llm-compressor's own.
 """
 
 import argparse
-import sys
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,121 +21,169 @@ import yaml
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from loguru import logger
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm import samples
 from crepe_llm.checkpoints import attach, is_2of4, read_folder
-from crepe_llm.evaluation.perplexity import perplexity
 from crepe_llm.recipe_files import recipe_path
-from records import RESULTS, append, provenance
+from method_recipes import MODELS
+from records import RESULTS, Row, append, is_done, read
+from recover import keys_of, mean_of
+from recovered_models import CORPORA, measure, pruned, recovered
 
-# Raised by every change of a default or of how something is measured.
-PROTOCOL = 1
+# Raised by every change of a default or of how something is measured. 1: CRePE's mask alone, one seed, one corpus.
+PROTOCOL = 2
 
-MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
+BEST = "CRePE + permutation + admm"
 QUANTIZATIONS = {
-    "2:4 + FP8 (W8A8)": "crepe_2of4_fp8",
-    "2:4 + INT8 (W8A8)": "crepe_2of4_int8",
-    "2:4 + INT4 (W4A16), nearest": "crepe_2of4_w4a16",
-    "2:4 + INT4 (W4A16), masked GPTQ": "crepe_2of4_w4a16_gptq",
+    "none": None,
+    "FP8 (W8A8)": "crepe_2of4_fp8",
+    "INT8 (W8A8)": "crepe_2of4_int8",
+    "INT4 (W4A16), nearest": "crepe_2of4_w4a16",
+    "INT4 (W4A16), GPTQ": "crepe_2of4_w4a16_gptq",
 }
 
 
-def quantization_of(name: str) -> str:
-    """A shipped recipe without its pruning, as YAML."""
+def quantization_of(name: str, dense: bool) -> str:
+    """A shipped recipe without its pruning, as YAML; for a dense model with llm-compressor's own GPTQ."""
     (stage,) = yaml.safe_load(recipe_path(name).read_text()).values()
-    return yaml.safe_dump({"quantization_stage": {"quantization_modifiers": stage["quantization_modifiers"]}})
+    modifiers = stage["quantization_modifiers"]
+    if dense:
+        modifiers = {name.replace("MaskedGPTQ", "GPTQ"): fields for name, fields in modifiers.items()}
+    return yaml.safe_dump({"quantization_stage": {"quantization_modifiers": modifiers}})
 
 
-def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of all linear layers but the head, by name."""
+def starts_of(options: argparse.Namespace) -> list[Row]:
+    """The conditions of every model that is quantized: recover.py's, the best stack alone trained."""
+    common: dict[str, Any] = {"structures": ["2:4"], "methods": ["full"], "self_generated": 0, "rank": 16}
+    common |= {"learning_rate": 4e-4, "batch": 4, "warmup": 10}
+    asked = argparse.Namespace(**common | vars(options))
+    asked.starts = [start for start in options.starts if start != "dense"]
+    keys = [key for key in keys_of(asked) if key["start"] in options.starts]
+    return [key for key in keys if not key["method"] or (key["start"] == BEST and key["tokens"])]
+
+
+def runs_of(options: argparse.Namespace) -> list[Row]:
+    """Every start with every quantization; GPTQ of a dense model calibrates, too, with the first seed."""
+    return [
+        start | {"quantization": label, "quantized_by": None if name is None else quantization_of(name, dense)}
+        for start in starts_of(options)
+        for dense in [start["start"] == "dense"]
+        for label, name in QUANTIZATIONS.items()
+        if label in options.quantizations
+    ]
+
+
+def start_of(key: Row, folder: Path) -> Path:
+    """The folder of a run's model before it is quantized."""
+    if key["start"] == "dense":
+        return MODELS[key["model"]]()
+    source, _ = pruned(key, folder)
+    return recovered(key, source, folder)[0] if key["method"] else source
+
+
+def quantize(key: Row, source: Path, target: Path) -> None:
+    """Load, quantize and save; the calibration text of a seed is that of its pruning."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, key["dtype"]))
+    if key["quantized_by"]:
+        data = samples.calibration_windows(
+            tokenizer, samples.wikipedia().train, windows=key["windows"], length=key["length"], seed=key["seed"] or 0
+        )
+        reset_session()
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=key["quantized_by"],
+            dataset=data,
+            num_calibration_samples=key["windows"],
+            max_seq_length=key["length"],
+            shuffle_calibration_samples=False,
+        )
+        attach(model)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def linear_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a model's linear layers but the head, by name."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     head = model.get_output_embeddings()
     return {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
 
 
-def weight_bytes(folder: Path) -> int:
-    """The size of a checkpoint's safetensors."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def check_masks(source: Path, target: Path) -> None:
+    """Raise RuntimeError where a quantized model has a weight that the mask removed."""
+    before = linear_weights(source)
+    for name, weight in linear_weights(target).items():
+        if not is_2of4(weight) or weight[before[name] == 0].any():
+            raise RuntimeError(f"{target}: {name} left the mask of {source}")
 
 
-def measure(folder: Path, windows: torch.Tensor, corpus: str, keep: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Load a checkpoint, check its mask, and return its perplexity and sizes."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    result = perplexity(model, windows, corpus=corpus, progress=False)
-    for name, weight in linear_weights(model).items() if keep else ():
-        if not is_2of4(weight) or weight[~keep[name]].any():
-            raise RuntimeError(f"{folder}: {name} left CRePE's mask")
-    packed = len(read_folder(folder).layers)
-    return {"perplexity": result.perplexity, "bytes": weight_bytes(folder), "packed": packed}
+def row_of(key: Row, folder: Path, scratch: Path) -> Row:
+    """Quantize, check and measure."""
+    source = start_of(key, folder)
+    quantize(key, source, scratch)
+    if key["start"] != "dense":
+        check_masks(source, scratch)
+    tokenizer = AutoTokenizer.from_pretrained(scratch)
+    model = AutoModelForCausalLM.from_pretrained(scratch, dtype=getattr(torch, key["dtype"])).eval()
+    size = sum(path.stat().st_size for path in scratch.glob("*.safetensors"))
+    found = measure(model, tokenizer, key["length"], key["measured"])
+    return key | found | {"bytes": size, "packed": len(read_folder(scratch).layers)}
 
 
-def run(name: str, options: argparse.Namespace, scratch: Path) -> None:
-    """Measure, record and print the rows of one model."""
-    source = MODELS[name]()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    corpus = samples.wikipedia()
-    windows = samples.token_windows(tokenizer, corpus.test, options.window, tokens=options.tokens)
-    data = samples.calibration_windows(
-        tokenizer, corpus.train, windows=options.samples, length=options.length, seed=options.seed
+def table(rows: list[Row], options: argparse.Namespace) -> str:
+    """Markdown: a line for each model, start and quantization; means over seeds, and the change by quantization."""
+    lines = [f"| model | start | quantization | {' | '.join(CORPORA)} | test, against none | MB |", f"|{'---|' * 8}"]
+    plain = {(*_start(row), row["seed"]): row["perplexity"]["test"] for row in rows if row["quantization"] == "none"}
+    for cell in dict.fromkeys((*_start(row), row["quantization"]) for row in rows):
+        mine = [row for row in rows if (*_start(row), row["quantization"]) == cell]
+        pairs = [(row["perplexity"]["test"], plain.get((*_start(row), row["seed"]))) for row in mine]
+        change = "" if None in [b for _, b in pairs] else f"{statistics.mean(a / b for a, b in pairs if b) - 1:+.1%}"
+        figures = " | ".join(mean_of(mine, corpus) for corpus in CORPORA)
+        start = f"{cell[1]}, {cell[2]} tokens" if cell[2] else cell[1]
+        lines.append(f"| {cell[0]} | {start} | {cell[3]} | {figures} | {change} | {mine[0]['bytes'] / 1e6:.1f} |")
+    lines.append(
+        f"\nPerplexity on {options.measured} tokens of the test and validation articles and of ABC news, in windows of "
+        f"{options.length}; mean ± half the range over the seeds measured of {', '.join(map(str, options.seeds))}; MB "
+        "are the safetensors'."
     )
-    calibration = {
-        "dataset": data,
-        "tokenizer": tokenizer,
-        "num_calibration_samples": options.samples,
-        "max_seq_length": options.length,
-        "shuffle_calibration_samples": False,
-    }
+    return "\n".join(lines)
 
-    conditions = {key: getattr(options, key) for key in ("tokens", "window", "samples", "length", "seed")}
 
-    def row(label: str, made: dict[str, Any]) -> None:
-        append(options.results, PROTOCOL, {"model": name, "weights": label, **conditions, **made})
-        size = f"{made['bytes'] / 1e6:.1f} MB"
-        print(f"| {name} | {label} | {made['perplexity']:.3f} | {size} | {made['packed']} |", flush=True)
-
-    dense, sparse = scratch / f"{name}-dense", scratch / f"{name}-sparse"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    model.save_pretrained(dense)
-    row("dense", measure(dense, windows, corpus.name, {}))
-    reset_session()
-    oneshot(model=model, recipe=str(recipe_path("crepe_2of4")), **calibration)
-    keep = {layer: weight != 0 for layer, weight in linear_weights(model).items()}
-    model.save_pretrained(sparse)
-    row("2:4", measure(sparse, windows, corpus.name, keep))
-    for label, recipe in QUANTIZATIONS.items():
-        reset_session()
-        model = AutoModelForCausalLM.from_pretrained(sparse)
-        oneshot(model=model, recipe=quantization_of(recipe), **calibration)
-        attach(model)
-        folder = scratch / f"{name}-{recipe}"
-        model.save_pretrained(folder)
-        row(label, measure(folder, windows, corpus.name, keep))
+def _start(row: Row) -> tuple[str, str, int]:
+    return row["model"], row["start"], row["tokens"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    starts = ["dense", "CRePE", BEST]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--tokens", type=int, default=16384, help="of the test text (%(default)s)")
-    parser.add_argument("--window", type=int, default=1024, help="tokens per window (%(default)s)")
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows (%(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens per calibration window (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows (%(default)s)")
+    parser.add_argument("--starts", nargs="+", choices=starts, default=starts, metavar="START", help="of: %(choices)s")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=[400_000], help="of the best stack's training; 0: none"
+    )
+    parser.add_argument(
+        "--quantizations", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS), metavar="NAME"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of calibration and training")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of every window (%(default)s)")
+    parser.add_argument("--measured", type=int, default=8192, help="tokens of each corpus (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the folders")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
     parser.add_argument("--results", type=Path, default=RESULTS / "quantization.jsonl", help="a row a checkpoint")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
     logger.remove()
-    logger.add(sys.stderr, level="WARNING")
-    torch.manual_seed(options.seed)
-    print(f"$ {provenance()['command']}")
-    print(
-        f"{samples.wikipedia().name}: test, {options.tokens} tokens in windows of {options.window}; calibration on "
-        f"{options.samples} windows of {options.length} tokens of train, seed {options.seed}; bf16; "
-        f"torch {torch.__version__}, {provenance()['processor']}, {provenance()['cores']} cores\n"
-    )
-    print("| model | weights | perplexity | safetensors | packed layers |")
-    print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in options.models:
-            run(name, options, Path(scratch))
+    runs, rows = runs_of(options), read(options.results)
+    missing = [] if options.report else [run for run in runs if not is_done(run, rows, PROTOCOL)]
+    for run in tqdm(missing, unit=" checkpoints"):
+        with tempfile.TemporaryDirectory() as scratch:
+            rows.append(append(options.results, PROTOCOL, row_of(run, options.folder, Path(scratch))))
+    print(table([row for run in runs for row in rows if is_done(run, [row], PROTOCOL)], options))
 
 
 if __name__ == "__main__":

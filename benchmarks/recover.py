@@ -15,46 +15,21 @@ not made twice; a run that was interrupted goes on from its last checkpoint.
 import argparse
 import shutil
 import statistics
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from loguru import logger
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crepe_llm import samples
-from crepe_llm.evaluation.perplexity import perplexity
-from crepe_llm.training.distillation import DistillationSettings, distill
 from method_recipes import METHODS, MODELS, STRUCTURES, runs_of
-from method_runs import prune
 from records import RESULTS, Row, append, is_done, read
+from recovered_models import CORPORA, measure, pruned, recovered
 
 # Raised by every change of a default or of how something is measured.
 PROTOCOL = 1
 
 STARTS = ["CRePE", "CRePE + pcg", "CRePE + permutation + admm"]
-CORPORA = ("test", "valid", "news")
-
-
-def texts_of(corpus: str) -> tuple[str, list[str]]:
-    """What a report calls a corpus, and its texts."""
-    if corpus == "news":
-        return "ABC news 2001 (gensim 4.4.0)", samples.news()
-    wikipedia = samples.wikipedia()
-    return f"{wikipedia.name}, {corpus}", getattr(wikipedia, corpus)
-
-
-def measure(model: Any, tokenizer: Any, length: int, tokens: int) -> Row:
-    """Perplexity on every corpus, and how many tokens it was measured on."""
-    found: Row = {"perplexity": {}, "predicted": {}}
-    for corpus in CORPORA:
-        name, texts = texts_of(corpus)
-        windows = samples.token_windows(tokenizer, texts, length, tokens=tokens)
-        result = perplexity(model, windows, corpus=name, progress=False)
-        found["perplexity"][corpus], found["predicted"][corpus] = result.perplexity, result.tokens
-    return found
 
 
 def starts_of(options: argparse.Namespace) -> list[Row]:
@@ -85,19 +60,6 @@ def keys_of(options: argparse.Namespace) -> list[Row]:
     return keys
 
 
-def pruned(key: Row, folder: Path) -> tuple[Path, float]:
-    """The folder of a start, made if it is not there yet, and the seconds that pruning took."""
-    name = "-".join(str(key[field]) for field in ("model", "start", "structure", "seed", "dtype")).replace(" ", "")
-    made = folder / name
-    if not (made / "config.json").is_file():
-        shutil.rmtree(made, ignore_errors=True)
-        model, tokenizer, seconds, _ = prune(key | {"method": key["start"]})
-        tokenizer.save_pretrained(made)
-        (made / "seconds.txt").write_text(f"{seconds:.1f}\n")
-        model.save_pretrained(made)
-    return made, float((made / "seconds.txt").read_text())
-
-
 def row_of(key: Row, options: argparse.Namespace) -> Row:
     """Prune, recover where the key names a method, and measure."""
     dense = MODELS[key["model"]]()
@@ -107,42 +69,15 @@ def row_of(key: Row, options: argparse.Namespace) -> Row:
         source, seconds = pruned(key, options.folder)
         row = key | {"pruning_s": seconds}
     if key["method"]:
-        name = f"{source.name}-{key['method']}-{key['tokens']}-{key['self_generated']}"
-        source, report = recovered(key, source, dense, options.folder / name)
+        source, report = recovered(key, source, options.folder)
         row |= report
     tokenizer = AutoTokenizer.from_pretrained(dense)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, key["dtype"])).eval()
     row |= measure(model, tokenizer, key["length"], key["measured"])
     if key["method"] and not options.keep:
         shutil.rmtree(source)
+        source.with_name(f"{source.name}.json").unlink()
     return row
-
-
-def recovered(key: Row, source: Path, dense: Path, target: Path) -> tuple[Path, Row]:
-    """Train a start; the folder that comes of it, and the figures of the training."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    fields = ("method", "tokens", "learning_rate", "batch", "warmup", "self_generated", "rank", "length", "seed")
-    settings = DistillationSettings(**{name: key[name] for name in fields if key.get(name) is not None})
-    train = samples.wikipedia().train
-    started = time.perf_counter()
-    made = distill(
-        source,
-        target,
-        target.with_name(f"{target.name}-work"),
-        dense,
-        lambda tokenizer: samples.token_windows(tokenizer, train, key["length"]),
-        settings,
-    )
-    return target, {
-        "seconds": round(time.perf_counter() - started, 1),
-        "training_s": round(made.trained.seconds, 1),
-        "steps": made.trained.steps,
-        "best_step": made.trained.best_step,
-        "trained_tokens": made.tokens,
-        "held_out": made.trained.held_out,
-        "ended": made.trained.ended,
-    }
 
 
 def mean_of(rows: list[Row], corpus: str) -> str:
