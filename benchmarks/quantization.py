@@ -57,7 +57,7 @@ def quantization_of(name: str, dense: bool) -> str:
 def starts_of(options: argparse.Namespace) -> list[Row]:
     """The conditions of every model that is quantized: recover.py's, the best stack alone trained."""
     common: dict[str, Any] = {"structures": ["2:4"], "methods": ["full"], "self_generated": 0, "rank": 16}
-    common |= {"learning_rate": 4e-4, "batch": 4, "warmup": 10}
+    common |= {"relative_rate": 1.5e-3, "batch": 4, "warmup": 10}
     asked = argparse.Namespace(**common | vars(options))
     asked.starts = [start for start in options.starts if start != "dense"]
     keys = [key for key in keys_of(asked) if key["start"] in options.starts]

@@ -48,7 +48,8 @@ def keys_of(options: argparse.Namespace) -> list[Row]:
         keys.append(run | {"method": "", "tokens": 0})
         if start["method"] == "dense":
             continue
-        training = {name: getattr(options, name) for name in ("learning_rate", "batch", "warmup", "self_generated")}
+        rate = "learning_rate" if options.relative_rate is None else "relative_rate"
+        training = {name: getattr(options, name) for name in (rate, "batch", "warmup", "self_generated")}
         training |= {"rank": options.rank}
         keys += [
             run
@@ -91,15 +92,19 @@ def mean_of(rows: list[Row], corpus: str) -> str:
 
 def table(rows: list[Row], options: argparse.Namespace) -> str:
     """Markdown: a line for each model, structure, start, method and budget; means over seeds."""
-    lines = ["| model | structure | start | method | tokens | test | validation | news | minutes |", "|---" * 9 + "|"]
-    cells = list(dict.fromkeys(tuple(row[name] for name in _CELL) for row in rows))
+    lines = ["| model | structure | start | method | rate | tokens | test | validation | news | minutes |"]
+    lines.append("|---" * 10 + "|")
+    cells = list(dict.fromkeys(tuple(row.get(name) for name in _CELL) for row in rows))
     for cell in cells:
-        mine = [row for row in rows if tuple(row[name] for name in _CELL) == cell]
+        mine = [row for row in rows if tuple(row.get(name) for name in _CELL) == cell]
         seconds = [row["training_s"] for row in mine if "training_s" in row]
-        model, structure, start, method, tokens = cell
+        model, structure, start, method, tokens, absolute, relative = cell
+        rate = f"{relative:g}, relative" if relative else f"{absolute:g}" if absolute else ""
         minutes = f"{statistics.mean(seconds) / 60:.0f}" if seconds else ""
         figures = " | ".join(mean_of(mine, corpus) for corpus in CORPORA)
-        lines.append(f"| {model} | {structure} | {start} | {method} | {tokens or ''} | {figures} | {minutes} |")
+        lines.append(
+            f"| {model} | {structure} | {start} | {method} | {rate} | {tokens or ''} | {figures} | {minutes} |"
+        )
     lines.append(
         f"\nPerplexity on {options.measured} tokens of the test and validation articles and of ABC news, in windows of "
         f"{options.length}; mean ± half the range over seeds {', '.join(map(str, options.seeds))} of calibration and "
@@ -108,7 +113,7 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-_CELL = ("model", "structure", "start", "method", "tokens")
+_CELL = ("model", "structure", "start", "method", "tokens", "learning_rate", "relative_rate")
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -148,7 +153,8 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[50_000, 200_000], help="budgets of the training")
     parser.add_argument("--self-generated", type=int, default=0, help="tokens that the teacher writes (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of calibration and training")
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--learning-rate", type=float, default=4e-4, help="the same for all weights (%(default)s)")
+    parser.add_argument("--relative-rate", type=float, help="instead: a share of each weight's root mean square")
     parser.add_argument("--batch", type=int, default=4, help="windows a step (%(default)s)")
     parser.add_argument("--warmup", type=int, default=10, help="steps (%(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA (%(default)s)")

@@ -50,7 +50,8 @@ def pruned(key: Row, folder: Path) -> tuple[Path, float]:
 
 def recovered(key: Row, source: Path, folder: Path) -> tuple[Path, Row]:
     """The folder of a start after the key's training, made if it is not there yet, and the figures of the training."""
-    target = folder / f"{source.name}-{key['method']}-{key['tokens']}-{key['self_generated']}"
+    rate = key.get("relative_rate") or key["learning_rate"]
+    target = folder / f"{source.name}-{key['method']}-{key['tokens']}-{key['self_generated']}-{rate:g}"
     figures = target.with_name(f"{target.name}.json")
     if not figures.is_file():
         shutil.rmtree(target, ignore_errors=True)
@@ -60,8 +61,9 @@ def recovered(key: Row, source: Path, folder: Path) -> tuple[Path, Row]:
 
 
 def _train(key: Row, source: Path, target: Path) -> Row:
-    fields = ("method", "tokens", "learning_rate", "batch", "warmup", "self_generated", "rank", "length", "seed")
-    settings = DistillationSettings(**{name: key[name] for name in fields if key.get(name) is not None})
+    fields = ("method", "tokens", "learning_rate", "relative_rate", "batch", "warmup", "self_generated", "rank")
+    given = {name: key[name] for name in (*fields, "length", "seed") if key.get(name) is not None}
+    settings = DistillationSettings(**given)
     train = samples.wikipedia().train
     started = time.perf_counter()
     made = distill(

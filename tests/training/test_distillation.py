@@ -422,3 +422,26 @@ def test_what_does_not_belong_together_is_refused_before_any_work(dense, packed,
 def test_settings_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match="=".join(map(str, [next(iter(fields)), ""])).rstrip("=")):
         DistillationSettings(**fields)
+
+
+def test_a_relative_rate_moves_each_parameter_by_a_share_of_its_size(packed, dense, tmp_path):
+    # AdamW's first step is its learning rate for every weight with a gradient, whatever the gradient's size.
+    run(packed, dense(), tmp_path, learning_rate=None, relative_rate=0.01, tokens=4 * LENGTH, warmup=0, held_out=0)
+    before, after, masks = weights(packed), weights(tmp_path / "out"), bits(packed)
+    for name, mask in masks.items():
+        old, new = before[f"{name}.weight"], after[f"{name}.weight"]
+        moved = (new - old).abs()[unpack_bits(mask, old.shape[1])]
+        size = old[old != 0].square().mean().sqrt()
+        # The folder is bf16: a step is rounded to it.
+        assert moved.median() == pytest.approx(0.01 * size.item(), rel=0.2), name
+    norm = "model.norm.weight"
+    assert (after[norm] - before[norm]).abs().median() == pytest.approx(0.01, rel=0.5)
+
+
+def test_which_rate_a_method_takes():
+    assert DistillationSettings().is_relative and DistillationSettings().rate == DistillationSettings().relative_rate
+    absolute = DistillationSettings(learning_rate=1e-4)
+    assert not absolute.is_relative and absolute.rate == 1e-4
+    assert not DistillationSettings(method="lora").is_relative
+    with pytest.raises(ValueError, match="relative_rate=0 must be positive"):
+        DistillationSettings(relative_rate=0)

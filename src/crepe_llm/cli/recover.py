@@ -13,8 +13,9 @@ from crepe_llm.cli.results import add_json, check_json, write_json
 
 # Options of one of the two ways to train; each is there only if it was given.
 _WITH_TEACHER = (
-    *("method", "tokens", "minutes", "warmup", "micro_batch", "cross_entropy", "top_k", "embeddings", "precision"),
-    *("optimizer_state", "gradient_checkpointing", "held_out", "evaluations", "patience", "self_generated"),
+    *("method", "tokens", "minutes", "relative_rate", "warmup", "micro_batch", "cross_entropy", "top_k"),
+    *("embeddings", "precision", "optimizer_state", "gradient_checkpointing", "held_out", "evaluations", "patience"),
+    "self_generated",
 )
 _WITHOUT_TEACHER = ("epochs", "ranks", "dtype")
 _WITH_EITHER = ("rank", "learning_rate", "batch", "length", "seed")
@@ -52,7 +53,11 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--verbose", action="store_true", default=False, help="show what libraries print instead of one progress line"
     )
-    parser.add_argument("--learning-rate", type=float, help="the highest (4e-4; without --teacher 2e-4)")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help="the highest (without --teacher 2e-4, with --method lora 1e-3, else see --relative-rate)",
+    )
     parser.add_argument("--batch", type=at_least(1), help="windows per step (4; without --teacher 8)")
     parser.add_argument("--rank", type=at_least(1), help="of LoRA (16; without --teacher 8, the blocks' mean)")
     parser.add_argument("--seed", type=int, help="of start, order and self-generated text (0)")
@@ -87,6 +92,9 @@ def _add_distillation(group: Any) -> None:
     group.add_argument("--tokens", type=at_least(1), help="train on so many, with repetitions (the text once)")
     group.add_argument("--minutes", type=float, help="train for so long instead")
     group.add_argument("--method", choices=("full", "lora"), help="all kept weights, or masked LoRA (full)")
+    group.add_argument(
+        "--relative-rate", metavar="SHARE", type=float, help="learning rate per size of each kept parameter (1.5e-3)"
+    )
     group.add_argument("--warmup", type=at_least(0), help="steps in which the learning rate rises (10)")
     group.add_argument("--micro-batch", type=at_least(1), help="windows at once (all of a step)")
     group.add_argument("--cross-entropy", metavar="SHARE", type=float, help="of the text's own loss (0)")

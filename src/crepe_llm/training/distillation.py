@@ -56,6 +56,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 Windows = Callable[[Any], torch.Tensor]
 
 _HELD_OUT = 16
+_LORA_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class DistillationSettings:
         rank: of the updates.
         tokens: to train on; a text with fewer is seen again.
         minutes: of training, evaluations included.
-        learning_rate: of AdamW after the warm-up; it falls linearly to 0.
+        relative_rate: learning rate of AdamW after the warm-up, as a share of each parameter's root mean square (of the
+            kept weights, at least 1e-3); it falls linearly to 0. For `full`.
+        learning_rate: the same, absolute and for all parameters alike, instead; None: 1e-3 for `lora`, whose updates
+            start at 0, and the relative rate for `full`.
         warmup: steps in which it rises.
         batch: windows a step.
         micro_batch: windows at once; None for the whole batch of a process.
@@ -95,7 +99,8 @@ class DistillationSettings:
     rank: int = 16
     tokens: int | None = None
     minutes: float | None = None
-    learning_rate: float = 4e-4
+    relative_rate: float = 1.5e-3
+    learning_rate: float | None = None
     warmup: int = 10
     batch: int = 4
     micro_batch: int | None = None
@@ -113,7 +118,8 @@ class DistillationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "tokens", "minutes", "learning_rate", "batch", "micro_batch", "evaluations", "patience"):
+        positive = ("rank", "tokens", "minutes", "relative_rate", "learning_rate", "batch", "micro_batch")
+        for name in (*positive, "evaluations", "patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} must be positive")
@@ -132,6 +138,16 @@ class DistillationSettings:
         for name, known in (choices | {"optimizer_state": ("fp32", "8bit", "4bit")}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}="{getattr(self, name)}" must be one of {", ".join(known)}')
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether learning rates are shares of the parameters' sizes."""
+        return self.learning_rate is None and self.method == "full"
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate, relative or not."""
+        return self.relative_rate if self.is_relative else self.learning_rate or _LORA_RATE
 
 
 @dataclass(frozen=True)
@@ -362,7 +378,8 @@ class _Run:
         tokens = settings.tokens if settings.tokens is not None else self.windows.numel()
         per_step = settings.batch * self.windows.shape[1]
         return Plan(
-            learning_rate=settings.learning_rate,
+            learning_rate=settings.rate,
+            relative=settings.is_relative,
             batch=settings.batch,
             micro_batch=self.micro_batch,
             steps=max(1, tokens // per_step) if settings.minutes is None else None,

@@ -45,6 +45,8 @@ _SAVING_SHARE = 0.05
 _NOISE = 0.01
 # A budget of minutes has no number of steps; transformers wants one.
 _ENDLESS = 1_000_000
+# What a parameter's root mean square is taken for at least, where learning rates are relative to it: Adafactor's.
+_LEAST_SIZE = 1e-3
 _OPTIMIZERS = {"fp32": "adamw_torch_fused", "8bit": "adamw_torch_8bit", "4bit": "adamw_torch_4bit"}
 
 
@@ -58,6 +60,8 @@ class Plan:
 
     Attributes:
         learning_rate: of AdamW after the warm-up; it falls linearly to 0 at the end of the budget.
+        relative: whether that is a share of each parameter's root mean square, zeros left out, which is taken for at
+            least 1e-3: the relative step sizes of Adafactor (arXiv 1804.04235), for AdamW.
         batch: windows a step, of all processes together.
         micro_batch: windows at once in a process.
         steps: the budget; None where it is `minutes`.
@@ -74,6 +78,7 @@ class Plan:
 
     learning_rate: float
     batch: int
+    relative: bool = False
     micro_batch: int = 1
     steps: int | None = None
     minutes: float | None = None
@@ -285,6 +290,16 @@ class _Loop(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.stream)
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW, with a learning rate for each parameter where rates are relative to their sizes."""
+        if self.optimizer is not None or not self.plan.relative:
+            return super().create_optimizer(model)
+        trained = [parameter for parameter in (model or self.model).parameters() if parameter.requires_grad]
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+        groups = [{"params": [one], "lr": self.plan.learning_rate * _size(one)} for one in trained]
+        self.optimizer = kind(groups, **options)
+        return self.optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
@@ -353,7 +368,8 @@ class _Loop(Trainer):
             self.keep()
 
     def _diverged(self, what: str) -> str:
-        return f"{what}: training diverges at a learning rate of {self.plan.learning_rate:g}; take a lower one"
+        rate = f"a {'relative' if self.plan.relative else 'learning'} rate of {self.plan.learning_rate:g}"
+        return f"{what}: training diverges at {rate}; take a lower one"
 
 
 class _Stream(torch.utils.data.Dataset[dict[str, Any]]):
@@ -443,6 +459,14 @@ class _Progress(TrainerCallback):
         """End the bar's line, so that what is printed next has one of its own."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _size(parameter: torch.Tensor) -> float:
+    """The root mean square of what is not zero, at least _LEAST_SIZE."""
+    value = parameter.detach()
+    sums = [value.float().square().sum(), (value != 0).float().sum()]
+    total, count = (float(one.full_tensor() if isinstance(one, DTensor) else one) for one in sums)
+    return max(_LEAST_SIZE, (total / max(1.0, count)) ** 0.5)
 
 
 def _crosses(before: float, after: float, parts: int) -> bool:
