@@ -294,8 +294,9 @@ class _Loop(Trainer):
         """AdamW, with a learning rate for each parameter where rates are relative to their sizes."""
         if self.optimizer is not None or not self.plan.relative:
             return super().create_optimizer(model)
-        trained = [parameter for parameter in (model or self.model).parameters() if parameter.requires_grad]
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+        wrapped: Any = model or self.model
+        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, wrapped)
         groups = [{"params": [one], "lr": self.plan.learning_rate * _size(one)} for one in trained]
         self.optimizer = kind(groups, **options)
         return self.optimizer
