@@ -1,15 +1,18 @@
-"""Zero-shot accuracy of 2:4 models by method, beside the dense model's.
+"""Zero-shot accuracy of 2:4 models by method, and after recovery, beside the dense model's.
 
-    python benchmarks/zero_shot.py                                # both models, 500 questions a task
-    python benchmarks/zero_shot.py --methods dense "CRePE + pcg" --questions 100
+    python benchmarks/zero_shot.py                                # both models, all questions: hours
+    python benchmarks/zero_shot.py --methods dense "CRePE + pcg" --questions 500
+    python benchmarks/zero_shot.py --methods dense Wanda --recovered 200000 --folder benchmark-models
 
-Models are pruned as in methods.py (one seed), saved, and scored by lm-evaluation-harness. Runs are appended to
---results as they finish, and not repeated.
+Models are pruned as in methods.py (one seed), saved, and scored by lm-evaluation-harness. With --recovered the best
+stack after training on so many tokens is scored, too: recover.py's folder, made where it is missing. Runs are appended
+to --results as they finish, and not repeated.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 from tqdm import tqdm
@@ -18,12 +21,46 @@ from crepe_llm import samples
 from crepe_llm.evaluation.zero_shot import zero_shot
 from method_recipes import METHODS, MODELS, runs_of
 from method_runs import prune
-from records import LEGEND, RESULTS, append, dagger, is_done, newest, read, read_old
+from quantization import BEST, starts_of
+from records import LEGEND, RESULTS, Row, append, dagger, is_done, newest, read, read_old
+from recovered_models import pruned, recovered
 
-# Raised by every change of a default or of how something is measured. 1: rows without provenance.
-PROTOCOL = 2
+# Raised by every change of a default or of how something is measured. 1: rows without provenance; 2: the first 500
+# questions of three tasks.
+PROTOCOL = 3
 
-DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE + PHO in stages", "CRePE + permutation + admm"]
+DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE", BEST]
+
+
+def keys_of(options: argparse.Namespace) -> list[Row]:
+    """The conditions of every run: those of methods.py, and those of recover.py for recovered models."""
+    common: dict[str, Any] = {"structures": ["2:4"], "seeds": [0], "windows": 16, "length": 512, "dtype": "bfloat16"}
+    asked = argparse.Namespace(**vars(options) | common | {"split": "none", "tokens": 0})
+    trained = argparse.Namespace(**vars(options) | common | {"starts": [BEST], "methods": ["full"]})
+    trained.tokens, trained.measured = options.recovered, 0
+    keys = runs_of(asked) + [key for key in starts_of(trained) if key["method"]]
+    return [key | {"asked": options.questions} for key in keys]
+
+
+def score(key: Row, questions: dict[str, Any], folder: Path) -> Row:
+    """Make the model of a run where it is missing, and score it."""
+    if key.get("start"):
+        made, _ = recovered(key, pruned(key, folder)[0], folder)
+        return zero_shot(made, questions, dtype=key["dtype"])
+    model, tokenizer, _, _ = prune(key)
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(f"{scratch}/model")
+        tokenizer.save_pretrained(f"{scratch}/model")
+        return zero_shot(f"{scratch}/model", questions, dtype=key["dtype"])
+
+
+def line_of(record: Row) -> str:
+    """A line of the table: accuracies in percent, with their standard errors."""
+    scores = record["scores"].values()
+    cells = [f"{100 * score['acc']:.1f} ± {100 * score['acc_stderr']:.1f}" for score in scores]
+    mean = 100 * sum(score["acc"] for score in scores) / len(scores)
+    method = f"{record['start']}, {record['tokens']} tokens" if record.get("start") else record["method"]
+    return f"| {record['model']} | {method} | {' | '.join(cells)} | {mean:.1f}{dagger([record])} |"
 
 
 def main() -> None:
@@ -32,35 +69,25 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=DEFAULT, metavar="METHOD", help="of: %(choices)s"
     )
-    parser.add_argument("--questions", type=int, default=500, help="of each task, the first ones (%(default)s)")
+    parser.add_argument("--recovered", nargs="+", type=int, default=[], help="tokens of recoveries to score, too")
+    parser.add_argument("--questions", type=int, help="of each task, the first ones (all)")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
     parser.add_argument("--results", type=Path, default=RESULTS / "zero_shot.jsonl")
     options = parser.parse_args()
     logger.remove()
-    vars(options).update(
-        structures=["2:4"], seeds=[0], split="none", windows=16, length=512, tokens=0, dtype="bfloat16"
-    )
     questions = {task: rows[: options.questions] for task, rows in samples.questions().items()}
 
-    records = read(options.results)
-    keys = [key | {"asked": options.questions} for key in runs_of(options)]
+    records, keys = read(options.results), keys_of(options)
     for key in tqdm([k for k in keys if not is_done(k, records, PROTOCOL)], unit=" runs"):
-        model, tokenizer, _, _ = prune(key)
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(f"{folder}/model")
-            tokenizer.save_pretrained(f"{folder}/model")
-            scores = zero_shot(f"{folder}/model", questions, dtype=key["dtype"])
-        records.append(append(options.results, PROTOCOL, key | {"scores": scores}))
+        records.append(append(options.results, PROTOCOL, key | {"scores": score(key, questions, options.folder)}))
     print(f"| model | method | {' | '.join(questions)} | mean |\n|{'---|' * (len(questions) + 3)}")
     found = newest(keys, records, read_old(options.results), PROTOCOL)
-    for record in found:
-        scores = record["scores"].values()
-        cells = [f"{100 * score['acc']:.1f} ± {100 * score['acc_stderr']:.1f}" for score in scores]
-        mean = 100 * sum(score["acc"] for score in scores) / len(questions)
-        print(f"| {record['model']} | {record['method']} | {' | '.join(cells)} | {mean:.1f}{dagger([record])} |")
+    print("\n".join(line_of(record) for record in found))
     print(
-        f"\nAccuracy in percent ± standard error, zero-shot, lm-evaluation-harness: the first {options.questions} "
-        "questions of BoolQ (dev), PIQA (validation) and OpenBookQA (test). 2:4, calibrated on 16 windows of 512 "
-        "tokens, seed 0." + f" {LEGEND}" * bool(dagger(found))
+        "\nAccuracy in percent ± standard error, zero-shot, lm-evaluation-harness: "
+        + ", ".join(f"{task} ({len(rows)})" for task, rows in questions.items())
+        + ". 2:4, calibrated on 16 windows of 512 tokens, seed 0."
+        + (f" {LEGEND}" if any("provenance" not in record for record in found) else "")
     )
 
 

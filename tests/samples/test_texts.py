@@ -39,14 +39,19 @@ def test_wikipedia_is_prose_split_by_article():
 @pytest.mark.model
 def test_questions_have_one_right_answer_each():
     questions = samples.questions()
-    assert {task: len(rows) for task, rows in questions.items()} == {"boolq": 3270, "piqa": 1500, "openbookqa": 500}
-    for rows in questions.values():
+    counts = {"boolq": 3270, "piqa": 1500, "openbookqa": 500, "commonsenseqa": 1221, "siqa": 1954}
+    answers = {"boolq": 2, "piqa": 2, "openbookqa": 4, "commonsenseqa": 5, "siqa": 3}
+    assert {task: len(rows) for task, rows in questions.items()} == counts
+    for task, rows in questions.items():
         for row in rows:
-            assert row["prompt"] and 0 <= row["label"] < len(row["choices"]) in (2, 4)
+            assert row["prompt"] and 0 <= row["label"] < len(row["choices"]) == answers[task]
             assert len(set(row["choices"])) >= 2 and all(row["choices"])
     first = questions["openbookqa"][0]
     assert first["prompt"].endswith("the best way to save money is to")
     assert first["choices"][first["label"]] == "quit eating lunch out"
+    social = questions["siqa"][0]
+    assert social["prompt"].endswith("Question: What does Tracy need to do before this?\nAnswer:")
+    assert social["choices"][social["label"]] == "Find somewhere to go"
     # Where BoolQ's and PIQA's answers come from is not always the same side.
     for task in ("boolq", "piqa"):
         assert 0.4 < sum(row["label"] for row in questions[task]) / len(questions[task]) < 0.7

