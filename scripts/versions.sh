@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-tests=${TESTS:-tests/checkpoints/test_loading.py tests/checkpoints/test_saving.py tests/oneshot/test_recipes.py}
+tests=${TESTS:-tests/checkpoints/test_loading.py tests/checkpoints/test_saving.py tests/checkpoints/test_experts.py tests/checkpoints/test_model_check.py tests/oneshot/test_recipes.py}
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -6,7 +6,7 @@ __all__ = ["SUPPORTED", "check_versions"]
 
 #: For each distribution the first and the last minor version that loading, saving and recipes were tested with.
 SUPPORTED = {
-    "transformers": ("5.16", "5.22"),
+    "transformers": ("5.16", "5.24"),
     "compressed-tensors": ("0.19", "0.20"),
     "llmcompressor": ("0.14", "0.14"),
 }

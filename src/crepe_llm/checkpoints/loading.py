@@ -28,6 +28,9 @@ from crepe_llm.versions import check_versions
 
 __all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal"]
 
+# From 5.23 on transformers dequantizes while it reads; before, compressed modules that were read whole.
+_DEQUANTIZES_WHILE_READING = "_process_model_after_weight_loading" not in vars(CompressedTensorsHfQuantizer)
+
 
 def register() -> None:
     """Make transformers load checkpoints with packed layers. Idempotent."""
@@ -97,6 +100,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     _expanded: Sequence[str] = ()
     # What is to be compared with the model as soon as its conversions are known, which is before weights are read.
     _unchecked: tuple[Any, Checkpoint] | None = None
+    # Whether modules are to be decompressed once they are read, as unpacked layers have to be.
+    _decompress = False
     # The conversions that read packed experts, each with transformers' own, which writes plain ones.
     _experts: dict[WeightConverter, WeightConverter] | None = None
 
@@ -120,6 +125,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             )
         if quantized and self._packed is not None:
             self._leave_plain(model, packed_embeddings(model, self._packed))
+            if _DEQUANTIZES_WHILE_READING and self.quantization_config.dequantize:
+                self._decompress, self.quantization_config.dequantize = True, False
         if quantized:
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         if files and (self._packed is not None or not quantized):
@@ -142,8 +149,20 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             check_model(checkpoint, loaded, conversions)
         return conversions
 
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        """Make an ordinary model of one that is not quantized, or that was to be dequantized."""
+        if self._decompress or self.compressor.quantization_config is None:
+            self.quantization_config.dequantize = True
+        return super().postprocess_model(model, **kwargs)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self._packed is not None:
+        if self._decompress:
+            from compressed_tensors.quantization import QuantizationMetadata  # which imports what registers this
+
+            self.compressor.decompress_model(model=model)
+            for module in model.modules():
+                QuantizationMetadata.clear_quantization(module)
+        if self._packed is not None and hasattr(model, "_weight_conversions"):
             # Left there, they would be reverted on saving, and a plain model would be written half packed.
             plain = self._experts or {}
             used = [plain.get(conversion, conversion) for conversion in model._weight_conversions]
