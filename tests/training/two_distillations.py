@@ -23,7 +23,7 @@ def run(source, teacher, out):
     out.mkdir(exist_ok=True)
     text = "the quick brown fox jumps over the lazy dog. " * 60
     settings = DistillationSettings(
-        learning_rate=5e-3, tokens=STEPS * 4 * LENGTH, warmup=2, precision="fp32", evaluations=4
+        relative_rate=2e-2, tokens=STEPS * 4 * LENGTH, warmup=2, precision="fp32", evaluations=4
     )
     work = out.with_name(f"{out.name}-work")
     made = distill(source, out, work, teacher, lambda tokenizer: token_windows(tokenizer, [text], LENGTH), settings)

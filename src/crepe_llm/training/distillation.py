@@ -86,7 +86,7 @@ class DistillationSettings:
         gradient_checkpointing: compute activations again instead of keeping them.
         held_out: windows kept aside to tell the best state; None for a tenth, at most 16.
         evaluations: of them, spread over the budget.
-        patience: so many evaluations in a row without a better one end the training.
+        patience: so many evaluations in a row that are clearly (1 %) worse than the best end the training.
         self_generated: tokens of text that the teacher writes, trained on besides the text given.
         length: of the windows that it writes.
         seed: of the order of the windows, the updates' start and the text that the teacher writes.

@@ -45,6 +45,8 @@ _SAVING_SHARE = 0.05
 _NOISE = 0.01
 # A budget of minutes has no number of steps; transformers wants one.
 _ENDLESS = 1_000_000
+# An evaluation counts as worse than the best if its loss is larger by this share.
+_WORSE = 0.01
 # What a parameter's root mean square is taken for at least, where learning rates are relative to it: Adafactor's.
 _LEAST_SIZE = 1e-3
 _OPTIMIZERS = {"fp32": "adamw_torch_fused", "8bit": "adamw_torch_8bit", "4bit": "adamw_torch_4bit"}
@@ -72,7 +74,7 @@ class Plan:
         state: precision of the optimiser's state; less than fp32 needs torchao.
         gradient_checkpointing: whether activations are computed again instead of kept.
         evaluations: of the held-out windows, spread over the budget, besides one at the start.
-        patience: so many evaluations in a row without a better one end the training.
+        patience: so many evaluations in a row that are clearly worse than the best end the training.
         seed: of the order of the windows.
     """
 
@@ -344,11 +346,19 @@ class _Loop(Trainer):
         self.log({"eval_loss": loss})
         if step and self.best[0] == step:
             self.keep()
-        worse = len([entry for entry in self.evaluations if entry[0] > self.best[0]])
+        worse = self._worse_in_a_row()
         if worse >= self.plan.patience and step:
-            self.ended = f"{worse} evaluations in a row were no better than that of step {self.best[0]}"
+            self.ended = f"{worse} evaluations in a row were worse than that of step {self.best[0]}"
             self.control.should_training_stop = True
         return {"eval_loss": loss}
+
+    def _worse_in_a_row(self) -> int:
+        """How many of the last evaluations were clearly worse than the best: a rate that has not fallen yet moves
+        the loss up and down by a little, and what it learns shows when it falls.
+        """
+        step, best = self.best
+        later = [loss > (1 + _WORSE) * best for at, loss in self.evaluations if at > step]
+        return len(later) if all(later) else later[::-1].index(False)
 
     def keep(self) -> None:
         """Write the parameters that train, whole, into the file of the best state."""
