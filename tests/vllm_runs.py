@@ -1,7 +1,8 @@
 """Small models in vLLM's hands: how tests write them, run them greedily and compare two runs."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,21 @@ def mixtral_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (SIZES["vocab_size"], hidden)}
 
 
+@contextmanager
+def one_collection() -> Iterator[None]:
+    """Leave out the full garbage collections with which vLLM starts and ends an engine, all but one at the end.
+
+    Each goes through everything that the tests' process has imported, and seven of them take longer than the rest.
+    """
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("collect", "freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda *_: 0)
+        yield
+    gc.collect()
+
+
+@one_collection()
 def generate(
     folder: Path,
     dtype: str = "float32",
@@ -192,7 +208,6 @@ def generate(
         engine.llm_engine.engine_core.shutdown()
         del engine
         cleanup_dist_env_and_memory()
-        gc.collect()
 
 
 def assert_same(sparse: Generation, dense: Generation, tie: float = TIE) -> None:

@@ -17,7 +17,7 @@ from crepe_llm.checkpoints import FormatError
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.vllm_plugin import QUANTIZATION, register
-from vllm_runs import llama
+from vllm_runs import llama, one_collection
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -77,7 +77,8 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
-    return LLM(str(folder), skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=16 << 20)
+    with one_collection():
+        return LLM(str(folder), skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=16 << 20)
 
 
 def test_registering_again_changes_nothing() -> None:
