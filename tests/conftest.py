@@ -5,12 +5,24 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 
 from tiny_models import VOCABULARY, configs, save_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_only_what_is_new():
+    """Keep the garbage collections that libraries ask for from going through everything that was imported before."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else libraries find at the end what they take for leaks
 
 
 @pytest.fixture(scope="session")
