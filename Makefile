@@ -13,7 +13,7 @@ test: setup  ## lint, types and every test this machine can run
 gpu:  ## what only a GPU can show, into gpu.json; needs torch, Triton and transformers, and fetches nothing
 	@bash scripts/gpu.sh
 
-wheel: setup  ## dist/: the source distribution and a manylinux wheel that auditwheel has checked
+wheel: setup  ## dist/: the source distribution and manylinux wheels that auditwheel has checked
 	@bash scripts/wheel.sh
 
 docs: setup  ## site/: the documentation as web pages, links checked

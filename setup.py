@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import sysconfig
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,8 +102,18 @@ class WheelForAnyPython(bdist_wheel):
 
 
 def index_readme() -> str:
-    """README.md as a package index shows it: files beside it are named, not linked, and its pictures are left out."""
-    text = re.sub(r"!\[[^\]]*\]\((?!https?://)[^)]*\)\n*", "", Path("README.md").read_text(encoding="utf-8"))
+    """README.md as a package index shows it: its links lead to the files of this version in the project's repository.
+
+    Where pyproject.toml names no repository, files beside it are named, not linked, and its pictures are left out.
+    """
+    text = Path("README.md").read_text(encoding="utf-8")
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project.get("urls", {}).get("Repository")
+    if repository:
+        at, version = repository.rstrip("/"), f"v{project['version']}"
+        text = re.sub(r"(!\[[^\]]*\]\()(?!https?://)([^)]*\))", rf"\g<1>{at}/raw/{version}/\2", text)
+        return re.sub(r"(\]\()(?!https?://)([^)#][^)]*\))", rf"\g<1>{at}/blob/{version}/\2", text)
+    text = re.sub(r"!\[[^\]]*\]\((?!https?://)[^)]*\)\n*", "", text)
     return re.sub(r"\[([^\]]+)\]\((?!https?://)([^)#]*)#?[^)]*\)", _named, text)
 
 

@@ -70,7 +70,7 @@ def dist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(dist):
-    return next(dist.glob("*.whl"))
+    return next(dist.glob(f"*_{platform.machine()}.whl"))
 
 
 def closure(packages):
@@ -122,6 +122,31 @@ def test_the_wheel_is_tagged_by_what_it_depends_on(wheel):
     assert b".debug_info" not in library and b".symtab" not in library
 
 
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("aarch64-linux-gnu-g++") is None,
+    reason="aarch64-linux-gnu-g++ is missing (Debian: g++-aarch64-linux-gnu libc6-dev-arm64-cross)",
+)
+def test_the_kernels_of_the_wheel_for_aarch64_run_there(dist, wheel, tmp_path):
+    """On what auditwheel found that they need; where qemu is there, each product is compared with portable C++."""
+    other = next(dist.glob("*_aarch64.whl"))
+    assert re.fullmatch(r"crepe_llm-[\d.]+-py3-none-manylinux[\w.]*_2_17_aarch64\.whl", other.name)
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(other) as theirs:
+        assert [name for name in ours.namelist() if "dist-info" not in name] == [
+            name for name in theirs.namelist() if "dist-info" not in name
+        ]
+        library = Path(theirs.extract("crepe_llm/kernels/cpu/_kernels.so", tmp_path))
+    content = library.read_bytes()
+    assert int.from_bytes(content[18:20], "little") == 183  # EM_AARCH64
+    assert max((int(a), int(b)) for a, b in re.findall(rb"GLIBC_(\d+)\.(\d+)", content)) <= (2, 17)
+    qemu = shutil.which("qemu-aarch64")
+    if qemu is None:
+        pytest.skip("the library is built; qemu-aarch64 is missing (Debian: qemu-user), so it was not run")
+    program, headers = tmp_path / "driver", ROOT / "src" / "crepe_llm" / "kernels" / "cpu"
+    sources = [ROOT / "tests" / "kernels_driver.cpp", library, f"-I{headers}", f"-Wl,-rpath,{library.parent}"]
+    done(["aarch64-linux-gnu-g++", "-std=c++17", "-O1", *sources, "-o", program])
+    assert "neon portable" in done([qemu, "-L", "/usr/aarch64-linux-gnu", program]).stdout
+
+
 def test_the_wheel_works_without_extras(fresh, tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done([fresh, "-W", "error::RuntimeWarning", "-c", PROBE], cwd=tmp_path, env=environment)
@@ -150,6 +175,21 @@ def test_the_index_shows_no_link_that_leads_nowhere(dist):
         text = page.read().decode()
     targets = re.findall(r"\]\(([^)]+)\)", text)
     assert targets and all(target.startswith("https://") for target in targets), targets
+
+
+def test_the_index_links_to_the_repository_that_is_named(tmp_path):
+    for name in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "src" / "crepe_llm").mkdir(parents=True)
+    named = '\n[project.urls]\nRepository = "https://forge.example/us/it/"\n'
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + named)
+    done([sys.executable, "setup.py", "-q", "egg_info"], cwd=tmp_path)
+    page = (tmp_path / "src" / "crepe_llm.egg-info" / "PKG-INFO").read_text()
+    at, version = "https://forge.example/us/it", f"v{crepe_llm.__version__}"
+    assert f"![perplexity by method]({at}/raw/{version}/docs/methods.png)" in page
+    assert f"[All results]({at}/blob/{version}/docs/results.md)" in page
+    assert f"]({at}/blob/{version}/docs/kernels.md#on-a-gpu)" in page
+    assert "[vLLM](https://github.com/vllm-project/vllm)" in page and "](docs/" not in page
 
 
 def test_without_a_compiler_the_cure_goes_round_pips_cache(tmp_path):
