@@ -88,7 +88,7 @@ def test_a_run_shows_a_plan_one_line_and_a_table(dense, text, tmp_path):
     assert not list((tmp_path / "work").iterdir())
     bar = [line for line in done.stderr.replace("\r", "\n").splitlines() if line]
     assert "pruning:   0%" in bar[0] and "6/6 steps" in bar[-1]  # two passes of two blocks and what follows them
-    assert all("steps, " in line for line in bar), done.stderr
+    assert all("steps, " in line and line.endswith(" left") for line in bar), done.stderr
     log = Path(rows["log"].strip()).read_text()
     assert "Compression lifecycle" in log and "Realised sparsity" in log
 

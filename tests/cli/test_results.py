@@ -7,9 +7,15 @@ from argparse import Namespace
 import pytest
 from transformers import AutoModelForCausalLM
 
-from crepe_llm.cli.main import main
+from crepe_llm.cli.main import main, parser
 from crepe_llm.cli.results import write_json
 from sparse_models import prune_2of4
+
+
+def test_every_command_that_has_figures_writes_them():
+    (commands,) = [each for each in parser()._actions if isinstance(each.choices, dict)]
+    without = [name for name, command in commands.choices.items() if "--json" not in command._option_string_actions]
+    assert without == ["serve", "completion"]  # vLLM's options, and a script of the shell
 
 
 def test_an_older_file_is_replaced_and_keeps_its_mode(tmp_path):

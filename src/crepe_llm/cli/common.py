@@ -19,21 +19,39 @@ MODEL_HELP = "a Hugging Face id or folder, or smollm2 or gemma3, real models tha
 
 def add_calibration(parser: Any) -> None:
     """The options of `calibration_texts`, and of how many windows are taken from the texts."""
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", metavar="FILE", type=Path, help="calibrate on a UTF-8 text file")
-    text.add_argument(
-        "--dataset",
-        metavar="NAME[:CONFIG]",
-        help="calibrate on the column `text` of a data set or a folder's files",
-    )
-    text.add_argument("--sample", action="store_true", help="calibrate on the sample Wikipedia articles")
-    parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
+    add_texts(parser, "calibrate", required=True)
     parser.add_argument("--samples", type=at_least(1), default=128, help="calibration windows (%(default)s)")
     parser.add_argument(
         "--length", type=at_least(2), help="tokens per window (2048, or the model's context if smaller)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of windows (%(default)s)")
     add_loading(parser)
+
+
+def add_texts(parser: Any, use: str, *, required: bool) -> None:
+    """The options of `chosen_texts`; `use` is the verb for what is done on the text."""
+    text = parser.add_mutually_exclusive_group(required=required)
+    text.add_argument("--text", metavar="FILE", type=Path, default=None, help=f"{use} on a UTF-8 text file")
+    text.add_argument(
+        "--dataset",
+        metavar="NAME[:CONFIG]",
+        default=None,
+        help=f"{use} on the column `text` of a data set or a folder's files",
+    )
+    text.add_argument("--sample", action="store_true", default=False, help=f"{use} on the sample Wikipedia articles")
+    parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
+
+
+def add_new_folder(parser: Any, metavar: str) -> None:
+    """The option of `output_folder`."""
+    parser.add_argument("--output", metavar=metavar, type=Path, required=True, help="a folder that does not exist yet")
+
+
+def add_verbose(parser: Any) -> None:
+    """The option of `quiet`."""
+    parser.add_argument(
+        "--verbose", action="store_true", default=False, help="show what libraries print instead of one progress line"
+    )
 
 
 def add_loading(parser: Any) -> None:
@@ -68,6 +86,16 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, list[str]]:
+    """The name of the calibration text, and the text; of a data set what windows of `length` tokens take."""
+    return chosen_texts(options, options.samples * length, options.seed)
+
+
+def chosen_texts(options: argparse.Namespace, tokens: int, seed: int) -> tuple[str, list[str]]:
+    """The name of the text that the options ask for, and the text: of a data set enough for so many tokens, shuffled.
+
+    Raises:
+        SampleError: the text cannot be read or fetched.
+    """
     from crepe_llm import samples
 
     if options.text is not None:
@@ -76,14 +104,8 @@ def calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, li
         sample = samples.wikipedia()
         return f"{sample.name}, train", sample.train
     name, _, config = options.dataset.partition(":")
-    # Twice the text that the windows take at 5 characters a token, an upper bound for prose in most vocabularies.
-    texts = samples.dataset_texts(
-        name,
-        config=config or None,
-        split=options.split,
-        characters=10 * options.samples * length,
-        seed=options.seed,
-    )
+    # Twice the text that so many tokens take at 5 characters each, an upper bound for prose in most vocabularies.
+    texts = samples.dataset_texts(name, config=config or None, split=options.split, characters=10 * tokens, seed=seed)
     return f"{options.dataset}, {options.split}", texts
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crepe_llm.cli.common import require
+from crepe_llm.cli.common import add_verbose, require
 from crepe_llm.cli.plan import device_in_words
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
@@ -42,7 +42,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="the CRePE model (%(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="of test text (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows (%(default)s)")
-    parser.add_argument("--verbose", action="store_true", help="show what libraries print instead of one progress line")
+    add_verbose(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -15,6 +15,8 @@ from crepe_llm.cli.common import (
     MODEL_HELP,
     Model,
     add_calibration,
+    add_new_folder,
+    add_verbose,
     calibration_texts,
     copy_processor,
     open_model,
@@ -57,10 +59,8 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--recipe", metavar="NAME|FILE", required=True, help="a shipped recipe or a YAML file")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
-    parser.add_argument(
-        "--verbose", action="store_true", help="show llm-compressor's log and bars instead of one progress line"
-    )
+    add_new_folder(parser, "DIR")
+    add_verbose(parser)
     parser.add_argument(
         "--resume", action="store_true", help="keep finished blocks, and go on from those of a run that was killed"
     )

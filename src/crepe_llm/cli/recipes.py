@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from crepe_llm.cli.results import add_json, check_json, write_json
 from crepe_llm.recipe_files import recipe_path, shipped_recipes
 
 
@@ -13,15 +14,20 @@ def add(subparsers: Any) -> None:
         description="List the recipes that `crepe prune --recipe` takes by name; with a name, print that recipe.",
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
+    check_json(options)
     if options.name is not None:
-        print(recipe_path(options.name).read_text(), end="")
+        text = recipe_path(options.name).read_text()
+        print(text, end="")
+        write_json(options, {"name": options.name, "recipe": text})
         return
-    shipped = shipped_recipes()
+    shipped = {name: path.read_text().partition("\n")[0] for name, path in shipped_recipes().items()}
+    shipped = {name: first.removeprefix("#").strip() for name, first in shipped.items()}
     width = max(map(len, shipped))
-    for name, path in shipped.items():
-        first = path.read_text().partition("\n")[0]
-        print(f"{name:<{width}}  {first.removeprefix('#').strip()}")
+    for name, first in shipped.items():
+        print(f"{name:<{width}}  {first}")
+    write_json(options, shipped)

@@ -5,7 +5,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import DTYPES, MODEL_HELP, at_least, model_folder, output_folder, require, weight_bytes
+from crepe_llm.cli.common import (
+    DTYPES,
+    MODEL_HELP,
+    add_new_folder,
+    add_texts,
+    add_verbose,
+    at_least,
+    chosen_texts,
+    model_folder,
+    output_folder,
+    require,
+    weight_bytes,
+)
 from crepe_llm.cli.plan import device_in_words, size_in_words
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.report import PAGE, add_report, check_report, make_report, own_test
@@ -43,16 +55,18 @@ def add(subparsers: Any) -> None:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("model", metavar="DIR", type=Path, help="the pruned model's folder")
-    parser.add_argument("--output", metavar="OUT", type=Path, required=True, help="a folder that does not exist yet")
+    add_new_folder(parser, "OUT")
     parser.add_argument(
         "--teacher", metavar="MODEL", default=None, help=f"the dense model that was pruned: {MODEL_HELP}"
     )
-    _add_text(parser)
+    add_texts(parser, "train", required=False)
+    parser.add_argument(
+        "--windows", type=at_least(1), default=None, help="train on so many windows, spread over the text (all)"
+    )
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window (%(default)s)")
     add_report(parser)
     add_json(parser)
-    parser.add_argument(
-        "--verbose", action="store_true", default=False, help="show what libraries print instead of one progress line"
-    )
+    add_verbose(parser)
     parser.add_argument(
         "--learning-rate",
         type=float,
@@ -69,23 +83,6 @@ def add(subparsers: Any) -> None:
     )
     group.add_argument("--dtype", choices=DTYPES, help="of the weights (as they are stored)")
     parser.set_defaults(run=run)
-
-
-def _add_text(parser: Any) -> None:
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="FILE", type=Path, default=None, help="train on a UTF-8 text file")
-    text.add_argument(
-        "--dataset",
-        metavar="NAME[:CONFIG]",
-        default=None,
-        help="train on the column `text` of a data set or a folder's files",
-    )
-    text.add_argument("--sample", action="store_true", default=False, help="train on the sample Wikipedia articles")
-    parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
-    parser.add_argument(
-        "--windows", type=at_least(1), default=None, help="train on so many windows, spread over the text (all)"
-    )
-    parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window (%(default)s)")
 
 
 def _add_distillation(group: Any) -> None:
@@ -240,22 +237,10 @@ def _recover(options: argparse.Namespace, given: dict[str, Any], progress: Progr
 
 def _texts(options: argparse.Namespace, tokens: int | None) -> tuple[str, list[str] | None]:
     """The text to train on and its name; none where the teacher writes all of it."""
-    from crepe_llm import samples
-
-    if options.text is not None:
-        return options.text.name, [samples.text_file(options.text)]
-    if options.sample:
-        sample = samples.wikipedia()
-        return f"{sample.name}, train", sample.train
-    if options.dataset is None:
+    if options.text is None and options.dataset is None and not options.sample:
         return "", None
-    name, _, config = options.dataset.partition(":")
     wanted = tokens or (options.windows * options.length if options.windows else _TOKENS)
-    # Twice the text that so many tokens take at 5 characters each, an upper bound for prose in most vocabularies.
-    texts = samples.dataset_texts(
-        name, config=config or None, split=options.split, characters=10 * wanted, seed=getattr(options, "seed", 0)
-    )
-    return f"{options.dataset}, {options.split}", texts
+    return chosen_texts(options, wanted, getattr(options, "seed", 0))
 
 
 def _windows(options: argparse.Namespace, tokenizer: Any, texts: list[str]) -> Any:

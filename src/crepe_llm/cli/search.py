@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from crepe_llm.cli.common import (
     MODEL_HELP,
     add_calibration,
+    add_verbose,
     at_least,
     calibration_texts,
     check_new_file,
@@ -64,9 +65,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--candidates", type=at_least(1), help="how many are judged by the proxy (200)")
     parser.add_argument("--proxy", help="the first filter (balanced_reconstruction)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
-    parser.add_argument(
-        "--verbose", action="store_true", help="show llm-compressor's log and bars instead of one progress line"
-    )
+    add_verbose(parser)
     add_calibration(parser)
     add_json(parser)
     parser.set_defaults(run=run)
