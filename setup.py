@@ -85,7 +85,8 @@ class BuildKernels(build_ext):
                 f"\ncrepe-llm: the CPU kernels were NOT built ({error}).\n"
                 "crepe-llm: 2:4 products on the CPU will use the slow reference path. Install a C++17 compiler "
                 "(g++ or clang++), then install again without pip's cache, which keeps what was built without one:\n"
-                "pip install --force-reinstall --no-deps --no-cache-dir --no-binary crepe-llm crepe-llm\n\n"
+                "pip install --force-reinstall --no-deps --no-cache-dir .\n"
+                "(of what came from an index: --no-binary crepe-llm crepe-llm instead of the dot)\n\n"
             )
 
     def _compile(self, source: str, flags: list[str]) -> list[str]:

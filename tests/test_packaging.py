@@ -1,23 +1,38 @@
 """What is published: the source distribution, the wheel that is built from it, and what that does without extras."""
 
+import contextlib
+import email
+import functools
 import importlib.metadata
+import json
 import os
 import platform
+import random
 import re
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import crepe_llm
+from tiny_models import letters_tokenizer
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 PROBE = """
 import torch
 from safetensors.torch import load_file, save_file
@@ -93,22 +108,43 @@ def closure(packages):
     return files
 
 
-@pytest.fixture(scope="module")
-def fresh(wheel, tmp_path_factory):
-    """The Python of a new environment with the wheel and what it needs without any extra, those linked from here."""
-    folder = tmp_path_factory.mktemp("fresh") / "venv"
+def installed(wheel, folder):
+    """The Python of a new environment that has the wheel."""
     done([sys.executable, "-m", "venv", "--without-pip", folder])
-    site = next((folder / "lib").glob("python3*")) / "site-packages"
-    with zipfile.ZipFile(wheel) as archive:
-        info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        lines = archive.read(info).decode().splitlines()
-    needs = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
-    for name, path in closure(need.name for need in needs if need.marker is None).items():
-        if name not in ("..", "__pycache__"):
-            (site / name).symlink_to(path)
     python = folder / "bin" / "python"
     install = ["-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
     done([sys.executable, *install], env={name: os.environ[name] for name in os.environ if name != "PYTHONPATH"})
+    return python
+
+
+def site_packages(python):
+    return next((python.parents[1] / "lib").glob("python3*")) / "site-packages"
+
+
+def metadata(wheel):
+    """The fields of the wheel's metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_string(archive.read(info).decode())
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel, tmp_path_factory):
+    """The Python of a new environment with the wheel and what it needs without any extra, those linked from here."""
+    python = installed(wheel, tmp_path_factory.mktemp("fresh") / "venv")
+    needs = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist")]
+    for name, path in closure(need.name for need in needs if need.marker is None).items():
+        if name not in ("..", "__pycache__"):
+            (site_packages(python) / name).symlink_to(path)
+    return python
+
+
+@pytest.fixture(scope="module")
+def whole(wheel, tmp_path_factory):
+    """The Python of a new environment with the wheel and all that is installed here but this checkout."""
+    python = installed(wheel, tmp_path_factory.mktemp("whole") / "venv")
+    # Of folders that are named so, Python reads no .pth file, which is how the checkout is installed.
+    (site_packages(python) / "rest.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     return python
 
 
@@ -192,18 +228,29 @@ def test_the_index_links_to_the_repository_that_is_named(tmp_path):
     assert "[vLLM](https://github.com/vllm-project/vllm)" in page and "](docs/" not in page
 
 
-def test_without_a_compiler_the_cure_goes_round_pips_cache(tmp_path):
-    copy = tmp_path / "tree"
-    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+CURE = "pip install --force-reinstall --no-deps --no-cache-dir ."
+
+
+def test_without_a_compiler_pip_goes_on_and_doctor_names_the_cure(tmp_path):
+    """README's line to install from a checkout; pip hides what a build prints unless it is asked for it."""
+    copy, site = tmp_path / "tree", tmp_path / "site"
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    line = re.search(r'`pip install "(\.\[\w+\])"`', README)[1]
     environment = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
-    said = done([sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"], cwd=copy, env=environment).stderr
-    assert "kernels were NOT built" in said and "--no-cache-dir --no-binary crepe-llm crepe-llm" in said
-    code = "from crepe_llm.kernels import cpu; cpu.library()"
-    environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
-    warned = done([sys.executable, "-c", code], env=environment, cwd=tmp_path).stderr
-    assert "not built when crepe-llm was installed" in warned and "--no-cache-dir" in warned
+    pip = ["-m", "pip", "install", "-v", "--no-deps", "--no-index", "--no-build-isolation", "--target", site, line]
+    pip = done([sys.executable, *pip], cwd=copy, env=environment)
+    assert "kernels were NOT built" in pip.stdout + pip.stderr and CURE in pip.stdout + pip.stderr
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    found = done([sys.executable, "-m", "crepe_llm", "doctor"], env=environment, cwd=tmp_path).stdout
+    assert "not used: crepe-llm's CPU kernel library is missing (it was not built when crepe-llm was inst" in found
+    assert CURE in found
+
+
+def test_readme_installs_extras_that_there_are(wheel):
+    assert set(re.findall(r'"\.\[(\w+)\]"', README)) == {"compress", "recover", "serve"}
+    assert {"compress", "recover", "serve", "demo"} <= set(metadata(wheel).get_all("Provides-Extra"))
 
 
 def test_versions_agree():
@@ -224,3 +271,100 @@ def test_the_commands_of_the_contribution_guide_are_there():
             assert set(words) <= set(targets), command
         for word in words:
             assert not word.endswith(".py") or (ROOT / word).is_file(), command
+
+
+LINES = {"train": 60, "test": 10}
+
+
+def write_data_set(folder, config):
+    """A data set on the disk that is loaded by the folder's name and a config's, as one of the hub is."""
+    folder.mkdir(parents=True)
+    chosen = random.Random(0)
+    for split, lines in LINES.items():
+        texts = ("".join(chosen.choices("abcdefghijklmnop ", k=200)) for _ in range(lines))
+        (folder / f"{split}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in LINES]
+    head = yaml.safe_dump({"configs": [{"config_name": config, "data_files": files}]})
+    (folder / "README.md").write_text(f"---\n{head}---\n")
+
+
+@pytest.fixture(scope="module")
+def user(whole, tmp_path_factory):
+    """A function that runs a command as a user of the wheel does, in one folder.
+
+    The folder holds what README's texts name: tiny models and short texts under the names that those of the hub have.
+    """
+    folder = tmp_path_factory.mktemp("user")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    for name in ("MODEL", "meta-llama/Llama-3.2-1B"):
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        letters_tokenizer(True).save_pretrained(folder / name)
+    write_data_set(folder / "allenai" / "c4", "en")
+    write_data_set(folder / "Salesforce" / "wikitext", "wikitext-2-raw-v1")
+    environment = {
+        "PATH": f"{whole.parent}:/usr/bin:/bin",
+        "HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENGINE_READY_TIMEOUT_S": "600",
+        **{name: os.environ[name] for name in os.environ if name.startswith("OMP_")},
+    }
+    return functools.partial(done, cwd=folder, env=environment)
+
+
+def test_readmes_commands_run(user):
+    """All of them in their order, from the wheel; what is added or replaced makes them short."""
+    small = {
+        "doctor": "",
+        "prune": "--samples 8 --length 64",
+        "recover": "--tokens 4096 --length 64 --learning-rate 1e-2",
+        "report": "--window 64 --tokens 256",
+    }
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^ {4}(crepe .*)$", README, re.MULTILINE)]
+    assert [words[1] for words in commands] == [*small, "serve"]
+    said = {words[1]: user([*words, *small[words[1]].split()]).stdout for words in commands[:-1]}
+    assert "built, used with" in said["doctor"] and " no: " not in said["doctor"]
+    assert "are zero" in said["prune"] and "RECOVERED" in said["recover"] and "perplexity" in said["report"]
+    assert len(completion(user, commands[-1], "the")) == 8
+
+
+def completion(user, command, prompt):
+    """The 8 letters with which a model that is served goes on; the server is then stopped and must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--port", port, "--enforce-eager", "--max-model-len", 64, "--kv-cache-memory-bytes", 16 << 20]
+    log = user.keywords["cwd"] / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen([*map(str, command + options)], stdout=output, stderr=output, **user.keywords)
+    asked = {"model": command[2], "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()
+            with contextlib.suppress(ConnectionError, urllib.error.URLError):
+                text = json.load(urllib.request.urlopen(request, timeout=300))["choices"][0]["text"]
+                break
+            time.sleep(0.5)
+    finally:
+        process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 0, log.read_text()
+    return text
+
+
+def test_readmes_example_runs(user):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shorter = example.replace("samples=128", "samples=8").replace("length=2048", "length=64")
+    zeros = (
+        "from safetensors.torch import load_file\n"
+        "names = load_file('llama-2of4/model.safetensors')\n"
+        "assert 'model.layers.0.mlp.up_proj.bitmask' in names"
+    )
+    user(["python", "-c", shorter])
+    user(["python", "-c", zeros])

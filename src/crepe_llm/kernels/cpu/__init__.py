@@ -25,8 +25,9 @@ _FLOATS = {dtype: code for dtype, code in _CODES.items() if dtype.is_floating_po
 _SPARSE24, _DENSE = 0, 1
 # pip keeps the wheel that it builds, one without kernels too, and would install that again.
 _CURE = (
-    "Install a C++17 compiler (g++ or clang++), then: "
-    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary crepe-llm crepe-llm"
+    "Install a C++17 compiler (g++ or clang++), then in the checkout: "
+    "pip install --force-reinstall --no-deps --no-cache-dir . "
+    "(of what came from an index: --no-binary crepe-llm crepe-llm instead of the dot)"
 )
 _NO_MEMORY = 1  # what crepe_multiply returns; 2: sizes that do not belong together
 
