@@ -5,6 +5,7 @@
     python benchmarks/kernel.py --dense              # the dense kernel for few tokens (lm_head) instead
     python benchmarks/kernel.py --dense --dtype int8 # the same with int8 rows
     python benchmarks/kernel.py --dtype int8         # W8A8 2:4 weights
+    python benchmarks/kernel.py --dtype int8_weight_only  # the same, activations not quantized
     python benchmarks/kernel.py --dtype int4_g64     # W4A16 2:4 weights, a scale for 64 columns
     python benchmarks/kernel.py --device cuda        # the GPU's products, whose plans are measured first
 
@@ -54,6 +55,7 @@ DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "int8": torch.int8,
+    "int8_weight_only": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
 INT4 = [form.name for form in FORMATS.values() if form.bits == 4]
@@ -61,7 +63,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 Shapes = dict[str, tuple[int, int]]
 
 
-def random_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
+def random_packed(n: int, k: int, dtype: torch.dtype, inputs: str | None) -> PackedWeight:
     """A random 2:4 weight, packed a slice of rows at a time (a dense fp32 copy of a large one would not fit)."""
     parts = []
     step = max(ROW_BLOCK, (1 << 22) // k // ROW_BLOCK * ROW_BLOCK)
@@ -69,7 +71,7 @@ def random_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
         rows = min(step, n - row)
         weight = torch.randn(rows, k)
         weight *= (torch.rand(rows, k // 4, 4).argsort(-1) < 2).view(rows, k)
-        parts.append(kernels.pack((weight * 30).to(dtype)))
+        parts.append(kernels.pack((weight * 30).to(dtype), inputs=inputs))
     scale = torch.full((n,), 0.01) if dtype == torch.int8 else None
     return PackedWeight(torch.cat([part.data for part in parts]), (n, k), parts[0].format, scale)
 
@@ -202,7 +204,7 @@ def shape_rows(
     else:
         dtype = DTYPES[options.dtype]
         activations = torch.bfloat16 if dtype == torch.int8 else dtype
-        packed = random_packed(n, k, dtype)
+        packed = random_packed(n, k, dtype, "exact" if options.dtype == "int8_weight_only" else None)
     number = min(256, max(2, int(1.2e8 / packed.nbytes)))
     copies = [dataclasses.replace(packed, data=as_served(packed.data)) for _ in range(number)]
     dense = [torch.randn(n, k).bfloat16() for _ in range(min(256, max(2, int(1.2e8 / (2 * n * k)))))]

@@ -272,9 +272,9 @@ def test_quantized_inputs_are_the_same_on_both_devices(dtype, inputs, x_dtype):
     ("dtype", "inputs", "message"),
     [
         (torch.bfloat16, "token", "only int8 and float8_e4m3fn quantize inputs"),
-        (torch.int8, "tensor", "'token', a positive scale or None"),
-        (torch.float8_e4m3fn, -1.0, "'token', a positive scale or None"),
-        (torch.int8, float("nan"), "'token', a positive scale or None"),
+        (torch.int8, "tensor", "'token', 'exact', a positive scale or None"),
+        (torch.float8_e4m3fn, -1.0, "'token', 'exact', a positive scale or None"),
+        (torch.int8, float("nan"), "'token', 'exact', a positive scale or None"),
     ],
 )
 def test_wrong_input_schemes_are_refused(dtype, inputs, message):

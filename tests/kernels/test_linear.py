@@ -13,7 +13,9 @@ from crepe_llm import kernels
 from crepe_llm.kernels import cpu, reference
 from crepe_llm.kernels.formats import FORMATS
 
-WEIGHT_DTYPES = tuple(form.dtype for form in FORMATS.values() if form.code is not None and form.zero_point is None)
+WEIGHT_DTYPES = tuple(
+    dict.fromkeys(form.dtype for form in FORMATS.values() if form.code is not None and form.zero_point is None)
+)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ISAS = list(cpu.instruction_sets()) or [pytest.param("none", marks=pytest.mark.skip("no CPU kernel library"))]
 

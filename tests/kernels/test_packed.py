@@ -9,7 +9,9 @@ from crepe_llm import kernels
 from crepe_llm.kernels.formats import FORMATS, format_of
 from crepe_llm.kernels.packed import packed_bytes
 
-WEIGHT_DTYPES = tuple(form.dtype for form in FORMATS.values() if form.code is not None and form.zero_point is None)
+WEIGHT_DTYPES = tuple(
+    dict.fromkeys(form.dtype for form in FORMATS.values() if form.code is not None and form.zero_point is None)
+)
 
 
 def sparse_weight(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

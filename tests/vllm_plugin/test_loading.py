@@ -450,6 +450,8 @@ def test_quantized_products_follow_their_definition(kind: str, inputs: str | Non
     method = Sparse24LinearMethod(scheme, "layer", ["layer"])
     method.process_weights_after_loading(layer)
     assert not list(layer.parameters()), "the checkpoint's tensors must be freed"
+    held = ("int8" if inputs == "token" else "int8_weight_only") if kind == "int" else "bf16"
+    assert layer.packed.format.name == held
 
     x, bias = torch.randn(5, 64) * 1.3, torch.randn(24)
     scale: Any = 1.0

@@ -59,11 +59,11 @@ def pack(
     or float8_e4m3fn), with at most two non-zero values in every group of 4 along K. ``scale`` has N elements or one
     ([N], [N, 1] or scalar) and multiplies the outputs; int8 and fp8 weights carry their quantization scale here.
     ``inputs`` says how :func:`linear` quantizes activations, to the weight's dtype: "token" (symmetrically, one scale a
-    token, found at run time), a number (that scale, for all), or None: as "token" for int8 weights, not at all for
-    others. (Int8 weights whose inputs are not quantized: convert to bf16.)
+    token, found at run time), a number (that scale, for all), "exact" (not at all), or None: as "token" for int8
+    weights, not at all for others.
 
-    On a CPU, fp8 weights and int8 weights with a fixed scale are held as bf16, which holds them exactly; on a GPU, fp8
-    weights whose inputs are not quantized are.
+    On a CPU, int8 weights stay int8 whatever their inputs are, and fp8 weights are held as bf16, which holds them
+    exactly; on a GPU, weights of 8 bits whose inputs are not quantized are.
 
     Raises ValueError when a group holds more than two non-zero values, when K is no positive multiple of 4, when
     ``scale`` does not fit, or when ``inputs`` is no such value; TypeError for another dtype.
@@ -195,13 +195,13 @@ def _pack(kept: Kept, scale: torch.Tensor | None, inputs: str | float | None) ->
         scale = scale * (1.0 if scheme.scale is None else scheme.scale)
     if device.type != "cpu":
         if scheme is None and form.wider is not None:
-            kept = kept.widened()
+            kept = kept.held_as(form.wider)
         backends = cuda_backends(products.capability(device), *kept.shape, kept.format)
         with torch.cuda.device_of(kept.values):
             return cuda.pack(kept, scale, scheme, backends)
-    if form.code is not None and (scheme is None or scheme.scale is None):
-        return interleave(kept, scale)  # where the format quantizes inputs, its kernel does, one scale a token
-    return interleave(kept.widened(), scale, scheme)
+    if form.always_quantizes and scheme is not None and scheme.scale is None:
+        return interleave(kept, scale)  # the kernel quantizes inputs, one scale a token
+    return interleave(kept if form.unquantized is None else kept.held_as(form.unquantized), scale, scheme)
 
 
 def _scheme(form: Format, inputs: str | float | None) -> Inputs | None:
@@ -214,8 +214,10 @@ def _scheme(form: Format, inputs: str | float | None) -> Inputs | None:
         return Inputs(form.inputs) if form.always_quantizes else None
     if inputs == "token":
         return Inputs(form.inputs)
+    if inputs == "exact":
+        return None
     if isinstance(inputs, str) or not 0 < inputs < float("inf"):
-        raise ValueError(f"inputs={inputs!r}; 'token', a positive scale or None is needed")
+        raise ValueError(f"inputs={inputs!r}; 'token', 'exact', a positive scale or None is needed")
     return Inputs(form.inputs, float(inputs))
 
 

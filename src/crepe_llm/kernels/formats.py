@@ -46,6 +46,8 @@ class Format:
     - ``always_quantizes``: whether activations are always quantized
     - ``max_columns``: the largest K, or None
     - ``wider``: the name of a format that holds every value of this one exactly, for where this one has no product
+    - ``unquantized``: the name of the format that holds the same values, exactly, where a product on a CPU must not
+      quantize its inputs as this format's does
     """
 
     name: str
@@ -60,6 +62,7 @@ class Format:
     always_quantizes: bool = False
     max_columns: int | None = None
     wider: str | None = None
+    unquantized: str | None = None
 
     @cached_property
     def value_bytes(self) -> int:
@@ -118,21 +121,34 @@ FORMATS: dict[str, Format] = {
             always_quantizes=True,
             max_columns=262144,  # int32 sums hold K / 2 products of at most 127 * 128
             wider="bf16",
+            unquantized="int8_weight_only",
         ),
-        Format("fp8", bits=8, dtype=torch.float8_e4m3fn, code=None, inputs=torch.float8_e4m3fn, wider="bf16"),
+        Format(
+            "fp8",
+            bits=8,
+            dtype=torch.float8_e4m3fn,
+            code=None,
+            inputs=torch.float8_e4m3fn,
+            wider="bf16",
+            unquantized="bf16",
+        ),
+        Format("int8_weight_only", bits=8, dtype=torch.int8, code=4),
         *(
             Format(name, bits=4, dtype=torch.uint8, code=code, lane=8, scale_group=group, zero_point=8)
             for name, code, group in (
-                ("int4", 4, None),
-                ("int4_g32", 5, 32),
-                ("int4_g64", 6, 64),
-                ("int4_g128", 7, 128),
+                ("int4", 5, None),
+                ("int4_g32", 6, 32),
+                ("int4_g64", 7, 64),
+                ("int4_g128", 8, 128),
             )
         ),
     )
 }
 
-_BY_DTYPE = {form.dtype: form for form in FORMATS.values() if form.bits == 8 * form.dtype.itemsize}
+_BY_DTYPE: dict[torch.dtype, Format] = {}
+for _form in FORMATS.values():
+    if _form.bits == 8 * _form.dtype.itemsize:
+        _BY_DTYPE.setdefault(_form.dtype, _form)  # of int8 the first one, which quantizes inputs
 
 
 def format_named(name: str) -> Format:

@@ -54,11 +54,11 @@ class Kept(NamedTuple):
         """The dense (N, K)."""
         return (self.values.shape[0], 4 * self.values.shape[1])
 
-    def widened(self) -> "Kept":
-        """The same weight in the format that holds all values of its own exactly; it has one."""
-        assert self.format.wider is not None
-        wider = FORMATS[self.format.wider]
-        return Kept(self.values.to(wider.dtype), self.columns, wider)
+    def held_as(self, name: str | None) -> "Kept":
+        """The same weight in the format ``name``, which holds all values of its own exactly."""
+        assert name is not None
+        form = FORMATS[name]
+        return Kept(self.values.to(form.dtype), self.columns, form)
 
 
 @dataclass(frozen=True)

@@ -244,8 +244,8 @@ class Sparse24LinearMethod(CheckedLinearMethod):
             # vLLM's dense W8A8 takes the largest, too.
             self.check_scales("input_scale", layer.input_scale.data)
             inputs = float(layer.input_scale.data.max())
-        elif inputs is None and form is not None and form.always_quantizes and form.wider is not None:
-            compressed = compressed.to(FORMATS[form.wider].dtype)  # exact, and its products quantize no inputs
+        elif inputs is None and form is not None:
+            inputs = "exact"
         shape = (compressed.shape[0], 2 * compressed.shape[1])
         try:
             packed = kernels.pack_compressed(compressed, layer.bitmask.data, shape, scale, inputs)

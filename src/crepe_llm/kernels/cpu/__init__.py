@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 
 from crepe_llm.kernels import checks
-from crepe_llm.kernels.formats import FORMATS
+from crepe_llm.kernels.formats import format_of
 from crepe_llm.kernels.packed import DenseWeight, PackedExperts, PackedWeight
 
 ISA_VARIABLE = "CREPE_CPU_ISA"
 
 # Activations, biases and dense weights have the codes of the formats of their dtype; dense weights may be int8, too.
-_CODES = {form.dtype: form.code for form in FORMATS.values() if form.code is not None and form.zero_point is None}
+_CODES = {
+    dtype: form.code for dtype in (*checks.ACTIVATIONS, torch.int8) if (form := format_of(dtype)).code is not None
+}
 _FLOATS = {dtype: code for dtype, code in _CODES.items() if dtype.is_floating_point}
 _SPARSE24, _DENSE = 0, 1
 # pip keeps the wheel that it builds, one without kernels too, and would install that again.

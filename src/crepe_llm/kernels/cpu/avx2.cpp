@@ -21,6 +21,8 @@ struct Isa {
             return _mm256_castsi256_ps(V ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(pairs, 16));
         } else if constexpr (Format == kFp16) {
             return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 32 * V + 16 * h)));
+        } else if constexpr (Format == kInt8WeightOnly) {
+            return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(group + 16 * V + 8 * h))));
         } else {
             return _mm256_loadu_ps(reinterpret_cast<const float*>(group + 64 * V + 32 * h));
         }

@@ -38,6 +38,8 @@ struct Isa {
             return _mm512_castsi512_ps(V ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(pairs, 16));
         } else if constexpr (Format == kFp16) {
             return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * V)));
+        } else if constexpr (Format == kInt8WeightOnly) {
+            return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 16 * V))));
         } else {
             return _mm512_loadu_ps(group + 64 * V);
         }
@@ -201,16 +203,24 @@ struct Isa {
         store_codes(w, acc, sums, first);
     }
 
+    // The pairs of kept values of 16 rows of a group, as bf16. The fp32 of an int8 has zeros where bf16 has no digits.
+    template <int32_t Format>
+    static INLINE __m512i pairs(const uint8_t* group) {
+        if constexpr (Format == kBf16) return load512(group);
+        const __m512i first = _mm512_castps_si512(kept<Format, 0>(group)), second = _mm512_castps_si512(kept<Format, 1>(group));
+        return _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+    }
+
     // The two kept values of a group are a pair of bf16 in a row's lane; vpshufb picks the activations' pair and one
     // vdpbf16ps multiplies and adds both. The shuffle's control bytes come from a table of the 16 column pairs.
-    template <int R, int T>
+    template <int32_t Format, int R, int T>
     static void sparse_bf16(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, float* sums, bool first) {
         alignas(64) static constexpr Controls controls;
         const __m512i table = load512(controls.of);
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
-        constexpr int64_t bytes = chunk_bytes(kBf16);
+        constexpr int64_t bytes = chunk_bytes(Format), group_bytes = (bytes - kMetadataBytes) / 8;
         for (int64_t c = 0; c < chunks; c++, w += bytes) {
             __m512i metadata[R];
             UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(w + r * block_stride), prefetch<bytes>(w + r * block_stride, chunks - c, (R - 1) * block_stride);
@@ -219,7 +229,7 @@ struct Isa {
                 UNROLL for (int r = 0; r < R; r++) {
                     control[r] = _mm512_permutexvar_epi32(metadata[r], table);
                     metadata[r] = _mm512_srli_epi32(metadata[r], 4);
-                    value[r] = load512(w + r * block_stride + kMetadataBytes + 64 * g);
+                    value[r] = pairs<Format>(w + r * block_stride + kMetadataBytes + group_bytes * g);
                 }
                 UNROLL for (int t = 0; t < T; t++) {
                     int64_t four;
@@ -300,7 +310,7 @@ struct Isa {
             sparse_f32<K, R, T>(w, block_stride, reinterpret_cast<const float*>(x), chunks, sums, first);
 #if CREPE_BF16
         else
-            sparse_bf16<R, T>(w, block_stride, x, chunks, sums, first);
+            sparse_bf16<K::format, R, T>(w, block_stride, x, chunks, sums, first);
 #endif
     }
 

@@ -28,8 +28,8 @@ namespace {
 
 Activations activations_of(const Problem& p) {
     if (quantizes_inputs(p)) return kI8;
-    // bf16 holds every value of a dense int8 weight, and every int4 code.
-    const bool bf16 = p.weight_format == kBf16 || is_codes(p.weight_format) || (p.layout == kDense && p.weight_format == kInt8);
+    // bf16 holds every int8 value, and every int4 code.
+    const bool bf16 = p.weight_format == kBf16 || p.weight_format >= kInt8;
     return Isa::kBf16Activations && bf16 && p.x_dtype == kBf16 ? kPairsBf16 : kF32;
 }
 int64_t activation_bytes(const Problem& p) {
@@ -197,8 +197,8 @@ int64_t multiply_blocks(const Job& job, int64_t block, int64_t block_end, int64_
     const int64_t stride = job.chunks * K::weight_bytes, begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin;
     const uint8_t* w = static_cast<const uint8_t*>(job.p.weight) + block * stride + chunk * K::weight_bytes;
     const uint8_t* x = job.activations + begin * job.token_bytes + chunk * kColumnChunk * tokens * K::activation_bytes;
-    // The few bytes of codes arrive before the additions of one row block are done: two wait for each other less.
-    const bool alone = !is_codes(K::format) && Isa::one_block(K::activations, tokens);
+    // The few bytes of narrow formats arrive before the additions of one row block are done: two wait for each other less.
+    const bool alone = kWeightFormats[K::format].bits > 8 && Isa::one_block(K::activations, tokens);
     const int64_t together = block + Isa::kBlocks <= block_end && !alone ? Isa::kBlocks : 1;
     const Piece piece{block, chunk, chunks};
     if (together == Isa::kBlocks)
@@ -283,7 +283,7 @@ void with_kind(const Job& job, const Run& run) {
         if constexpr (kWeightFormats[Format].quantizes_inputs) {
             run(Kind<Format, kI8>{});
         } else {
-            if constexpr ((Format == kBf16 || Format == kInt4) && Isa::kBf16Activations)
+            if constexpr ((Format == kBf16 || Format > kInt8) && Isa::kBf16Activations)
                 if (activations_of(job.p) == kPairsBf16) return run(Kind<Format, kPairsBf16>{});
             run(Kind<Format, kF32>{});
         }

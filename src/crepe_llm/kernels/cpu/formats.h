@@ -27,7 +27,7 @@ struct Fp16 {
 // Asks for the next bytes of a row block while a chunk is worked on: the streams of several blocks and the activations
 // together defeat the hardware's own prefetching.
 // `left` chunks are left of the row block, `skip` bytes lie between it and the next one of this stream.
-template <int64_t Bytes, int64_t Ahead = kPrefetchChunks>
+template <int64_t Bytes, int64_t Ahead = Bytes == chunk_bytes(kInt8WeightOnly) ? kPrefetchInt8 : kPrefetchChunks>
 inline void prefetch(const uint8_t* chunk, int64_t left, int64_t skip) {
     chunk += Ahead * Bytes + (left <= Ahead ? skip : 0);
     for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + line, 0, 3);

@@ -41,7 +41,8 @@ struct Job {
 };
 
 constexpr int64_t kMaxTile = 12;
-constexpr int64_t kPrefetchChunks = 14;
+// Chunks that a stream of weights asks for ahead; of int8 about as many bytes.
+constexpr int64_t kPrefetchChunks = 14, kPrefetchInt8 = 25;
 
 // What one instruction set brings.
 struct InstructionSet {

@@ -21,6 +21,8 @@ struct Isa {
             return vreinterpretq_f32_u32(V ? vandq_u32(pairs, vdupq_n_u32(0xffff0000)) : vshlq_n_u32(pairs, 16));
         } else if constexpr (Format == kFp16) {
             return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(group + 32 * V + 8 * q)));
+        } else if constexpr (Format == kInt8WeightOnly) {
+            return load(reinterpret_cast<const int8_t*>(group + 16 * V + 4 * q));
         } else {
             return vreinterpretq_f32_u8(vld1q_u8(group + 64 * V + 16 * q));
         }

@@ -58,6 +58,8 @@ struct Isa {
             Fp16 h;
             std::memcpy(&h, values + 2 * ((g * 2 + v) * kRowBlock + r), 2);
             return to_float(h);
+        } else if constexpr (Format == kInt8WeightOnly) {
+            return float(int8_t(values[(g * 2 + v) * kRowBlock + r]));
         } else {
             float f;
             std::memcpy(&f, values + 4 * ((g * 2 + v) * kRowBlock + r), 4);

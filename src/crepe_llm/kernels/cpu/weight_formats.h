@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-enum : int32_t { kBf16, kFp16, kFp32, kInt8, kInt4, kInt4G32, kInt4G64, kInt4G128, kFormatCount };
+enum : int32_t { kBf16, kFp16, kFp32, kInt8, kInt8WeightOnly, kInt4, kInt4G32, kInt4G64, kInt4G128, kFormatCount };
 
 namespace {
 
@@ -20,6 +20,7 @@ constexpr WeightFormat kWeightFormats[kFormatCount] = {
     {"fp16", 16, false, 0},
     {"fp32", 32, false, 0},
     {"int8", 8, true, 0},
+    {"int8_weight_only", 8, false, 0},
     {"int4", 4, false, 0},
     {"int4_g32", 4, false, 32},
     {"int4_g64", 4, false, 64},
