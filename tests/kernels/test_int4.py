@@ -65,12 +65,28 @@ def quantized(n, k, group_size, symmetric, seed=0, scale_dtype=torch.bfloat16):
     return made._replace(codes=torch.where(keep, made.codes, made.of_columns(zero)))
 
 
-def assert_close(y, x, weight, bias=None):
-    """Within the rounding of fp32 sums and of the result."""
+def rounds_inputs(isa, x_dtype):
+    """Whether the instruction set multiplies in whole numbers, of activations rounded to 16 bits."""
+    return isa == "avx2" and x_dtype == torch.bfloat16
+
+
+def rounding(x):
+    """The most that rounding to 16 bits changes each activation: 2^-15 of the power of two in the largest of its 32
+    columns (of 2^-112 where that is larger), and nothing where the activation is at least 2^-7 of that power."""
+    padded = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    power = torch.exp2(padded.abs().amax(-1, keepdim=True).clamp_min(2.0**-112).log2().floor())
+    most = torch.where(padded.abs() >= power * 2.0**-7, 0.0, power * 2.0**-15)
+    return most.flatten(1)[:, : x.shape[1]]
+
+
+def assert_close(y, x, weight, bias=None, isa="exact"):
+    """Within the rounding of fp32 sums and of the result, and of the activations where they are rounded."""
     expected, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
     if bias is not None:
         expected, size = expected + bias.double(), size + bias.double().abs()
     tolerance = size * 2.0**-18 + expected.abs() * torch.finfo(y.dtype).eps + torch.finfo(y.dtype).smallest_normal
+    if rounds_inputs(isa, x.dtype):
+        tolerance = tolerance + rounding(x) @ weight.abs().t()
     assert bool(((y.double() - expected).abs() <= tolerance).all())
 
 
@@ -180,7 +196,7 @@ def test_products(isa, n, quads, m, group_size, symmetric, x_dtype, scale_dtype,
     packed = made.packed()
     y = cpu.multiply(x, packed, bias, isa)
     assert y.shape == (m, n) and y.dtype == x_dtype
-    assert_close(y, x, made.dense, bias)
+    assert_close(y, x, made.dense, bias, isa)
     assert_close(reference.sparse_linear(x, packed, bias), x, made.dense, bias)
 
 
@@ -208,7 +224,28 @@ def test_infinities_and_nans_reach_exactly_the_outputs_that_keep_their_column(is
     y = cpu.multiply(x.to(x_dtype), made.packed(), None, isa).float()
     expected = torch.zeros(4, 3)
     expected[0, 0], expected[1, 1], expected[2, 2] = torch.inf, -torch.inf, torch.nan
+    if rounds_inputs(isa, x_dtype):
+        expected[:3] = torch.nan  # as with int8
     torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+@pytest.mark.skipif("avx2" not in ISAS, reason="AVX2 alone rounds activations")
+@pytest.mark.parametrize("power", [-110, 0, 100])
+def test_rounded_activations_keep_their_digits_within_two_powers_of_ten(power):
+    """Whole numbers: bf16 activations down to 2^-7 of the largest of 32 columns count exactly, smaller ones nearly."""
+    codes = torch.full((8 * 32, 64), 8)
+    column = torch.arange(8 * 32) % 32
+    codes[torch.arange(8 * 32), column], codes[:, 32] = 8 + torch.arange(8 * 32) // 32 - 4, 9
+    made = Quantized(codes, torch.full((8 * 32, 2), 8), torch.ones(8 * 32, 2), 32, symmetric=True)
+    x = torch.zeros(3, 64, dtype=torch.bfloat16)
+    x[0, :32] = torch.randint(128, 255, (32,)) * 2.0 ** (power - torch.arange(32) % 8)
+    x[0, 0] = 255 * 2.0**power
+    x[1, :32] = 2.0 ** (power - torch.arange(32))
+    x[2, 32] = 3e-38  # alone in its columns: the smallest factors
+    y = cpu.multiply(x, made.packed(), None, "avx2").double()
+    exact = x.double() @ made.dense.t()
+    assert torch.equal(y[0], exact[0].bfloat16().double())
+    assert bool(((y - exact).abs() <= rounding(x) @ made.dense.abs().t() + exact.abs() * 2.0**-8).all())
 
 
 def test_torch_compile_traces_without_a_break():

@@ -102,7 +102,8 @@ def pack_int4(
     ``weight`` is int32 [N, ceil(K / 8)], eight codes a value, the lowest bits first; ``scale`` [N, groups] or, for
     whole rows (``group_size`` None), [N, 1]; ``shape`` the dense (N, K); ``group_size`` 32, 64, 128 or None columns;
     ``zero_point`` int32 [ceil(N / 8), groups], eight rows a value, or None: 8 everywhere. The weight is
-    ``(code - zero point) * scale``, the arithmetic of compressed-tensors; products with it are exact but for fp32 sums.
+    ``(code - zero point) * scale``, the arithmetic of compressed-tensors; products with it are exact but for fp32 sums
+    and, on AVX2, for bf16 activations' rounding to 16 bits (docs/kernels.md).
 
     Raises ValueError when a group of 4 columns holds more than two codes that are not the zero point, when shapes
     disagree, for another group size, or on another device; TypeError for other dtypes.
@@ -144,8 +145,9 @@ def linear(
 
     On a CPU, sums are fp32 (int32 for int8), one chain of additions an output in ascending column order, so that a
     token's result does not depend on which other tokens share the batch; a pruned position touches no activation: an
-    infinite or NaN activation spoils only outputs that keep its column (dense arithmetic would spoil all), and with
-    int8 weights makes its token's outputs NaN. A GPU's libraries promise neither.
+    infinite or NaN activation spoils only outputs that keep its column (dense arithmetic would spoil all). Where
+    activations are rounded (to int8; of bf16 with int4 weights on AVX2, to int16) it makes its token's outputs NaN. A
+    GPU's libraries promise neither.
 
     A dense weight is multiplied by the kernel for few tokens where that is faster, and by torch elsewhere.
 

@@ -7,7 +7,7 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr bool kEvenOdd = true;
+    static constexpr bool kEvenOdd = true, kCodes16 = true;
     static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
     static constexpr bool one_block(Activations, int64_t) { return false; }
     static constexpr int dense_rows(int64_t, int64_t) { return 1; }
@@ -130,20 +130,96 @@ struct Isa {
             }
             UNROLL for (int u = 0; u < U; u++) block[u] += kCodeBytes;
         }
-        UNROLL for (int u = 0; u < U; u++) {
-            const int r = (First + u) / 2, half = (First + u) % 2;
-            __m256 scale = _mm256_setzero_ps();
-            if (codes.scale) scale = scales(codes.scale + r * codes.scale_stride, half, codes.scale_dtype);
-            UNROLL for (int t = 0; t < T; t++) {
-                float* to = sums + t * R * kRowBlock + 8 * (First + u);
-                _mm256_storeu_ps(to, codes.scale ? _mm256_fmadd_ps(acc[u][t], scale, first ? _mm256_setzero_ps() : _mm256_loadu_ps(to)) : acc[u][t]);
-            }
-        }
+        UNROLL for (int u = 0; u < U; u++) store_codes<R>(codes, acc[u], First + u, sums, first);
         if constexpr (First + U < 2 * R) codes_f32<R, U, First + U, T>(codes, tile, chunks, sums, first);
+    }
+
+    // What 8 rows of a chunk have for the product with int16 activations: the codes less their zero points, a byte each,
+    // and the control bytes of vpshufb that pick their activations; of groups 0 and 2, 1 and 3, 4 and 6, 5 and 7.
+    struct Eight {
+        __m256i value[4], control[4];
+    };
+
+    static INLINE Eight eight_rows(const uint8_t* rows, __m256i zero) {
+        const __m256i low = _mm256_set1_epi8(15);
+        const __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows));
+        Eight out;
+        UNROLL for (int half = 0; half < 2; half++) {
+            const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 64 * (1 + half)));
+            out.value[2 * half] = _mm256_sub_epi8(_mm256_and_si256(words, low), zero);
+            out.value[2 * half + 1] = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(words, 4), low), zero);
+            // Twice the two bytes of four groups. First values in the lower half, shifted by 2 to where second ones are in
+            // the upper half; 4 is added for the groups whose activations come second.
+            const int first = 0x01000100 + 0x02020202 * half, row = 0x04040404;
+            const __m256i bytes = _mm256_setr_epi32(first, first + row, first + 2 * row, first + 3 * row, first, first + row, first + 2 * row, first + 3 * row);
+            __m256i columns = _mm256_mullo_epi16(_mm256_shuffle_epi8(metadata, bytes), _mm256_set1_epi32(0x00010004));
+            columns = _mm256_or_si256(_mm256_and_si256(columns, _mm256_set1_epi8(char(0xcc))), _mm256_set1_epi32(0x11001100));
+            out.control[2 * half] = _mm256_srli_epi32(columns, 2);
+            out.control[2 * half + 1] = _mm256_srli_epi32(columns, 6);
+        }
+        return out;
+    }
+
+    // The sums of 8 rows and a token over a chunk. `excess` is -32768 times the sum of each row's values: activations come
+    // as int16 + 32768. vpmaddubsw's sums of two are at most 2 * 255 * 15, so that those of four of it fit 16 bits.
+    static INLINE __m256i product_i16(const Eight& rows, const uint8_t* x, __m256i excess) {
+        __m256i sum[2];
+        UNROLL for (int part = 0; part < 2; part++)
+            UNROLL for (int i = 0; i < 4; i++) {
+                int64_t activations;
+                std::memcpy(&activations, x + 16 * i + 8 * part, 8);
+                const __m256i chosen = _mm256_shuffle_epi8(_mm256_set1_epi64x(activations), rows.control[i]);
+                const __m256i products = _mm256_maddubs_epi16(chosen, rows.value[i]);
+                sum[part] = i ? _mm256_add_epi16(sum[part], products) : products;
+            }
+        const __m256i upper = _mm256_madd_epi16(sum[0], _mm256_set1_epi16(256)), lower = _mm256_madd_epi16(sum[1], _mm256_set1_epi16(1));
+        return _mm256_add_epi32(_mm256_add_epi32(upper, lower), excess);
+    }
+
+    // int4 codes times int16 activations: the sums of a chunk are whole numbers below 2^24, exact in fp32, and so are they
+    // times the chunk's factor.
+    template <int R, int T>
+    static INLINE void codes_i16(const Codes& codes, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        constexpr int units = 2 * R;  // of 8 rows
+        __m256i zero[units];
+        __m256 acc[units][T];
+        UNROLL for (int u = 0; u < units; u++) {
+            const __m256i rows = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes.zero + u / 2 * codes.zero_stride + 8 * (u % 2))));
+            zero[u] = _mm256_mullo_epi32(rows, _mm256_set1_epi32(0x01010101));
+            UNROLL for (int t = 0; t < T; t++) acc[u][t] = first || codes.scale ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * R * kRowBlock + 8 * u);
+        }
+        constexpr int64_t token = kColumnChunk * activation_bytes(kI16);
+        for (int64_t c = 0; c < chunks; c++, x += T * token)
+            UNROLL for (int u = 0; u < units; u++) {
+                const uint8_t* block = codes.weight + u / 2 * codes.block_stride + c * kCodeBytes;
+                if (u % 2 == 0) prefetch<kCodeBytes, kPrefetchCodes>(block, codes.left - c, (R - 1) * codes.block_stride);
+                const Eight rows = eight_rows(block + 32 * (u % 2), zero[u]);
+                const __m256i all = _mm256_add_epi8(_mm256_add_epi8(rows.value[0], rows.value[1]), _mm256_add_epi8(rows.value[2], rows.value[3]));
+                const __m256i excess = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), all), _mm256_set1_epi16(-32768));
+                for (int t = 0; t < T; t++) {
+                    float factor;
+                    std::memcpy(&factor, x + t * token + kFactorOffset, sizeof factor);
+                    const __m256 sum = _mm256_cvtepi32_ps(product_i16(rows, x + t * token, excess));
+                    acc[u][t] = _mm256_fmadd_ps(sum, _mm256_set1_ps(factor), acc[u][t]);
+                }
+            }
+        UNROLL for (int u = 0; u < units; u++) store_codes<R>(codes, acc[u], u, sums, first);
+    }
+
+    // Adds the sums of the 8 rows of unit u, times their scales where there are any.
+    template <int R, int T>
+    static INLINE void store_codes(const Codes& codes, const __m256 (&acc)[T], int u, float* sums, bool first) {
+        __m256 scale = _mm256_setzero_ps();
+        if (codes.scale) scale = scales(codes.scale + u / 2 * codes.scale_stride, u % 2, codes.scale_dtype);
+        UNROLL for (int t = 0; t < T; t++) {
+            float* to = sums + t * R * kRowBlock + 8 * u;
+            _mm256_storeu_ps(to, codes.scale ? _mm256_fmadd_ps(acc[t], scale, first ? _mm256_setzero_ps() : _mm256_loadu_ps(to)) : acc[t]);
+        }
     }
 
     template <class K, int R, int T>
     static INLINE void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        if constexpr (K::activations == kI16) return codes_i16<R, T>(w, x, chunks, sums, first);
         constexpr int units = T == 1 ? 2 * R : T <= 5 ? 2 : 1;  // as in sparse
         codes_f32<R, units, 0, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }

@@ -21,7 +21,7 @@ __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
 struct Isa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
-    static constexpr bool kEvenOdd = false;
+    static constexpr bool kEvenOdd = false, kCodes16 = false;
     static constexpr int64_t kBlocks = 2, kChunkBlock = 32, kDenseTile = 8;
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
     // single chain of fp32 additions would wait for itself.)

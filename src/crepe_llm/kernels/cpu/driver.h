@@ -3,6 +3,7 @@
 //
 // `Isa` is a struct with
 //   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
+//   kCodes16                whether int4 codes meet bf16 activations as int16 (else as kBf16Activations says)
 //   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
 //   kEvenOdd                whether activations of dense bf16 weights come in the order that splits a register of them
 //   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
@@ -28,14 +29,12 @@ namespace {
 
 Activations activations_of(const Problem& p) {
     if (quantizes_inputs(p)) return kI8;
+    if (Isa::kCodes16 && is_codes(p.weight_format) && p.x_dtype == kBf16) return kI16;
     // bf16 holds every int8 value, and every int4 code.
     const bool bf16 = p.weight_format == kBf16 || p.weight_format >= kInt8;
     return Isa::kBf16Activations && bf16 && p.x_dtype == kBf16 ? kPairsBf16 : kF32;
 }
-int64_t activation_bytes(const Problem& p) {
-    Activations activations = activations_of(p);
-    return activations == kF32 ? 4 : activations == kPairsBf16 ? 2 : 1;
-}
+int64_t activation_bytes(const Problem& p) { return activation_bytes(activations_of(p)); }
 int64_t tile_tokens(const Problem& p) {
     return p.layout == kDense ? Isa::kDenseTile : Isa::tile(activations_of(p));
 }
@@ -84,6 +83,36 @@ void quantize_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64
     }
 }
 
+// The 32 activations of a chunk as int16 times 2^(e - 14), e the exponent of the largest: those of bf16 that are at least
+// 2^-7 of it are exact, smaller ones are off by at most 2^-15 of it. The int16 come as (value + 32768), the upper and the
+// lower bytes apart, 8 columns each: groups 0 and 2, 3 and 1, 4 and 6, 7 and 5.
+template <class X>
+void convert_chunk_i16(const X* x, int64_t stride, int64_t valid, uint8_t* out) {
+    float value[kColumnChunk] = {};
+    for (int64_t j = 0; j < valid; j++) value[j] = to_float(x[j * stride]);
+    uint32_t largest = 0;
+    for (float v : value) {
+        uint32_t bits;
+        std::memcpy(&bits, &v, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    // The factor stays a normal number; what is not finite itself gets the factor NaN.
+    const uint32_t exponent = largest >> 23 < 15 ? 15 : largest >> 23;
+    const uint32_t factor_bits = (exponent - 14) << 23, inverse_bits = (254 + 14 - exponent) << 23;
+    float factor, inverse;
+    std::memcpy(&factor, &factor_bits, 4), std::memcpy(&inverse, &inverse_bits, 4);
+    if (exponent == 255) factor = std::numeric_limits<float>::quiet_NaN(), inverse = 0;
+    for (int64_t j = 0; j < kColumnChunk; j++) {
+        const float scaled = exponent == 255 ? 0 : std::nearbyint(value[j] * inverse);
+        const uint32_t biased = uint32_t(int32_t(scaled < 32767 ? scaled : 32767) + 32768);
+        const int64_t group = j / 4, second = group % 4 == 1 || group % 4 == 2;
+        uint8_t* to = out + 32 * (group / 4) + 16 * (group % 2) + 4 * second + j % 4;
+        to[0] = uint8_t(biased >> 8), to[8] = uint8_t(biased);
+    }
+    std::memcpy(out + kFactorOffset, &factor, sizeof factor);
+}
+
 template <class X>
 void convert_tile(const Job& job, int64_t tile) {
     const Problem& p = job.p;
@@ -96,6 +125,12 @@ void convert_tile(const Job& job, int64_t tile) {
         const X* x = static_cast<const X*>(p.x) + (begin + t) * p.x_row_stride;
         if (activations == kI8)
             quantize_token(x, p.x_column_stride, p.k, padded, tokens, t, out, job.token_scale + begin + t);
+        else if (activations == kI16)
+            for (int64_t c = 0; c < job.chunks; c++) {
+                const int64_t left = p.k - c * kColumnChunk;
+                convert_chunk_i16(x + c * kColumnChunk * p.x_column_stride, p.x_column_stride, left < kColumnChunk ? left : kColumnChunk,
+                                  out + (c * tokens + t) * kColumnChunk * activation_bytes(kI16));
+            }
         else if (activations == kF32)
             scatter_token(x, p.x_column_stride, p.k, padded, unit, even_odd, tokens, t, reinterpret_cast<float*>(out));
         else
@@ -283,6 +318,8 @@ void with_kind(const Job& job, const Run& run) {
         if constexpr (kWeightFormats[Format].quantizes_inputs) {
             run(Kind<Format, kI8>{});
         } else {
+            if constexpr (Format == kInt4 && Isa::kCodes16)
+                if (activations_of(job.p) == kI16) return run(Kind<Format, kI16>{});
             if constexpr ((Format == kBf16 || Format > kInt8) && Isa::kBf16Activations)
                 if (activations_of(job.p) == kPairsBf16) return run(Kind<Format, kPairsBf16>{});
             run(Kind<Format, kF32>{});

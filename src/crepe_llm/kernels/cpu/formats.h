@@ -93,8 +93,13 @@ inline void from_float(float f, Fp16& out) {
     }
 }
 
-// What activations are converted to: fp32, bf16 (for products of pairs), or int8.
-enum Activations { kF32, kPairsBf16, kI8 };
+// What activations are converted to: fp32, bf16 (for products of pairs), int8, or int16 times a power of two that the 32
+// columns of a chunk share.
+enum Activations { kF32, kPairsBf16, kI8, kI16 };
+
+// Bytes of a converted activation. An int16 takes three: a chunk's 64 are followed by its fp32 factor, and filled up.
+constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kPairsBf16 ? 2 : a == kI8 ? 1 : 3; }
+constexpr int64_t kFactorOffset = 64;
 
 // The row blocks of int4 codes that an inner kernel does together, from some chunk on.
 struct Codes {
@@ -119,7 +124,7 @@ struct Kind {
     static constexpr int32_t format = Format;
     static constexpr Activations activations = A;
     static constexpr int64_t weight_bytes = chunk_bytes(Format);
-    static constexpr int64_t activation_bytes = A == kF32 ? 4 : A == kPairsBf16 ? 2 : 1;
+    static constexpr int64_t activation_bytes = ::activation_bytes(A);
     using Sum = std::conditional_t<A == kI8, int32_t, float>;
 };
 

@@ -7,7 +7,7 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr bool kEvenOdd = false;
+    static constexpr bool kEvenOdd = false, kCodes16 = false;
     static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
     static constexpr bool one_block(Activations, int64_t) { return false; }
     static constexpr int dense_rows(int64_t, int64_t) { return 4; }
