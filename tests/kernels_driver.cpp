@@ -101,7 +101,7 @@ int main() {
         p.layout = rng() % 3 ? kSparse24 : kDense;
         p.weight_format = int32_t(rng() % (p.layout == kSparse24 ? kFormatCount : 4));
         p.x_dtype = int32_t(rng() % 3);
-        p.m = round % 10 ? pick(1, 30) : pick(60, 90);
+        p.m = round % 10 ? pick(1, 30) : pick(60, 300);
         p.n = pick(1, 70);
         p.k = round % 10 ? pick(1, 40) * 4 : pick(260, 300) * 4;
         if (p.layout == kDense) p.k += pick(0, 3);

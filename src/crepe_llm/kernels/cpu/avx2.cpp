@@ -10,6 +10,8 @@ struct Isa {
     static constexpr bool kEvenOdd = true, kCodes16 = true;
     static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
     static constexpr bool one_block(Activations, int64_t) { return false; }
+    static constexpr int64_t kPreparedChunks = 1;
+    static constexpr int64_t prepared_tiles(int64_t) { return 1; }
     static constexpr int dense_rows(int64_t, int64_t) { return 1; }
     static constexpr int64_t tile(Activations activations) { return activations == kI8 ? 4 : 12; }
 

@@ -26,6 +26,9 @@ struct Isa {
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
     // single chain of fp32 additions would wait for itself.)
     static constexpr bool one_block(Activations activations, int64_t tokens) { return activations == kPairsBf16 && tokens <= 4; }
+    static constexpr int64_t kPreparedChunks = 16;
+    // The more there is to decode, the sooner it is worth the stores.
+    static constexpr int64_t prepared_tiles(int64_t bits) { return bits == 4 ? 5 : bits == 8 ? 8 : 24; }
     // Bytes come faster than one chain of additions can take their columns.
     static constexpr int dense_rows(int64_t tokens, int64_t bytes) { return bytes == 1 && tokens <= 2 ? 4 : bytes > 1 && tokens <= 6 ? 1 : 2; }
     static constexpr int64_t tile(Activations activations) { return activations == kPairsBf16 ? 12 : activations == kF32 ? 12 : CREPE_VNNI ? 10 : 6; }
@@ -161,33 +164,105 @@ struct Isa {
         }
     };
 
+    // What decodes codes to pairs of bf16, of one row block.
+    struct CodePairs {
+        __m512i zero, table, even, odd;
+
+        explicit CodePairs(const uint8_t* zero_points) {
+            alignas(64) static constexpr Differences differences;
+            const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero_points)));
+            zero = _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101));
+            table = load512(differences.of);
+            even = odd = zero;
+        }
+
+        // Of group g of a chunk; the groups of a chunk in ascending order.
+        INLINE __m512i of(const uint8_t* chunk, int g) {
+            const __m512i low = _mm512_set1_epi8(15);
+            if (g % 4 == 0) {
+                const __m512i words = load512(chunk + kMetadataBytes + 16 * g);
+                even = _mm512_sub_epi8(_mm512_and_si512(words, low), zero);
+                odd = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(words, 4), low), zero);
+            }
+            const __m512i codes = g % 2 ? odd : even;
+            return _mm512_permutexvar_epi16(g % 4 < 2 ? codes : _mm512_srli_epi16(codes, 8), table);
+        }
+    };
+
+    template <int32_t Format>
+    static void prepare(const uint8_t* w, const uint8_t* zero, int64_t chunks, uint8_t* out) {
+        alignas(64) static constexpr Controls controls;
+        const __m512i table = load512(controls.of);
+        CodePairs codes(zero);
+        for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(Format)) {
+            prefetch<chunk_bytes(Format)>(w, chunks, 0);
+            __m512i metadata = load512(w);
+            UNROLL for (int g = 0; g < 8; g++, out += 128, metadata = _mm512_srli_epi32(metadata, 4)) {
+                __m512i value;
+                if constexpr (is_codes(Format))
+                    value = codes.of(w, g);
+                else
+                    value = pairs<Format>(w + kMetadataBytes + (chunk_bytes(Format) - kMetadataBytes) / 8 * g);
+                _mm512_store_si512(out, value);
+                _mm512_store_si512(out + 64, _mm512_permutexvar_epi32(metadata, table));
+            }
+        }
+    }
+
+    // Adds the products of prepared chunks.
+    template <int R, int T>
+    static INLINE void add_prepared(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, __m512 (&acc)[R][T]) {
+        for (int64_t group = 0; group < 8 * chunks; group++, w += 128, x += 8 * T) {
+            __m512i control[R], value[R];
+            UNROLL for (int r = 0; r < R; r++) value[r] = load512(w + r * block_stride), control[r] = load512(w + r * block_stride + 64);
+            UNROLL for (int t = 0; t < T; t++) {
+                int64_t four;
+                std::memcpy(&four, x + 8 * t, 8);
+                const __m512i activations = _mm512_set1_epi64(four);
+                UNROLL for (int r = 0; r < R; r++)
+                    acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value[r], (__m512bh)_mm512_shuffle_epi8(activations, control[r]));
+            }
+        }
+    }
+
+    template <int R, int T>
+    static INLINE void sparse_prepared(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        __m512 acc[R][T];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        add_prepared(w, block_stride, x, chunks, acc);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(sums + (t * R + r) * kRowBlock, acc[r][t]);
+    }
+
+    template <int R, int T>
+    static INLINE void codes_prepared(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        __m512 acc[R][T];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = first || w.scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        add_prepared(w.weight, w.block_stride, x, chunks, acc);
+        store_codes(w, acc, sums, first);
+    }
+
     // As sparse_bf16; the pair of values comes from a table. The zero points are taken from bytes, four codes at once.
     template <int R, int T>
     static INLINE void codes_bf16(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
         alignas(64) static constexpr Controls controls;
-        alignas(64) static constexpr Differences differences;
-        const __m512i column_table = load512(controls.of), value_table = load512(differences.of), low = _mm512_set1_epi8(15);
+        const __m512i column_table = load512(controls.of);
+        CodePairs pairs[2] = {CodePairs(w.zero), CodePairs(w.zero + (R - 1) * w.zero_stride)};
+        static_assert(R <= 2);
         __m512 acc[R][T];
-        __m512i zero[R];
         UNROLL for (int r = 0; r < R; r++) {
-            const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero + r * w.zero_stride)));
-            zero[r] = _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101));
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = first || w.scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
         }
         for (int64_t c = 0; c < chunks; c++) {
             const uint8_t* chunk = w.weight + c * kCodeBytes;
-            __m512i metadata[R], even[R], odd[R];
+            __m512i metadata[R];
             UNROLL for (int r = 0; r < R; r++) metadata[r] = load512(chunk + r * w.block_stride), prefetch<kCodeBytes, kPrefetchCodes>(chunk + r * w.block_stride, w.left - c, (R - 1) * w.block_stride);
             UNROLL for (int g = 0; g < 8; g++, x += 8 * T) {
                 __m512i control[R], value[R];
                 UNROLL for (int r = 0; r < R; r++) {
-                    if (g % 4 == 0) {
-                        const __m512i words = load512(chunk + r * w.block_stride + kMetadataBytes + 16 * g);
-                        even[r] = _mm512_sub_epi8(_mm512_and_si512(words, low), zero[r]);
-                        odd[r] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(words, 4), low), zero[r]);
-                    }
-                    const __m512i codes = g % 2 ? odd[r] : even[r];
-                    value[r] = _mm512_permutexvar_epi16(g % 4 < 2 ? codes : _mm512_srli_epi16(codes, 8), value_table);
+                    value[r] = pairs[r].of(chunk + r * w.block_stride, g);
                     control[r] = _mm512_permutexvar_epi32(metadata[r], column_table);
                     metadata[r] = _mm512_srli_epi32(metadata[r], 4);
                 }
@@ -309,6 +384,8 @@ struct Isa {
         else if constexpr (K::activations == kF32)
             sparse_f32<K, R, T>(w, block_stride, reinterpret_cast<const float*>(x), chunks, sums, first);
 #if CREPE_BF16
+        else if constexpr (K::prepared)
+            sparse_prepared<R, T>(w, block_stride, x, chunks, sums, first);
         else
             sparse_bf16<K::format, R, T>(w, block_stride, x, chunks, sums, first);
 #endif
@@ -317,6 +394,7 @@ struct Isa {
     template <class K, int R, int T>
     static INLINE void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
 #if CREPE_BF16
+        if constexpr (K::prepared) return codes_prepared<R, T>(w, x, chunks, sums, first);
         if constexpr (K::activations == kPairsBf16) return codes_bf16<R, T>(w, x, chunks, sums, first);
 #endif
         if constexpr (K::activations == kF32) codes_f32<R, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);

@@ -9,6 +9,9 @@
 //   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
 //   one_block(Activations, T)   whether T tokens are better done one row block at a time
 //   kChunkBlock             chunks of columns that stay in cache when there are several tiles
+//   prepared_tiles(bits)    the number of tiles from which on weights of so many bits are decoded once for all (kPairsBf16)
+//   kPreparedChunks         as kChunkBlock, for weights that are decoded once
+//   prepare<Format>(weight, zero points, chunks, out)  decodes a row block
 //   kDenseTile, dense_rows(T, bytes)  most tokens of the dense kernel, and the rows of weights of so many bytes each
 //                           that it does together for T of them
 //   sparse<Kind, R, T>(weight, bytes from row block to row block, activations, chunks, sums, first)
@@ -186,95 +189,142 @@ void store(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tok
 
 // ---- 2:4 weights ----
 
-// The chunks [begin, begin + count) of `rows` row blocks from `block` on, for the tokens of a tile.
+// The chunks [begin, begin + count) of `rows` row blocks from `block` on, for the tokens of a tile. Their weights begin at
+// `weight`, and those of the next row block `stride` bytes on.
 struct Piece {
     int64_t block, begin, count;
+    const uint8_t* weight;
+    int64_t stride;
 };
 
-// Sums of int4 codes, one group of columns that share a scale after the other.
-template <class K, int R, int T>
-void multiply_codes(const Job& job, const Piece& piece, const uint8_t* w, const uint8_t* x, float* sums) {
+// The zero points of the row block at hand and of the group of columns that begins with a chunk, 16 bytes.
+const uint8_t* zero_points(const Problem& p, int64_t rows) {
     static constexpr struct ZeroPoints {
         uint8_t of[kRowBlock];
         constexpr ZeroPoints() : of() {
             for (uint8_t& zero : of) zero = kZeroPoint;
         }
-    } zero_points;
+    } all;
+    return p.zero ? p.zero + rows : all.of;
+}
+
+// Sums of int4 codes, one group of columns that share a scale after the other.
+template <class K, int R, int T>
+void multiply_codes(const Job& job, const Piece& piece, const uint8_t* x, float* sums) {
     const Problem& p = job.p;
+    const uint8_t* w = piece.weight;
     const int64_t group = kWeightFormats[p.weight_format].scale_group / kColumnChunk, step = group ? group : job.chunks;
     const int64_t groups = (job.chunks + step - 1) / step, scale_bytes = p.scale_dtype == kFp32 ? 4 : 2;
     for (int64_t chunk = piece.begin, end = chunk + piece.count; chunk < end; chunk += step) {
         const int64_t rows = (piece.block * groups + chunk / step) * kRowBlock;  // in scales and zero points
-        const Codes codes{w, job.chunks * kCodeBytes, p.zero ? p.zero + rows : zero_points.of, p.zero ? groups * kRowBlock : 0,
+        const Codes codes{w, piece.stride, zero_points(p, rows), p.zero ? groups * kRowBlock : 0,
                           job.chunks - chunk, group ? static_cast<const uint8_t*>(p.scale) + rows * scale_bytes : nullptr,
                           groups * kRowBlock * scale_bytes, p.scale_dtype};
         const int64_t count = end - chunk < step ? end - chunk : step;
         Isa::template codes<K, R, T>(codes, x, count, sums, chunk == 0);
-        w += count * kCodeBytes, x += count * kColumnChunk * T * K::activation_bytes;
+        w += count * K::weight_bytes, x += count * kColumnChunk * T * K::activation_bytes;
     }
 }
 
 // Multiplies a piece of R row blocks by `tokens` tokens, with `tokens` as a template argument.
 template <class K, int R, int T>
-inline void multiply_piece(const Job& job, const Piece& piece, int64_t tokens, const uint8_t* w, const uint8_t* x, typename K::Sum* sums) {
+inline void multiply_piece(const Job& job, const Piece& piece, int64_t tokens, const uint8_t* x, typename K::Sum* sums) {
     if constexpr (T > 0) {
-        if (tokens != T) return multiply_piece<K, R, T - 1>(job, piece, tokens, w, x, sums);
+        if (tokens != T) return multiply_piece<K, R, T - 1>(job, piece, tokens, x, sums);
         if constexpr (is_codes(K::format))
-            multiply_codes<K, R, T>(job, piece, w, x, sums);
+            multiply_codes<K, R, T>(job, piece, x, sums);
         else
-            Isa::template sparse<K, R, T>(w, job.chunks * K::weight_bytes, x, piece.count, sums, piece.begin == 0);
+            Isa::template sparse<K, R, T>(piece.weight, piece.stride, x, piece.count, sums, piece.begin == 0);
     }
 }
 
-// Outputs of one or kBlocks row blocks and one tile, over chunks [chunk, chunk + chunks); stored after the last.
+// The chunks [begin, begin + count) of row blocks from `block` on, as the weight has them.
 template <class K>
-int64_t multiply_blocks(const Job& job, int64_t block, int64_t block_end, int64_t tile, int64_t chunk, int64_t chunks, typename K::Sum* sums) {
-    const int64_t stride = job.chunks * K::weight_bytes, begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin;
-    const uint8_t* w = static_cast<const uint8_t*>(job.p.weight) + block * stride + chunk * K::weight_bytes;
-    const uint8_t* x = job.activations + begin * job.token_bytes + chunk * kColumnChunk * tokens * K::activation_bytes;
+Piece packed_piece(const Job& job, int64_t block, int64_t begin, int64_t count) {
+    const int64_t stride = job.chunks * K::weight_bytes;
+    return {block, begin, count, static_cast<const uint8_t*>(job.p.weight) + block * stride + begin * K::weight_bytes, stride};
+}
+
+// Outputs of one or kBlocks row blocks and one tile, over the chunks of a piece; stored after the last.
+template <class K>
+int64_t multiply_blocks(const Job& job, const Piece& piece, int64_t block_end, int64_t tile, typename K::Sum* sums) {
+    const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, block = piece.block;
+    const uint8_t* x = job.activations + begin * job.token_bytes + piece.begin * kColumnChunk * tokens * K::activation_bytes;
     // The few bytes of narrow formats arrive before the additions of one row block are done: two wait for each other less.
     const bool alone = kWeightFormats[K::format].bits > 8 && Isa::one_block(K::activations, tokens);
     const int64_t together = block + Isa::kBlocks <= block_end && !alone ? Isa::kBlocks : 1;
-    const Piece piece{block, chunk, chunks};
     if (together == Isa::kBlocks)
-        multiply_piece<K, Isa::kBlocks, Isa::tile(K::activations)>(job, piece, tokens, w, x, sums);
+        multiply_piece<K, Isa::kBlocks, Isa::tile(K::activations)>(job, piece, tokens, x, sums);
     else
-        multiply_piece<K, 1, Isa::tile(K::activations)>(job, piece, tokens, w, x, sums);
-    if (chunk + chunks == job.chunks) store(job, block * kRowBlock, together * kRowBlock, begin, tokens, sums);
+        multiply_piece<K, 1, Isa::tile(K::activations)>(job, piece, tokens, x, sums);
+    if (piece.begin + piece.count == job.chunks) store(job, block * kRowBlock, together * kRowBlock, begin, tokens, sums);
     return together;
+}
+
+// Decodes the piece of each row block up to block_end to where `out` says. (`Set` is Isa, which has no `prepare` where
+// nothing meets pairs of bf16.)
+template <class K, class Set = Isa>
+void prepare(const Job& job, Piece piece, int64_t block_end, const Piece& out) {
+    const int64_t group = kWeightFormats[job.p.weight_format].scale_group / kColumnChunk, step = group ? group : job.chunks;
+    const int64_t groups = (job.chunks + step - 1) / step, end = piece.begin + piece.count;
+    uint8_t* to = const_cast<uint8_t*>(out.weight);
+    for (; piece.block < block_end; piece.block++, piece.weight += piece.stride, to += out.stride)
+        for (int64_t chunk = piece.begin; chunk < end; chunk += step) {
+            const int64_t skipped = chunk - piece.begin;
+            Set::template prepare<K::format>(piece.weight + skipped * K::weight_bytes, zero_points(job.p, (piece.block * groups + chunk / step) * kRowBlock),
+                                             end - chunk < step ? end - chunk : step, to + skipped * Prepared<K>::weight_bytes);
+        }
+}
+
+// The sums of all tiles of a task over the chunks of a piece, in the order that they are kept in between pieces.
+template <class K>
+void multiply_tiles(const Job& job, const Piece& piece, int64_t block_end, int64_t tile_begin, int64_t tile_end, typename K::Sum* sums) {
+    for (int64_t tile = tile_begin; tile < tile_end; tile++)
+        for (Piece at = piece; at.block < block_end;) {
+            const int64_t done = multiply_blocks<K>(job, at, block_end, tile, sums);
+            at.block += done, at.weight += done * at.stride;
+            sums += done * kRowBlock * (job.tile_begin(tile + 1) - job.tile_begin(tile));
+        }
 }
 
 template <class K>
 void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
     using Sum = typename K::Sum;
-    const int64_t tokens_begin = job.tile_begin(tile_begin), tokens = job.tile_begin(tile_end) - tokens_begin;
-    const int64_t rows = (block_end - block_begin) * kRowBlock;
+    const int64_t tokens = job.tile_begin(tile_end) - job.tile_begin(tile_begin), rows = (block_end - block_begin) * kRowBlock;
+    // Many tiles are worth decoded weights, of which some chunks fit the second-level cache.
+    const int64_t most = Isa::kPreparedChunks < job.chunks ? Isa::kPreparedChunks : job.chunks, stride = most * Prepared<K>::weight_bytes;
+    uint8_t* prepared = nullptr;
+    if (K::activations == kPairsBf16 && tile_end - tile_begin >= Isa::prepared_tiles(kWeightFormats[K::format].bits))
+        prepared = static_cast<uint8_t*>(std::aligned_alloc(64, size_t((block_end - block_begin) * stride)));
     // With several tiles, columns are cut so that a tile's activations stay in the first-level cache while they meet every
     // row of the task, and the task's weights in the second-level one.
     Sum* partial = nullptr;
-    if (tile_end - tile_begin > 1 && job.chunks > Isa::kChunkBlock)
+    if (tile_end - tile_begin > 1 && (prepared || job.chunks > Isa::kChunkBlock))
         partial = static_cast<Sum*>(std::aligned_alloc(64, size_t(rows * tokens) * sizeof(Sum)));
     if (partial) {
-        for (int64_t chunk = 0; chunk < job.chunks; chunk += Isa::kChunkBlock) {
-            const int64_t chunks = job.chunks - chunk < Isa::kChunkBlock ? job.chunks - chunk : Isa::kChunkBlock;
-            for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-                const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin;
-                Sum* sums = partial + (begin - tokens_begin) * rows;
-                for (int64_t block = block_begin; block < block_end;) {
-                    const int64_t done = multiply_blocks<K>(job, block, block_end, tile, chunk, chunks, sums);
-                    block += done, sums += done * kRowBlock * count;
+        const int64_t step = prepared ? most : Isa::kChunkBlock;
+        for (int64_t chunk = 0; chunk < job.chunks; chunk += step) {
+            const Piece piece = packed_piece<K>(job, block_begin, chunk, job.chunks - chunk < step ? job.chunks - chunk : step);
+            if constexpr (K::activations == kPairsBf16)
+                if (prepared) {
+                    const Piece decoded{block_begin, chunk, piece.count, prepared, stride};
+                    prepare<K>(job, piece, block_end, decoded);
+                    multiply_tiles<Prepared<K>>(job, decoded, block_end, tile_begin, tile_end, partial);
+                    continue;
                 }
-            }
+            multiply_tiles<K>(job, piece, block_end, tile_begin, tile_end, partial);
         }
-        std::free(partial);
-        return;
     }
+    const bool done_in_pieces = partial;
+    std::free(prepared);
+    std::free(partial);
+    if (done_in_pieces) return;
     // With one, weights are used once: row blocks are streamed whole. (Also where there is no memory for partial sums:
     // slower, and as right.)
     alignas(64) Sum sums[kMaxTile * kRowBlock * Isa::kBlocks];
     for (int64_t block = block_begin, done = 1; block < block_end; block += done)
         for (int64_t tile = tile_begin; tile < tile_end; tile++)
-            done = multiply_blocks<K>(job, block, block_end, tile, 0, job.chunks, sums);
+            done = multiply_blocks<K>(job, packed_piece<K>(job, block, 0, job.chunks), block_end, tile, sums);
 }
 
 // ---- dense weights ----

@@ -125,7 +125,16 @@ struct Kind {
     static constexpr Activations activations = A;
     static constexpr int64_t weight_bytes = chunk_bytes(Format);
     static constexpr int64_t activation_bytes = ::activation_bytes(A);
+    static constexpr bool prepared = false;
     using Sum = std::conditional_t<A == kI8, int32_t, float>;
+};
+
+// The same with the weights as `Isa::prepare` writes them: a chunk has, for each group, the pairs of bf16 of 16 rows and the
+// control bytes that pick their activations.
+template <class K>
+struct Prepared : K {
+    static constexpr int64_t weight_bytes = 8 * 2 * 64;
+    static constexpr bool prepared = true;
 };
 
 }  // namespace
