@@ -38,12 +38,22 @@ def test_what_died_says_so(support):
     assert support.verdict(row | {"recipe": "no_such_recipe"}).startswith("no: ")
 
 
+def test_what_dies_in_vllm_keeps_what_transformers_gave(support, monkeypatch):
+    done = support.subprocess.CompletedProcess([], -4, '{"packed": 14, "logits": 0.0}\n', "ValueError: /a/b: no x\n\n")
+    monkeypatch.setattr(support.subprocess, "run", lambda *_, **__: done)
+    assert support.run("llama", "crepe_2of4", vllm=True) == {"packed": 14, "logits": 0.0, "vllm": "no: b: no x"}
+    done.stderr = ""
+    assert support.run("llama", "crepe_2of4", vllm=True)["vllm"] == "no: ended with -4 and no message"
+
+
 def test_the_page_is_made_of_the_newest_rows(support):
     key = {"family": "llama", "recipe": "crepe_2of4", "protocol": support.PROTOCOL, "provenance": {"commit": "a" * 40}}
     good = {"packed": 14, "odd_keys": 0, "logits": 0.0, "vllm": "tokens equal"}
     rows = [key | {"error": "old"}, key | good]
     assert "| llama | 14 layers packed | tokens equal |" in support.page(rows)
     assert "no: 0 tensors missing or too many, logits apart by 0.5" in support.page([key | good | {"logits": 0.5}])
+    unserved = support.page([key | good | {"vllm": "no: not supported. Supported are dict_keys(['A|B"}])
+    assert "| 14 layers packed | no: not supported |" in unserved
     assert "no: 2 tensors" in support.page([key | good | {"odd_keys": 2}])
 
 
