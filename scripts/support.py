@@ -15,10 +15,14 @@ recipe.
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ PROTOCOL = 2
 RECIPES = ("crepe_2of4", "crepe_2of4_best", "crepe_2of4_int8")
 PAGE = ROOT / "docs" / "support.md"
 WINDOWS, LENGTH, SECONDS = 16, 32, 900
+TOO_LONG = -1000  # the status of a process that was killed for the time that it took
 # Logits relative to the largest: those of the same weights in fp32, of INT8 layers, whose inputs are rounded, too, and
 # of the median token of INT8 experts: transformers reads these dequantized, so that only the model in memory rounds
 # their inputs, and a token may be routed to other experts.
@@ -168,30 +173,92 @@ def served(folder: Path) -> str:
     return "tokens equal"
 
 
-def run(family: str, recipe: str, vllm: bool) -> Row:
-    """The row of one family and recipe, made by a process of its own; with what it died of."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", __file__, "--worker", family, recipe, folder]
-        try:
-            done = subprocess.run(
-                command + ["--vllm"] * vllm, capture_output=True, text=True, timeout=SECONDS, env=_environment()
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {SECONDS} s"}
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"packed": ')]
-    if not done.returncode:
+class Workers:
+    """A process that has imported what every check needs, and forks one for each.
+
+    Args:
+        vllm: whether vLLM is imported, too.
+    """
+
+    def __init__(self, vllm: bool) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--workers", *["--vllm"] * vllm]
+        quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+        quiet |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LLM_COMPRESSOR_LOG_DISABLED": "true", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet
+        )
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()
+
+    def run(self, family: str, recipe: str, vllm: bool) -> Row:
+        """The row of one family and recipe; with what its process died of."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps([family, recipe, folder, vllm]), file=self._process.stdin, flush=True)
+            status = int(self._process.stdout.readline())
+            return row_of(status, *((Path(folder) / name).read_text() for name in ("output", "errors")))
+
+
+def row_of(status: int, output: str, errors: str) -> Row:
+    """The row of a process that has ended with this status (below 0: a signal) and wrote this."""
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"packed": ')]
+    if status == 0:
         return dict(rows[-1])
-    lines = [line.strip() for line in done.stderr.splitlines() if "For further information" not in line]  # pydantic's
-    said = next(filter(None, reversed(lines)), f"ended with {done.returncode} and no message")
+    lines = [line.strip() for line in errors.splitlines() if "For further information" not in line]  # pydantic's
+    said = next(filter(None, reversed(lines)), f"ended with {status} and no message")
+    if status == TOO_LONG:
+        said = f"not done after {SECONDS} s"
     said = re.sub(r"^[\w.]+: |/\S*/", "", said)[:300]  # no folders of this machine
     return rows[-1] | {"vllm": f"no: {said}"} if rows else {"error": said}
 
 
-def _environment() -> dict[str, str]:
-    import os
+def serve_checks(serving: bool) -> None:
+    """Fork a process for each check that a line of the input names; answer with the status that it ended with."""
+    import datasets  # noqa: F401
+    import llmcompressor  # noqa: F401
 
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
-    return os.environ | quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LLM_COMPRESSOR_LOG_DISABLED": "true"}
+    if serving:
+        import vllm.entrypoints.llm
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            _check_and_end(*json.loads(line))
+        print(_status_of(child), flush=True)
+
+
+def _check_and_end(family: str, recipe: str, folder: str, vllm: bool) -> None:
+    """One check in a process of its own, whose output goes to files in the folder."""
+    status = 1
+    try:
+        for name, number in (("output", 1), ("errors", 2)):
+            os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT), number)
+        found = check(family, recipe, Path(folder))
+        print(json.dumps(found), flush=True)
+        if vllm:
+            print(json.dumps(found | {"vllm": served(Path(folder))}), flush=True)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def _status_of(child: int) -> int:
+    """Wait for a process; TOO_LONG where it had to be killed."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return TOO_LONG
 
 
 def verdict(row: Row) -> str:
@@ -244,23 +311,26 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--report", action="store_true", help="check nothing")
     options = parser.parse_args()
-    failed = 0
-    for family in [] if options.report else options.families:
-        for recipe in options.recipes:
-            key = {"family": family, "recipe": recipe}
-            row = append(options.results, PROTOCOL, key | run(family, recipe, options.vllm))
-            print(f"{family}, {recipe}: {verdict(row)}; {row.get('vllm', 'not served')}", flush=True)
-            failed += verdict(row).startswith("no")
+    failed = 0 if options.report else check_all(options)
     options.page.write_text(page(read(options.results)))
     return 1 if failed else 0
 
 
+def check_all(options: argparse.Namespace) -> int:
+    """Append a row for each family and recipe; how many have failed."""
+    failed = 0
+    with Workers(options.vllm) as workers:
+        for family in options.families:
+            for recipe in options.recipes:
+                key = {"family": family, "recipe": recipe}
+                row = append(options.results, PROTOCOL, key | workers.run(family, recipe, options.vllm))
+                print(f"{family}, {recipe}: {verdict(row)}; {row.get('vllm', 'not served')}", flush=True)
+                failed += verdict(row).startswith("no")
+    return failed
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        family, recipe, folder = sys.argv[2:5]
-        found = check(family, recipe, Path(folder))
-        print(json.dumps(found), flush=True)
-        if "--vllm" in sys.argv:
-            print(json.dumps(found | {"vllm": served(Path(folder))}))
+    if sys.argv[1:2] == ["--workers"]:
+        serve_checks("--vllm" in sys.argv)
     else:
         sys.exit(main())

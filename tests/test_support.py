@@ -17,6 +17,12 @@ def support():
     return module
 
 
+@pytest.fixture(scope="module")
+def workers(support):
+    with support.Workers(vllm=False) as started:
+        yield started
+
+
 @pytest.mark.parametrize(
     "family, recipe, packed",
     [
@@ -26,24 +32,23 @@ def support():
         ("phi3", "crepe_2of4", 8),
     ],
 )
-def test_families(support, family, recipe, packed):
-    row = support.run(family, recipe, vllm=False)
+def test_families(support, workers, family, recipe, packed):
+    row = workers.run(family, recipe, vllm=False)
     assert "error" not in row, row
     assert support.verdict(row | {"family": family, "recipe": recipe}) == f"{packed} layers packed"
 
 
-def test_what_died_says_so(support):
-    row = support.run("llama", "no_such_recipe", vllm=False)
+def test_what_died_says_so(support, workers):
+    row = workers.run("llama", "no_such_recipe", vllm=False)
     assert "no recipe 'no_such_recipe'" in row["error"]
     assert support.verdict(row | {"recipe": "no_such_recipe"}).startswith("no: ")
 
 
-def test_what_dies_in_vllm_keeps_what_transformers_gave(support, monkeypatch):
-    done = support.subprocess.CompletedProcess([], -4, '{"packed": 14, "logits": 0.0}\n', "ValueError: /a/b: no x\n\n")
-    monkeypatch.setattr(support.subprocess, "run", lambda *_, **__: done)
-    assert support.run("llama", "crepe_2of4", vllm=True) == {"packed": 14, "logits": 0.0, "vllm": "no: b: no x"}
-    done.stderr = ""
-    assert support.run("llama", "crepe_2of4", vllm=True)["vllm"] == "no: ended with -4 and no message"
+def test_what_dies_in_vllm_keeps_what_transformers_gave(support):
+    found = '{"packed": 14, "logits": 0.0}\n'
+    assert support.row_of(-4, found, "ValueError: /a/b: no x\n\n")["vllm"] == "no: b: no x"
+    assert support.row_of(-4, found, "") == {"packed": 14, "logits": 0.0, "vllm": "no: ended with -4 and no message"}
+    assert support.row_of(support.TOO_LONG, "", "x") == {"error": "not done after 900 s"}
 
 
 def test_the_page_is_made_of_the_newest_rows(support):
