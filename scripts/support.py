@@ -209,9 +209,9 @@ def row_of(status: int, output: str, errors: str) -> Row:
     if status == 0:
         return dict(rows[-1])
     lines = [line.strip() for line in errors.splitlines() if "For further information" not in line]  # pydantic's
-    said = next(filter(None, reversed(lines)), f"ended with {status} and no message")
-    if status == TOO_LONG:
-        said = f"not done after {SECONDS} s"
+    said = next(filter(None, reversed(lines)), "no message")
+    if status < 0:
+        said = f"not done after {SECONDS} s" if status == TOO_LONG else f"ended by signal {-status}"
     said = re.sub(r"^[\w.]+: |/\S*/", "", said)[:300]  # no folders of this machine
     return rows[-1] | {"vllm": f"no: {said}"} if rows else {"error": said}
 
@@ -222,7 +222,7 @@ def serve_checks(serving: bool) -> None:
     import llmcompressor  # noqa: F401
 
     if serving:
-        import vllm.entrypoints.llm
+        import vllm.entrypoints.llm  # noqa: F401
     for line in sys.stdin:
         child = os.fork()
         if not child:

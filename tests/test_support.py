@@ -46,8 +46,8 @@ def test_what_died_says_so(support, workers):
 
 def test_what_dies_in_vllm_keeps_what_transformers_gave(support):
     found = '{"packed": 14, "logits": 0.0}\n'
-    assert support.row_of(-4, found, "ValueError: /a/b: no x\n\n")["vllm"] == "no: b: no x"
-    assert support.row_of(-4, found, "") == {"packed": 14, "logits": 0.0, "vllm": "no: ended with -4 and no message"}
+    assert support.row_of(1, found, "ValueError: /a/b: no x\n\n")["vllm"] == "no: b: no x"
+    assert support.row_of(-4, found, "Loading") == {"packed": 14, "logits": 0.0, "vllm": "no: ended by signal 4"}
     assert support.row_of(support.TOO_LONG, "", "x") == {"error": "not done after 900 s"}
 
 

@@ -1,6 +1,7 @@
 """Asymmetric and true sequential calibration through llm-compressor's own oneshot, as computed from outside."""
 
 import re
+import weakref
 from collections import Counter
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.blocks import find_blocks
-from crepe_llm.modifiers import ADMMModifier, CRePEModifier, WeightCorrectionModifier
+from crepe_llm.modifiers import ADMMModifier, CRePEModifier, WeightCorrectionModifier, observe
+from crepe_llm.modifiers.pruning_pass import PruningPass
 from crepe_llm.pruning import block_pass
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, output_norms, refused, run
 from tiny_models import FAMILIES
@@ -163,6 +165,50 @@ def test_experts_that_get_some_tokens_only_are_fitted_without_and_named(
     linearize_moe(dense)
     assert all(torch.equal(seen[name], linears(dense)[name].weight) for name in marked)
     assert not torch.equal(seen["model.layers.1.self_attn.q_proj"], dense.model.layers[1].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("fit", [WeightCorrectionModifier, ADMMModifier])
+def test_each_expert_is_fitted_by_the_products_of_its_own_tokens(fit, tiny_model_folder, calibration_data, monkeypatch):
+    """And no more Gram matrices are in memory than one block has layers."""
+    alive, most, grams = weakref.WeakSet(), [0], {}
+
+    class Counted(InputStatistics):
+        def __init__(self, channels, *, gram=False, device="cpu"):
+            super().__init__(channels, gram=gram, device=device)
+            if gram:
+                alive.add(self.gram)
+                most[0] = max(most[0], len(alive))
+
+    def remember(self, layer):
+        grams[layer.name] = layer.gram.clone()
+        prune_layer(self, layer)
+
+    prune_layer = PruningPass._prune_layer
+    monkeypatch.setattr(PruningPass, "_prune_layer", remember)
+    monkeypatch.setattr(observe, "InputStatistics", Counted)
+    dense, model = (load(tiny_model_folder("mixtral")) for _ in range(2))
+    linearize_moe(model)
+    recipe = [crepe(uncalibrated="dense", ignore=["lm_head", "re:.*gate$"])]
+    recipe.append(fit(asymmetric_calibration=0, true_sequential=False))
+    run(model, recipe, calibration_data, moe_calibrate_all_experts=False)
+    block = dense.model.layers[0].mlp
+    expected = [torch.zeros_like(next(iter(grams.values()))) for _ in range(block.gate.weight.shape[0])]
+
+    def route(module, args):
+        tokens = args[0].flatten(0, -2)
+        for token, chosen in zip(tokens, module.gate(tokens)[2], strict=True):
+            for number in chosen:
+                expected[number] += torch.outer(token, token)
+
+    block.register_forward_pre_hook(route)
+    with torch.no_grad():
+        for row in calibration_data:
+            dense(torch.tensor([row["input_ids"]]), attention_mask=torch.tensor([row["attention_mask"]]))
+    for number, wanted in enumerate(expected):
+        if f"model.layers.0.mlp.experts.{number}.gate_proj" in grams:
+            torch.testing.assert_close(grams[f"model.layers.0.mlp.experts.{number}.gate_proj"], wanted)
+    assert sum(bool(wanted.any()) for wanted in expected) > 1
+    assert most[0] <= len([name for name in linears(model) if "layers.0." in name])
 
 
 def in_turn(dense, pruned, data, share, weighting="uniform"):

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from compressed_tensors.utils import patch_attr
@@ -11,6 +11,7 @@ from llmcompressor.recipe import Recipe
 from loguru import logger
 
 from crepe_llm import processes
+from crepe_llm.calibration.attention_masks import masks_are_made
 from crepe_llm.calibration.rehearsal import must_run_whole, whole_pipeline
 from crepe_llm.calibration.shares import own_share
 from crepe_llm.calibration.windows import full_windows
@@ -45,7 +46,10 @@ def register() -> None:
                 order.check_processes(self.recipe.modifiers)
                 if self.output_dir is not None:
                     check_destination(self.output_dir, self.model.get_memory_footprint(return_buffers=False))
-            with _whole_data() if _is_ours(self.recipe) else nullcontext():
+            with ExitStack() as stack:
+                if _is_ours(self.recipe):
+                    stack.enter_context(_whole_data())
+                    stack.enter_context(masks_are_made())
                 super().__call__()
             processes.wait()  # until the first has saved
 
