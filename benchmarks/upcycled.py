@@ -166,7 +166,10 @@ def _windows(tokenizer: Any, count: int, length: int, seed: int) -> torch.Tensor
 
 @contextmanager
 def counting(own: float, anyhow: float) -> Iterator[None]:
-    """In experts that run on every token, let each count `anyhow` and those that are routed there `own` more."""
+    """In experts that run on every token, let each count `anyhow` and those that are routed there `own` more.
+
+    oneshot must take the experts apart inside of this: their forward functions are bound to them then.
+    """
     routed: dict[torch.nn.Module, tuple[LinearExperts2D, int]] = {}
     chosen: dict[LinearExperts2D, torch.Tensor] = {}
     forward, wanted = LinearExperts2D.forward, PruningPass.wanted

@@ -1,7 +1,6 @@
 """The benchmark of experts' statistics: the mixture is the dense model, and tokens count as they are said to."""
 
 import torch
-from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import AutoModelForCausalLM
 
 import upcycled
@@ -23,7 +22,6 @@ def test_an_upcycled_model_gives_what_the_dense_one_gives(tiny_model_folder):
 
 def masks(folder, data, way=None):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    linearize_moe(model)
     recipe = [crepe(uncalibrated="dense", ignore=["lm_head", "re:.*gate$"])]
     if way is None:
         run(model, recipe, data, moe_calibrate_all_experts=False)
