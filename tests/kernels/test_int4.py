@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from crepe_llm import kernels
 from crepe_llm.kernels import cpu, reference
+from crepe_llm.kernels import packed as layout
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 GROUPS = (None, 32, 64, 128)
@@ -101,6 +102,19 @@ def assert_close(y, x, weight, bias=None, isa="exact"):
 def test_unpack_gives_the_codes_less_their_zero_points(n, quads, group_size, symmetric, seed):
     made = quantized(n, 4 * quads, group_size, symmetric, seed)
     assert torch.equal(kernels.unpack(made.packed()).long(), made.differences)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_that_is_taken_apart_in_pieces(symmetric, monkeypatch):
+    made = quantized(23, 64, 32, symmetric)
+    whole = made.packed()
+    monkeypatch.setattr(layout, "_SPLIT", 5 * 64)
+    pieces = made.packed()
+    assert torch.equal(pieces.data, whole.data)
+    codes = made.codes.clone()
+    codes[17, 8:12] = made.of_columns(made.zero)[17, 8:12] ^ 1
+    with pytest.raises(ValueError, match="row 17, columns 8 to 11 hold 4 non-zero values"):
+        made._replace(codes=codes).packed()
 
 
 @pytest.mark.parametrize(("group_size", "bits"), [(32, 3.5), (64, 3.25), (128, 3.125), (None, 3 + 32 / 4096)])

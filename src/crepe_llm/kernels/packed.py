@@ -40,6 +40,20 @@ from crepe_llm.kernels.memory import on_huge_pages
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 _GROUPS = COLUMN_CHUNK // 4
+# Weights of 4 bits that are taken apart at once, so that what is computed meanwhile stays small beside the weight.
+_SPLIT = 1 << 20
+# An int32 of four bytes that are 0 or 1, times this: bit 24 + i is byte i.
+_GATHER_BITS = 1 << 24 | 1 << 17 | 1 << 10 | 1 << 3
+
+
+def _columns_of(nibble: int) -> list[int]:
+    """The columns whose bits are set in a nibble, filled up to two by the first others; 4 where more are set."""
+    columns = sorted(range(4), key=lambda column: not nibble >> column & 1)
+    return [4, 4] if nibble.bit_count() > 2 else sorted(columns[:2])
+
+
+# Two columns, a byte each, are looked up as one integer.
+_COLUMNS_OF = torch.tensor([_columns_of(nibble) for nibble in range(16)], dtype=torch.uint8).view(torch.int16).flatten()
 
 
 class Kept(NamedTuple):
@@ -219,7 +233,7 @@ def split(weight: torch.Tensor) -> Kept:
     weight = weight.resolve_neg()
     columns = _two_columns(nonzero(weight))
     groups = weight.reshape(n, k // 4, 4).view(INTEGERS[weight.element_size()])
-    return Kept(groups.gather(-1, columns).view(weight.dtype), columns.to(torch.uint8), form)
+    return Kept(groups.gather(-1, columns.long()).view(weight.dtype), columns, form)
 
 
 def split_int4(weight: torch.Tensor, zero: torch.Tensor | None, shape: Sequence[int], form: Format) -> Kept:
@@ -233,10 +247,16 @@ def split_int4(weight: torch.Tensor, zero: torch.Tensor | None, shape: Sequence[
     form.check_shape(n, k)
     checks.part("weight", weight, (n, -(-k // 8)), (torch.int32,))
     checks.part("zero_point", zero, form.scale_shape(n, k), (torch.uint8,))
-    codes = nibbles(weight)[:, :k]
-    zeros = torch.tensor(form.zero_point) if zero is None else _of_columns(zero.view(n, -1), form, k)
-    columns = _two_columns(codes.ne(zeros))
-    return Kept(codes.reshape(n, k // 4, 4).gather(-1, columns), columns.to(torch.uint8), form)
+    values, columns = (torch.empty(n, k // 4, 2, dtype=torch.uint8) for _ in range(2))
+    step = max(1, _SPLIT // k)
+    for row in range(0, n, step):
+        rows = slice(row, row + step)
+        codes = nibbles(weight[rows])[:, :k]
+        zeros = torch.tensor(form.zero_point) if zero is None else _of_columns(zero.view(n, -1)[rows], form, k)
+        found = _two_columns(codes.ne(zeros), row)
+        values[rows] = codes.reshape(-1, k // 4, 4).gather(-1, found.long())
+        columns[rows] = found
+    return Kept(values, columns, form)
 
 
 def nibbles(words: torch.Tensor) -> torch.Tensor:
@@ -252,21 +272,24 @@ def _of_columns(of_groups: torch.Tensor, form: Format, k: int) -> torch.Tensor:
     return of_groups.repeat_interleave(form.scale_group, 1)[:, :k]
 
 
-def _two_columns(kept: torch.Tensor) -> torch.Tensor:
-    """The columns (0 to 3) of the two values that each group of 4 keeps, ascending: [N, K / 4, 2].
+def _two_columns(kept: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+    """The columns (0 to 3) of the two values that each group of 4 keeps, ascending: uint8 [N, K / 4, 2].
 
-    ``kept`` bool [N, K]; zeros fill up where it has fewer. Raises ValueError where it has more.
+    ``kept`` bool [N, K]; zeros, in ascending order, fill up where it has fewer. Raises ValueError where it has more;
+    the message counts rows from ``first_row``.
     """
-    kept = kept.reshape(len(kept), -1, 4)
-    surplus = (kept.sum(-1, dtype=torch.uint8) > 2).nonzero()
+    # The four bools of a group are the bytes of an int32; the product has their bits side by side in its highest byte.
+    nibbles = (kept.contiguous().view(torch.int32) * _GATHER_BITS >> 24) & 15
+    found = _COLUMNS_OF.to(kept.device).index_select(0, nibbles.flatten())
+    columns = found.view(torch.uint8).view(*nibbles.shape, 2)
+    surplus = (columns[..., 0] > 3).nonzero()
     if surplus.numel():
         row, group = surplus[0].tolist()
         raise ValueError(
-            f"weight is not 2:4: row {row}, columns {4 * group} to {4 * group + 3} hold "
-            f"{int(kept[row, group].sum())} non-zero values; prune it with mask_structure 2:4"
+            f"weight is not 2:4: row {first_row + row}, columns {4 * group} to {4 * group + 3} hold "
+            f"{int(kept[row, 4 * group : 4 * group + 4].sum())} non-zero values; prune it with mask_structure 2:4"
         )
-    # Two columns a group: the non-zero ones first, then zeros, in ascending order.
-    return torch.sort(kept.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
+    return columns
 
 
 def split_compressed(compressed: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, int] | torch.Tensor) -> Kept:
