@@ -128,14 +128,14 @@ def hold_int8(model: torch.nn.Module, names: set[str]) -> None:
     Few models tell a quantization config the names of their embeddings, so that it cannot choose while they are built.
     A head that shares an embedding's weight becomes the embedding itself.
     """
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        holders.setdefault(id(module._parameters.get("weight")), []).append(name)
     for name in names:
         layer: Any = model.get_submodule(name)
-        dense = layer.weight
-        sharing = [
-            other for other, m in model.named_modules() if m is not layer and m._parameters.get("weight") is dense
-        ]
-        for other in sharing:
-            model.set_submodule(other, layer)
+        for other in holders[id(layer.weight)]:
+            if other != name:
+                model.set_submodule(other, layer)
         del layer.weight
         layer.quant_method = Int8EmbeddingMethod(name)
         layer.quant_method.create_weights(
