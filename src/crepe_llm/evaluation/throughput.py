@@ -10,13 +10,15 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from crepe_llm.checkpoints import read_folder
+from crepe_llm.checkpoints.reading import StoredTensor
 
 ENVIRONMENT = {
     # The engine in the measuring process: its steps can be timed one by one, and no second process holds memory.
@@ -41,15 +43,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Engine:
-    """What is measured: a checkpoint's folder and the dtype it is served in, under a name."""
+    """What is measured: a checkpoint's folder and the dtype it is served in, eagerly or compiled, under a name."""
 
     name: str
     model: str
     dtype: str
+    compiled: bool = False
 
 
-def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3) -> dict[str, Any]:
-    """Serves random prompts with vLLM, eagerly and greedily, and times every step of the engine.
+def measure(
+    model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3, compiled: bool = False
+) -> dict[str, Any]:
+    """Serves random prompts greedily with vLLM, and times every step of the engine.
 
     Must run in a process with :data:`ENVIRONMENT`, as its only engine.
 
@@ -59,33 +64,23 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
         cases: the loads.
         tokens: how many tokens each request generates.
         repeats: how often each load is run.
+        compiled: whether vLLM compiles the model, as it does by default; else it runs eagerly.
 
     Returns:
         ``load_s``, seconds from the folder to a ready engine; ``anonymous_bytes``, how much the process's anonymous
-        memory grew by then, less the key-value cache: weights, and what vLLM keeps beside them;
+        memory grew by then, less the key-value cache: weights, and what vLLM keeps beside them; ``packing_s``, seconds
+        in which loaded weights were turned into what products read; ``model_bytes`` and ``peak_bytes``, how much the
+        process's anonymous memory grew while vLLM built and filled the model, at the end and at most;
         ``cases``, for each load the median ``first_token_s`` (request to first token, mean of the streams) and
         ``tokens_per_s`` (streams over the median time of a step in which every stream decodes).
     """
-    from vllm import LLM, SamplingParams
-
     before = _anonymous_bytes()
-    started = time.perf_counter()
-    engine = LLM(
-        model,
-        dtype=dtype,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_model_len=max(case.prompt for case in cases) + tokens,
-        max_num_seqs=max(case.streams for case in cases),
-        kv_cache_memory_bytes=_KV_CACHE_BYTES,
-        seed=0,
-    )
-    load = time.perf_counter() - started
+    loading = _Loading()
+    begun = time.perf_counter()
+    engine = started(model, dtype, cases, tokens=tokens, compiled=compiled)
+    load = time.perf_counter() - begun
     anonymous = _anonymous_bytes() - before - _KV_CACHE_BYTES
-    load_with = _Load(
-        engine.llm_engine, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    )
+    load_with = Load(engine.llm_engine, tokens)
     load_with(Case(min(case.prompt for case in cases), 1))  # first touches and lazy imports
     measured = []
     for case in cases:
@@ -97,16 +92,84 @@ def measure(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int = 32, 
                 "tokens_per_s": case.streams / statistics.median(step for _, steps in runs for step in steps),
             }
         )
-    return {"load_s": load, "anonymous_bytes": anonymous, "cases": measured}
+    return {"load_s": load, "anonymous_bytes": anonymous, **loading.figures, "cases": measured}
 
 
-class _Load:
-    """Loads a vLLM engine with random prompts and times it."""
+def started(model: str, dtype: Any, cases: Sequence[Case], *, tokens: int, compiled: bool) -> Any:
+    """vLLM with a model, ready for these loads; arguments as in :func:`measure`."""
+    from vllm import LLM
 
-    def __init__(self, engine: Any, wanted: Any) -> None:
+    return LLM(
+        model,
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        enforce_eager=not compiled,
+        enable_prefix_caching=False,
+        max_model_len=max(case.prompt for case in cases) + tokens,
+        max_num_seqs=max(case.streams for case in cases),
+        kv_cache_memory_bytes=_KV_CACHE_BYTES,
+        seed=0,
+    )
+
+
+class PeakMemory:
+    """The growth of this process's anonymous memory in a ``with`` block, in bytes: at its end, and at most.
+
+    Memory is sampled every few milliseconds.
+    """
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = self._peak = _anonymous_bytes()
+        self._ended = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._sampler.join()
+        end = _anonymous_bytes()
+        self.growth, self.peak = end - self._before, max(self._peak, end) - self._before
+
+    def _sample(self) -> None:
+        while not self._ended.wait(0.005):
+            self._peak = max(self._peak, _anonymous_bytes())
+
+
+class _Loading:
+    """Measures vLLM while it loads the next model."""
+
+    def __init__(self) -> None:
+        from vllm.model_executor.model_loader import base_loader
+
+        self.figures: dict[str, Any] = {}
+        loader = base_loader.BaseModelLoader
+        load, process = loader.load_model, base_loader.process_weights_after_loading
+
+        def load_model(*args: Any, **kwargs: Any) -> Any:
+            with PeakMemory() as memory:
+                model = load(*args, **kwargs)
+            self.figures |= {"model_bytes": memory.growth, "peak_bytes": memory.peak}
+            return model
+
+        def process_weights(*args: Any, **kwargs: Any) -> None:
+            started = time.perf_counter()
+            process(*args, **kwargs)
+            self.figures["packing_s"] = time.perf_counter() - started
+
+        loader.load_model = load_model  # type: ignore[method-assign]
+        base_loader.process_weights_after_loading = process_weights
+
+
+class Load:
+    """Loads a vLLM engine with random prompts, for each of which it generates so many tokens, and times it."""
+
+    def __init__(self, engine: Any, tokens: int) -> None:
         import torch
+        from vllm import SamplingParams
 
-        self._engine, self._wanted = engine, wanted
+        self._engine = engine
+        self._wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self._vocabulary = engine.model_config.get_vocab_size()
         self._generator = torch.Generator().manual_seed(0)
 
@@ -168,7 +231,7 @@ def run(engine: Engine, cases: Sequence[Case], *, tokens: int = 32, repeats: int
         RuntimeError: the engine failed; the message ends with what it printed last.
     """
     loads = [asdict(case) for case in cases]
-    return _in_process(engine, "measure", cases=loads, tokens=tokens, repeats=repeats)
+    return _in_process(engine, "measure", cases=loads, tokens=tokens, repeats=repeats, compiled=engine.compiled)
 
 
 def run_completion(engine: Engine, prompt: str, *, tokens: int = 48) -> dict[str, Any]:
@@ -186,9 +249,13 @@ def weight_bytes(model: str, dtype: str) -> int:
     Raises:
         FormatError: the checkpoint is damaged.
     """
-    checkpoint = read_folder(model)
+    return held_bytes(read_folder(model).tensors.values(), dtype)
+
+
+def held_bytes(tensors: Iterable[StoredTensor], dtype: str) -> int:
+    """How many bytes tensors of a checkpoint take when the floating-point ones are held in ``dtype``."""
     held = {**_BYTES, **dict.fromkeys(("BF16", "F16", "F32"), {"float32": 4}.get(dtype, 2))}
-    return sum(math.prod(tensor.shape) * held[tensor.dtype] for tensor in checkpoint.tensors.values())
+    return sum(math.prod(tensor.shape) * held[tensor.dtype] for tensor in tensors)
 
 
 def _in_process(engine: Engine, function: str, **options: Any) -> dict[str, Any]:
@@ -204,9 +271,9 @@ def _in_process(engine: Engine, function: str, **options: Any) -> dict[str, Any]
 def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The median of each figure over several runs of one engine with the same loads."""
     first = runs[0]
-    figures = ("load_s", "anonymous_bytes", "weight_bytes")
+    figures = ("load_s", "anonymous_bytes", "packing_s", "model_bytes", "peak_bytes", "weight_bytes")
     return {
-        **{figure: statistics.median(run[figure] for run in runs) for figure in figures},
+        **{figure: statistics.median(run[figure] for run in runs) for figure in figures if figure in first},
         "cases": [
             {
                 **case,
