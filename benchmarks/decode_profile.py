@@ -1,0 +1,188 @@
+"""Where the time of a decoded token goes in vLLM: our kernels, our Python, the model, the engine.
+
+    python benchmarks/decode_profile.py                                  # 0.5B, every format of ours, eagerly
+    python benchmarks/decode_profile.py --compiled                       # vLLM's default mode
+    python benchmarks/decode_profile.py --engines "vLLM bf16" "2:4 bf16" --models 1b
+
+One stream decodes, and functions are timed without those that they call; medians over the decoding steps, in ms a
+token. "kernels" is the C++ library. "our Python" is the linear and embedding methods, `kernels.linear`, its checks and
+what the operators of a compiled model call. A compiled model is one function: norms, attention, activations and torch's
+dispatcher are all in its "model". The timers themselves take about 0.1 ms of a token. The models are those of
+benchmarks/serve.py. Every engine is a process of its own, and its figures are a row of --results.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crepe_llm.evaluation.throughput import ENVIRONMENT, Case, Load, started
+from records import RESULTS, append
+from serve_engines import ENGINES, Serving, is_ours
+from serve_models import MODELS, stored
+
+# Raised by every change of a default or of how something is measured.
+PROTOCOL = 1
+
+KERNELS, OURS = "kernels", "our Python"
+# vLLM's classes of the model's parts.
+PARTS = {
+    "RMSNorm": "norm",
+    "RotaryEmbedding": "rotary",
+    "Llama3RotaryEmbedding": "rotary",
+    "SiluAndMul": "activation",
+    "Attention": "attention",
+    "LogitsProcessor": "logits",
+}
+PRODUCTS, MODEL, SAMPLING, ENGINE = "vLLM's products", "model", "sampling", "engine"
+COLUMNS = (KERNELS, OURS, PRODUCTS, *dict.fromkeys(PARTS.values()), MODEL, SAMPLING, ENGINE)
+
+
+class Clock:
+    """Seconds of named parts, each without the parts that it calls."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._parts: list[str] = []
+        self._since = 0.0
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed as this part."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._count()
+            self._parts.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._count()
+                self._parts.pop()
+
+        return call
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        if self._parts:
+            self.seconds[self._parts[-1]] = self.seconds.get(self._parts[-1], 0.0) + now - self._since
+        self._since = now
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+def time_ours(clock: Clock) -> None:
+    """Times the kernel library and the Python around it."""
+    from crepe_llm import kernels
+    from crepe_llm.kernels import cpu, dispatch
+
+    library = cpu.library()
+    if library is None:
+        raise RuntimeError("the kernel library is missing; install the package with a C++ compiler")
+    library.crepe_multiply = clock.timed(KERNELS, library.crepe_multiply)
+    kernels.linear = clock.timed(OURS, kernels.linear)
+    # What the operators of a compiled model call.
+    for name in ("_sparse24_call", "_multiply"):
+        setattr(dispatch, name, clock.timed(OURS, getattr(dispatch, name)))
+
+
+def time_model(clock: Clock, model: Any, compiled: bool) -> None:
+    """Times a model that vLLM has loaded, and its parts where it runs eagerly."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and not compiled:
+            part = OURS if hasattr(module, "packed") else PRODUCTS
+            for name in ("apply", "embedding"):
+                if hasattr(method, name):
+                    setattr(method, name, clock.timed(part, getattr(method, name)))
+        part = PARTS.get(type(module).__name__, "")
+        if part and (not compiled or part == "logits"):
+            module.forward = clock.timed(part, module.forward)
+    model.forward = clock.timed(MODEL, model.forward)
+
+
+def profile(folder: str, dtype: str, compiled: bool, prompt: int, tokens: int) -> dict[str, Any]:
+    """The medians of a token's seconds by part, ``ms`` and ``total_ms``, in this process."""
+    clock = Clock()
+    case = Case(prompt, 1)
+    engine = started(folder, dtype, [case], tokens=tokens, compiled=compiled)
+    load = Load(engine.llm_engine, tokens)
+    load(case)
+    runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    time_ours(clock)
+    time_model(clock, runner.model, compiled)
+    runner._sample = clock.timed(SAMPLING, runner._sample)
+    core = engine.llm_engine
+    steps: list[dict[str, float]] = []
+    step = clock.timed(ENGINE, core.step)
+
+    def recorded() -> Any:
+        outputs = step()
+        steps.append(clock.take())
+        return outputs
+
+    core.step = recorded
+    load(case)
+    decoding = steps[1:]
+    parts = {name for found in decoding for name in found}
+    seconds = {name: statistics.median(found.get(name, 0.0) for found in decoding) for name in parts}
+    total = statistics.median(sum(found.values()) for found in decoding)
+    layers = sum(hasattr(module, "packed") for module in runner.model.modules())
+    return {
+        "ms": {name: 1e3 * value for name, value in seconds.items()},
+        "total_ms": 1e3 * total,
+        "packed_layers": layers,
+    }
+
+
+def in_process(request: dict[str, Any], name: str) -> dict[str, Any]:
+    """:func:`profile` in a process of its own; RuntimeError, with the end of its output, where it fails."""
+    command = [sys.executable, __file__, "--request", json.dumps(request)]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {request['folder']} was not served:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Profile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    vllm = [name for name, what in ENGINES.items() if isinstance(what, Serving)]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["0.5b"])
+    parser.add_argument("--engines", nargs="+", choices=vllm, default=[name for name in vllm if is_ours(name)])
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are made and kept")
+    parser.add_argument("--compiled", action="store_true", help="vLLM's default mode; else it runs eagerly")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens that are decoded (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "decode_profile.jsonl", help="a row an engine")
+    parser.add_argument("--request", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.request:
+        print(json.dumps(profile(**options.request)))
+        return
+    mode = {"compiled": options.compiled, "prompt": options.prompt, "tokens": options.tokens}
+    print(f"{'compiled' if options.compiled else 'eager'}, {torch.get_num_threads()} threads, ms a token, medians\n")
+    print(f"| | all | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|", flush=True)
+    for model in options.models:
+        for name in options.engines:
+            engine = ENGINES[name]
+            assert isinstance(engine, Serving)
+            folder = stored(model, engine.storage, options.folder)
+            found = in_process({"folder": str(folder), "dtype": engine.dtype, **mode}, name)
+            append(options.results, PROTOCOL, {"model": model, "engine": name, **mode, **found})
+            cells = [f"{found['ms'].get(column, 0.0):.2f}" for column in COLUMNS]
+            print(f"| {model}, {name} | {found['total_ms']:.2f} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
