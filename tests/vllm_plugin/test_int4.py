@@ -16,6 +16,8 @@ from vllm_runs import assert_same, generate, in_process, qwen2
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from crepe_llm.vllm_plugin.config import Sparse24Config  # noqa: E402 - imports vLLM
+
 __all__ = ["in_process"]  # the fixture
 
 
@@ -103,6 +105,25 @@ def test_same_tokens_as_the_decompressed_weights(weights: Weights, source: Path,
     assert len(layers) == 8
     assert set(layers.values()) == {weights.format}
     assert_same(served, generate(dequantize(folder, tmp_path / "twin"), dtype="float32"))
+
+
+def test_a_layer_is_packed_and_its_file_form_freed_before_the_last_is_read(
+    grouped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expand, packed, freed = Sparse24Config.expand, [], []
+
+    def watched(config: Sparse24Config, model: torch.nn.Module, tensors: Any) -> Any:
+        first = model.get_parameter("model.layers.0.mlp.down_proj.weight_packed")
+        for item in expand(config, model, tensors):
+            packed.append(sum(hasattr(module, "packed") for module in model.modules()))
+            freed.append(first.numel() == 0)
+            yield item
+
+    monkeypatch.setattr(Sparse24Config, "expand", watched)
+    generate(grouped)
+    assert packed[0] == 0
+    assert packed[-1] == 8
+    assert (freed[0], freed[-1]) == (False, True)
 
 
 def test_two_tensor_parallel_ranks_same_tokens_as_one(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

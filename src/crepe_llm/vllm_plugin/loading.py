@@ -2,6 +2,9 @@
 
 vLLM does not check that a quantized checkpoint is complete: a parameter that no tensor fills keeps whatever was in its
 memory. So the memory that loading writes is recorded, whatever function writes it, and compared with the parameters.
+
+On a CPU the same record says when all of a sparse layer is read. It is packed then, so that the file's tensors and the
+packed weights, which are smaller where they are of 4 bits, are never in memory together but for one layer.
 """
 
 import bisect
@@ -11,13 +14,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod, KVCacheScaleParameter
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import get_model_cls
+from vllm.platforms import current_platform
 
 from crepe_llm.vllm_plugin.config import Sparse24Config
 from crepe_llm.vllm_plugin.experts import Sparse24ExpertsMethod
+from crepe_llm.vllm_plugin.linear import CheckedLinearMethod, return_freed_memory
 
 _aten = torch.ops.aten
 # The operators by which a loader fills a tensor. Arithmetic in place is none: it needs what was there.
@@ -65,6 +70,11 @@ class WrittenMemory(TorchDispatchMode):
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is watched: one that was given other memory meanwhile was loaded so."""
         return tensor.untyped_storage().data_ptr() in self._watched
+
+    def has_filled(self, tensor: torch.Tensor) -> bool:
+        """Whether all of the tensor is filled by now."""
+        self._written = _merged(self._written)
+        return self.holds(tensor) and not self.gaps(tensor)
 
     def gaps(self, tensor: torch.Tensor) -> list[Run]:
         """The tensor's bytes that nothing has filled; for when recording is over."""
@@ -128,9 +138,11 @@ def _guard(model: Any, config: Sparse24Config, checkpoint: str, check: bool) -> 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         if any(hasattr(module, "packed") for module in model.modules()):
             raise NotImplementedError("sparse layers cannot be reloaded in a running engine; start it again")
-        expected = [parameter for _, _, parameter in _parameters(model)]
-        with WrittenMemory(expected) as written:
-            loaded = original(config.expand(model, weights), *args, **kwargs)
+        with WrittenMemory(parameter for _, _, parameter in _parameters(model)) as written:
+            tensors = config.expand(model, weights)
+            if current_platform.is_cpu():
+                tensors = packing(model, written, tensors)
+            loaded = original(tensors, *args, **kwargs)
         missing = [
             name
             for layer, attribute, parameter in _parameters(model)
@@ -145,6 +157,55 @@ def _guard(model: Any, config: Sparse24Config, checkpoint: str, check: bool) -> 
         return loaded
 
     model.load_weights = load_weights
+
+
+def packing(
+    model: torch.nn.Module, written: WrittenMemory, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A checkpoint's tensors; packs each sparse linear layer of a model as soon as all of it is read.
+
+    When a tensor is asked for, those before it are read. A layer that is not found so (its parts have other names in
+    the checkpoint, or a model reads later than it asks) is packed when loading is over, as vLLM does it.
+    """
+    layers: dict[str, torch.nn.Module] = {}
+    unread: dict[torch.nn.Module, set[str]] = {}
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, CheckedLinearMethod):
+            kinds = [kind for kind, _ in module.named_parameters(recurse=False) if kind != "bias"]
+            unread[module] = {f"{part}.{kind}" for part in method.parts for kind in kinds}
+            layers |= dict.fromkeys(unread[module], module)
+    for name, tensor in tensors:
+        yield name, tensor
+        layer = layers.get(name)
+        if layer is not None:
+            unread[layer].discard(name)
+            if not unread[layer] and _is_read(layer, written):
+                _pack(layer)
+
+
+def _is_read(layer: torch.nn.Module, written: WrittenMemory) -> bool:
+    """Whether all that a layer is packed from is read; its bias is not packed."""
+    return all(
+        written.has_filled(parameter.data)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name != "bias"
+    )
+
+
+def _pack(layer: Any) -> None:
+    """Packs a layer that is read, and frees its parameters, which vLLM's loader still holds."""
+    parameters = [parameter for name, parameter in layer.named_parameters(recurse=False) if name != "bias"]
+    with _disable_current_modes():
+        layer.quant_method.process_weights_after_loading(layer)
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0)
+    return_freed_memory()
+    layer.quant_method.process_weights_after_loading = _is_packed
+
+
+def _is_packed(layer: Any) -> None:
+    """What vLLM calls after loading, of a layer that is packed by then."""
 
 
 def _parameters(model: torch.nn.Module) -> Iterator[tuple["_Layer", str, torch.Tensor]]:
