@@ -68,9 +68,9 @@ def measure(
 
     Returns:
         ``load_s``, seconds from the folder to a ready engine; ``anonymous_bytes``, how much the process's anonymous
-        memory grew by then, less the key-value cache: weights, and what vLLM keeps beside them; ``packing_s``, seconds
-        in which loaded weights were turned into what products read; ``model_bytes`` and ``peak_bytes``, how much the
-        process's anonymous memory grew while vLLM built and filled the model, at the end and at most;
+        memory grew by then, less the key-value cache: weights, and what vLLM keeps beside them; ``model_s``, seconds in
+        which vLLM built the model, read its weights and turned them into what products read; ``model_bytes`` and
+        ``peak_bytes``, how much the process's anonymous memory grew meanwhile, at the end and at most;
         ``cases``, for each load the median ``first_token_s`` (request to first token, mean of the streams) and
         ``tokens_per_s`` (streams over the median time of a step in which every stream decodes).
     """
@@ -143,22 +143,17 @@ class _Loading:
         from vllm.model_executor.model_loader import base_loader
 
         self.figures: dict[str, Any] = {}
-        loader = base_loader.BaseModelLoader
-        load, process = loader.load_model, base_loader.process_weights_after_loading
+        load = base_loader.BaseModelLoader.load_model
 
         def load_model(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
             with PeakMemory() as memory:
                 model = load(*args, **kwargs)
-            self.figures |= {"model_bytes": memory.growth, "peak_bytes": memory.peak}
+            seconds = time.perf_counter() - begun
+            self.figures |= {"model_s": seconds, "model_bytes": memory.growth, "peak_bytes": memory.peak}
             return model
 
-        def process_weights(*args: Any, **kwargs: Any) -> None:
-            started = time.perf_counter()
-            process(*args, **kwargs)
-            self.figures["packing_s"] = time.perf_counter() - started
-
-        loader.load_model = load_model  # type: ignore[method-assign]
-        base_loader.process_weights_after_loading = process_weights
+        base_loader.BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
 
 
 class Load:
@@ -271,7 +266,7 @@ def _in_process(engine: Engine, function: str, **options: Any) -> dict[str, Any]
 def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The median of each figure over several runs of one engine with the same loads."""
     first = runs[0]
-    figures = ("load_s", "anonymous_bytes", "packing_s", "model_bytes", "peak_bytes", "weight_bytes")
+    figures = ("load_s", "anonymous_bytes", "model_s", "model_bytes", "peak_bytes", "weight_bytes")
     return {
         **{figure: statistics.median(run[figure] for run in runs) for figure in figures if figure in first},
         "cases": [
