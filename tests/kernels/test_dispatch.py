@@ -1,7 +1,8 @@
 """``kernels.linear``: shapes, errors, torch.compile, the dense rule, and life without a library."""
 
-import ctypes
+import copy
 import os
+import struct
 import subprocess
 import sys
 
@@ -100,11 +101,8 @@ def test_without_a_library_the_reference_serves_with_one_warning(monkeypatch):
 
 @pytest.mark.skipif(not cpu.instruction_sets(), reason="no CPU kernel library")
 def test_a_library_of_another_version_is_not_called(monkeypatch):
-    class Longer(cpu._Problem):
-        _fields_ = (("more", ctypes.c_int64),)
-
     cpu.library.cache_clear()
-    monkeypatch.setattr(cpu, "_Problem", Longer)
+    monkeypatch.setattr(cpu, "_PROBLEM", struct.Struct(f"{cpu._PROBLEM.format}q"))
     try:
         with pytest.warns(RuntimeWarning, match=r"_kernels\S* was built from another version of the source"):
             assert cpu.library() is None
@@ -125,3 +123,38 @@ def test_the_environment_chooses_the_instruction_set():
     assert run("portable").stdout.strip() == "portable"
     wrong = run("mmx")
     assert wrong.returncode != 0 and "CREPE_CPU_ISA=mmx: this machine runs" in wrong.stderr
+
+
+def test_the_short_way_gives_what_the_checked_way_gives(monkeypatch):
+    """Without recorded gradients the usual operands skip the checks; all others get them."""
+    x, bias = torch.randn(1, 3, 32).bfloat16(), torch.randn(24).bfloat16()
+    weights = [kernels.pack(sparse(24, 32, torch.bfloat16), torch.rand(24)), kernels.pack_dense(torch.randn(24, 32))]
+    weights.append(kernels.pack(sparse(24, 32, torch.int8), torch.rand(24), "exact"))
+    calls = [(weight, b) for weight in weights for b in (None, bias)]
+    checked = [kernels.linear(x, *call) for call in calls]
+    if cpu.library() is not None:
+        monkeypatch.setattr(cpu.checks, "product", None)
+    with torch.no_grad():
+        assert torch.equal(torch.stack([kernels.linear(x, *call) for call in calls]), torch.stack(checked))
+        copied = copy.deepcopy(weights[0])
+        copied.data.zero_()
+        assert not kernels.linear(x, copied).any() and torch.equal(kernels.linear(x, weights[0]), checked[0])
+
+
+def test_unusual_operands_are_checked_without_gradients_too():
+    packed, x = kernels.pack(sparse(24, 32)), torch.randn(3, 32)
+    expected = kernels.linear(x, packed)
+    with torch.no_grad():
+        wide = torch.randn(3, 40)
+        wide[:, 4:36] = x
+        assert torch.equal(kernels.linear(wide[:, 4:36], packed), expected)
+        assert torch.equal(kernels.linear(torch._neg_view(-x), packed), expected)
+        assert torch.equal(kernels.linear(x, packed, torch.zeros(24, dtype=torch.float64)), expected)
+        with pytest.raises(ValueError, match="bias has 23 elements"):
+            kernels.linear(x, packed, torch.zeros(23))
+        with pytest.raises(ValueError, match="last dimension must be 32"):
+            kernels.linear(x[:, :8], packed)
+        with pytest.raises(TypeError, match="float64"):
+            kernels.linear(x.double(), packed)
+        with pytest.raises(ValueError, match="x is on cpu"):
+            kernels.linear(x, kernels.PackedWeight(packed.data.to("meta"), packed.shape, packed.format))

@@ -217,7 +217,7 @@ def test_products(isa, n, quads, m, group_size, symmetric, x_dtype, scale_dtype,
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_token_does_not_depend_on_its_batch(isa, group_size):
-    """Also covers the blocked loops: several tiles, several column blocks, several tasks, weights decoded once for all."""
+    """Also covers the blocked loops: several tiles, several column blocks, several tasks, weights decoded once."""
     packed = quantized(300, 2336, group_size, symmetric=group_size != 64).packed()
     x = torch.randn(70, 2336, generator=torch.Generator().manual_seed(0))
     for x_dtype in (torch.bfloat16, torch.float32):

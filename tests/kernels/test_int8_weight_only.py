@@ -93,7 +93,7 @@ def test_products(isa, n, quads, m, x_dtype, strided, with_bias, seed):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_token_does_not_depend_on_its_batch(isa):
-    """Also covers the blocked loops: several tiles, several column blocks, several tasks, weights decoded once for all."""
+    """Also covers the blocked loops: several tiles, several column blocks, several tasks, weights decoded once."""
     packed = kernels.pack(int8_weight(300, 2336), inputs="exact")
     x = torch.randn(100, 2336, generator=torch.Generator().manual_seed(0))
     for x_dtype in (torch.bfloat16, torch.float32):

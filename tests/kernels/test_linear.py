@@ -143,7 +143,7 @@ def test_dense_weights(isa, n, k, m, weight_dtype, x_dtype, with_bias, with_scal
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_a_token_does_not_depend_on_its_batch(isa, dtype):
-    """Also covers the blocked loops: several tiles, several column blocks, several tasks, weights decoded once for all."""
+    """Also covers the blocked loops: several tiles, several column blocks, several tasks, weights decoded once."""
     generator = torch.Generator().manual_seed(0)
     packed = kernels.pack(sparse_weight(300, 2336, dtype, generator))
     x = torch.randn(70 if isa == "portable" else 300, 2336, generator=generator)

@@ -154,6 +154,8 @@ def linear(
     Raises ValueError when shapes or devices do not fit, TypeError for another activation dtype, and RuntimeError where
     an operand requires a gradient and gradients are recorded: there is none.
     """
+    if _direct(x) and (y := _at_once(x, packed, bias)) is not None:
+        return y
     n, k = packed.shape
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; the weight is {n} x {k}, so its last dimension must be {k}")
@@ -263,7 +265,19 @@ def _sparse(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) ->
 
 def _direct(x: torch.Tensor) -> bool:
     """torch's dispatcher costs as much as a small product; only tracing (and tensors that are not plain) needs it."""
-    return not torch.compiler.is_compiling() and type(x) is torch.Tensor and x.is_cpu
+    return not torch.compiler.is_dynamo_compiling() and type(x) is torch.Tensor and x.is_cpu
+
+
+def _at_once(
+    x: torch.Tensor, packed: PackedWeight | CudaWeight | DenseWeight, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """:func:`linear` by a CPU kernel, where operands are as usual; else None."""
+    kind = type(packed)
+    if kind is PackedWeight and packed.inputs is None and packed.format.code is not None:
+        return cpu.multiply_plain(x, packed, bias)
+    if kind is DenseWeight and packed.weight.numel() and x.numel() <= _dense_tokens(packed.dtype) * packed.shape[1]:
+        return cpu.multiply_plain(x, packed, bias)
+    return None
 
 
 def _multiply(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

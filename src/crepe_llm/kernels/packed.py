@@ -26,6 +26,7 @@ says, a kernel reads no activation outside the group. The layout is ours; what d
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,24 @@ class Inputs:
     scale: float | None = None
 
 
+class Operands(NamedTuple):
+    """What each call of a CPU kernel needs of a weight, looked up once: its tensors, their sizes, where they are."""
+
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+    data_bytes: int
+    scale_count: int
+    zero_count: int
+    on_cpu: bool
+
+    @classmethod
+    def of(cls, data: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> "Operands":
+        counts = (0 if tensor is None else tensor.numel() for tensor in (scale, zero))
+        on_cpu = all(tensor is None or tensor.is_cpu for tensor in (data, scale, zero))
+        return cls(data, scale, zero, data.nbytes, *counts, on_cpu)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A 2:4 weight in the CPU kernels' layout; made by :func:`crepe_llm.kernels.pack`.
@@ -122,6 +141,10 @@ class PackedWeight:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(tensor for tensor in (self.data, self.scale, self.zero) if tensor is not None)
+
+    @cached_property
+    def operands(self) -> "Operands":
+        return Operands.of(self.data, self.scale, self.zero)
 
     @property
     def nbytes(self) -> int:
@@ -199,6 +222,10 @@ class DenseWeight:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.weight,) if self.scale is None else (self.weight, self.scale)
+
+    @cached_property
+    def operands(self) -> "Operands":
+        return Operands.of(self.weight, self.scale, None)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -8,10 +8,12 @@ is one pool, and ``torch.set_num_threads`` and CPU affinity set for torch hold h
 import ctypes
 import functools
 import os
+import struct
 import warnings
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from crepe_llm.kernels import checks
 from crepe_llm.kernels.formats import format_of
@@ -34,15 +36,8 @@ _CURE = (
 _NO_MEMORY = 1  # what crepe_multiply returns; 2: sizes that do not belong together
 
 
-class _Problem(ctypes.Structure):
-    """``Problem`` of kernels.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "x", "scale", "zero", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("m", "n", "k", "x_row_stride", "x_column_stride")),
-        *((name, ctypes.c_int64) for name in ("weight_bytes", "x_columns", "scale_count", "zero_count", "bias_count")),
-        *((name, ctypes.c_int32) for name in ("layout", "weight_format", "x_dtype", "scale_dtype", "bias_dtype")),
-    )
+# ``Problem`` of kernels.h: six addresses; m, n, k, two strides of x; five sizes; layout and four codes of dtypes.
+_PROBLEM = struct.Struct("6P 10q 5i 0q")
 
 
 @functools.cache
@@ -53,16 +48,16 @@ def library() -> ctypes.CDLL | None:
     if found.exists():
         try:
             loaded = ctypes.CDLL(str(found))
-            current = loaded.crepe_problem_bytes() == ctypes.sizeof(_Problem) and bool(loaded.crepe_multiply_experts)
+            current = loaded.crepe_problem_bytes() == _PROBLEM.size and bool(loaded.crepe_multiply_experts)
         except (AttributeError, OSError) as error:
             current, reason = False, str(error)
         else:
             reason = f"{found.name} was built from another version of the source"
         if current:
             loaded.crepe_instruction_set.restype = ctypes.c_char_p
-            pointer, integer = ctypes.c_void_p, ctypes.c_int32
-            loaded.crepe_multiply.argtypes = (pointer, integer, pointer, integer)
-            loaded.crepe_multiply_experts.argtypes = (pointer, pointer, ctypes.c_int64, integer, pointer, integer)
+            problem, pointer, integer = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32
+            loaded.crepe_multiply.argtypes = (problem, integer, pointer, integer)
+            loaded.crepe_multiply_experts.argtypes = (problem, pointer, ctypes.c_int64, integer, pointer, integer)
             return loaded
     warnings.warn(
         f"crepe-llm's CPU kernel library is missing ({reason}); 2:4 weights are decompressed at every product, which "
@@ -104,6 +99,13 @@ def default_instruction_set() -> str | None:
 
 
 @functools.cache
+def _default_index() -> int | None:
+    """The index of the default instruction set in the library; None without a library."""
+    name = default_instruction_set()
+    return None if name is None else instruction_sets()[name]
+
+
+@functools.cache
 def _parallel() -> int:
     """Address of ``GOMP_parallel`` in the OpenMP runtime that torch calls, or 0 where there is none."""
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -130,52 +132,84 @@ def multiply(
     checks.product(x, weight, bias)
     if not x.is_cpu:
         raise ValueError(f"x is on {x.device}; these kernels run on the CPU")
-    n, k = weight.shape
-    if isinstance(weight, PackedWeight):
-        if weight.format.code is None:
-            raise ValueError(
-                f"the CPU has no kernel for {weight.format.name} weights; crepe_llm.kernels.pack widens them"
-            )
-        layout, data, code = _SPARSE24, weight.data, weight.format.code
-        scale, zero = weight.scale, weight.zero
-    else:
-        layout, data, code = _DENSE, weight.weight, _CODES[weight.dtype]
-        scale, zero = weight.scale, None
+    if isinstance(weight, PackedWeight) and weight.format.code is None:
+        raise ValueError(f"the CPU has no kernel for {weight.format.name} weights; crepe_llm.kernels.pack widens them")
     x = x.resolve_neg()
-    y = x.new_empty(x.shape[0], n)
     if bias is not None:
         bias = bias.resolve_neg().to(bias.dtype if bias.dtype in _FLOATS else torch.float32).contiguous()
-    problem = _Problem(
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    index = instruction_sets()[instruction_set or default_instruction_set() or ""]
+    return _multiply(x, (x.shape[0], *x.stride()), weight, bias, y, index)
+
+
+def multiply_plain(
+    x: torch.Tensor, weight: PackedWeight | DenseWeight, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """``x`` [..., K], on the CPU, times ``weight``, plus ``bias``: [..., N], as :func:`multiply` gives it.
+
+    A small product takes no longer than :func:`multiply` takes to look at its operands; here they are told apart at
+    once. None for what is not usual: gradients recorded, strides, shapes or dtypes that need a change or an error, no
+    library.
+    """
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not weight.operands.on_cpu:
+        return None
+    shape, (n, k) = x.shape, weight.shape
+    if not shape or shape[-1] != k or not k or x.dtype not in _FLOATS or not x.is_contiguous() or x.is_neg():
+        return None
+    if bias is not None:
+        plain = bias.is_cpu and bias.dtype in _FLOATS and bias.is_contiguous() and not bias.is_neg()
+        if not plain or bias.numel() != n:
+            return None
+    index = _default_index()
+    return (
+        None
+        if index is None
+        else _multiply(x, (x.numel() // k, k, 1), weight, bias, x.new_empty(*shape[:-1], n), index)
+    )
+
+
+def _multiply(
+    x: torch.Tensor,
+    layout_of_x: tuple[int, int, int],
+    weight: PackedWeight | DenseWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    index: int,
+) -> torch.Tensor:
+    """``y`` with the product of checked operands in it; ``layout_of_x`` is tokens, row stride and column stride."""
+    data, scale, zero, data_bytes, scale_count, zero_count, _ = weight.operands
+    (n, k), (m, row_stride, column_stride) = weight.shape, layout_of_x
+    sparse = isinstance(weight, PackedWeight)
+    problem = _PROBLEM.pack(
         data.data_ptr(),
         x.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if zero is None else zero.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        x.shape[0],
+        m,
         n,
         k,
-        x.stride(0),
-        x.stride(1),
-        data.nbytes,
-        x.shape[1],
-        0 if scale is None else scale.numel(),
-        0 if zero is None else zero.numel(),
-        0 if bias is None else bias.numel(),
-        layout,
-        code,
+        row_stride,
+        column_stride,
+        data_bytes,
+        k,
+        scale_count,
+        zero_count,
+        0 if bias is None else n,
+        _SPARSE24 if sparse else _DENSE,
+        weight.format.code if sparse else _CODES[weight.dtype],
         _FLOATS[x.dtype],
         0 if scale is None else _FLOATS[scale.dtype],
         0 if bias is None else _FLOATS[bias.dtype],
     )
-    index = instruction_sets()[instruction_set or default_instruction_set() or ""]
     lib = library()
     assert lib is not None
-    status = lib.crepe_multiply(ctypes.addressof(problem), index, _parallel(), torch.get_num_threads())
+    status = lib.crepe_multiply(problem, index, _parallel(), torch.get_num_threads())
     if status == _NO_MEMORY:
-        raise MemoryError(f"no memory for the converted activations of {x.shape[0]} tokens x {k} columns")
+        raise MemoryError(f"no memory for the converted activations of {m} tokens x {k} columns")
     if status:
-        raise ValueError(f"the operands do not fit a product of {x.shape[0]} tokens with a weight of {n} x {k}")
+        raise ValueError(f"the operands do not fit a product of {m} tokens with a weight of {n} x {k}")
     return y
 
 
@@ -194,29 +228,16 @@ def multiply_experts(
     x, ends = x.resolve_neg(), ends.contiguous()
     y = x.new_empty(x.shape[0], n)
     scale = experts.scale
-    problem = _Problem(
-        weight=experts.data.data_ptr(),
-        x=x.data_ptr(),
-        scale=None if scale is None else scale.data_ptr(),
-        y=y.data_ptr(),
-        m=x.shape[0],
-        n=n,
-        k=k,
-        x_row_stride=x.stride(0),
-        x_column_stride=x.stride(1),
-        weight_bytes=experts.data.nbytes,
-        x_columns=x.shape[1],
-        scale_count=0 if scale is None else scale.numel(),
-        layout=_SPARSE24,
-        weight_format=experts.format.code,
-        x_dtype=_FLOATS[x.dtype],
-        scale_dtype=_FLOATS[torch.float32],
-    )
+    addresses = (experts.data.data_ptr(), x.data_ptr(), 0 if scale is None else scale.data_ptr(), 0, 0, y.data_ptr())
+    shape = (x.shape[0], n, k, *x.stride())
+    counts = (experts.data.nbytes, x.shape[1], 0 if scale is None else scale.numel(), 0, 0)
+    codes = (_SPARSE24, experts.format.code, _FLOATS[x.dtype], _FLOATS[torch.float32], 0)
+    problem = _PROBLEM.pack(*addresses, *shape, *counts, *codes)
     index = instruction_sets()[instruction_set or default_instruction_set() or ""]
     lib = library()
     assert lib is not None
     status = lib.crepe_multiply_experts(
-        ctypes.addressof(problem), ends.data_ptr(), len(ends), index, _parallel(), torch.get_num_threads()
+        problem, ends.data_ptr(), len(ends), index, _parallel(), torch.get_num_threads()
     )
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory for the converted activations of {x.shape[0]} rows x {k} columns")

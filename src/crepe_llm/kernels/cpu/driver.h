@@ -51,6 +51,10 @@ void scatter_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64_
     for (int64_t c = 0; c < padded; c += unit) {
         Out* to = out + c * tokens + t * unit;
         int64_t valid = k - c < unit ? (k > c ? k - c : 0) : unit;
+        if (std::is_same_v<Out, X> && stride == 1 && valid == unit && !even_odd) {
+            std::memcpy(to, x + c, size_t(unit) * sizeof(X));
+            continue;
+        }
         for (int64_t j = 0; j < unit; j++) {
             Out& place = to[even_odd ? (j & ~15) + 8 * (j & 1) + (j & 15) / 2 : j];
             if (j >= valid)
