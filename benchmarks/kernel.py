@@ -4,6 +4,8 @@
     python benchmarks/kernel.py --quick              # two shapes, four token counts
     python benchmarks/kernel.py --dense              # the dense kernel for few tokens (lm_head) instead
     python benchmarks/kernel.py --dense --dtype int8 # the same with int8 rows
+    python benchmarks/kernel.py --dtype bf16 int8_weight_only int4_g64   # several tables
+    python benchmarks/kernel.py --shape 16x32 --tokens 1                 # what a call costs
     python benchmarks/kernel.py --dtype int8         # W8A8 2:4 weights
     python benchmarks/kernel.py --dtype int8_weight_only  # the same, activations not quantized
     python benchmarks/kernel.py --dtype int4_g64     # W4A16 2:4 weights, a scale for 64 columns
@@ -39,7 +41,7 @@ from crepe_llm.kernels.packed import DenseWeight, PackedWeight, interleave, spli
 from records import RESULTS, append
 
 # Raised by every change of a default or of how something is measured.
-PROTOCOL = 1
+PROTOCOL = 2  # 2: without gradients, as models are served
 
 SHAPES = {  # N x K of the linears
     "square": (4096, 4096),
@@ -255,7 +257,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, token counts 1, 8, 64, 256")
     parser.add_argument("--dense", action="store_true", help="the dense kernel for few tokens instead of the 2:4 one")
-    parser.add_argument("--dtype", choices=[*DTYPES, *INT4], default="bf16", help="2:4 weights (fp8: cuda; int4: cpu)")
+    parser.add_argument(
+        "--dtype", choices=[*DTYPES, *INT4], nargs="+", default=["bf16"], help="2:4 weights (fp8: cuda; int4: cpu)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", action="append", help="NxK instead of the built-in shapes; may be repeated")
     parser.add_argument("--tokens", type=int, nargs="+", help="token counts")
@@ -277,7 +281,10 @@ def main() -> None:
         shapes = dict(list(shapes.items())[:2])
     tokens = arguments.tokens or ((1, 8, 64, 256) if arguments.quick else TOKENS[:6] if arguments.dense else TOKENS)
     rows = gpu_rows if arguments.device == "cuda" else cpu_rows
-    rows(shapes, tokens, arguments)
+    for dtype in arguments.dtype:
+        with torch.inference_mode():
+            rows(shapes, tokens, argparse.Namespace(**{**vars(arguments), "dtype": dtype}))
+        print()
 
 
 if __name__ == "__main__":

@@ -100,9 +100,9 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(cls, data: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> "Operands":
-        counts = (0 if tensor is None else tensor.numel() for tensor in (scale, zero))
+        scales, zeros = (0 if tensor is None else tensor.numel() for tensor in (scale, zero))
         on_cpu = all(tensor is None or tensor.is_cpu for tensor in (data, scale, zero))
-        return cls(data, scale, zero, data.nbytes, *counts, on_cpu)
+        return cls(data, scale, zero, data.nbytes, scales, zeros, on_cpu)
 
 
 @dataclass(frozen=True, eq=False)

@@ -179,7 +179,10 @@ def _multiply(
     """``y`` with the product of checked operands in it; ``layout_of_x`` is tokens, row stride and column stride."""
     data, scale, zero, data_bytes, scale_count, zero_count, _ = weight.operands
     (n, k), (m, row_stride, column_stride) = weight.shape, layout_of_x
-    sparse = isinstance(weight, PackedWeight)
+    if isinstance(weight, PackedWeight):
+        layout, code = _SPARSE24, weight.format.code
+    else:
+        layout, code = _DENSE, _CODES[weight.dtype]
     problem = _PROBLEM.pack(
         data.data_ptr(),
         x.data_ptr(),
@@ -197,8 +200,8 @@ def _multiply(
         scale_count,
         zero_count,
         0 if bias is None else n,
-        _SPARSE24 if sparse else _DENSE,
-        weight.format.code if sparse else _CODES[weight.dtype],
+        layout,
+        code,
         _FLOATS[x.dtype],
         0 if scale is None else _FLOATS[scale.dtype],
         0 if bias is None else _FLOATS[bias.dtype],
