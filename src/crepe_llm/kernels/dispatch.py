@@ -272,11 +272,12 @@ def _at_once(
     x: torch.Tensor, packed: PackedWeight | CudaWeight | DenseWeight, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """:func:`linear` by a CPU kernel, where operands are as usual; else None."""
-    kind = type(packed)
-    if kind is PackedWeight and packed.inputs is None and packed.format.code is not None:
-        return cpu.multiply_plain(x, packed, bias)
-    if kind is DenseWeight and packed.weight.numel() and x.numel() <= _dense_tokens(packed.dtype) * packed.shape[1]:
-        return cpu.multiply_plain(x, packed, bias)
+    if isinstance(packed, PackedWeight):
+        plain = packed.inputs is None and packed.format.code is not None
+        return cpu.multiply_plain(x, packed, bias) if plain else None
+    if isinstance(packed, DenseWeight):
+        plain = packed.weight.numel() > 0 and x.numel() <= _dense_tokens(packed.dtype) * packed.shape[1]
+        return cpu.multiply_plain(x, packed, bias) if plain else None
     return None
 
 

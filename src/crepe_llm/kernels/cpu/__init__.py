@@ -139,7 +139,7 @@ def multiply(
         bias = bias.resolve_neg().to(bias.dtype if bias.dtype in _FLOATS else torch.float32).contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
     index = instruction_sets()[instruction_set or default_instruction_set() or ""]
-    return _multiply(x, (x.shape[0], *x.stride()), weight, bias, y, index)
+    return _multiply(x, (x.shape[0], x.stride(0), x.stride(1)), weight, bias, y, index)
 
 
 def multiply_plain(
