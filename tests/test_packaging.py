@@ -321,7 +321,7 @@ def test_readmes_commands_run(user):
     small = {
         "doctor": "",
         "prune": "--samples 8 --length 64",
-        "recover": "--tokens 4096 --length 64 --learning-rate 1e-2",
+        "recover": "--tokens 8192 --length 64",
         "report": "--window 64 --tokens 256",
     }
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^ {4}(crepe .*)$", README, re.MULTILINE)]
