@@ -14,17 +14,19 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.search.divergence import Divergence
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, evaluate
-from crepe_llm.search.halving import Cost, Measure, choose_rounds, judge
 from crepe_llm.search.optimisers import OPTIMISERS
+from crepe_llm.search.rehearsal import Pruning, mask_step, rehearsed
 from crepe_llm.search.search import search
 from crepe_llm.search.space import RIA, WANDA, Coefficients, Mask
+from crepe_llm.search.stages import Cost, Measure, choose_rounds, judge
 from crepe_llm.search.study import Study
 from crepe_llm.search.trials import Plan, Stage
 from hill_climb import hill_climb as by_hill_climbing
@@ -33,8 +35,10 @@ from records import RESULTS, Row, append
 from studies import studies_folder
 
 # Raised by every change of a default or of how something is measured.
-# 1: by the proxy alone.
-PROTOCOL = 2
+# 1: by the proxy alone. 2: in three stages, the first two by masks from the dense model's statistics.
+PROTOCOL = 3
+# Windows that the first stage calibrates on: PHOSearchModifier's 2048 tokens.
+FIRST_REHEARSAL = 4
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 PROXY = PROXIES[DEFAULT_PROXY]
@@ -72,32 +76,42 @@ def searched(bench: Bench, mask: Mask, options: argparse.Namespace, path: Path) 
         candidates=options.candidates,
         path=path,
     )
-    windows = bench.calibration.unbind()
-    measures = tuple(
-        measure(bench, mask, Divergence(bench.model, list(part)), name)
-        for name, part in (("masks from cached statistics", windows[::2]), ("kept windows", windows[1::2]))
-    )
+    calibrating, kept = bench.calibration[::2].unbind(), bench.calibration[1::2].unbind()
+    quick = measure(bench, mask, "first stage: pruned by masks alone", kept[:FIRST_REHEARSAL], calibrating)
+    real = measure(bench, mask, "last stage: pruned as the recipe prunes", calibrating, kept)
 
     def plan(seconds: float) -> Plan:
-        cost = Cost(0.0, seconds / len(measures[1].tokens), seconds)
-        rounds = choose_rounds(measures[0].tokens, measures[1].tokens, cost, tokens=options.search_tokens)
+        pruning, window = (timed(quick, range(count)) for count in (0, 1))
+        cost = Cost(pruning, window - pruning, seconds)
+        rounds = choose_rounds(quick.tokens, real.tokens, cost, tokens=options.search_tokens)
         return Plan(f"tokens={options.search_tokens}", rounds, cost.of(rounds) if rounds else 0.0)
 
     def progress(stage: Stage) -> None:
         print(f"{stage.name}: {stage.trials[-1].loss:.4f} nats a token: {stage.trials[-1].coefficients}", flush=True)
 
-    judge(study, RIA, (measures[0], measures[1]), plan, path, progress)
+    judge(study, RIA, (quick, real), plan, path, progress)
     return study
 
 
-def measure(bench: Bench, mask: Mask, divergence: Divergence, name: str) -> Measure:
-    """How far the model pruned by dense statistics is from the dense one, on some windows."""
+def measure(
+    bench: Bench, mask: Mask, name: str, calibrating: Sequence[torch.Tensor], windows: Sequence[torch.Tensor]
+) -> Measure:
+    """How far the model pruned block by block is from the dense one, on some windows."""
+    divergence = Divergence(bench.model, windows)
+    wanted = {module: Wanted(layer) for layer, module in bench.layers.items()}
 
-    def losses(coefficients: Coefficients, windows: range) -> list[float]:
-        with bench.pruned(coefficients, mask):
-            return [divergence(window) for window in windows]
+    def losses(coefficients: Coefficients, chosen: range) -> list[float]:
+        with rehearsed(bench.model, calibrating, Pruning(wanted, Calibration(), mask_step(coefficients, mask))):
+            return [divergence(window) for window in chosen]
 
     return Measure(name, divergence.tokens, losses)
+
+
+def timed(measure: Measure, windows: range) -> float:
+    """Seconds of pruning by RIA's coefficients and judging on some windows."""
+    started = time.perf_counter()
+    measure.losses(RIA, windows)
+    return time.perf_counter() - started
 
 
 def projection(bench: Bench, candidate: float, candidates: int) -> dict[str, float]:

@@ -17,10 +17,11 @@ from datasets import Dataset
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, PHOSearchModifier, WeightCorrectionModifier
+from crepe_llm.modifiers.pho import _in_turn
 from crepe_llm.search.fitness import PROXIES
 from crepe_llm.search.space import RIA, Coefficients, Mask
 from crepe_llm.search.study import Study, StudyError
-from modifier_helpers import linears, load, run
+from modifier_helpers import load, run
 from tiny_models import FAMILIES
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "crepe_2of4_pho.yaml"
@@ -59,7 +60,7 @@ def test_crepe_prunes_with_what_pho_found(tiny_model_folder, calibration_data, p
     study = Study.load(tmp_path / "study.json")
     assert study.finished
     assert len(study.candidates) >= 9
-    assert len(study.stages) == 3
+    assert len(study.stages) == 2
     chosen = study.recommended
     assert vars(chosen) == pho.chosen
     assert all(crepe.value(name) == value for name, value in pho.chosen.items())
@@ -270,31 +271,29 @@ def test_the_last_stage_prunes_as_the_recipe_does(tiny_model_folder, calibration
     assert set(recipe_errors(crepe)) == set(crepe.realised)
 
 
-def test_early_stages_judge_on_other_text_than_their_statistics(tiny_model_folder, calibration_data, pair):
-    """The incumbent's first loss, against the model pruned by the norms of every second sequence, on the others."""
+def test_the_first_stage_prunes_by_masks_alone_and_judges_on_other_text(tiny_model_folder, calibration_data, pair):
+    """The incumbent's first loss, against the model that CRePE alone gives when it is calibrated on every second
+    sequence, on the first of the others."""
     pho, crepe = pair()
-    run(sharp(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    run(sharp(tiny_model_folder("llama")), [pho, crepe, ADMMModifier(rounds=2, iterations=3)], calibration_data)
     used, masks = calibration_data["input_ids"], calibration_data["attention_mask"]
     texts = [torch.tensor(ids)[torch.tensor(mask).bool()] for ids, mask in zip(used, masks, strict=True)]
+    alone = Dataset.from_dict(
+        {"input_ids": [text.tolist() for text in texts[1::2]], "attention_mask": [[1] * len(t) for t in texts[1::2]]}
+    )
     model, dense = (sharp(tiny_model_folder("llama")) for _ in range(2))
-    norms = {}
-
-    def see(module, args):
-        norms[module] = norms.get(module, 0) + args[0].double().square().sum((0, 1))
-
+    run(model, [CRePEModifier(mask_structure="2:4")], alone, batch_size=1)
     with torch.no_grad():
-        handles = [module.register_forward_pre_hook(see) for module in linears(model).values()]
-        for text in texts[1::2]:
-            model(text[None])
-        for handle in handles:
-            handle.remove()
-        for module in linears(model).values():
-            scores = crepe_scores(module.weight, norms[module].sqrt().float(), **vars(OWN))
-            module.weight *= keep_mask(scores, 0.5, "2:4")
-        p, q = (m(texts[0][None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
+        p, q = (m.eval()(texts[0][None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
     first = pho.result.stages[0].trials[0]
     expected = (p.exp() * (p - q)).sum().item()
+    assert first.coefficients == OWN
     assert expected > 0.1 and first.losses[0] == pytest.approx(expected, rel=0.02, abs=8e-3)
+
+
+def test_windows_of_many_sequences_come_first():
+    first, second = torch.arange(1300), torch.arange(600)
+    assert [len(window) for window in _in_turn([first, second])] == [512, 512, 512, 88, 276]
 
 
 def recipe_errors(crepe):
@@ -307,13 +306,10 @@ def spoilt(monkeypatch, best):
     def losses(coefficients, windows):
         return [float(window + (2 if coefficients == best else 3)) for window in windows]
 
-    for name in ("_as_the_recipe_prunes", "_by_cached_statistics"):
-        original = getattr(PHOSearchModifier, name)
-        monkeypatch.setattr(
-            PHOSearchModifier,
-            name,
-            lambda *arguments, original=original: dataclasses.replace(original(*arguments), losses=losses),
-        )
+    measure = PHOSearchModifier._measure
+    monkeypatch.setattr(
+        PHOSearchModifier, "_measure", lambda *args, **kw: dataclasses.replace(measure(*args, **kw), losses=losses)
+    )
 
 
 @pytest.mark.parametrize("winner", ["own", "ria"])
@@ -336,7 +332,7 @@ def test_costs_are_told_and_a_budget_that_is_too_small_keeps_the_incumbent(
     pho, crepe = pair()
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     told = next(number for number, line in enumerate(messages) if "minutes more" in line)
-    assert told < next(number for number, line in enumerate(messages) if "stage 1" in line)
+    assert told < next(number for number, line in enumerate(messages) if "first stage" in line)
     pho, crepe = pair({"minutes": 1e-4, "tokens": None, "record": pho.record + "2"})
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert pho.chosen == {name: crepe.value(name) for name in pho.chosen}

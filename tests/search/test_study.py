@@ -1,6 +1,7 @@
+import itertools
 import json
+import math
 
-import numpy as np
 import pytest
 
 from crepe_llm.search.search import search
@@ -55,11 +56,17 @@ def test_the_shortlist_is_spread():
     own = Coefficients(1.0, 4.0, 3.0, 31, 0.85)
     shortlist = result.shortlist(12, [own, RIA])
     assert shortlist[:3] == [own, RIA, result.best.coefficients]
-    looked = sorted(result.candidates[1:65], key=result.loss)
-    assert shortlist[3:] == [candidate.coefficients for candidate in looked[:9]]
-    # The best of all crowd around one place; the shortlist does not.
-    crowd = [result.space.point(c.coefficients) for c in sorted(result.candidates, key=result.loss)[:9]]
-    assert np.std(crowd, axis=0).max() < np.std([result.space.point(c) for c in shortlist[3:]], axis=0).min()
+    half = sorted(result.candidates[1:65], key=result.loss)[:32]
+    assert set(shortlist[3:]) < {candidate.coefficients for candidate in half}
+
+    def nearest(of):
+        points = [result.space.point(coefficients) for coefficients in of]
+        return min(math.dist(a, b) for a, b in itertools.combinations(points, 2))
+
+    # The best of that half are nearer to each other, and those of all crowd around one place.
+    assert nearest(shortlist) > 1.5 * nearest(candidate.coefficients for candidate in half[:9])
+    crowd = sorted(result.candidates, key=result.loss)[:9]
+    assert nearest(shortlist) > 5 * nearest(candidate.coefficients for candidate in crowd)
     assert result.shortlist(1, [own]) == [own, result.best.coefficients]
     assert result.recommended == result.challengers[0] == result.best.coefficients
 

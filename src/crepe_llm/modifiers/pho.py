@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,23 +37,22 @@ from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import Layer, weight_matrix
 from crepe_llm.search.divergence import Divergence, cut_windows
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
-from crepe_llm.search.halving import WINDOW, Cost, Measure, choose_rounds, judge, run_last_stage
-from crepe_llm.search.rehearsal import Pruning, mask_step, pruned, rehearsed
+from crepe_llm.search.rehearsal import Pruning, input_norms, mask_step, pruned, rehearsed
 from crepe_llm.search.search import search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
+from crepe_llm.search.stages import WINDOW, Cost, Measure, choose_rounds, judge, run_last_stage
 from crepe_llm.search.study import Study
 from crepe_llm.search.trials import Plan, Stage
 
 __all__ = ["PHOSearchModifier"]
 
-Norms = dict[torch.nn.Module, torch.Tensor]
-
 _CANDIDATES = 200
 _NAMES = [field.name for field in dataclasses.fields(Coefficients)]
 # The share of `minutes` that the search by proxy may take.
 _BY_PROXY = 0.25
-# At most so many tokens are kept for the last stage, are looked at in earlier ones, and calibrate the last stage.
-_KEPT_TOKENS, _EARLY_TOKENS, _REHEARSAL_TOKENS = 16384, 8192, 32768
+# The last stage judges on so many tokens at most and calibrates on so many; the first stage likewise.
+_KEPT_TOKENS, _REHEARSAL_TOKENS = 16384, 32768
+_FIRST_TOKENS, _FIRST_REHEARSAL_TOKENS = 8192, 2048
 
 
 class PHOSearchModifier(LayerModifier):
@@ -60,11 +60,11 @@ class PHOSearchModifier(LayerModifier):
     Modifier that searches for the coefficients of the CRePEModifier after it, in the manner of the PHO of
     https://arxiv.org/abs/2606.01544, whose internals are not public to us. It changes no weight.
 
-    A proxy on a sample of layers and rows is the first filter. Then the model is pruned with ever fewer candidates on
-    ever more text, and compared with the dense model by the divergence of their predictions. In the last stage it is
-    pruned as the recipe prunes it, by the modifiers that share the CRePEModifier's pass, and judged on text that is
-    kept for that. The CRePEModifier's own coefficients stay unless others are clearly better there. docs/pho.md says
-    how.
+    A proxy on a sample of layers and rows is the first filter. Then the whole model is pruned block by block with a few
+    dozen candidates, calibrated and judged on little text, by the divergence of its predictions from the dense model's.
+    A surrogate of these losses proposes most of the candidates. In the last stage the model is pruned with the best few
+    as the recipe prunes it, by the modifiers that share the CRePEModifier's pass, and judged on text that is kept for
+    that. The CRePEModifier's own coefficients stay unless others are clearly better there. docs/pho.md says how.
 
     The CRePEModifier prunes with what was found, and the recipe that is saved with the model has it: as `found` here,
     and as the CRePEModifier's coefficients. So that recipe prunes the same again without searching.
@@ -98,8 +98,8 @@ class PHOSearchModifier(LayerModifier):
     :param proxy: the first filter, a name from `crepe_llm.search.fitness.PROXIES`
     :param optimiser: of the search by proxy, `cma` (CMA-ES) or `random`
     :param candidates: how many are judged by the proxy; 200 where it is left out
-    :param tokens: the most tokens, candidates times windows, that the pruned model is run on. Where neither this nor
-        `minutes` is given, 32 candidates on 1024 tokens each, 8 on 4096 and 3 on 16384, as far as there is text
+    :param tokens: the most tokens, candidates times windows, that the pruned model is judged on. Where neither this nor
+        `minutes` is given, 40 candidates on 2048 tokens each and 4 on 16384, as far as there is text
     :param minutes: the most that searching and judging may take, calibration aside. Where the incumbent alone takes
         that long, its coefficients are used
     :param space: bounds that differ from `crepe_llm.search.space.SearchSpace`'s, such as `{activation_exponent: [0.2,
@@ -324,26 +324,27 @@ class PHOSearchModifier(LayerModifier):
         """Measure candidates on the pruned model, until the last stage says what to use."""
         calibrating, kept = texts
         own = self._own()
-        # Early stages prune by the statistics of the text that the last one judges on, and judge on the text that it
-        # calibrates on, so that no mask is judged on the text that its statistics are from.
-        last = Divergence(model, cut_windows(kept, WINDOW), self._layers)
-        norms = last.norms
-        real = self._as_the_recipe_prunes(model, last, _up_to(calibrating, _REHEARSAL_TOKENS))
+        last = Divergence(model, cut_windows(kept, WINDOW))
+        used = _up_to(calibrating, _REHEARSAL_TOKENS)
+        real = self._measure(model, "last stage: pruned as the recipe prunes", last, used)
         if self._source is not None:
             if path.exists():
                 take_record(study, path)
             run_last_stage(study, [own, *self._source.challengers], real, path, _progress)
             return
+        # The first stage calibrates on the text that the last one judges on and judges on the text that it calibrates
+        # on, so that no mask is judged on the text that its statistics are from.
         before = time.perf_counter()
-        early = Divergence(model, cut_windows(_up_to(calibrating, _EARLY_TOKENS), WINDOW))
-        window = (time.perf_counter() - before) / len(early.tokens)
-        quick = self._by_cached_statistics(early, norms)
+        first = Divergence(model, _up_to(_in_turn(calibrating), _FIRST_TOKENS))
+        window = (time.perf_counter() - before) / len(first.tokens)
+        used = _up_to(_in_turn(kept), _FIRST_REHEARSAL_TOKENS)
+        quick = self._measure(model, "first stage: pruned by masks alone", first, used, masks_alone=True)
 
         def plan(seconds: float) -> Plan:
             before = time.perf_counter()
-            with pruned(norms, own, self._mask):
-                cost = Cost(time.perf_counter() - before, window, seconds)
-            return self._plan(cost, (early.tokens, last.tokens), time.perf_counter() - started)
+            quick.losses(own, range(0))
+            cost = Cost(time.perf_counter() - before, window, seconds)
+            return self._plan(cost, (first.tokens, last.tokens), time.perf_counter() - started)
 
         judge(study, own, (quick, real), plan, path, _progress)
 
@@ -362,27 +363,28 @@ class PHOSearchModifier(LayerModifier):
             )
         return plan
 
-    def _by_cached_statistics(self, divergence: Divergence, norms: Norms) -> Measure:
-        def losses(coefficients: Coefficients, windows: range) -> list[float]:
-            with pruned(norms, coefficients, self._mask):
-                return [divergence(window) for window in windows]
-
-        return Measure("masks from cached statistics", divergence.tokens, losses)
-
-    def _as_the_recipe_prunes(self, model: Any, divergence: Divergence, calibrating: list[torch.Tensor]) -> Measure:
-        """The last stage's measure; where blocks cannot be run by themselves, masks are of the dense statistics."""
+    def _measure(
+        self, model: Any, name: str, divergence: Divergence, calibrating: list[torch.Tensor], masks_alone: bool = False
+    ) -> Measure:
+        """How a stage measures; where blocks cannot be run by themselves, masks are of the dense model's statistics."""
         try:
             find_blocks(model)
         except ValueError as error:
-            logger.warning(f"PHO: the last stage prunes by the dense model's statistics, as {error}")
-            other = Divergence(model, cut_windows(calibrating, WINDOW), self._layers)
-            return self._by_cached_statistics(divergence, other.norms)
+            logger.warning(f"PHO: {name.partition(':')[0]} prunes by the dense model's statistics, as {error}")
+            norms = _norms(model, calibrating, self._layers)
+
+            def meanwhile(coefficients: Coefficients) -> AbstractContextManager[None]:
+                return pruned(norms, coefficients, self._mask)
+        else:
+
+            def meanwhile(coefficients: Coefficients) -> AbstractContextManager[None]:
+                return rehearsed(model, calibrating, self._pruning(coefficients, masks_alone))
 
         def losses(coefficients: Coefficients, windows: range) -> list[float]:
-            with rehearsed(model, calibrating, self._pruning(coefficients)):
+            with meanwhile(coefficients):
                 return [divergence(window) for window in windows]
 
-        return Measure("last stage: pruned as the recipe prunes", divergence.tokens, losses)
+        return Measure(name, divergence.tokens, losses)
 
     @property
     def _prunes_as_crepe(self) -> bool:
@@ -394,8 +396,8 @@ class PHOSearchModifier(LayerModifier):
             or parse_mask_structure(crepe.value("mask_structure")) is not None
         )
 
-    def _pruning(self, coefficients: Coefficients) -> Pruning:
-        """How the recipe's modifiers prune with these coefficients."""
+    def _pruning(self, coefficients: Coefficients, masks_alone: bool) -> Pruning:
+        """How the recipe's modifiers prune with these coefficients, or their masks alone."""
         if not self._prunes_as_crepe:
             step = mask_step(coefficients, self._mask)
             wanted = {module: Wanted(name) for module, name in self._layers.items()}
@@ -405,6 +407,9 @@ class PHOSearchModifier(LayerModifier):
         crepe.use(**dataclasses.asdict(coefficients))
         run = crepe.pruning_pass
         run.forget()
+        if masks_alone:
+            wanted = {module: Wanted(name) for module, name in crepe.layers.items()}
+            return Pruning(wanted, Calibration(), lambda layer: self._if_usable(layer, crepe.uncalibrated, crepe.step))
         wanted = {module: run.wanted(module) for module in crepe.layers}
         return Pruning(wanted, run.calibration, lambda layer: self._if_usable(layer, crepe.uncalibrated, run.run_steps))
 
@@ -533,6 +538,23 @@ def _up_to(sequences: list[torch.Tensor], tokens: int) -> list[torch.Tensor]:
             break
         chosen.append(sequence if len(sequence) <= room else sequence[:room])
     return chosen
+
+
+def _in_turn(sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The first window of each sequence, then the second of each, and so on: little text of many sequences."""
+    windows = itertools.zip_longest(*(cut_windows([sequence], WINDOW) for sequence in sequences))
+    return [window for turn in windows for window in turn if window is not None]
+
+
+def _norms(
+    model: Any, sequences: list[torch.Tensor], layers: Iterable[torch.nn.Module]
+) -> dict[torch.nn.Module, torch.Tensor]:
+    """The norms of layers' input channels in the model as it is, fp32 [d_in] each."""
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad(), input_norms(layers) as norms:
+        for sequence in sequences:
+            model.base_model(input_ids=sequence[None].to(device), use_cache=False)
+    return norms
 
 
 def _progress(stage: Stage) -> None:

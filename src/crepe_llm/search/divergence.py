@@ -1,12 +1,11 @@
 """How far a model's predictions have moved from what they were: the fitness of a candidate on the whole model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from compressed_tensors.utils import align_module_device
 
-from crepe_llm.search.rehearsal import input_norms
 from crepe_llm.training.targets import Head, Target, TopK, Whole, find_head, keep_top, mean_loss
 
 __all__ = ["Divergence", "cut_windows"]
@@ -38,10 +37,6 @@ class Divergence:
     Args:
         model: a transformers causal language model in evaluation mode.
         windows: int64 [any] each, at least two tokens.
-        watched: linear layers whose inputs are watched while the dense model predicts.
-
-    Attributes:
-        norms: of each watched layer that a token reached the norms of its input channels over all windows, fp32 [d_in].
 
     Raises:
         ValueError: there is no window.
@@ -49,7 +44,7 @@ class Divergence:
     Source: KL to the dense model's logits as fitness, and the top 512 of them, are EvoPress's (arXiv 2410.14649).
     """
 
-    def __init__(self, model: Any, windows: Sequence[torch.Tensor], watched: Iterable[torch.nn.Module] = ()) -> None:
+    def __init__(self, model: Any, windows: Sequence[torch.Tensor]) -> None:
         if not windows:
             raise ValueError("there is no window of text of at least two tokens to compare predictions on")
         self._model = model
@@ -57,9 +52,7 @@ class Divergence:
         self._windows = list(windows)
         with self._head_at_hand():
             self._head: Head | None = find_head(model, self._windows[0][None, :16].to(self._device))
-            # Only now: finding the head runs the model, too.
-            with input_norms(watched) as self.norms:
-                self._dense = [keep_top(self._predictions(window), _TOP) for window in self._windows]
+            self._dense = [keep_top(self._predictions(window), _TOP) for window in self._windows]
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -149,10 +149,11 @@ class Study:
         return list(dict.fromkeys([self.recommended, *(trial.coefficients for trial in ranked[:2])]))[:2]
 
     def shortlist(self, count: int, others: Sequence[Coefficients] = ()) -> list[Coefficients]:
-        """Which candidates to measure on the whole model: `others`, the best, and the best of the look around.
+        """Which candidates to measure on the whole model: `others`, the best, some of the look around's better half.
 
-        Later generations crowd around the proxy's optimum and would give many times the same mask. The look around is
-        spread over the space, so its best differ from each other. (Without CMA-ES every candidate belongs to it.)
+        The proxy tells good regions from bad ones, but not the best place, so those of the better half are taken that
+        are farthest from each other. (Later generations crowd around the proxy's optimum. Without CMA-ES every
+        candidate belongs to the look around.)
 
         Args:
             count: how many, if there are as many; `others` and the best in any case.
@@ -162,9 +163,14 @@ class Study:
             StudyError: nothing was evaluated yet.
         """
         chosen = list(dict.fromkeys([*others, self.best.coefficients]))
-        spread = self.candidates[1 : 1 + LOOKED_AT] if self.optimiser == "cma" else self.candidates
-        ranked = [c.coefficients for c in sorted(spread, key=self.loss) if c.coefficients not in chosen]
-        return [*chosen, *list(dict.fromkeys(ranked))[: max(0, count - len(chosen))]]
+        looked = self.candidates[1 : 1 + LOOKED_AT] if self.optimiser == "cma" else self.candidates
+        half = sorted(looked, key=self.loss)[: max(count, len(looked) // 2)]
+        left = [c for c in dict.fromkeys(candidate.coefficients for candidate in half) if c not in chosen]
+        while left and len(chosen) < count:
+            farthest = max(left, key=lambda c: min(math.dist(self.space.point(c), self.space.point(o)) for o in chosen))
+            left.remove(farthest)
+            chosen.append(farthest)
+        return chosen
 
     def loss(self, candidate: Candidate) -> float:
         """The candidate's value with the sign under which lower is better."""

@@ -1,4 +1,4 @@
-"""Successive halving on the whole model: many candidates on little text, few on much, the last pruned for real.
+"""Two stages on the whole model: many candidates on little text, then the last few pruned as the recipe prunes.
 
 A study's stages are measured in the order of its plan, and saved trial by trial. What is on record is not measured
 again, so that a search that was killed at any moment ends as if it had not been.
@@ -10,27 +10,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from scipy.interpolate import RBFInterpolator
 
-from crepe_llm.search.space import RIA, WANDA, Coefficients, SearchSpace
+from crepe_llm.search.space import RIA, WANDA, Coefficients
 from crepe_llm.search.study import Study
+from crepe_llm.search.surrogate import Surrogate
 from crepe_llm.search.trials import Plan, Round, Stage, Trial
 
-__all__ = ["WINDOW", "Cost", "Measure", "choose_rounds", "judge", "propose", "run_last_stage"]
+__all__ = ["WINDOW", "Cost", "Measure", "choose_rounds", "judge", "run_last_stage"]
 
 WINDOW = 512
 """Tokens of a window: texts are cut into windows of at most so many."""
 
 # Candidates and tokens of each. The last stage is pruned as the recipe prunes.
-_DEFAULT = ((32, 1024), (8, 4096), (3, 16384))
+_DEFAULT = ((40, 2048), (4, 16384))
 # With fewer candidates than these a stage decides nothing.
-_FEWEST = (8, 3, 2)
-# Half of the first stage's candidates are chosen by the proxy, the others by what was measured of these.
-_PROPOSED_AT_ONCE = 8
-# Candidates nearer to each other than this, in the unit cube, give nearly the same masks.
-_NEAR = 0.12
-_SMOOTHING = 1e-3
+_FEWEST = (12, 2)
+# So many of the first stage's candidates are chosen by the proxy, at most; then so many at a time by the surrogate.
+_BY_PROXY, _AT_ONCE = 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +46,16 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds that pruning by cached statistics takes, a window, and a candidate of the last stage."""
+    """Seconds that pruning takes in the first stage, a window there, and a candidate of the last stage."""
 
     pruning: float
     window: float
     last: float
 
     def of(self, rounds: Sequence[Round]) -> float:
-        """What rounds take; survivors are not measured again on windows that they were measured on."""
-        seconds = (rounds[-1].candidates - 1) * self.last
-        for each, new in zip(rounds[:-1], _new_windows(rounds), strict=True):
-            seconds += each.candidates * (self.pruning + new * self.window) * bool(new)
-        return seconds
+        """What rounds take; the incumbent's place in the last one is paid before there is a plan."""
+        first, last = rounds
+        return first.candidates * (self.pruning + first.windows * self.window) + (last.candidates - 1) * self.last
 
 
 def choose_rounds(
@@ -74,80 +68,40 @@ def choose_rounds(
 ) -> tuple[Round, ...]:
     """The stages that a budget pays for.
 
-    By default 32 candidates on 1024 tokens each, 8 on 4096 and 3 on 16384, as far as there is text. A smaller budget
-    takes fewer tokens for each candidate and, at one window, fewer candidates; a larger one takes more candidates.
+    By default 40 candidates on 2048 tokens each and 4 on 16384, as far as there is text. A smaller budget takes fewer
+    candidates and fewer tokens for each, a larger one takes more candidates.
 
     Args:
-        windows: tokens of each window that early stages may use.
+        windows: tokens of each window that the first stage may use.
         kept: tokens of each window that is kept for the last stage.
         cost: what things take.
-        tokens: the most tokens, candidates times windows, in all stages.
+        tokens: the most tokens, candidates times windows, in both stages.
         seconds: the most that the stages may take.
 
     Returns:
-        The rounds; none where the budget is too small for any.
+        The two rounds; none where the budget is too small for any.
     """
     if tokens is None and seconds is None:
         return _scaled(1.0, windows, kept)
     for factor in np.geomspace(8, 1 / 1024, 131).tolist():
         rounds = _scaled(factor, windows, kept)
-        fits = tokens is None or _tokens_of(rounds, windows, kept) <= tokens
-        if fits and (seconds is None or cost.of(rounds) <= seconds):
+        asked = sum(
+            each.candidates * sum(text[: each.windows]) for each, text in zip(rounds, (windows, kept), strict=True)
+        )
+        if (tokens is None or asked <= tokens) and (seconds is None or cost.of(rounds) <= seconds):
             return rounds
     return ()
 
 
 def _scaled(factor: float, windows: Sequence[int], kept: Sequence[int]) -> tuple[Round, ...]:
     rounds = []
-    for (candidates, wanted), fewest in zip(_DEFAULT, _FEWEST, strict=True):
-        last = wanted == _DEFAULT[-1][1]
-        texts = kept if last else windows
+    for (candidates, wanted), fewest, texts in zip(_DEFAULT, _FEWEST, (windows, kept), strict=True):
         length = sum(texts) / len(texts)
-        count = min(len(texts), max(1, round(wanted * min(1.0, factor) / length)))
+        count = min(len(texts), max(1, round(wanted * min(1.0, factor) ** 0.5 / length)))
         affordable = round(candidates * wanted * factor / (count * length))
-        most = candidates if last else round(candidates * max(1.0, factor))
+        most = candidates if texts is kept else round(candidates * max(1.0, factor))
         rounds.append(Round(min(most, max(fewest, affordable)), count))
     return tuple(rounds)
-
-
-def _new_windows(rounds: Sequence[Round]) -> list[int]:
-    before = [0, *(each.windows for each in rounds[:-2])]
-    return [max(0, each.windows - seen) for each, seen in zip(rounds[:-1], before, strict=True)]
-
-
-def _tokens_of(rounds: Sequence[Round], windows: Sequence[int], kept: Sequence[int]) -> int:
-    total, seen = rounds[-1].candidates * sum(kept[: rounds[-1].windows]), 0
-    for each in rounds[:-1]:
-        total += each.candidates * max(0, sum(windows[: each.windows]) - seen)
-        seen = sum(windows[: each.windows])
-    return total
-
-
-def propose(space: SearchSpace, trials: Sequence[Trial], count: int, seed: int) -> list[Coefficients]:
-    """Candidates where a smooth surface through the losses of trials is lowest, apart from each other and from these.
-
-    The surface is a thin-plate spline over the unit cube. Losses above the median count as the median: how bad the bad
-    ones are says nothing of where the best one is.
-
-    Args:
-        space: where to look.
-        trials: on the same windows, more than the space has dimensions.
-        count: how many, if there are as many.
-        seed: of the places that are looked at.
-    """
-    axes = space.varying()
-    known = np.array([space.point(trial.coefficients) for trial in trials])[:, axes]
-    losses = np.array([trial.loss for trial in trials])
-    surface = RBFInterpolator(known, np.minimum(losses, np.median(losses)), smoothing=_SMOOTHING, degree=1)
-    places = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed).draw(2048, dtype=torch.float64).numpy()
-    chosen: list[Coefficients] = []
-    taken = list(known)
-    for index in np.argsort(surface(places[:, axes]), kind="stable"):
-        place = places[index][axes]
-        if len(chosen) < count and min(np.abs(np.array(taken) - place).max(axis=1)) >= _NEAR:
-            chosen.append(space.coefficients(places[index].tolist()))
-            taken.append(place)
-    return chosen
 
 
 def judge(
@@ -165,7 +119,7 @@ def judge(
     Args:
         study: after the search by proxy; its stages are filled here.
         own: the incumbent's coefficients.
-        measures: by cached statistics, and as the recipe prunes.
+        measures: of the first stage and of the last.
         plan: of the seconds that the incumbent took in the last stage, what to do. A study that was read with a plan
             for the same budget keeps it.
         path: where the study is saved after each trial.
@@ -177,23 +131,21 @@ def judge(
     last = Stage(real.name)
     recorder.measure(last, real, [own], len(real.tokens))
     wanted = plan(last.trials[0].seconds)
-    if study.plan is None or study.plan.budget != wanted.budget:
+    # Plans of earlier versions had three rounds.
+    if study.plan is None or study.plan.budget != wanted.budget or len(study.plan.rounds) not in (0, 2):
         study.plan = wanted
     study.stages = []
-    pool = [own]
-    for number, round_ in enumerate(study.plan.rounds[:-1]):
-        stage = Stage(f"stage {number + 1}, {quick.name}")
-        study.stages.append(stage)
-        if number == 0:
-            _first_stage(study, stage, recorder, quick, own)
-        else:
-            recorder.measure(stage, quick, pool[: round_.candidates], round_.windows)
-        pool = stage.best(len(stage.trials))
-    study.stages.append(last)
     if study.plan.rounds:
         final = study.plan.rounds[-1]
+        stage = Stage(quick.name)
+        study.stages.append(stage)
+        _first_stage(study, stage, recorder, quick, own)
+        finalists = Surrogate(study.space, stage.trials).finalists(final.candidates)
+        study.stages.append(last)
         last.trials.clear()
-        recorder.measure(last, real, pool[: final.candidates], final.windows)
+        recorder.measure(last, real, finalists, final.windows)
+    else:
+        study.stages.append(last)
     study.finished = True
     study.save(path)
 
@@ -210,13 +162,14 @@ def run_last_stage(
 
 
 def _first_stage(study: Study, stage: Stage, recorder: "_Recorder", quick: Measure, own: Coefficients) -> None:
-    """Half of the candidates by proxy; then those that a surface through the losses so far proposes."""
+    """Some candidates by proxy; then those that a surrogate of the losses so far proposes."""
     assert study.plan is not None
     round_ = study.plan.rounds[0]
-    recorder.measure(stage, quick, study.shortlist(round_.candidates // 2, [own, RIA, WANDA]), round_.windows)
+    by_proxy = max(_FEWEST[0] * 2 // 3, min(_BY_PROXY, round_.candidates * 2 // 5))
+    recorder.measure(stage, quick, study.shortlist(by_proxy, [own, RIA, WANDA]), round_.windows)
     while (room := round_.candidates - len(stage.trials)) > 0:
-        seed = study.seed + len(stage.trials)
-        proposed = propose(study.space, stage.trials, min(room, _PROPOSED_AT_ONCE), seed)
+        surrogate = Surrogate(study.space, stage.trials)
+        proposed = surrogate.propose(min(room, _AT_ONCE), study.seed + len(stage.trials))
         if not proposed:
             break
         recorder.measure(stage, quick, proposed, round_.windows)
@@ -230,15 +183,15 @@ class _Recorder:
         self._known: dict[tuple[str, Coefficients], Trial] = {}
         for stage in study.stages:
             for trial in stage.trials:
-                self._remember(_way(stage.name), trial)
+                self._remember(stage.name, trial)
 
     def measure(self, stage: Stage, measure: Measure, pool: Sequence[Coefficients], windows: int) -> None:
         """Add the trials of a pool to a stage."""
         for coefficients in pool:
-            known = self._known.get((_way(stage.name), coefficients))
+            known = self._known.get((stage.name, coefficients))
             trial = _completed(measure, coefficients, windows, known)
             if known is None or len(known.losses) < windows:
-                self._remember(_way(stage.name), trial)
+                self._remember(stage.name, trial)
                 stage.trials.append(trial)
                 self._save(stage)
                 self._progress(stage)
@@ -248,23 +201,18 @@ class _Recorder:
     def _save(self, stage: Stage) -> None:
         # Trials of an earlier run that this one has not come to yet stay in the file.
         stages = [*self._study.stages, *([] if stage in self._study.stages else [stage])]
-        seen = {(_way(each.name), trial.coefficients) for each in stages for trial in each.trials}
+        seen = {(each.name, trial.coefficients) for each in stages for trial in each.trials}
         rest: dict[tuple[str, int], list[Trial]] = {}
         for (way, coefficients), trial in self._known.items():
             if (way, coefficients) not in seen:
                 rest.setdefault((way, len(trial.losses)), []).append(trial)
-        unfinished = [Stage(f"stage to come, {way}", trials) for (way, _), trials in rest.items()]
+        unfinished = [Stage(way, trials) for (way, _), trials in rest.items()]
         dataclasses.replace(self._study, stages=[*unfinished, *stages], finished=False).save(self._path)
 
     def _remember(self, way: str, trial: Trial) -> None:
         known = self._known.get((way, trial.coefficients))
         if known is None or len(known.losses) < len(trial.losses):
             self._known[way, trial.coefficients] = trial
-
-
-def _way(stage: str) -> str:
-    """A stage's name without its number: trials of one way to measure serve all stages that measure so."""
-    return stage.partition(", ")[2] if stage.startswith("stage ") else stage
 
 
 def _completed(measure: Measure, coefficients: Coefficients, windows: int, known: Trial | None) -> Trial:
