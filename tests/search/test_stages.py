@@ -13,12 +13,12 @@ WIDE = ([512] * 16, [512] * 32)
 
 
 def test_the_default_takes_many_on_little_text_and_few_on_much():
-    assert choose_rounds(*WIDE, COST) == (Round(40, 4), Round(4, 32))
+    assert choose_rounds(*WIDE, COST) == (Round(40, 8), Round(4, 32))
     # With little text each stage takes what there is.
     assert choose_rounds([512] * 3, [512] * 4, COST) == (Round(40, 3), Round(4, 4))
 
 
-@pytest.mark.parametrize("tokens", [20_000, 60_000, 147_456, 400_000])
+@pytest.mark.parametrize("tokens", [30_000, 100_000, 229_376, 600_000])
 def test_a_budget_of_tokens_is_kept_and_used(tokens):
     rounds = choose_rounds(*WIDE, COST, tokens=tokens)
     first, last = rounds
@@ -39,7 +39,7 @@ def test_budgets_that_pay_for_nothing_have_no_rounds():
 
 
 def test_costs_add_up():
-    assert COST.of((Round(40, 4), Round(4, 32))) == 40 * (2 + 4 * 0.5) + 3 * 30
+    assert COST.of((Round(40, 8), Round(4, 32))) == 40 * (2 + 8 * 0.5) + 3 * 30
 
 
 class Model:

@@ -60,7 +60,7 @@ def add(subparsers: Any) -> None:
         help="which weights compete in an unstructured mask (%(default)s)",
     )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--tokens", type=at_least(1), help="the most tokens that pruned models are judged on (147,000)")
+    budget.add_argument("--tokens", type=at_least(1), help="the most tokens that pruned models are judged on (229,000)")
     budget.add_argument("--minutes", type=float, help="the most that the search may take, calibration aside")
     parser.add_argument("--candidates", type=at_least(1), help="how many are judged by the proxy (200)")
     parser.add_argument("--proxy", help="the first filter (balanced_reconstruction)")

@@ -52,7 +52,7 @@ _NAMES = [field.name for field in dataclasses.fields(Coefficients)]
 _BY_PROXY = 0.25
 # The last stage judges on so many tokens at most and calibrates on so many; the first stage likewise.
 _KEPT_TOKENS, _REHEARSAL_TOKENS = 16384, 32768
-_FIRST_TOKENS, _FIRST_REHEARSAL_TOKENS = 8192, 2048
+_FIRST_TOKENS, _FIRST_REHEARSAL_TOKENS = 4096, 1024
 
 
 class PHOSearchModifier(LayerModifier):
@@ -99,7 +99,7 @@ class PHOSearchModifier(LayerModifier):
     :param optimiser: of the search by proxy, `cma` (CMA-ES) or `random`
     :param candidates: how many are judged by the proxy; 200 where it is left out
     :param tokens: the most tokens, candidates times windows, that the pruned model is judged on. Where neither this nor
-        `minutes` is given, 40 candidates on 2048 tokens each and 4 on 16384, as far as there is text
+        `minutes` is given, 40 candidates on 4096 tokens each and 4 on 16384, as far as there is text
     :param minutes: the most that searching and judging may take, calibration aside. Where the incumbent alone takes
         that long, its coefficients are used
     :param space: bounds that differ from `crepe_llm.search.space.SearchSpace`'s, such as `{activation_exponent: [0.2,

@@ -22,7 +22,7 @@ WINDOW = 512
 """Tokens of a window: texts are cut into windows of at most so many."""
 
 # Candidates and tokens of each. The last stage is pruned as the recipe prunes.
-_DEFAULT = ((40, 2048), (4, 16384))
+_DEFAULT = ((40, 4096), (4, 16384))
 # With fewer candidates than these a stage decides nothing.
 _FEWEST = (12, 2)
 # So many of the first stage's candidates are chosen by the proxy, at most; then so many at a time by the surrogate.
@@ -68,7 +68,7 @@ def choose_rounds(
 ) -> tuple[Round, ...]:
     """The stages that a budget pays for.
 
-    By default 40 candidates on 2048 tokens each and 4 on 16384, as far as there is text. A smaller budget takes fewer
+    By default 40 candidates on 4096 tokens each and 4 on 16384, as far as there is text. A smaller budget takes fewer
     candidates and fewer tokens for each, a larger one takes more candidates.
 
     Args:
@@ -96,9 +96,9 @@ def choose_rounds(
 def _scaled(factor: float, windows: Sequence[int], kept: Sequence[int]) -> tuple[Round, ...]:
     rounds = []
     for (candidates, wanted), fewest, texts in zip(_DEFAULT, _FEWEST, (windows, kept), strict=True):
-        length = sum(texts) / len(texts)
-        count = min(len(texts), max(1, round(wanted * min(1.0, factor) ** 0.5 / length)))
-        affordable = round(candidates * wanted * factor / (count * length))
+        length, there = sum(texts) / len(texts), min(wanted, sum(texts))
+        count = min(len(texts), max(1, round(there * min(1.0, factor) ** 0.5 / length)))
+        affordable = round(candidates * there * factor / (count * length))
         most = candidates if texts is kept else round(candidates * max(1.0, factor))
         rounds.append(Round(min(most, max(fewest, affordable)), count))
     return tuple(rounds)
