@@ -23,8 +23,8 @@ WINDOW = 512
 
 # Candidates and tokens of each. The last stage is pruned as the recipe prunes.
 _DEFAULT = ((40, 4096), (4, 16384))
-# With fewer candidates than these a stage decides nothing.
-_FEWEST = (12, 2)
+# With fewer candidates and windows than these a stage decides nothing.
+_FEWEST = ((12, 1), (2, 8))
 # So many of the first stage's candidates are chosen by the proxy, at most; then so many at a time by the surrogate.
 _BY_PROXY, _AT_ONCE = 16, 4
 
@@ -95,9 +95,9 @@ def choose_rounds(
 
 def _scaled(factor: float, windows: Sequence[int], kept: Sequence[int]) -> tuple[Round, ...]:
     rounds = []
-    for (candidates, wanted), fewest, texts in zip(_DEFAULT, _FEWEST, (windows, kept), strict=True):
+    for (candidates, wanted), (fewest, shortest), texts in zip(_DEFAULT, _FEWEST, (windows, kept), strict=True):
         length, there = sum(texts) / len(texts), min(wanted, sum(texts))
-        count = min(len(texts), max(1, round(there * min(1.0, factor) ** 0.5 / length)))
+        count = min(len(texts), max(shortest, round(there * min(1.0, factor) ** 0.5 / length)))
         affordable = round(candidates * there * factor / (count * length))
         most = candidates if texts is kept else round(candidates * max(1.0, factor))
         rounds.append(Round(min(most, max(fewest, affordable)), count))
@@ -165,7 +165,7 @@ def _first_stage(study: Study, stage: Stage, recorder: "_Recorder", quick: Measu
     """Some candidates by proxy; then those that a surrogate of the losses so far proposes."""
     assert study.plan is not None
     round_ = study.plan.rounds[0]
-    by_proxy = max(_FEWEST[0] * 2 // 3, min(_BY_PROXY, round_.candidates * 2 // 5))
+    by_proxy = max(_FEWEST[0][0] * 2 // 3, min(_BY_PROXY, round_.candidates * 2 // 5))
     recorder.measure(stage, quick, study.shortlist(by_proxy, [own, RIA, WANDA]), round_.windows)
     while (room := round_.candidates - len(stage.trials)) > 0:
         surrogate = Surrogate(study.space, stage.trials)
