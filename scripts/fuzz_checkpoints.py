@@ -2,12 +2,13 @@
 
     python scripts/fuzz_checkpoints.py                              # 5,000 mutants by transformers and by this package
     python scripts/fuzz_checkpoints.py --mutants 200 --seed 7
+    python scripts/fuzz_checkpoints.py --bases int4 head experts    # of some formats only
     python scripts/fuzz_checkpoints.py --mutants 200 --by vllm      # by vLLM's own loader, without an engine
 
 Mutant number n of a seed is always the same: `--only n` loads that one and says what became of it. Every mutant is one
-of a few base checkpoints (one file or several, 16-bit, INT8 and FP8) with one damage: tensors missing, added, renamed,
-of another shape or dtype, or labelled so; files truncated, changed or doubled; index and config.json changed. Values
-are never changed alone: no reader could tell. A mutant is
+of a few base checkpoints (one file or several; 16-bit, INT8, FP8, INT4, an INT8 embedding and head, experts) with one
+damage: tensors missing, added, renamed, of another shape or dtype, or labelled so; files truncated, changed or doubled;
+index and config.json changed. Values are never changed alone: no reader could tell. A mutant is
 
 - refused: an error was raised,
 - equal: it was loaded, and is in every value what the undamaged checkpoint gives,
@@ -39,8 +40,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_E
 import torch
 from safetensors.torch import load_file, save_file
 
-from crepe_llm.checkpoints import decompress_folder, read_folder
-from crepe_llm.evaluation.random_models import write_random_model
+from crepe_llm.checkpoints import attach, decompress_folder, read_folder
+from crepe_llm.checkpoints.saving import int4_2of4
+from crepe_llm.evaluation.random_models import shapes_of, write_random_model
 
 REFUSED, EQUAL, WRONG = "refused", "equal", "SILENT WRONG"
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -54,7 +56,7 @@ Tensors = dict[str, torch.Tensor]
 
 def write_bases(root: Path) -> list[Path]:
     """Undamaged checkpoints, named for what they are."""
-    from transformers import LlamaConfig, Qwen2Config
+    from transformers import LlamaConfig, MixtralConfig, Qwen2Config
 
     sizes: dict[str, Any] = {
         "vocab_size": 64,
@@ -69,16 +71,68 @@ def write_bases(root: Path) -> list[Path]:
     }
     llama = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
     qwen2 = Qwen2Config(**sizes, architectures=["Qwen2ForCausalLM"], tie_word_embeddings=False)
+    mixtral = MixtralConfig(
+        **{**sizes, "intermediate_size": 48},  # torch's grouped product needs rows of whole 16 bytes
+        architectures=["MixtralForCausalLM"],
+        tie_word_embeddings=False,
+        num_local_experts=3,
+    )
     bases = [
         write_random_model(llama, root / "llama", sparse=True),
         write_random_model(qwen2, root / "qwen2-sharded", sparse=True),
         write_random_model(qwen2, root / "qwen2-int8", sparse=True, quantization="int8"),
         write_random_model(llama, root / "llama-fp8-sharded", sparse=True, quantization="fp8"),
+        write_random_model(mixtral, root / "experts", sparse=True, shapes=expert_shapes(mixtral)),
+        write_random_model(
+            mixtral, root / "experts-int8", sparse=True, quantization="int8", shapes=expert_shapes(mixtral)
+        ),
+        write_int4(write_random_model(qwen2, root / "plain", sparse=False), root / "int4"),
+        write_int8_head(write_random_model(llama, root / "tied", sparse=True), root / "head"),
     ]
     for folder in bases:
         if folder.name.endswith("sharded"):
             split(folder, 3)
     return bases
+
+
+def expert_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors of a published Mixtral: one matrix for each expert."""
+    shapes = {name: shape for name, shape in shapes_of(config).items() if ".mlp." not in name}
+    hidden, inner = config.hidden_size, config.intermediate_size
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}.block_sparse_moe"
+        shapes[f"{at}.gate.weight"] = (config.num_local_experts, hidden)
+        for expert in range(config.num_local_experts):
+            shapes |= {f"{at}.experts.{expert}.{part}.weight": (inner, hidden) for part in ("w1", "w3")}
+            shapes[f"{at}.experts.{expert}.w2.weight"] = (hidden, inner)
+    return shapes
+
+
+def quantized(source: Path, target: Path, group: dict[str, Any], ignore: list[str]) -> Path:
+    """A checkpoint as llm-compressor quantizes it, without data, and saves it with 2:4 layers packed or recorded."""
+    from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM
+
+    reset_session()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    oneshot(model=model, recipe=[QuantizationModifier(ignore=ignore, config_groups={"group_0": group})])
+    attach(model)
+    model.save_pretrained(target)
+    return target
+
+
+def write_int4(source: Path, target: Path) -> Path:
+    """2:4 weights of 4 bits, a scale a row."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+    return quantized(source, target, {"targets": ["Linear"], "weights": weights}, ["lm_head"])
+
+
+def write_int8_head(source: Path, target: Path) -> Path:
+    """Packed layers, and the embedding with the head that is tied to it in INT8."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    return quantized(source, target, {"targets": ["re:.*(lm_head|embed_tokens)$"], "weights": weights}, [])
 
 
 def split(folder: Path, shards: int) -> None:
@@ -171,6 +225,7 @@ LABELS = {
     "U8": ["I8", "F8_E4M3", "BOOL"],
     "F8_E4M3": ["I8", "U8", "F8_E5M2"],
     "I64": ["F64", "U64"],
+    "I32": ["F32", "U32"],
 }
 
 
@@ -232,7 +287,7 @@ def both_forms(folder: Path, rng: random.Random) -> str | None:
 
 def bits(folder: Path, rng: random.Random) -> str | None:
     def change(tensors: Tensors, name: str) -> str | None:
-        masks = [name for name in tensors if name.endswith((".bitmask", ".shape"))]
+        masks = [name for name in tensors if name.endswith((".bitmask", "shape"))]
         if not masks:
             return None
         name = rng.choice(sorted(masks))
@@ -477,8 +532,11 @@ def by_transformers(folder: Path) -> Tensors:
 
 
 def by_this_package(folder: Path) -> Tensors:
-    """Every layer that the folder is found to have, as `crepe decompress` writes it. What else there should be, nobody
-    knows without a model."""
+    """Every layer that the folder is found to have, as `crepe decompress` writes it, or the 4-bit ones that are 2:4.
+    What else there should be, nobody knows without a model."""
+    checkpoint = read_folder(folder)
+    if not checkpoint.layers:
+        return {f"{name}.weight_packed": checkpoint.load(f"{name}.weight_packed") for name in int4_2of4(checkpoint)}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         layers = decompress_folder(folder, Path(scratch) / "plain")
         plain = read_folder(Path(scratch) / "plain")
@@ -576,13 +634,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mutants", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--by", nargs="+", choices=WAYS, default=["transformers", "crepe_llm"], help="(%(default)s)")
+    parser.add_argument("--bases", nargs="+", metavar="NAME", help="(all)")
     parser.add_argument("--only", type=int, help="one mutant, with the message")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     numbers = range(options.mutants) if options.only is None else [options.only]
     counts: dict[str, collections.Counter[str]] = {way: collections.Counter() for way in options.by}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        bases = write_bases(Path(scratch) / "bases")
+        with quiet():
+            bases = write_bases(Path(scratch) / "bases")
+        bases = [base for base in bases if options.bases is None or base.name in options.bases]
         with quiet(), torch.no_grad():
             expected = {(way, base): digest(WAYS[way](base)) for way in options.by for base in bases}
         for number in numbers:

@@ -11,6 +11,7 @@ from crepe_llm.checkpoints.reading import Checkpoint
 __all__ = ["ExpandPacked", "expanding", "packed_embeddings"]
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
+_DTYPES = {"weight_packed": ("I32",), "weight_scale": ("F32", "F16", "BF16"), "weight_shape": ("I64", "I32")}
 
 
 class ExpandPacked(ConversionOps):
@@ -76,6 +77,11 @@ def _check_shapes(name: str, weight: torch.Tensor, checkpoint: Checkpoint) -> No
     rows, columns = weight.shape
     for part, shape in zip(_PARTS, ((rows, -(-columns // 4)), (rows, 1), (2,)), strict=True):
         found = checkpoint.tensors[f"{name}.{part}"]
+        if found.dtype not in _DTYPES[part]:
+            raise FormatError(
+                f"{found.file}: tensor {name}.{part} is {found.dtype}, not {' or '.join(_DTYPES[part])}: export the "
+                "model again"
+            )
         if found.shape != shape:
             raise FormatError(
                 f"{found.file}: tensor {name}.{part} is {list(found.shape)}, and INT8 rows of the model's {rows} x "

@@ -55,7 +55,7 @@ def incomplete(layers: Iterable[str]) -> dict[str, list[Expert]]:
 
 def check_experts(checkpoint: Checkpoint) -> None:
     """Raise FormatError if only some matrices of a group of experts are packed, or one kind has several shapes or
-    dtypes; it names the matrix."""
+    dtypes, or scales of several; it names the matrix."""
     for experts in incomplete(checkpoint.layers).values():
         name = experts[0].name
         what = "is stored plain" if f"{name}.weight" in checkpoint.tensors else "is missing"
@@ -74,3 +74,14 @@ def check_experts(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.files[0].parent}: {name} is packed from {layer.dtype} {list(layer.shape)}, {other.name} "
                 f"from {other.dtype} {list(other.shape)}; the experts of a layer have one shape"
             )
+        found, wanted = (_scale_of(checkpoint, one.name) for one in (layer, other))
+        if found != wanted:
+            raise FormatError(
+                f"{checkpoint.files[0].parent}: {name}.weight_scale is {found}, {other.name}.weight_scale is {wanted}; "
+                "the experts of a layer have scales of one shape: export the model again"
+            )
+
+
+def _scale_of(checkpoint: Checkpoint, layer: str) -> str:
+    stored = checkpoint.tensors.get(f"{layer}.weight_scale")
+    return "missing" if stored is None else f"{stored.dtype} {list(stored.shape)}"

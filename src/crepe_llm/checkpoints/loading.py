@@ -48,7 +48,7 @@ def register_refusal() -> None:
     @functools.wraps(load)
     def checked(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if state_dict is None and not isinstance(load_config.hf_quantizer, Sparse24HfQuantizer):
-            _refuse_packed(checkpoint_files or [])
+            _refuse_packed(checkpoint_files or [], quantized=load_config.hf_quantizer is not None)
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     checked._refuses_packed = True  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
                 self._decompress, self.quantization_config.dequantize = True, False
         if quantized:
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        if files and (self._packed is not None or not quantized):
+        if files and (self._packed is not None or not quantized or _records_2of4(files[0].parent)):
             self._unchecked = model, self._packed or read_files(files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -191,7 +191,7 @@ def _unpacking() -> list[WeightConverter]:
     ]
 
 
-def _refuse_packed(checkpoint_files: Sequence[str]) -> None:
+def _refuse_packed(checkpoint_files: Sequence[str], quantized: bool) -> None:
     for file in checkpoint_files:
         try:
             packed = _any_packed([Path(file)]) if str(file).endswith(".safetensors") else False
@@ -202,6 +202,13 @@ def _refuse_packed(checkpoint_files: Sequence[str]) -> None:
                 f"{file}: holds packed 2:4 layers, but config.json has no quantization_config of compressed-tensors; "
                 "put the config.json there that was saved with it"
             )
+        if not quantized and str(file).endswith(".safetensors"):
+            words = [name for name in tensor_names(Path(file)) if name.endswith(".weight_packed")]
+            if words:
+                raise FormatError(
+                    f"{file}: tensor {words[0]} is quantized, but config.json has no quantization_config; put the "
+                    "config.json there that was saved with it"
+                )
 
 
 def _says_packed(folder: Path) -> bool:
@@ -211,6 +218,14 @@ def _says_packed(folder: Path) -> bool:
     except FormatError:
         return False
     return objects_in(objects_in(config.get("quantization_config")).get("sparsity_config")).get("format") in FORMATS
+
+
+def _records_2of4(folder: Path) -> bool:
+    """Whether config.json records at its top that plain or 4-bit layers are 2:4, as this package writes it."""
+    try:
+        return bool(objects_in(read_config(folder).get("sparsity_config")))
+    except FormatError:
+        return False
 
 
 def _any_packed(files: Sequence[Path]) -> bool:

@@ -47,7 +47,7 @@ def check_model(checkpoint: Checkpoint, model: Any, conversions: Sequence[Any]) 
     config.json names (another head, or none), only what is missing inside the base model counts, and nothing is
     unexpected. Raises FormatError, naming file, tensor, what was found and what is expected.
     """
-    if checkpoint.layers:
+    if checkpoint.layers or any(name.endswith(".weight_packed") for name in checkpoint.tensors):
         check_dtypes(checkpoint)
     _Comparison(checkpoint, model, conversions).run()
 
@@ -77,6 +77,8 @@ class _Comparison:
                 self._compare_layer(layer, target)
             elif pattern is None:
                 self._compare(target, name)
+                if target.endswith(".weight_shape"):
+                    self._compare_words(target, name)
             else:
                 empty: Any = _empty(self.checkpoint.tensors[name])
                 merged.setdefault(target, deepcopy(by_pattern[pattern])).add_tensor(target, name, pattern, empty)
@@ -122,6 +124,14 @@ class _Comparison:
             raise self._error(
                 name, f"is {found.dtype} {list(found.shape)}, the model has {_name(wanted)} {list(wanted.shape)} there"
             )
+
+    def _compare_words(self, target: str, name: str) -> None:
+        """Compare the shape that a weight packed in words of 32 bits says it has; it is read, 16 bytes."""
+        module = self.model.get_submodule(target.rpartition(".")[0])
+        wanted = [getattr(module, field, None) for field in ("out_features", "in_features")]
+        found = self.checkpoint.load(name).flatten().tolist()
+        if None not in wanted and found != wanted:
+            raise self._error(name, f"says {found}, the model has {wanted} there: export the model again")
 
     def _compare_merged(self, target: str, converter: WeightConverter) -> None:
         """Compare what a conversion of several tensors makes, such as merged experts; of empty tensors here."""

@@ -170,9 +170,15 @@ def read_strictly(folder: Path) -> Checkpoint:
 def check_dtypes(checkpoint: Checkpoint) -> None:
     """Check the dtypes that can be known wrong without a model, in a checkpoint with packed layers or to be packed.
 
-    Raises FormatError, naming file and tensor, for F16 beside BF16 and for integers in place of norms, biases and
-    scales, which readers cast in silence.
+    Raises FormatError, naming file and tensor, for F8_E5M2, which no reader of these weights multiplies, for F16 beside
+    BF16, and for integers in place of norms, biases and scales, which readers cast in silence.
     """
+    for name, stored in checkpoint.tensors.items():
+        if stored.dtype == "F8_E5M2":
+            raise FormatError(
+                f"{stored.file}: tensor {name} is F8_E5M2, which is not read here; export the model again with "
+                "float8_e4m3fn or 16-bit weights"
+            )
     _check_halves(checkpoint)
     _check_plain(checkpoint)
 

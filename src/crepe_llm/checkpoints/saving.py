@@ -480,16 +480,23 @@ def _least_packed_bytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _check_types(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-    """Check that the layers of 8 bits are of a type to which config.json quantizes."""
+    """Check that the layers of 8 bits have scales, and are of a type to which config.json quantizes."""
     groups = objects_in(objects_in(config.get(QUANTIZATION)).get("config_groups"))
     types = {objects_in(objects_in(group).get("weights")).get("type") for group in groups.values()}
     for layer in checkpoint.layers.values():
+        if layer.dtype.itemsize != 1:
+            continue
         kind = "float" if layer.dtype.is_floating_point else "int"
-        if layer.dtype.itemsize == 1 and kind not in types:
-            name = f"{layer.name}.{layer.format.values}"
-            stored = checkpoint.tensors[name]
+        name = f"{layer.name}.{layer.format.values}"
+        stored = checkpoint.tensors[name]
+        if kind not in types:
             raise FormatError(
                 f"{stored.file}: tensor {name} is {stored.dtype}, but config.json quantizes nothing to 8-bit {kind}s"
+            )
+        if f"{layer.name}.weight_scale" not in checkpoint.tensors:
+            raise FormatError(
+                f"{stored.file}: tensor {name} is {stored.dtype}, but {layer.name}.weight_scale is missing; export the "
+                "model again"
             )
 
 
