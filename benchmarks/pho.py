@@ -37,8 +37,8 @@ from studies import studies_folder
 # Raised by every change of a default or of how something is measured.
 # 1: by the proxy alone. 2: in three stages, the first two by masks from the dense model's statistics.
 PROTOCOL = 3
-# Windows that the first stage calibrates on: PHOSearchModifier's 1024 tokens.
-FIRST_REHEARSAL = 2
+# Windows that the first stage calibrates on: PHOSearchModifier's 4096 tokens.
+FIRST_REHEARSAL = 8
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 PROXY = PROXIES[DEFAULT_PROXY]

@@ -52,7 +52,7 @@ _NAMES = [field.name for field in dataclasses.fields(Coefficients)]
 _BY_PROXY = 0.25
 # The last stage judges on so many tokens at most and calibrates on so many; the first stage likewise.
 _KEPT_TOKENS, _REHEARSAL_TOKENS = 16384, 32768
-_FIRST_TOKENS, _FIRST_REHEARSAL_TOKENS = 4096, 1024
+_FIRST_TOKENS, _FIRST_REHEARSAL_TOKENS = 4096, 4096
 
 
 class PHOSearchModifier(LayerModifier):
