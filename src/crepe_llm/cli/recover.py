@@ -108,7 +108,7 @@ def _add_distillation(group: Any) -> None:
         "--held-out", metavar="WINDOWS", type=at_least(0), help="to tell the best state by (a tenth, <= 16)"
     )
     group.add_argument("--evaluations", type=at_least(1), help="of the held-out windows (10)")
-    group.add_argument("--patience", type=at_least(1), help="evaluations in a row, 1 % worse than the best, that end it (3)")
+    group.add_argument("--patience", type=at_least(1), help="clearly worse evaluations in a row that end it (3)")
     group.add_argument("--self-generated", metavar="N", type=at_least(0), help="tokens of text that the teacher writes")
 
 
