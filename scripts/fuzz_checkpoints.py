@@ -567,6 +567,7 @@ started: list[bool] = []
 
 def distributed() -> None:
     """vLLM's process groups, once in this process, and what its runner for CPUs does before it loads a model."""
+    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
@@ -575,7 +576,8 @@ def distributed() -> None:
             _set_torch_accelerator_to_noop()
         store = tempfile.mkstemp(prefix="fuzz-")[1]
         init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
-        ensure_model_parallel_initialized(1, 1)
+        with set_current_vllm_config(VllmConfig()):  # of no model: with the groups of experts, too
+            ensure_model_parallel_initialized(1, 1)
         started.append(True)
 
 

@@ -150,7 +150,7 @@ def whole(wheel, tmp_path_factory):
 
 def test_the_wheel_is_tagged_by_what_it_depends_on(wheel):
     assert re.fullmatch(rf"crepe_llm-[\d.]+-py3-none-manylinux[\w.]*_{platform.machine()}\.whl", wheel.name)
-    assert wheel.stat().st_size < 1_000_000
+    assert wheel.stat().st_size < 1_500_000
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         library = archive.read("crepe_llm/kernels/cpu/_kernels.so")

@@ -227,8 +227,10 @@ def work(*arguments, **options):
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, -signal.SIGINT)]
 )
 def test_signals_clean_up(tmp_path, number, status):
-    heard = functools.partial(signal.signal, number, signal.SIG_DFL)  # nohup, which this may run under, is inherited
-    process = work(tmp_path / "out", int(number), preexec_fn=None if number == signal.SIGINT else heard)
+    heard = functools.partial(
+        signal.signal, number, signal.SIG_DFL
+    )  # nohup and &, which this may run under, are inherited
+    process = work(tmp_path / "out", int(number), preexec_fn=heard)
     _, error = process.communicate(timeout=60)
     assert process.returncode == status, error
     assert list(tmp_path.iterdir()) == []

@@ -11,9 +11,12 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from crepe_llm import processes
 from crepe_llm.pruning.layer import recorded_masks
 from crepe_llm.recipe_files import recipe_path, shipped_recipes
+from leaving import leave
 
 VOCABULARY, ROWS, LENGTH = 96, 64, 32
 SHIPPED = [name for name in shipped_recipes() if name != "crepe_2of4_pho"]
@@ -68,8 +71,7 @@ def main(folder, output):
             if processes.is_first():
                 (Path(output) / f"{name}.txt").write_text(str(error))
     run(Path(folder) / "llama", "crepe_2of4", output_dir=str(Path(output) / "saved"))
-    processes.wait()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from crepe_llm.samples.windows import token_windows
 from crepe_llm.training import loop
 from crepe_llm.training.distillation import DistillationSettings, distill
+from leaving import leave
 
 LENGTH, STEPS = 32, 8
 
@@ -56,4 +59,4 @@ if __name__ == "__main__":
     found = run(*folders)
     if dist.get_rank() == 0:
         Path(f"{folders[-1]}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from crepe_llm.training.masked import keep_masks
+from leaving import leave
 from masked_models import OPTIMIZERS, STEPS, ids, loss_of, pruned
 
 
@@ -61,8 +62,7 @@ def main(mode, folder):
     bits = sum(part.numel() for part in held.bits.values())
     if dist.get_rank() == 0:
         torch.save({"state": state, "losses": losses, "bits": bits}, folder)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

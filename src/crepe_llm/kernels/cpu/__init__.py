@@ -163,7 +163,7 @@ def multiply_plain(
     index = _default_index()
     return (
         None
-        if index is None
+        if index is None or library() is None
         else _multiply(x, (x.numel() // k, k, 1), weight, bias, x.new_empty(*shape[:-1], n), index)
     )
 
