@@ -556,9 +556,10 @@ def by_vllm(folder: Path) -> Tensors:
         model = get_model(vllm_config=settings)
     loaded = dict(model.state_dict())
     for name, module in model.named_modules():
-        for key, value in vars(getattr(module, "packed", None) or argparse.Namespace()).items():
-            if isinstance(value, torch.Tensor):
-                loaded[f"{name}.packed.{key}"] = value
+        packed = getattr(module, "packed", None)
+        for index, one in enumerate(packed if isinstance(packed, tuple) else [packed] if packed else []):
+            parts = {key: value for key, value in vars(one).items() if isinstance(value, torch.Tensor)}
+            loaded |= {f"{name}.packed.{index}.{key}": value for key, value in parts.items()}
     return {name: tensor.detach().clone() for name, tensor in loaded.items()}
 
 

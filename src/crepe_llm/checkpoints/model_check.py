@@ -14,7 +14,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from crepe_llm.checkpoints.expert_conversions import UnpackExperts
 from crepe_llm.checkpoints.formats import FormatError, StoredTensor
-from crepe_llm.checkpoints.reading import Checkpoint, SparseLayer, check_dtypes
+from crepe_llm.checkpoints.reading import Checkpoint, SparseLayer, check_dtypes, holds_packed
 
 __all__ = ["check_model"]
 
@@ -47,7 +47,7 @@ def check_model(checkpoint: Checkpoint, model: Any, conversions: Sequence[Any]) 
     config.json names (another head, or none), only what is missing inside the base model counts, and nothing is
     unexpected. Raises FormatError, naming file, tensor, what was found and what is expected.
     """
-    if checkpoint.layers or any(name.endswith(".weight_packed") for name in checkpoint.tensors):
+    if holds_packed(checkpoint):
         check_dtypes(checkpoint)
     _Comparison(checkpoint, model, conversions).run()
 

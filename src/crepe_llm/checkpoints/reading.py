@@ -21,6 +21,7 @@ __all__ = [
     "SparseLayer",
     "StoredTensor",
     "check_dtypes",
+    "holds_packed",
     "objects_in",
     "read_config",
     "read_files",
@@ -162,22 +163,37 @@ def read_strictly(folder: Path) -> Checkpoint:
         if any(name != SINGLE for name in weight_map.values()) or not weight_map:
             raise FormatError(f"{folder}: both {SINGLE} and {INDEX} are there and differ; remove the one that is old")
     checkpoint = read_folder(folder)
-    if checkpoint.layers:
+    if holds_packed(checkpoint):
         check_dtypes(checkpoint)
     return checkpoint
+
+
+def holds_packed(checkpoint: Checkpoint) -> bool:
+    """Whether there are packed layers or packed codes."""
+    return bool(checkpoint.layers) or any(name.endswith(".weight_packed") for name in checkpoint.tensors)
+
+
+# What compressed-tensors packs codes into.
+_WORDS = ("I32", "U8")
 
 
 def check_dtypes(checkpoint: Checkpoint) -> None:
     """Check the dtypes that can be known wrong without a model, in a checkpoint with packed layers or to be packed.
 
     Raises FormatError, naming file and tensor, for F8_E5M2, which no reader of these weights multiplies, for F16 beside
-    BF16, and for integers in place of norms, biases and scales, which readers cast in silence.
+    BF16, for integers in place of norms, biases and scales, and for floats in place of packed codes, which readers cast
+    in silence.
     """
     for name, stored in checkpoint.tensors.items():
         if stored.dtype == "F8_E5M2":
             raise FormatError(
                 f"{stored.file}: tensor {name} is F8_E5M2, which is not read here; export the model again with "
                 "float8_e4m3fn or 16-bit weights"
+            )
+        if name.endswith(".weight_packed") and stored.dtype not in _WORDS:
+            raise FormatError(
+                f"{stored.file}: tensor {name} is {stored.dtype}, but packed codes are integers ({', '.join(_WORDS)}); "
+                "the file is damaged: write or fetch it again"
             )
     _check_halves(checkpoint)
     _check_plain(checkpoint)
