@@ -4,6 +4,7 @@ The budget is a number of steps or of minutes. Held-out windows are evaluated al
 a file, and training stops when it gets worse. Interrupted, the loop goes on where its last checkpoint was made.
 """
 
+import itertools
 import json
 import math
 import time
@@ -356,9 +357,8 @@ class _Loop(Trainer):
         """How many of the last evaluations were clearly worse than the best: a rate that has not fallen yet moves
         the loss up and down by a little, and what it learns shows when it falls.
         """
-        step, best = self.best
-        later = [loss > (1 + _WORSE) * best for at, loss in self.evaluations if at > step]
-        return len(later) if all(later) else later[::-1].index(False)
+        limit = (1 + _WORSE) * self.best[1]
+        return sum(1 for _ in itertools.takewhile(lambda evaluation: evaluation[1] > limit, reversed(self.evaluations)))
 
     def keep(self) -> None:
         """Write the parameters that train, whole, into the file of the best state."""
