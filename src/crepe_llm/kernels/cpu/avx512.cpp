@@ -209,19 +209,25 @@ struct Isa {
         }
     }
 
+    // Adds the products of a group: T tokens' 4 activations, and the kept values of R blocks of 16 rows.
+    template <int R, int T>
+    static INLINE void add_group(const uint8_t* x, const __m512i (&value)[R], const __m512i (&control)[R], __m512 (&acc)[R][T]) {
+        UNROLL for (int t = 0; t < T; t++) {
+            int64_t four;
+            std::memcpy(&four, x + 8 * t, 8);
+            const __m512i activations = _mm512_set1_epi64(four);
+            UNROLL for (int r = 0; r < R; r++)
+                acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value[r], (__m512bh)_mm512_shuffle_epi8(activations, control[r]));
+        }
+    }
+
     // Adds the products of prepared chunks.
     template <int R, int T>
     static INLINE void add_prepared(const uint8_t* w, int64_t block_stride, const uint8_t* x, int64_t chunks, __m512 (&acc)[R][T]) {
         for (int64_t group = 0; group < 8 * chunks; group++, w += 128, x += 8 * T) {
             __m512i control[R], value[R];
             UNROLL for (int r = 0; r < R; r++) value[r] = load512(w + r * block_stride), control[r] = load512(w + r * block_stride + 64);
-            UNROLL for (int t = 0; t < T; t++) {
-                int64_t four;
-                std::memcpy(&four, x + 8 * t, 8);
-                const __m512i activations = _mm512_set1_epi64(four);
-                UNROLL for (int r = 0; r < R; r++)
-                    acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value[r], (__m512bh)_mm512_shuffle_epi8(activations, control[r]));
-            }
+            add_group(x, value, control, acc);
         }
     }
 
@@ -266,13 +272,7 @@ struct Isa {
                     control[r] = _mm512_permutexvar_epi32(metadata[r], column_table);
                     metadata[r] = _mm512_srli_epi32(metadata[r], 4);
                 }
-                UNROLL for (int t = 0; t < T; t++) {
-                    int64_t four;
-                    std::memcpy(&four, x + 8 * t, 8);
-                    const __m512i activations = _mm512_set1_epi64(four);
-                    UNROLL for (int r = 0; r < R; r++)
-                        acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value[r], (__m512bh)_mm512_shuffle_epi8(activations, control[r]));
-                }
+                add_group(x, value, control, acc);
             }
         }
         store_codes(w, acc, sums, first);
@@ -306,13 +306,7 @@ struct Isa {
                     metadata[r] = _mm512_srli_epi32(metadata[r], 4);
                     value[r] = pairs<Format>(w + r * block_stride + kMetadataBytes + group_bytes * g);
                 }
-                UNROLL for (int t = 0; t < T; t++) {
-                    int64_t four;
-                    std::memcpy(&four, x + 8 * t, 8);
-                    __m512i activations = _mm512_set1_epi64(four);
-                    UNROLL for (int r = 0; r < R; r++)
-                        acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)value[r], (__m512bh)_mm512_shuffle_epi8(activations, control[r]));
-                }
+                add_group(x, value, control, acc);
             }
         }
         UNROLL for (int r = 0; r < R; r++)
