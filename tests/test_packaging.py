@@ -22,6 +22,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import markdown
 import pytest
 import torch
 import yaml
@@ -205,12 +206,21 @@ def test_the_source_distribution_has_what_its_tests_read(dist):
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
-def test_the_index_shows_no_link_that_leads_nowhere(dist):
+def targets(description):
+    """Where the links and pictures of a description lead, once it is a page."""
+    page = markdown.markdown(description, extensions=["tables", "fenced_code"])
+    return re.findall(r'(?:href|src)="([^"]+)"', page)
+
+
+def test_the_index_shows_no_link_that_leads_nowhere(dist, wheel):
+    """In the source distribution and the wheel, where pyproject.toml names no address of the project."""
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         page = archive.extractfile(next(n for n in archive.getnames() if n.count("/") == 1 and n.endswith("PKG-INFO")))
-        text = page.read().decode()
-    targets = re.findall(r"\]\(([^)]+)\)", text)
-    assert targets and all(target.startswith("https://") for target in targets), targets
+        described = email.message_from_bytes(page.read())
+    for message in (described, metadata(wheel)):
+        assert message["Description-Content-Type"] == "text/markdown"
+        found = targets(message.get_payload())
+        assert found and all(target.startswith("https://") for target in found), found
 
 
 def test_the_index_links_to_the_repository_that_is_named(tmp_path):
@@ -222,10 +232,12 @@ def test_the_index_links_to_the_repository_that_is_named(tmp_path):
     done([sys.executable, "setup.py", "-q", "egg_info"], cwd=tmp_path)
     page = (tmp_path / "src" / "crepe_llm.egg-info" / "PKG-INFO").read_text()
     at, version = "https://forge.example/us/it", f"v{crepe_llm.__version__}"
-    assert f"![perplexity by method]({at}/raw/{version}/docs/methods.png)" in page
+    assert f"![perplexity by method]({at}/raw/{version}/docs/perplexity.png)" in page
     assert f"[All results]({at}/blob/{version}/docs/results.md)" in page
     assert f"]({at}/blob/{version}/docs/kernels.md#on-a-gpu)" in page
-    assert "[vLLM](https://github.com/vllm-project/vllm)" in page and "](docs/" not in page
+    found = targets(email.message_from_string(page).get_payload())
+    assert "https://github.com/vllm-project/vllm" in found
+    assert all(target.startswith("https://") for target in found), found
 
 
 CURE = "pip install --force-reinstall --no-deps --no-cache-dir ."
@@ -288,25 +300,25 @@ def write_data_set(folder, config):
     (folder / "README.md").write_text(f"---\n{head}---\n")
 
 
-@pytest.fixture(scope="module")
-def user(whole, tmp_path_factory):
-    """A function that runs a command as a user of the wheel does, in one folder.
+def user_of(python, folder, models):
+    """A function that runs a command as a user of the wheel does, in a folder.
 
-    The folder holds what README's texts name: tiny models and short texts under the names that those of the hub have.
+    The folder holds what the texts name: tiny models and short texts under the names that those of the hub have. The
+    models' weights are large, so that they predict something, of which there is something to recover.
     """
-    folder = tmp_path_factory.mktemp("user")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=128, initializer_range=0.2,
     )  # fmt: skip
-    for name in ("MODEL", "meta-llama/Llama-3.2-1B"):
+    for name in models:
         LlamaForCausalLM(config).save_pretrained(folder / name)
         letters_tokenizer(True).save_pretrained(folder / name)
     write_data_set(folder / "allenai" / "c4", "en")
+    write_data_set(folder / "NAME", "default")
     write_data_set(folder / "Salesforce" / "wikitext", "wikitext-2-raw-v1")
     environment = {
-        "PATH": f"{whole.parent}:/usr/bin:/bin",
+        "PATH": f"{python.parent}:/usr/bin:/bin",
         "HOME": str(folder / "home"),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -314,6 +326,12 @@ def user(whole, tmp_path_factory):
         **{name: os.environ[name] for name in os.environ if name.startswith("OMP_")},
     }
     return functools.partial(done, cwd=folder, env=environment)
+
+
+@pytest.fixture(scope="module")
+def user(whole, tmp_path_factory):
+    """A user who has read README."""
+    return user_of(whole, tmp_path_factory.mktemp("user"), ("MODEL", "meta-llama/Llama-3.2-1B"))
 
 
 def test_readmes_commands_run(user):
@@ -368,3 +386,100 @@ def test_readmes_example_runs(user):
     )
     user(["python", "-c", shorter])
     user(["python", "-c", zeros])
+
+
+# Runs steps of a JSON file in one process: commands of `crepe`, blocks of Python, and folders to remove.
+STEPS = """
+import json, shutil, sys
+from pathlib import Path
+import crepe_llm
+from crepe_llm.cli.main import main
+assert "site-packages" in crepe_llm.__file__, crepe_llm.__file__
+names = {}
+for kind, step in json.loads(Path(sys.argv[1]).read_text()):
+    print(kind, step, flush=True)
+    if kind == "crepe":
+        assert main(step) == 0, step
+    elif kind == "python":
+        exec(step, names)
+    else:
+        shutil.rmtree(step)
+"""
+SMALLER = {"--tokens": "256", "--samples": "4", "--length": "32", "--windows": "8"}
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def shortened(words):
+    """A command of the docs, with a short text and small numbers."""
+    words = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    if "--minutes" in words:  # in which a busy machine does little
+        at = words.index("--minutes")
+        words[at : at + 2] = ["--tokens", "4096"]
+    words = [each for word in words for each in (["--text", "FILE"] if word == "--sample" else [word])]
+    more = {
+        "prune": {"--samples": "4", "--length": "32"},
+        "recover": {"--length": "32"},
+        "evaluate": {"--window": "32"},
+        "report": {"--window": "32"},
+    }.get(words[0], {})
+    return words + [each for name, value in more.items() if name not in words for each in (name, value)]
+
+
+def docs_steps():
+    """The commands and the score of the docs, page by page; a folder goes before it is made a second time."""
+    steps, made = [], set()
+    for page in DOCS:
+        text = page.read_text()
+        for line in re.findall(r"^ {4}((?:crepe|torchrun) .*)$", text, re.MULTILINE):
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                words = words[1:] if words[0] == "crepe" else words[words.index("crepe_llm") + 1 :]
+                if "..." in words or words[0] == "serve":  # which README's test runs
+                    continue
+                target = words[words.index("--output") + 1] if "--output" in words else words[-1]
+                if words[0] in ("prune", "recover", "decompress"):
+                    steps += [("remove", target)] * (target in made or words[0] == "decompress")
+                    made.add(target)
+                steps.append(("crepe", shortened(words)))
+        if page.name == "extend.md":
+            steps.append(("python", re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]))
+    return steps
+
+
+def recipe_steps(folder):
+    """Each recipe of the docs, as a file that a command names, and where that writes its figures.
+
+    The blocks of the reference are the docstrings' of the modifiers, and are run with them.
+    """
+    steps, figures = [], []
+    for page in DOCS:
+        for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)):
+            if page.name == "reference.md":
+                continue
+            name = f"{page.stem}-{number}"
+            (folder / f"{name}.yaml").write_text(block.replace("candidates: 200", "candidates: 4"))
+            words = ["prune", "MODEL", "--recipe", f"{name}.yaml", "--text", "FILE", "--output", f"recipe-{name}"]
+            figures.append(folder / f"{name}.json")
+            steps.append(("crepe", [*shortened(words), "--json", figures[-1].name]))
+    return steps, figures
+
+
+def test_the_docs_commands_and_recipes_run(whole, tmp_path):
+    """From the wheel, in one process, in a folder that has nothing but what a reader brings."""
+    user = user_of(whole, tmp_path, ("MODEL", "smollm2"))
+    (tmp_path / "FILE").write_text("".join(random.Random(0).choices("abcdefghijklmnop ", k=4000)))
+    (tmp_path / "my_recipe.yaml").write_text((ROOT / "recipes" / "wanda_2of4.yaml").read_text())
+    commands = docs_steps()
+    # `crepe compress` of the page on formats takes a model with zeros.
+    first = next(number for number, (_, step) in enumerate(commands) if step[0] == "compress")
+    zeros = [("crepe", shortened(["prune", "MODEL", "--recipe", "wanda_2of4", "--text", "FILE", "--output", "PRUNED"]))]
+    zeros.append(("crepe", ["decompress", "PRUNED", "DENSE_WITH_ZEROS"]))
+    recipes, figures = recipe_steps(tmp_path)
+    (tmp_path / "steps.json").write_text(json.dumps([*commands[:first], *zeros, *commands[first:], *recipes]))
+    user(["python", "-c", STEPS, "steps.json"])
+    ran = {step[0] for kind, step in commands if kind == "crepe"}
+    assert ran >= {"evaluate", "prune", "recover", "report", "compress", "decompress"}
+    assert (tmp_path / "crepe_2of4_recovered" / "loss.png").is_file()
+    assert len(figures) >= 12
+    for path in figures:
+        assert json.loads(path.read_text())["sparsity"] > 0.3, path.name

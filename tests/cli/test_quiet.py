@@ -84,6 +84,7 @@ def test_a_run_shows_a_plan_one_line_and_a_table(dense, text, tmp_path):
     assert rows["calibration"].strip() == "4 windows of 32 tokens of fox.txt, seed 0"
     assert "14 linear layers in 2 blocks" in rows["layers"] and str(tmp_path / "out") in rows["output"]
     assert rows["device"] and rows["model"] and rows["time"] and rows["size"]
+    assert rows["expected"].strip().startswith("about ") and "perhaps half or twice that" in rows["expected"]
     assert rows["pruned"].strip() == "14 of 14 linear layers"
     assert not list((tmp_path / "work").iterdir())
     bar = [line for line in done.stderr.replace("\r", "\n").splitlines() if line]

@@ -25,7 +25,15 @@ from crepe_llm.cli.common import (
     weight_bytes,
     window_length,
 )
-from crepe_llm.cli.plan import device_in_words, followed, recipe_in_words, size_in_words
+from crepe_llm.cli.plan import (
+    device_in_words,
+    expected_seconds,
+    followed,
+    multiply_rate,
+    recipe_in_words,
+    size_in_words,
+    time_in_words,
+)
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.report import PAGE, add_report, check_report, make_report, own_test
 from crepe_llm.cli.results import add_json, check_json, write_json
@@ -228,6 +236,7 @@ def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
 
 def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: Path) -> None:
     """Say how large the model is and where it goes; raise OSError if it does not fit there."""
+    from crepe_llm import processes
     from crepe_llm.checkpoints.space import check_destination
 
     size, kept = model.get_memory_footprint(return_buffers=False), run.journal
@@ -245,6 +254,12 @@ def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: P
         "output",
         f"{run.options.output}, at most {size_in_words(size)} and 60 % more while it is packed; "
         f"{size_in_words(free)} are free",
+    )
+    tokens = run.options.samples * run.length // processes.count()
+    shapes = [layer.shape for layer in dense]
+    expected = time_in_words(expected_seconds(run.recipe.modifiers, shapes, tokens, multiply_rate()))
+    run.progress.tell(
+        "expected", f"{expected} on this machine, perhaps half or twice that; then the time left is shown"
     )
     if kept is not None:
         run.progress.tell(

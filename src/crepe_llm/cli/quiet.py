@@ -68,11 +68,13 @@ class Progress:
     Attributes:
         log: the log file, or None.
         told: whether the plan has begun; a run that is refused before needs no log.
+        unsaid: how messages begin that the run says in another way; they go to the log alone.
     """
 
     def __init__(self, terminal: Any, log: Path | None) -> None:
         self.log = log
         self.told = False
+        self.unsaid: tuple[str, ...] = ()
         self._terminal = terminal
         self._out = sys.stdout
         self._said: set[str] = set()
@@ -120,7 +122,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Show a line above the progress line, the same only once."""
-        if self._terminal is not None and message not in self._said:
+        if self._terminal is not None and message not in self._said and not message.startswith(self.unsaid):
             self._said.add(message)
             _Bar.write(message, file=self._terminal)
 

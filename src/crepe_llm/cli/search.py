@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from crepe_llm.recipe_files import shipped_recipes
 
 if TYPE_CHECKING:
     from crepe_llm.modifiers import PHOSearchModifier
+    from crepe_llm.search.study import Study
 
 _WIDTH = 110  # of the progress line
 
@@ -82,9 +84,14 @@ def run(options: argparse.Namespace) -> None:
         search = _search(options, progress)
     study = search.result
     assert study is not None and search.chosen  # oneshot has run it
-    print(study)
+    print(study.stages[-1].table(4))
+    counts = [f"{len(study.candidates)} candidates by proxy"]
+    counts += [f"{len(stage.trials)} {stage.name.partition(': ')[2]}" for stage in study.stages]
+    progress.tell("searched", f"{', '.join(counts)}; {study.total_seconds:.0f} s; all of it is in {options.study}")
     if study.recommended == study.stages[-1].trials[0].coefficients:
-        print("Nothing is clearly better than the incumbent's coefficients, so these are the incumbent's:")
+        progress.tell("chosen", "the incumbent's coefficients, as none are clearly better")
+    else:
+        progress.tell("chosen", "coefficients that are clearly better than the incumbent's")
     print("CRePEModifier:")
     for name, value in search.chosen.items():
         print(f"  {name}: {value:.4g}")
@@ -128,10 +135,11 @@ def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifi
         else f"{options.sparsity:.0%} of each {search.comparison_group}"
     )
     progress.tell("masks", masks)
+    progress.tell("budget", _budget(options))
     progress.tell("calibration", f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}")
     progress.tell("device", device_in_words())
     progress.tell("study", str(options.study))
-    with _told(progress):
+    with _followed(progress, options, source.config.get_text_config().num_hidden_layers):
         oneshot(
             model=source.load(on_device=False),
             tokenizer=source.tokenizer,
@@ -145,21 +153,84 @@ def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifi
     return search
 
 
+def _budget(options: argparse.Namespace) -> str:
+    """What the search may take, in words."""
+    if options.minutes is not None:
+        return f"{options.minutes:g} minutes, calibration aside"
+    most = "40 candidates on 4096 tokens each, the best 4 on 16384, as far as there is text"
+    if options.tokens is not None:
+        most = f"pruned models judged on {options.tokens:,} tokens"
+    return f"{options.candidates or 200} candidates by proxy, then {most}"
+
+
 @contextlib.contextmanager
-def _told(progress: Progress) -> Iterator[None]:
-    """Show what the search logs of its state as the progress line."""
-    from loguru import logger
+def _followed(progress: Progress, options: argparse.Namespace, blocks: int) -> Iterator[None]:
+    """Show how far a search is inside the block: the blocks that are calibrated, then its study, whenever it is saved.
 
-    def show(message: Any) -> None:
-        text = message.record["message"].removeprefix("PHO: ")
-        if "\n" not in text and message.record["level"].name == "INFO":
-            progress.line(text[:_WIDTH].ljust(_WIDTH))
+    That nothing is clearly better is a result, which is printed as one, and no warning.
+    """
+    from compressed_tensors.utils import patch_attr
+    from llmcompressor.core import LifecycleCallbacks
 
-    sink = logger.add(show, level="INFO", filter="crepe_llm.modifiers.pho")
-    try:
+    from crepe_llm.search.study import Study
+
+    ended, saved, started, block = LifecycleCallbacks.sequential_epoch_end, Study.save, time.monotonic(), 0
+
+    def show(text: str) -> None:
+        progress.line(f"searching: {text}".ljust(_WIDTH))
+
+    def block_end(modules: Any, **kwargs: Any) -> Any:
+        nonlocal block
+        block += 1
+        show(f"block {min(block, blocks)} of {blocks} is calibrated, {_clock(time.monotonic() - started)} so far")
+        return ended(modules, **kwargs)
+
+    def save(study: "Study", path: str | Path) -> None:
+        saved(study, path)
+        show(state_in_words(study, options.candidates, time.monotonic() - started))
+
+    progress.unsaid = ("warning: PHO: nothing is clearly better",)
+    with (
+        patch_attr(LifecycleCallbacks, "sequential_epoch_end", block_end),
+        patch_attr(Study, "save", save),
+    ):
         yield
-    finally:
-        logger.remove(sink)
+
+
+def state_in_words(study: "Study", candidates: int | None, seconds: float) -> str:
+    """How far a study is, and the time that is left; that is known once it has a plan.
+
+    Args:
+        study: as it is saved.
+        candidates: how many the proxy is to judge; None for the default.
+        seconds: since the search began.
+    """
+    so_far = f"{_clock(seconds)} so far"
+    trials: dict[str, list[Any]] = {"first": [], "last": []}
+    for stage in study.stages:
+        trials["last" if stage.name.startswith("last") else "first"] += stage.trials
+    if study.plan is None or not study.plan.rounds:
+        if study.stages:
+            return f"the model is pruned with the recipe's own coefficients, {so_far}"
+        return f"{len(study.candidates) - 1} of {candidates or 200} candidates by proxy, {so_far}"
+    first, last = study.plan.rounds
+    slow = max((trial.seconds for trial in trials["last"]), default=0.0)
+    quick = max(0.0, study.plan.seconds - (last.candidates - 1) * slow) / first.candidates
+    if trials["first"]:
+        quick = sum(trial.seconds for trial in trials["first"]) / len(trials["first"])
+    done = max(1, len(trials["last"]))  # the recipe's own coefficients were measured before there was a plan
+    left = (first.candidates - len(trials["first"])) * quick + (last.candidates - done) * slow
+    if len(trials["first"]) < first.candidates:
+        what = f"{len(trials['first'])} of {first.candidates} candidates by masks alone"
+    else:
+        what = f"{done} of {last.candidates} candidates pruned as the recipe prunes"
+    return f"{what}, {so_far}, {_clock(max(0.0, left))} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
 def _shipped(structure: str | None) -> dict[str, float] | None:

@@ -1,0 +1,51 @@
+"""`crepe search`: what it shows; tests/modifiers/test_pho.py has what it finds."""
+
+import json
+
+from crepe_llm.cli.main import main
+from crepe_llm.cli.search import state_in_words
+from crepe_llm.search.space import RIA, WANDA, Mask
+from crepe_llm.search.study import Candidate, Study
+from crepe_llm.search.trials import Plan, Round, Stage, Trial
+
+
+def trials(count, seconds):
+    return [Trial(RIA, (1.0,), (10,), seconds) for _ in range(count)]
+
+
+def test_the_state_of_a_study_and_the_time_that_is_left():
+    study = Study("m", Mask("2:4", 0.5), "balanced_reconstruction", False)
+    study.candidates = [Candidate(RIA, 1.0, 0.1, -1), Candidate(WANDA, 1.0, 0.1, 0)]
+    assert state_in_words(study, None, 65) == "1 of 200 candidates by proxy, 01:05 so far"
+    first, last = Stage("first stage: pruned by masks alone"), Stage("last stage: pruned as the recipe prunes")
+    study.stages, last.trials = [last], trials(1, 30.0)
+    assert state_in_words(study, 50, 65) == "the model is pruned with the recipe's own coefficients, 01:05 so far"
+    # 40 candidates in 200 s, and three of the last four in 90 s, of which the recipe's own are measured already.
+    study.plan = Plan("", (Round(40, 2), Round(4, 8)), 290.0)
+    assert state_in_words(study, 50, 65) == "0 of 40 candidates by masks alone, 01:05 so far, 04:50 left"
+    study.stages, first.trials = [last, first], trials(10, 8.0)  # slower than planned
+    assert state_in_words(study, 50, 3700) == "10 of 40 candidates by masks alone, 1:01:40 so far, 05:30 left"
+    first.trials, last.trials = trials(40, 8.0), trials(3, 30.0)
+    assert state_in_words(study, 50, 0) == "3 of 4 candidates pruned as the recipe prunes, 00:00 so far, 00:30 left"
+
+
+def test_a_run_shows_a_plan_one_line_and_a_table(dense, text, tmp_path, capsys):
+    study = tmp_path / "study.json"
+    options = ["--samples", "4", "--length", "16", "--candidates", "8", "--tokens", "400"]
+    command = ["search", str(dense), "--text", str(text), "--study", str(study), *options]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    rows = [line.partition(":")[0] for line in shown.out.splitlines() if line[:1].isalpha()]
+    assert rows[:6] == ["model", "masks", "budget", "calibration", "device", "study"]
+    assert rows[-5:-2] == ["searched", "chosen", "CRePEModifier"] or rows[-4:] == [
+        "searched",
+        "chosen",
+        "CRePEModifier",
+        "log",
+    ]
+    assert len(shown.out.splitlines()) < 24
+    assert "candidates by proxy" in shown.out and f"all of it is in {study}" in shown.out
+    lines = shown.err.splitlines()
+    assert lines and all(line.startswith("searching: ") for line in lines), shown.err
+    assert "pruned as the recipe prunes" in lines[-1] and lines[-1].rstrip().endswith(" left")
+    assert json.loads(study.read_text())["finished"]
