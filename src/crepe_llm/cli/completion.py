@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from crepe_llm.cli.common import HelpFormatter
+
 _SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -16,7 +18,7 @@ def add(subparsers: Any) -> None:
             "  crepe completion bash > ~/.local/share/bash-completion/completions/crepe\n"
             "  crepe completion zsh > ~/.zfunc/_crepe        (with ~/.zfunc in fpath)\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("shell", choices=_SHELLS, help="the shell")
     parser.set_defaults(run=run)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import weight_bytes
+from crepe_llm.cli.common import HelpFormatter, weight_bytes
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 
@@ -36,7 +36,7 @@ def _add_conversion(subparsers: Any, name: str, summary: str, description: str, 
         help=summary,
         description=description,
         epilog=f"example:\n  {example}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("source", metavar="DIR", type=Path, help="a folder with config.json and safetensors")
     parser.add_argument("destination", metavar="OUT", type=Path, help="a folder that does not hold a model yet")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crepe_llm.cli.common import add_verbose, require
+from crepe_llm.cli.common import HelpFormatter, add_verbose, at_least, require
 from crepe_llm.cli.plan import device_in_words
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
@@ -38,10 +38,21 @@ def add(subparsers: Any) -> None:
             "perplexity, and serve the dense and the CRePE model with vLLM where it is installed. What an earlier demo "
             "left in the output folder is replaced."
         ),
+        epilog=(
+            "examples:\n"
+            "  crepe demo\n"
+            "  crepe demo --output /tmp/demo --tokens 4096 --json demo.json\n"
+            "It takes about three minutes on two cores. `crepe serve demo-output` serves what it leaves.\n"
+        ),
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="the CRePE model (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=8192, help="of test text (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="folder for the CRePE model (%(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=at_least(512), default=8192, help="how many tokens perplexity is measured on (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of calibration windows (%(default)s)")
     add_verbose(parser)
     add_json(parser)
     parser.set_defaults(run=run)

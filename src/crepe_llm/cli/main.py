@@ -26,6 +26,7 @@ from crepe_llm.cli import (
     search,
     serve,
 )
+from crepe_llm.cli.common import HelpFormatter
 
 _SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (
     prune.add,
@@ -105,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
             "  141  what reads the output has ended before it (as `head` does)\n"
             "`crepe serve` ends with the status of vLLM's server.\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"crepe-llm {__version__}")
     subparsers = made.add_subparsers(title="commands", metavar="COMMAND", required=True)

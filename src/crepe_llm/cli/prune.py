@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from crepe_llm.cli.common import (
     MODEL_HELP,
+    HelpFormatter,
     Model,
     add_calibration,
     add_new_folder,
@@ -63,7 +64,7 @@ def add(subparsers: Any) -> None:
             "`crepe recipes` lists the recipes that have names. What llm-compressor logs goes to a file in the user's\n"
             "cache folder (~/.cache/crepe_llm/logs, or under XDG_CACHE_HOME), named at the end; the last 20 are kept.\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--recipe", metavar="NAME|FILE", required=True, help="a shipped recipe or a YAML file")

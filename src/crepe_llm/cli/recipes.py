@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from crepe_llm.cli.common import HelpFormatter
 from crepe_llm.cli.results import add_json, check_json, write_json
 from crepe_llm.recipe_files import recipe_path, shipped_recipes
 
@@ -12,6 +13,12 @@ def add(subparsers: Any) -> None:
         "recipes",
         help="list the shipped recipes",
         description="List the recipes that `crepe prune --recipe` takes by name; with a name, print that recipe.",
+        epilog=(
+            "examples:\n"
+            "  crepe recipes\n"
+            "  crepe recipes crepe_2of4_best > my_recipe.yaml     to change it and give it to `crepe prune --recipe`\n"
+        ),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe")
     add_json(parser)

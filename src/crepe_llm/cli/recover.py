@@ -8,6 +8,7 @@ from typing import Any
 from crepe_llm.cli.common import (
     DTYPES,
     MODEL_HELP,
+    HelpFormatter,
     add_new_folder,
     add_texts,
     add_verbose,
@@ -51,7 +52,7 @@ def add(subparsers: Any) -> None:
             "  torchrun -m crepe_llm recover DIR --teacher MODEL --dataset NAME --tokens 5000000 --output OUT\n"
             "  crepe recover smollm2-cfsp --sample --windows 256 --output smollm2-recovered\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("model", metavar="DIR", type=Path, help="the pruned model's folder")
@@ -61,55 +62,84 @@ def add(subparsers: Any) -> None:
     )
     add_texts(parser, "train", required=False)
     parser.add_argument(
-        "--windows", type=at_least(1), default=None, help="train on so many windows, spread over the text (all)"
+        "--windows", type=at_least(1), default=None, help="train on so many windows of the text, spread over it (all)"
     )
-    parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window (%(default)s)")
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens in each window (%(default)s)")
     add_report(parser)
     add_json(parser)
     add_verbose(parser)
     parser.add_argument(
         "--learning-rate",
         type=float,
-        help="the highest (without --teacher 2e-4, with --method lora 1e-3, else see --relative-rate)",
+        help="the highest learning rate (2e-4 without --teacher, 1e-3 with --method lora, else see --relative-rate)",
     )
     parser.add_argument("--batch", type=at_least(1), help="windows per step (4; without --teacher 8)")
-    parser.add_argument("--rank", type=at_least(1), help="of LoRA (16; without --teacher 8, the blocks' mean)")
-    parser.add_argument("--seed", type=int, help="of start, order and self-generated text (0)")
+    parser.add_argument(
+        "--rank", type=at_least(1), help="rank of LoRA's updates (16; without --teacher 8, the mean over the blocks)"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="seed of LoRA's start, the order of windows and self-generated text (0)"
+    )
     _add_distillation(parser.add_argument_group("with --teacher"))
     group = parser.add_argument_group("without --teacher")
     group.add_argument("--epochs", type=at_least(1), help="how often each window is seen (1)")
     group.add_argument(
         "--ranks", choices=("important", "unimportant", "uniform"), help="which blocks get more rank (important)"
     )
-    group.add_argument("--dtype", choices=DTYPES, help="of the weights (as they are stored)")
+    group.add_argument("--dtype", choices=DTYPES, help="dtype to load the weights in (as they are stored)")
     parser.set_defaults(run=run)
 
 
 def _add_distillation(group: Any) -> None:
-    group.add_argument("--tokens", type=at_least(1), help="train on so many, with repetitions (the text once)")
-    group.add_argument("--minutes", type=float, help="train for so long instead")
-    group.add_argument("--method", choices=("full", "lora"), help="all kept weights, or masked LoRA (full)")
     group.add_argument(
-        "--relative-rate", metavar="SHARE", type=float, help="learning rate per size of each kept parameter (1.5e-3)"
+        "--tokens", type=at_least(1), help="train on so many tokens, repeating the text if need be (the text once)"
     )
-    group.add_argument("--warmup", type=at_least(0), help="steps in which the learning rate rises (10)")
-    group.add_argument("--micro-batch", type=at_least(1), help="windows at once (all of a step)")
-    group.add_argument("--cross-entropy", metavar="SHARE", type=float, help="of the text's own loss (0)")
+    group.add_argument("--minutes", type=float, help="train for so long instead of --tokens")
     group.add_argument(
-        "--top-k", type=at_least(0), help="keep the teacher's likeliest tokens in a file; 0 asks it in every epoch (0)"
+        "--method", choices=("full", "lora"), help="train all kept weights, or LoRA under the mask (full)"
     )
-    group.add_argument("--embeddings", action="store_true", help="train embeddings and head, too")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of products (bf16 where it is fast)")
     group.add_argument(
-        "--optimizer-state", choices=("fp32", "8bit", "4bit"), help="of AdamW; less than fp32 needs torchao (fp32)"
+        "--relative-rate",
+        metavar="SHARE",
+        type=float,
+        help="learning rate as a share of the size of each parameter's kept weights (1.5e-3)",
     )
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--warmup", type=at_least(0), help="in how many steps the learning rate rises (10)")
+    group.add_argument("--micro-batch", type=at_least(1), help="windows in memory at once (all of a step)")
     group.add_argument(
-        "--held-out", metavar="WINDOWS", type=at_least(0), help="to tell the best state by (a tenth, <= 16)"
+        "--cross-entropy", metavar="SHARE", type=float, help="share of the text's own loss in what is minimised (0)"
     )
-    group.add_argument("--evaluations", type=at_least(1), help="of the held-out windows (10)")
-    group.add_argument("--patience", type=at_least(1), help="clearly worse evaluations in a row that end it (3)")
-    group.add_argument("--self-generated", metavar="N", type=at_least(0), help="tokens of text that the teacher writes")
+    group.add_argument(
+        "--top-k",
+        type=at_least(0),
+        help="keep so many of the teacher's likeliest tokens in a file; 0 asks the teacher in every epoch (0)",
+    )
+    group.add_argument("--embeddings", action="store_true", help="train the embeddings and the head, too")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        help="of matrix products (auto: bf16 where the hardware is fast at it)",
+    )
+    group.add_argument(
+        "--optimizer-state",
+        choices=("fp32", "8bit", "4bit"),
+        help="dtype of AdamW's state; 8bit and 4bit need torchao (fp32)",
+    )
+    group.add_argument("--gradient-checkpointing", action="store_true", help="take less memory and more time")
+    group.add_argument(
+        "--held-out",
+        metavar="WINDOWS",
+        type=at_least(0),
+        help="keep so many windows aside, to choose the best state by (a tenth, at most 16)",
+    )
+    group.add_argument("--evaluations", type=at_least(1), help="how often the held-out windows are evaluated (10)")
+    group.add_argument("--patience", type=at_least(1), help="stop after so many clearly worse evaluations in a row (3)")
+    group.add_argument(
+        "--self-generated",
+        metavar="N",
+        type=at_least(0),
+        help="train on so many tokens that the teacher writes, alone or beside the text",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

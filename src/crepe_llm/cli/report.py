@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crepe_llm.cli.common import add_loading, check_new_file, model_folder, open_model, require, weight_bytes
+from crepe_llm.cli.common import (
+    HelpFormatter,
+    add_loading,
+    check_new_file,
+    model_folder,
+    open_model,
+    require,
+    weight_bytes,
+)
 from crepe_llm.cli.common import window_length as window_of
 from crepe_llm.cli.evaluate import add_test_text, texts_of
 from crepe_llm.cli.quiet import quiet
@@ -30,7 +38,7 @@ def add(subparsers: Any) -> None:
             "and linked from its model card."
         ),
         epilog="example:\n  crepe report smollm2-2of4 --dense smollm2 --sample --tokens 8192 --window 512\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model", metavar="DIR", type=Path, help="the pruned model's folder")
     parser.add_argument("--dense", metavar="MODEL", help="the dense model that was pruned")
@@ -66,7 +74,7 @@ def check_report(command: str) -> None:
 def add_report(parser: Any) -> None:
     """The option of other commands that also want a report of what they made."""
     parser.add_argument(
-        "--report", action="store_true", default=False, help=f"then write OUTPUT/{PAGE}, as `crepe report`"
+        "--report", action="store_true", default=False, help=f"afterwards write OUTPUT/{PAGE}, as `crepe report` does"
     )
 
 

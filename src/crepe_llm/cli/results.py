@@ -14,7 +14,9 @@ from crepe_llm.cli.common import check_new_file
 
 def add_json(parser: Any) -> None:
     """The option `--json`; `check_json` goes before the work, `write_json` after it."""
-    parser.add_argument("--json", metavar="FILE", type=Path, default=None, help="write the figures there as well")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, default=None, help="also write the figures to this file, as JSON"
+    )
 
 
 def check_json(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from crepe_llm.cli.common import (
     MODEL_HELP,
+    HelpFormatter,
     add_calibration,
     add_verbose,
     at_least,
@@ -48,12 +49,17 @@ def add(subparsers: Any) -> None:
             "      --study smollm2-60.json --plot smollm2-60.png\n"
             "A recipe uses it with `study: FILE` under PHOSearchModifier, or with the printed lines.\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--study", metavar="FILE", type=Path, required=True, help="where the study is saved (JSON)")
     masks = parser.add_mutually_exclusive_group()
-    masks.add_argument("--mask-structure", metavar="N:M", default="2:4", help="N pruned of every M (%(default)s)")
+    masks.add_argument(
+        "--mask-structure",
+        metavar="N:M",
+        default="2:4",
+        help="search for masks that prune N of every M weights (%(default)s)",
+    )
     masks.add_argument("--sparsity", type=float, help="search for unstructured masks of this sparsity instead")
     parser.add_argument(
         "--comparison-group",
@@ -63,10 +69,14 @@ def add(subparsers: Any) -> None:
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=at_least(1), help="the most tokens that pruned models are judged on (229,000)")
-    budget.add_argument("--minutes", type=float, help="the most that the search may take, calibration aside")
-    parser.add_argument("--candidates", type=at_least(1), help="how many are judged by the proxy (200)")
-    parser.add_argument("--proxy", help="the first filter (balanced_reconstruction)")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the search there (needs matplotlib)")
+    budget.add_argument("--minutes", type=float, help="the most time that the search may take, calibration aside")
+    parser.add_argument("--candidates", type=at_least(1), help="how many coefficients the proxy judges (200)")
+    parser.add_argument(
+        "--proxy", help="what judges coefficients first, on a few layers alone (balanced_reconstruction)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="also draw the search into this file (needs matplotlib)"
+    )
     add_verbose(parser)
     add_calibration(parser)
     add_json(parser)

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from crepe_llm.cli.common import HelpFormatter
+
 
 def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -18,7 +20,7 @@ def add(subparsers: Any) -> None:
             "  crepe serve smollm2-2of4\n"
             "  crepe serve DIR --port 8001 --dtype bfloat16 --max-model-len 2048     any option of `vllm serve`\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a Hugging Face id")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="options for vLLM")
