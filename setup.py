@@ -105,7 +105,8 @@ class WheelForAnyPython(bdist_wheel):
 def index_readme() -> str:
     """README.md as a package index shows it: its links lead to the files of this version in the project's repository.
 
-    Where pyproject.toml names no repository, files beside it are named, not linked, and its pictures are left out.
+    Where pyproject.toml names no repository, files beside it are named, not linked, its pictures are left out, and it
+    says where the files are.
     """
     text = Path("README.md").read_text(encoding="utf-8")
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -115,7 +116,8 @@ def index_readme() -> str:
         text = re.sub(r"(!\[[^\]]*\]\()(?!https?://)([^)]*\))", rf"\g<1>{at}/raw/{version}/\2", text)
         return re.sub(r"(\]\()(?!https?://)([^)#][^)]*\))", rf"\g<1>{at}/blob/{version}/\2", text)
     text = re.sub(r"!\[[^\]]*\]\((?!https?://)[^)]*\)\n*", "", text)
-    return re.sub(r"\[([^\]]+)\]\((?!https?://)([^)#]*)#?[^)]*\)", _named, text)
+    text = re.sub(r"\[([^\]]+)\]\((?!https?://)([^)#]*)#?[^)]*\)", _named, text)
+    return text.rstrip() + "\n\nThe files that this page names are in the source distribution.\n"
 
 
 def _named(link: re.Match[str]) -> str:

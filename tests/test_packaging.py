@@ -234,6 +234,7 @@ def test_the_index_shows_no_link_that_leads_nowhere(dist, wheel):
         assert message["Description-Content-Type"] == "text/markdown"
         found = targets(message.get_payload())
         assert found and all(target.startswith("https://") for target in found), found
+        assert "(`docs/results.md`)" in message.get_payload() and "in the source distribution" in message.get_payload()
 
 
 def test_the_index_links_to_the_repository_that_is_named(tmp_path):

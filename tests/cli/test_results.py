@@ -49,6 +49,11 @@ def test_a_pipe_is_written_to(tmp_path):
     os.close(reader)
 
 
+@pytest.mark.parametrize("command", ["compress", "decompress"])
+def test_conversions_of_what_is_not_there_are_refused(command, tmp_path, refusal):
+    assert "absent is no folder: name a folder" in refusal([command, tmp_path / "absent", tmp_path / "out"])
+
+
 def test_conversions_write_their_figures(dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense)
     prune_2of4(model)
