@@ -34,6 +34,7 @@ FAMILIES = {
     "olmoe": (t.OlmoeConfig, {"num_experts": 12}),
     "deepseek_v2": (t.DeepseekV2Config, LATENT),
     "deepseek_v3": (t.DeepseekV3Config, LATENT),
+    "granitemoe": (t.GraniteMoeConfig, {"num_local_experts": 3, "intermediate_size": 20}),
 }
 SINGLE = "model.safetensors"
 IDS = torch.arange(3, 35)[None]
@@ -99,8 +100,9 @@ def test_packed_experts_can_be_decompressed(folders_of, tmp_path):
     assert_same_weights(tmp_path / "out", plain)
 
 
-def test_experts_load_in_another_dtype(folders_of):
-    plain, packed = folders_of("qwen2_moe")
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "granitemoe"])
+def test_experts_load_in_another_dtype(family, folders_of):
+    plain, packed = folders_of(family)
     model, twin = (load(folder, dtype=torch.bfloat16).state_dict() for folder in (packed, plain))
     assert all(torch.equal(model[name], value) for name, value in twin.items())
 
@@ -182,3 +184,46 @@ def test_names_of_experts():
     assert incomplete(layers[:3] + layers[5:]) == {
         "a.experts": [Expert("a.experts", 1, "y"), Expert("a.experts", 2, "x")]
     }
+
+
+WHOLE = "model.layers.1.block_sparse_moe.input_linear"
+
+
+def test_experts_in_one_tensor_are_packed_with_an_axis_of_experts(folders_of, tmp_path):
+    plain, packed = folders_of("granitemoe")
+    checkpoint = read_folder(packed)
+    assert checkpoint.layers[WHOLE].shape == (3, 40, 32)
+    assert [checkpoint.tensors[f"{WHOLE}.{part}"].shape for part in PARTS] == [(3, 40, 16), (3, 40, 4), (3, 1)]
+    kept = checkpoint.load(f"{WHOLE}.compressed")
+    assert torch.equal(kept[1, 7], read_folder(plain).load(f"{WHOLE}.weight")[1, 7].view(-1, 4)[:, [0, 3]].flatten())
+    decompress_folder(packed, tmp_path / "out")
+    assert_same_weights(tmp_path / "out", plain)
+
+
+def fewer_experts(tensors):
+    for part in ("compressed", "bitmask"):
+        tensors[f"{WHOLE}.{part}"] = tensors[f"{WHOLE}.{part}"][:2]
+    tensors[f"{WHOLE}.shape"][0] = 2
+
+
+def one_matrix(tensors):
+    for part in ("compressed", "bitmask"):
+        tensors[f"{WHOLE}.{part}"] = tensors[f"{WHOLE}.{part}"].flatten(0, 1)
+    tensors[f"{WHOLE}.shape"] = torch.tensor([[120], [32]])
+
+
+DAMAGED = {
+    fewer_experts: r"input_linear.compressed is packed from F32 \[2, 40, 32\], the model has F32 \[3, 40, 32\]",
+    one_matrix: r"input_linear.compressed is packed from F32 \[120, 32\], the model has F32 \[3, 40, 32\]",
+    lambda tensors: tensors[f"{WHOLE}.bitmask"][2, 3].fill_(7): "input_linear.bitmask: bitmask row 83, byte 0",
+    lambda tensors: tensors[f"{WHOLE}.shape"][0].fill_(-3): "input_linear.shape: the dense shape .* is not positive",
+    lambda tensors: tensors[f"{WHOLE}.shape"][0].fill_(4): r"input_linear.compressed is F32 .* needs F32 \[4, 40, 16\]",
+    without(WHOLE): r"layers.1.block_sparse_moe.experts.gate_up_proj is missing",
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.items(), ids=range(len(DAMAGED)))
+def test_damaged_experts_in_one_tensor_are_refused(damage, message, folders_of, tmp_path):
+    folder = changed(folders_of("granitemoe")[1], tmp_path / "damaged", damage)
+    with pytest.raises(FormatError, match=message):
+        load(folder)

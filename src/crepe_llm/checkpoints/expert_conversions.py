@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from crepe_llm.checkpoints.experts import expert_of
+from crepe_llm.checkpoints.experts import expert_of, matrices_of
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import Checkpoint
 
-__all__ = ["UnpackExperts", "unpacking_experts"]
+__all__ = ["UnpackExperts", "names_of_whole", "unpacking_experts"]
 
 _FORMAT = SPARSE_24_BITMASK
 _SCALE = "weight_scale"
@@ -69,6 +69,17 @@ def unpacking_experts(conversions: Sequence[Any], checkpoint: Checkpoint) -> dic
         if isinstance(conversion, WeightConverter)
         and all(re.search(r"experts\.?\*\.[\w.]+\.weight$", p) for p in conversion._original_source_patterns)
     }
+
+
+def names_of_whole(conversions: Sequence[Any]) -> dict[str, WeightRenaming]:
+    """The renamings of weights that hold all experts of a layer and can be packed, by the pattern of their prefix."""
+    found = {}
+    for renaming in conversions:
+        if isinstance(renaming, WeightRenaming):
+            stem = renaming._original_source_patterns[0].removesuffix(r"\.weight")
+            if matrices_of(stem.replace("\\", "")):
+                found[stem] = renaming
+    return found
 
 
 def _unpacking(conversion: WeightConverter) -> WeightConverter:

@@ -1,7 +1,10 @@
-"""The experts of a mixture in a checkpoint: stored one matrix an expert.
+"""The experts of a mixture in a checkpoint: stored one matrix an expert, or all experts of a layer in one tensor.
 
 A matrix of an expert is called `G.N.kind`, where G ends in `.experts`: `model.layers.0.mlp.experts.3.up_proj`.
 The experts of one G are packed together or not at all, because readers hold them in merged tensors.
+
+GraniteMoE has `block_sparse_moe.input_linear` [experts, 2 d_inner, d], gate over up, and `output_linear`
+[experts, d, d_inner].
 """
 
 import re
@@ -12,9 +15,12 @@ from typing import NamedTuple
 from crepe_llm.checkpoints.formats import FormatError
 from crepe_llm.checkpoints.reading import Checkpoint, SparseLayer
 
-__all__ = ["Expert", "check_experts", "expert_of", "incomplete"]
+__all__ = ["Expert", "check_experts", "expert_of", "incomplete", "matrices_of"]
 
 _NAME = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
+
+_WHOLE = re.compile(r"(.*\bblock_sparse_moe)\.(input_linear|output_linear)")
+_MATRICES = {"input_linear": ("gate_proj", "up_proj"), "output_linear": ("down_proj",)}
 
 
 class Expert(NamedTuple):
@@ -34,6 +40,15 @@ def expert_of(layer: str) -> Expert | None:
     """The place of a layer with this prefix among experts, or None if it is not in one."""
     found = _NAME.fullmatch(layer)
     return Expert(found[1], int(found[2]), found[3]) if found else None
+
+
+def matrices_of(layer: str) -> tuple[str, ...]:
+    """What the rows of each expert are, in equal shares, in a weight of all experts of a layer with this prefix.
+
+    Empty if the name is none of such a weight. It holds the input channels on its last axis.
+    """
+    found = _WHOLE.fullmatch(layer)
+    return _MATRICES[found[2]] if found else ()
 
 
 def incomplete(layers: Iterable[str]) -> dict[str, list[Expert]]:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, packed_embeddings
-from crepe_llm.checkpoints.expert_conversions import unpacking_experts
-from crepe_llm.checkpoints.experts import check_experts
+from crepe_llm.checkpoints.expert_conversions import names_of_whole, unpacking_experts
+from crepe_llm.checkpoints.experts import check_experts, matrices_of
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names
@@ -30,6 +30,8 @@ __all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal"]
 
 # From 5.23 on transformers dequantizes while it reads; before, compressed modules that were read whole.
 _DEQUANTIZES_WHILE_READING = "_process_model_after_weight_loading" not in vars(CompressedTensorsHfQuantizer)
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def register() -> None:
@@ -82,7 +84,7 @@ class Unpack(ConversionOps):
             weight = self.form.unpack(parts)
         except FormatError as error:
             raise FormatError(f"{full_layer_name}: {error}") from None
-        if self.form.pattern == "bitmask":
+        if self.form.pattern == "bitmask" and weight.ndim == 2:
             setattr(model.get_submodule(str(full_layer_name).rpartition(".")[0]), RECORDED, parts["bitmask"].cpu())
         return {target_patterns[0]: weight if weight.element_size() == 1 else weight.to(parameter.dtype)}
 
@@ -102,8 +104,10 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     _unchecked: tuple[Any, Checkpoint] | None = None
     # Whether modules are to be decompressed once they are read, as unpacked layers have to be.
     _decompress = False
+    # Of the model's parameters, before they are read.
+    _dtypes: dict[str, torch.dtype] | None = None
     # The conversions that read packed experts, each with transformers' own, which writes plain ones.
-    _experts: dict[WeightConverter, WeightConverter] | None = None
+    _experts: dict[WeightConverter, WeightConverter | WeightRenaming] | None = None
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
@@ -123,6 +127,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
                 f"*.{SPARSE_24_BITMASK.values}; export the model again, or remove sparsity_config from config.json if "
                 "its weights are dense"
             )
+        if self._packed is not None:
+            self._dtypes = {name: one.dtype for name, one in model.named_parameters() if one.dtype in _FLOATS}
         if quantized and self._packed is not None:
             self._leave_plain(model, packed_embeddings(model, self._packed))
             if _DEQUANTIZES_WHILE_READING and self.quantization_config.dequantize:
@@ -143,7 +149,9 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         else:
             conversions = [*found.values(), *weight_conversions]
         if self._packed is not None:
-            conversions = [*expanding(list(self._expanded)), *conversions, *_unpacking()]
+            whole = _unpacking_whole(weight_conversions, self._packed)
+            self._experts |= whole
+            conversions = [*expanding(list(self._expanded)), *whole, *conversions, *_unpacking()]
         if self._unchecked is not None:
             (loaded, checkpoint), self._unchecked = self._unchecked, None
             check_model(checkpoint, loaded, conversions)
@@ -162,6 +170,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             self.compressor.decompress_model(model=model)
             for module in model.modules():
                 QuantizationMetadata.clear_quantization(module)
+        self._cast(model)
         if self._packed is not None and hasattr(model, "_weight_conversions"):
             # Left there, they would be reverted on saving, and a plain model would be written half packed.
             plain = self._experts or {}
@@ -172,6 +181,14 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
                 if not any(isinstance(op, Unpack | ExpandPacked) for op in getattr(conversion, "operations", ()))
             ]
         super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _cast(self, model: Any) -> None:
+        """Cast what transformers leaves in the dtype of the file, as it does with every tensor that it renames."""
+        kept = [*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())]
+        for name, parameter in model.named_parameters():
+            wanted = (self._dtypes or {}).get(name, parameter.dtype)
+            if parameter.dtype in _FLOATS and parameter.dtype != wanted and not any(part in name for part in kept):
+                parameter.data = parameter.data.to(wanted)
 
     def _leave_plain(self, model: Any, names: list[str]) -> None:
         """Leave layers out of the quantization, in what is saved of it, too; a head tied to one shares its weight."""
@@ -189,6 +206,18 @@ def _unpacking() -> list[WeightConverter]:
         WeightConverter([rf"\.{part}$" for part in form.parts], [".weight"], operations=[Unpack(form)])
         for form in FORMATS.values()
     ]
+
+
+def _unpacking_whole(conversions: Sequence[Any], checkpoint: Checkpoint) -> dict[WeightConverter, WeightRenaming]:
+    """What reads packed experts that lie in one tensor, with the renaming that does where they are plain."""
+    if not any(map(matrices_of, checkpoint.layers)):
+        return {}
+    made = {}
+    for stem, renaming in names_of_whole(conversions).items():
+        sources = [rf"{stem}\.{part}$" for part in SPARSE_24_BITMASK.parts]
+        targets = list(renaming._original_target_patterns)
+        made[WeightConverter(sources, targets, operations=[Unpack(SPARSE_24_BITMASK)])] = renaming
+    return made
 
 
 def _refuse_packed(checkpoint_files: Sequence[str], quantized: bool) -> None:

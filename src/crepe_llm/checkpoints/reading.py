@@ -42,12 +42,13 @@ _PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """One packed layer: its prefix `name`, its format, and the dtype and (d_out, d_in) of the dense weight."""
+    """One packed layer: its prefix `name`, its format, and dtype and shape of the dense weight: (d_out, d_in), or
+    (experts, d_out, d_in) where experts lie in one."""
 
     name: str
     format: CheckpointFormat
     dtype: torch.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Checkpoint:
             raise FormatError(f"{stored.file}: tensor {name} cannot be read: {error}") from error
 
     def load_weight(self, layer: str) -> torch.Tensor:
-        """Read and unpack the packed layer with prefix `layer`: the dense weight [d_out, d_in].
+        """Read and unpack the packed layer with prefix `layer`: the dense weight.
 
         Raises FormatError, naming file and layer, if a part is malformed.
         """

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from crepe_llm.checkpoints.copying import copy_rest, two_folders
-from crepe_llm.checkpoints.experts import expert_of
+from crepe_llm.checkpoints.experts import expert_of, matrices_of
 from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import (
@@ -284,7 +284,11 @@ def _packs(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _is_linear_weight(checkpoint: Checkpoint, name: str) -> bool:
-    return name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2 and not _NOT_LINEAR.search(name)
+    """Whether the tensor is the weight of a linear layer, or of one of each expert."""
+    if not name.endswith(".weight") or _NOT_LINEAR.search(name):
+        return False
+    axes = len(checkpoint.tensors[name].shape)
+    return axes == 2 or (axes == 3 and bool(matrices_of(name.removesuffix(".weight"))))
 
 
 def _plain_experts(checkpoint: Checkpoint) -> set[str]:
@@ -322,8 +326,10 @@ def _pack_tensor(
 
 def _keep_of(weight: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor | None:
     """The mask bool [d_out, d_in] that `bits` are of this 2:4 weight, or None if they are not its mask."""
+    if bits is None or weight.ndim != 2:
+        return None
     rows, columns = weight.shape
-    if bits is None or bits.dtype != torch.uint8 or tuple(bits.shape) != (rows, -(-columns // 8)):
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != (rows, -(-columns // 8)):
         return None
     bits = bits.to(weight.device)
     if wrong_byte(bits, columns) is not None:

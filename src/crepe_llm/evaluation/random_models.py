@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from crepe_llm.checkpoints.experts import matrices_of
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _PAIRS = torch.zeros(6, 4, dtype=torch.bool)
 for _row, _pair in enumerate(itertools.combinations(range(4), 2)):
     _PAIRS[_row, list(_pair)] = True
-_UNPRUNED = re.compile(r"embed|lm_head|norm|\.gate\.weight$")
+_UNPRUNED = re.compile(r"embed|lm_head|norm|\.gate\.weight$|\.router\.")
 _QUANTIZED = {"int8": (127.0, "int-quantized", "int"), "fp8": (448.0, "float-quantized", "float")}
 
 
@@ -59,12 +60,13 @@ def write_random_model(
         if "norm" in name:
             weight += 1.0 if config.model_type != "gemma3_text" else 0.0
         layer = name.removesuffix(".weight")
-        if weight.ndim != 2 or _UNPRUNED.search(name) or (keep_dense is not None and keep_dense.search(name)):
+        linear = weight.ndim == 2 or (weight.ndim == 3 and matrices_of(layer))
+        if not linear or _UNPRUNED.search(name) or (keep_dense is not None and keep_dense.search(name)):
             tensors[name] = weight
             if weight.ndim == 2 and "embed" not in name:
                 unquantized.append(layer)
             continue
-        choice = torch.randint(0, 6, (shape[0], shape[1] // 4), generator=generator, dtype=torch.int32)
+        choice = torch.randint(0, 6, (*shape[:-1], shape[-1] // 4), generator=generator, dtype=torch.int32)
         keep = _PAIRS[choice].view(*shape)
         weight.mul_(keep)
         if quantization is not None:

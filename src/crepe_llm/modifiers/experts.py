@@ -1,8 +1,8 @@
 """Mixtures of experts: oneshot takes experts apart into linear layers, and these are saved as transformers reads them.
 
 What transformers reads, vLLM reads, too. A family whose checkpoints hold one matrix an expert (Mixtral's w1, w2, w3)
-is saved under those names and packed where it is 2:4; in all others (GraniteMoE, GPT-OSS, Llama 4) the experts are put
-together again.
+is saved under those names and packed where it is 2:4; in all others the experts are put together again. GraniteMoE's
+are then packed in one tensor. GPT-OSS's stay plain: each lies there transposed, with gate and up in turn.
 """
 
 import copy
@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, Wei
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from crepe_llm.checkpoints import is_2of4
+from crepe_llm.checkpoints.expert_conversions import names_of_whole
 from crepe_llm.pruning.layer import recorded_masks
 
 __all__ = ["check_experts", "masks_as_stored", "restore_experts", "saves_whole_experts", "take_llama4_apart"]
@@ -80,9 +81,11 @@ def _matches(model: Any, modifier: Any, prefixes: list[str]) -> bool:
 
 
 def saves_whole_experts(model: Any) -> bool:
-    """Whether the model's checkpoints hold all experts of a layer in one tensor, which no sparse format does."""
+    """Whether the model's checkpoints hold all experts of a layer in one tensor that is not packed."""
     apart = _taken_apart(model)
-    return bool(apart) and _with_own_names(model) is None and not isinstance(apart[0][1], Llama4LinearExperts)
+    if not apart or isinstance(apart[0][1], Llama4LinearExperts) or _with_own_names(model) is not None:
+        return False
+    return not names_of_whole(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def restore_experts(model: Any) -> None:

@@ -52,26 +52,26 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def pack(self, weight: torch.Tensor, keep: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Pack a weight [d_out, d_in] into the tensors of the parts, by the name of the part.
+        """Pack a weight, [d_out, d_in] or [experts, d_out, d_in], into the tensors of the parts, by their names.
 
-        `keep` is its mask, bool [d_out, d_in]; None: inferred from the zeros. Raises FormatError if the weight does not
-        fit or the mask is not the weight's.
+        `keep` is its mask, bool of the same shape; None: inferred from the zeros. Raises FormatError if the weight does
+        not fit or the mask is not the weight's.
         """
 
     @abstractmethod
     def unpack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Rebuild the dense weight [d_out, d_in] from the tensors of the parts; FormatError if they are malformed."""
+        """Rebuild the dense weight from the tensors of the parts; FormatError if they are malformed."""
 
     @abstractmethod
     def read_layer(
         self, layer: str, stored: Mapping[str, StoredTensor], load: Callable[[str], torch.Tensor]
-    ) -> tuple[torch.dtype, tuple[int, int]]:
-        """Check the headers of all parts of `layer` against each other; the dense weight's dtype and (d_out, d_in).
+    ) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Check the headers of all parts of `layer` against each other; the dense weight's dtype and shape.
 
         `load` reads the tensor of a part; only tensors of a few bytes are read. Raises FormatError, naming file and
         tensor.
         """
 
     @abstractmethod
-    def validate(self, pattern: torch.Tensor, shape: tuple[int, int]) -> None:
+    def validate(self, pattern: torch.Tensor, shape: tuple[int, ...]) -> None:
         """Check the content of the part `pattern` of a weight of `shape`; FormatError names the first bad place."""

@@ -2,7 +2,8 @@
 
 A 2:4 weight [d_out, d_in] becomes `compressed` [d_out, d_in / 2], the two kept values of every group of four
 consecutive columns, and `bitmask` uint8 [d_out, ceil(d_in / 8)], whose bit j (least significant first) of byte b is
-set where column 8b + j is kept.
+set where column 8b + j is kept. Of experts that lie in one weight [experts, d_out, d_in] all three are of each expert,
+one after the other: ours, compressed-tensors packs no such weight.
 """
 
 import math
@@ -234,7 +235,7 @@ def _fill_to_two(weight: torch.Tensor, nonzero: torch.Tensor) -> torch.Tensor:
 
 
 class Sparse24Bitmask(CheckpointFormat):
-    """compressed-tensors' `sparse-24-bitmask`: `compressed`, `bitmask` and `shape`."""
+    """compressed-tensors' `sparse-24-bitmask`: `compressed`, `bitmask` and `shape`; also with an axis of experts."""
 
     name = "sparse-24-bitmask"
     version = "0.14.0.1"
@@ -243,23 +244,37 @@ class Sparse24Bitmask(CheckpointFormat):
     pattern = "bitmask"
 
     def fits(self, weight: torch.Tensor) -> bool:
-        return is_2of4(weight)
+        return weight.ndim in (2, 3) and is_2of4(weight.flatten(0, -2))
 
     def pack(self, weight: torch.Tensor, keep: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        compressed, bitmask = pack(weight, keep)
-        shape = torch.tensor(weight.shape, dtype=torch.int64).reshape(2, 1)
-        return {"compressed": compressed, "bitmask": bitmask, "shape": shape}
+        experts = weight.shape[:-2]
+        if len(experts) == 1 and (keep is None or keep.shape == weight.shape):
+            compressed, bitmask = pack(weight.flatten(0, 1), None if keep is None else keep.flatten(0, 1))
+        else:
+            compressed, bitmask = pack(weight, keep)
+        shape = torch.tensor(weight.shape, dtype=torch.int64).reshape(-1, 1)
+        rows = (*experts, weight.shape[-2], -1)
+        return {"compressed": compressed.view(rows), "bitmask": bitmask.view(rows), "shape": shape}
 
     def unpack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return unpack(parts["compressed"], parts["bitmask"], parts["shape"])
+        compressed, bitmask, stored = (parts[part] for part in self.parts)
+        experts, (rows, columns) = _split_shape(stored)
+        if not experts:
+            return unpack(compressed, bitmask, (rows, columns))
+        for part, found in (("compressed", compressed), ("bitmask", bitmask)):
+            if tuple(found.shape[:-1]) != (*experts, rows):
+                raise FormatError(f"{part} has shape {tuple(found.shape)}, not of {experts[0]} experts of {rows} rows")
+        shape = experts[0] * rows, columns
+        return unpack(compressed.flatten(0, 1), bitmask.flatten(0, 1), shape).view(*experts, rows, columns)
 
     def read_layer(
         self, layer: str, stored: Mapping[str, StoredTensor], load: Callable[[str], torch.Tensor]
-    ) -> tuple[torch.dtype, tuple[int, int]]:
+    ) -> tuple[torch.dtype, tuple[int, ...]]:
         compressed, bitmask, shape = (stored[part] for part in self.parts)
-        if shape.dtype != "I64" or math.prod(shape.shape) != 2:
+        if shape.dtype != "I64" or math.prod(shape.shape) not in (2, 3):
             raise FormatError(
-                f"{shape.file}: tensor {layer}.shape is {shape.dtype} {list(shape.shape)}, not two integers of type I64"
+                f"{shape.file}: tensor {layer}.shape is {shape.dtype} {list(shape.shape)}, not two integers of type "
+                "I64, or three of experts in one tensor"
             )
         if compressed.dtype not in _STORED_DTYPES:
             raise FormatError(
@@ -267,22 +282,32 @@ class Sparse24Bitmask(CheckpointFormat):
                 f"{list(_STORED_DTYPES)}"
             )
         try:
-            rows, columns = read_shape(load("shape"))
+            experts, (rows, columns) = _split_shape(load("shape"))
         except FormatError as error:
             raise FormatError(f"{shape.file}: tensor {layer}.shape: {error}") from None
         for part, found, dtype, expected in (
-            ("compressed", compressed, compressed.dtype, (rows, columns // 2)),
-            ("bitmask", bitmask, "U8", (rows, (columns + 7) // 8)),
+            ("compressed", compressed, compressed.dtype, (*experts, rows, columns // 2)),
+            ("bitmask", bitmask, "U8", (*experts, rows, (columns + 7) // 8)),
         ):
             if found.dtype != dtype or found.shape != expected:
                 raise FormatError(
                     f"{found.file}: tensor {layer}.{part} is {found.dtype} {list(found.shape)}, but the stored shape "
-                    f"{[rows, columns]} needs {dtype} {list(expected)}"
+                    f"{[*experts, rows, columns]} needs {dtype} {list(expected)}"
                 )
-        return _STORED_DTYPES[compressed.dtype], (rows, columns)
+        return _STORED_DTYPES[compressed.dtype], (*experts, rows, columns)
 
-    def validate(self, pattern: torch.Tensor, shape: tuple[int, int]) -> None:
-        validate_bitmask(pattern, shape[1])
+    def validate(self, pattern: torch.Tensor, shape: tuple[int, ...]) -> None:
+        validate_bitmask(pattern.flatten(0, -2), shape[-1])
+
+
+def _split_shape(shape: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """A stored shape: the number of experts, if there is one, and (rows, columns) of each; FormatError if malformed."""
+    if shape.numel() != 3:
+        return (), read_shape(shape)
+    experts, matrix = int(shape.flatten()[0]), shape.flatten()[1:]
+    if experts < 1:
+        raise FormatError(f"the dense shape {tuple(shape.flatten().tolist())} is not positive")
+    return (experts,), read_shape(matrix)
 
 
 SPARSE_24_BITMASK = Sparse24Bitmask()
