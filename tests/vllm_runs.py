@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
     DeepseekV2Config,
     Gemma3TextConfig,
     Glm4Config,
+    GraniteMoeConfig,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -91,9 +93,36 @@ def deepseek_moe() -> PretrainedConfig:
     return deepseek(**routed, n_group=1, topk_group=1)
 
 
+def granite_moe() -> PretrainedConfig:
+    return GraniteMoeConfig(
+        **{**SIZES, "intermediate_size": 64},
+        architectures=["GraniteMoeForCausalLM"],
+        tie_word_embeddings=True,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
+def granite_moe_shapes() -> dict[str, tuple[int, ...]]:
+    """The tensors of a published checkpoint: all experts of a layer in one."""
+    names = {"experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight"}
+    names["router.weight"] = "router.layer.weight"
+    shapes = {}
+    for name, shape in shapes_of(granite_moe()).items():
+        at, dot, end = name.partition("block_sparse_moe.")
+        shapes[at + dot + names.get(end, end)] = shape
+    return shapes
+
+
 def stablelm() -> PretrainedConfig:
     """vLLM knows only from the mapper of weight names that it fuses q, k and v, gate and up."""
     return StableLmConfig(**SIZES, architectures=["StableLmForCausalLM"], tie_word_embeddings=False, use_qkv_bias=True)
+
+
+def bloom() -> PretrainedConfig:
+    """vLLM's loader rearranges the rows of q, k and v, which are one tensor in the checkpoint."""
+    sizes = {"vocab_size": 512, "hidden_size": 128, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
+    return BloomConfig(**sizes, architectures=["BloomForCausalLM"], tie_word_embeddings=True)
 
 
 def glm4() -> PretrainedConfig:

@@ -17,6 +17,8 @@ from vllm_runs import (
     deepseek_moe,
     expert_shapes,
     generate,
+    granite_moe,
+    granite_moe_shapes,
     in_process,
     mixtral,
     mixtral_shapes,
@@ -42,10 +44,11 @@ def packed_experts(model: torch.nn.Module) -> dict[str, list[tuple[int, str]]]:
 
 
 def shapes(make: Callable[[], PretrainedConfig]) -> dict[str, tuple[int, ...]]:
-    return mixtral_shapes() if make is mixtral else expert_shapes(make())
+    published = {mixtral: mixtral_shapes, granite_moe: granite_moe_shapes}
+    return published[make]() if make in published else expert_shapes(make())
 
 
-@pytest.mark.parametrize(("make", "layers"), [(mixtral, 2), (qwen2_moe, 2), (deepseek_moe, 1)])
+@pytest.mark.parametrize(("make", "layers"), [(mixtral, 2), (qwen2_moe, 2), (deepseek_moe, 1), (granite_moe, 2)])
 def test_same_tokens_as_dense_experts(
     make: Callable[[], PretrainedConfig],
     layers: int,
@@ -138,9 +141,22 @@ def test_damaged_experts_are_named(change: Any, message: str, stored: Path, tmp_
         generate(changed(stored, tmp_path, change))
 
 
-def test_experts_of_which_some_are_dense_are_served_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options: dict[str, Any] = {"shapes": mixtral_shapes(), "dense_layers": [r"layers\.1\..*experts\.2\.w1"]}
-    sparse, dense = twins(tmp_path, mixtral(), **options)
+def test_missing_experts_are_named_as_the_file_has_them(tmp_path: Path) -> None:
+    at = "model.layers.0.block_sparse_moe.output_linear"
+    folder = write_random_model(granite_moe(), tmp_path / "whole", sparse=True, shapes=granite_moe_shapes())
+    (tmp_path / "damaged").mkdir()
+    damaged = changed(folder, tmp_path / "damaged", without(at))
+    with pytest.raises(ValueError, match=f"does not hold {at}.compressed, {at}.bitmask, {at}.shape; download"):
+        generate(damaged)
+
+
+@pytest.mark.parametrize(
+    ("make", "one"), [(mixtral, r"layers\.1\..*experts\.2\.w1"), (granite_moe, r"layers\.1\..*output_linear")]
+)
+def test_experts_of_which_some_are_dense_are_served_dense(
+    make: Callable[[], PretrainedConfig], one: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparse, dense = twins(tmp_path, make(), shapes=shapes(make), dense_layers=[one])
     ours, experts = generate(sparse, inspect=packed_experts)
     assert [len(found) for found in experts.values()] == [2, 0]
     assert "model.layers.1.block_sparse_moe.experts: served dense" in caplog.text

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from crepe_llm.evaluation.random_models import write_random_model
 from vllm_runs import (
     assert_same,
+    bloom,
     deepseek,
     expert_shapes,
     gemma3,
@@ -46,13 +47,13 @@ def linear_parameters(model: torch.nn.Module) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("make", [llama, qwen2, gemma3, stablelm, glm4])
+@pytest.mark.parametrize("make", [llama, qwen2, gemma3, stablelm, glm4, bloom])
 def test_same_tokens_as_dense(make: Callable[[], PretrainedConfig], tmp_path: Path) -> None:
     sparse, dense = twins(tmp_path, make())
     ours, layers = generate(sparse, inspect=linear_parameters)
     assert layers
     for name, left in layers.items():
-        biased = make in (qwen2, stablelm, glm4) and name.endswith("qkv_proj")
+        biased = make is bloom or (make in (qwen2, stablelm, glm4) and name.endswith("qkv_proj"))
         assert left == (["bias"] if biased else []) + ["PackedWeight"], name
     assert_same(ours, generate(dense))
 

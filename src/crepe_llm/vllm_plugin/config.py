@@ -28,6 +28,7 @@ from crepe_llm.vllm_plugin.experts import ExpertNames, Sparse24ExpertsMethod, wh
 from crepe_llm.vllm_plugin.int4 import PACK_QUANTIZED, Int4LinearMethod, Int4Scheme
 from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod
 from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain
+from crepe_llm.vllm_plugin.whole_experts import apart, stored_name, take_apart
 
 _logger = logging.getLogger(__name__)
 _SCALE, _INPUT_SCALE = "weight_scale", "input_scale"
@@ -50,6 +51,7 @@ class Sparse24Config(CompressedTensorsConfig):
         self._checkpoint_name: dict[str, str] = {}  # vLLM's name of a sparse module -> the checkpoint's
         self._int4: dict[str, str] = {}  # the same of a 2:4 module of 4-bit weights
         self._plain_weight: dict[str, str] = {}  # and of a module with a plain weight that is not sparse
+        self._whole: set[str] = set()  # the checkpoint's packed tensors that hold all experts of a layer
         self._plain = False  # whether the sparse modules are stored as plain or 4-bit weights
         self._scaled: dict[str, str] = {}  # the same of a module with a weight_scale
         self._words: dict[str, str] = {}  # and of one whose weight is packed in words of 32 bits
@@ -97,14 +99,17 @@ class Sparse24Config(CompressedTensorsConfig):
         if self._plain or _records_int4({"format": self.quant_format}, hf_config):
             self._plain = True
             checkpoint, layers, int4 = read_plain(model_name, revision)
-            self._checkpoint_name = {name: name for name in layers}
+            whole = apart({name: stored.shape for name, stored in checkpoint.tensors.items()}, "weight")
+            self._checkpoint_name = {name: name for name in layers if name not in whole}
             self._int4 = {name: name for name in int4 if current_platform.is_cpu()}
-            self._note_others(checkpoint.tensors)
+            self._note_others({name: stored.shape for name, stored in checkpoint.tensors.items()})
             return
         if Path(model_name).is_dir():
-            tensors: Iterable[str] = read_strictly(Path(model_name)).tensors
+            checkpoint = read_strictly(Path(model_name))
+            tensors = {name: stored.shape for name, stored in checkpoint.tensors.items()}
         else:
-            tensors = get_safetensors_params_metadata(model_name, revision=revision)
+            headers = get_safetensors_params_metadata(model_name, revision=revision)
+            tensors = {name: tuple(header["shape"]) for name, header in headers.items()}
         names = _modules_with(SPARSE_24_BITMASK.values, tensors)
         if not names:
             raise ValueError(
@@ -112,17 +117,20 @@ class Sparse24Config(CompressedTensorsConfig):
                 f"*.{SPARSE_24_BITMASK.values}; "
                 "export the model again, or remove sparsity_config from config.json if its weights are dense"
             )
-        self._checkpoint_name = {name: name for name in names}
+        whole = apart(tensors, SPARSE_24_BITMASK.values)
+        self._whole = set(whole)
+        self._checkpoint_name = {name: name for name in names - self._whole}
+        self._checkpoint_name |= {name: name for matrices in whole.values() for name in matrices}
         self._note_others(tensors)
 
-    def _note_others(self, tensors: Iterable[str]) -> None:
-        tensors = list(tensors)
+    def _note_others(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
         words = _modules_with("weight_packed", tensors)  # their scales are vLLM's, or the kernels'
         self._words = {name: name for name in words}
         self._scaled = {name: name for name in _modules_with(_SCALE, tensors) - words}
         self._plain_weight = {
             name: name for name in _modules_with("weight", tensors) if name not in self._checkpoint_name
         }
+        self._plain_weight |= {name: name for matrices in apart(tensors, "weight").values() for name in matrices}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
@@ -249,6 +257,14 @@ class Sparse24Config(CompressedTensorsConfig):
         known = [parts for parts in (listed, *mapped) if parts]
         return next((parts for parts in known if known_names & set(parts)), (known or [[layer]])[0])
 
+    def stored(self, part: str) -> str:
+        """The checkpoint's name of a sparse module; of any other the module's own."""
+        return self._checkpoint_name.get(part) or self._int4.get(part, part)
+
+    def file_names(self, missing: Iterable[str]) -> list[str]:
+        """The checkpoint's names, each once, of tensors that may be of experts that it stores in one."""
+        return list(dict.fromkeys(stored_name(name, self._whole) for name in missing))
+
     def expand(
         self, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -261,7 +277,7 @@ class Sparse24Config(CompressedTensorsConfig):
         self._warn_of_dense(dense)
         unscaled = {name for layer, name in self._scaled.items() if _has_no_scale(model, layer)}
         waiting: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in pack_weights(weights, self._sparse if self._plain else ()):
+        for name, tensor in pack_weights(take_apart(weights, self._whole), self._sparse if self._plain else ()):
             module, _, part = name.rpartition(".")
             needed = set(SPARSE_24_BITMASK.parts if module in dense else ("weight",))
             if module in unscaled:

@@ -3,6 +3,8 @@
 vLLM does not check that a quantized checkpoint is complete: a parameter that no tensor fills keeps whatever was in its
 memory. So the memory that loading writes is recorded, whatever function writes it, and compared with the parameters.
 
+A sparse layer's shape is read here: some models rearrange the rows of all tensors that they are given of a layer.
+
 On a CPU the same record says when all of a sparse layer is read. It is packed then, so that the file's tensors and the
 packed weights, which are smaller where they are of 4 bits, are never in memory together but for one layer.
 """
@@ -139,15 +141,13 @@ def _guard(model: Any, config: Sparse24Config, checkpoint: str, check: bool) -> 
         if any(hasattr(module, "packed") for module in model.modules()):
             raise NotImplementedError("sparse layers cannot be reloaded in a running engine; start it again")
         with WrittenMemory(parameter for _, _, parameter in _parameters(model)) as written:
-            tensors = config.expand(model, weights)
-            if current_platform.is_cpu():
-                tensors = packing(model, written, tensors)
+            tensors = packing(model, config, written, config.expand(model, weights))
             loaded = original(tensors, *args, **kwargs)
-        missing = [
+        missing = config.file_names(
             name
             for layer, attribute, parameter in _parameters(model)
             for name in _unread(layer, attribute, parameter, written, config, set(loaded or ()))
-        ]
+        )
         if missing and check:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise ValueError(
@@ -160,27 +160,38 @@ def _guard(model: Any, config: Sparse24Config, checkpoint: str, check: bool) -> 
 
 
 def packing(
-    model: torch.nn.Module, written: WrittenMemory, tensors: Iterable[tuple[str, torch.Tensor]]
+    model: torch.nn.Module,
+    config: Sparse24Config,
+    written: WrittenMemory,
+    tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A checkpoint's tensors; packs each sparse linear layer of a model as soon as all of it is read.
+    """A checkpoint's tensors without the shapes of sparse layers that are one in the file, which are read here.
 
-    When a tensor is asked for, those before it are read. A layer that is not found so (its parts have other names in
-    the checkpoint, or a model reads later than it asks) is packed when loading is over, as vLLM does it.
+    On a CPU each sparse linear layer of the model is packed as soon as all of it is read. When a tensor is asked for,
+    those before it are read. A layer that is not found so (a model reads later than it asks) is packed when loading is
+    over, as vLLM does it.
     """
     layers: dict[str, torch.nn.Module] = {}
+    shapes: dict[str, Any] = {}
     unread: dict[torch.nn.Module, set[str]] = {}
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, CheckedLinearMethod):
-            kinds = [kind for kind, _ in module.named_parameters(recurse=False) if kind != "bias"]
-            unread[module] = {f"{part}.{kind}" for part in method.parts for kind in kinds}
+            parts = [config.stored(part) for part in method.parts]
+            kinds = {kind: one for kind, one in module.named_parameters(recurse=False) if kind != "bias"}
+            unread[module] = {f"{part}.{kind}" for part in parts for kind in kinds}
             layers |= dict.fromkeys(unread[module], module)
+            if len(parts) == 1:
+                shapes |= {f"{parts[0]}.{kind}": one for kind, one in kinds.items() if kind.endswith("shape")}
     for name, tensor in tensors:
-        yield name, tensor
+        if name in shapes:
+            shapes[name].weight_loader(shapes[name], tensor)
+        else:
+            yield name, tensor
         layer = layers.get(name)
         if layer is not None:
             unread[layer].discard(name)
-            if not unread[layer] and _is_read(layer, written):
+            if not unread[layer] and current_platform.is_cpu() and _is_read(layer, written):
                 _pack(layer)
 
 
