@@ -56,7 +56,7 @@ Tensors = dict[str, torch.Tensor]
 
 def write_bases(root: Path) -> list[Path]:
     """Undamaged checkpoints, named for what they are."""
-    from transformers import LlamaConfig, MixtralConfig, Qwen2Config
+    from transformers import GraniteMoeConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
     sizes: dict[str, Any] = {
         "vocab_size": 64,
@@ -77,6 +77,12 @@ def write_bases(root: Path) -> list[Path]:
         tie_word_embeddings=False,
         num_local_experts=3,
     )
+    granite = GraniteMoeConfig(
+        **{**sizes, "intermediate_size": 48},
+        architectures=["GraniteMoeForCausalLM"],
+        tie_word_embeddings=True,
+        num_local_experts=3,
+    )
     bases = [
         write_random_model(llama, root / "llama", sparse=True),
         write_random_model(qwen2, root / "qwen2-sharded", sparse=True),
@@ -86,6 +92,7 @@ def write_bases(root: Path) -> list[Path]:
         write_random_model(
             mixtral, root / "experts-int8", sparse=True, quantization="int8", shapes=expert_shapes(mixtral)
         ),
+        write_random_model(granite, root / "whole-experts", sparse=True, shapes=whole_expert_shapes(granite)),
         write_int4(write_random_model(qwen2, root / "plain", sparse=False), root / "int4"),
         write_int8_head(write_random_model(llama, root / "tied", sparse=True), root / "head"),
     ]
@@ -105,6 +112,17 @@ def expert_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         for expert in range(config.num_local_experts):
             shapes |= {f"{at}.experts.{expert}.{part}.weight": (inner, hidden) for part in ("w1", "w3")}
             shapes[f"{at}.experts.{expert}.w2.weight"] = (hidden, inner)
+    return shapes
+
+
+def whole_expert_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors of a published GraniteMoE: all experts of a layer in one."""
+    names = {"experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight"}
+    names["router.weight"] = "router.layer.weight"
+    shapes = {}
+    for name, shape in shapes_of(config).items():
+        at, dot, end = name.partition("block_sparse_moe.")
+        shapes[at + dot + names.get(end, end)] = shape
     return shapes
 
 

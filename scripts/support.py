@@ -78,15 +78,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # as published; vLLM reads them
     "ernie4_5": HEADS_OF_32,
     "exaone4": {"sliding_window": 64},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 256},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 512},
     "gemma": HEADS_OF_32,
     "gemma2": HEADS_OF_32,
     "gemma3_text": {**HEADS_OF_32, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
     "glm": {**HEADS_OF_32, "pad_token_id": 0},
     "glm4": {**HEADS_OF_32, "pad_token_id": 0},
     "gpt2": GPT,
-    "gpt_bigcode": GPT,
-    "gpt_neox": {},
+    "gpt_bigcode": {**GPT, "num_key_value_heads": 1},  # as it is: queries of several heads, one of keys and values
+    "gpt_neox": MULTI_HEAD,
     "gpt_oss": {**HEADS_OF_32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "gptj": {**GPT, "rotary_dim": 16},
     "granite": {},
