@@ -218,7 +218,7 @@ def shape(folder: Path, rng: random.Random) -> str | None:
             old.flatten()[0],
             old.flatten()[:0],
             old.reshape(-1, 1),
-            old.T if old.ndim == 2 else old.repeat(2),
+            old.T if old.ndim == 2 else torch.cat([old.flatten()] * 2),
         ]
         tensors[name] = rng.choice([new for new in choices if new.shape != old.shape])
         return f"{name}: {list(old.shape)} became {list(tensors[name].shape)}"
