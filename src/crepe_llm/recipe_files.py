@@ -21,4 +21,6 @@ def recipe_path(name: str) -> Path:
         return shipped[name.removesuffix(".yaml")]
     if Path(name).is_file():
         return Path(name)
+    if Path(name).is_dir():
+        raise ValueError(f"the recipe {name} is a folder: name a YAML file in it")
     raise ValueError(f"no recipe {name!r}: it is neither a file nor one of the shipped {', '.join(shipped)}")

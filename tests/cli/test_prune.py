@@ -7,6 +7,7 @@ import llmcompressor  # noqa: F401  its log must not be bound to a single test's
 import pytest
 import torch
 from llmcompressor.core import LifecycleCallbacks
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from crepe_llm.cli.main import main
@@ -89,6 +90,10 @@ def test_prune_never_writes_over_a_folder(dense, text, tmp_path, refusal):
     arguments = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--output"]
     assert "exists already" in refusal([*arguments, tmp_path])
     assert "does not exist" in refusal([*arguments, tmp_path / "a" / "b"])
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert "is a link that leads to itself" in refusal([*arguments, loop])
+    loop.unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -97,7 +102,9 @@ def copied(dense, tmp_path, **files):
     folder = tmp_path / "model"
     shutil.copytree(dense, folder)
     for name, content in files.items():
-        path = next((path for path in folder.iterdir() if path.stem == name), folder / f"{name}.json")
+        path = next(
+            (path for path in folder.iterdir() if path.stem == name), folder / (name if "." in name else f"{name}.json")
+        )
         if content is None:
             path.unlink()
         else:
@@ -157,7 +164,8 @@ def test_recipes_are_refused_in_one_line_before_the_model_is_loaded(dense, text,
         recipe.write_text(content)
         assert wanted in refusal(prune(tmp_path / "no" / "model", text, tmp_path, recipe=recipe))
     recipe.write_bytes(b"\xff")
-    assert "utf-8" in refusal(prune(dense, text, tmp_path, recipe=recipe))
+    assert f"{recipe} is no UTF-8 text: byte 0 is 0xff" in refusal(prune(dense, text, tmp_path, recipe=recipe))
+    assert "is a folder: name a YAML file in it" in refusal(prune(dense, text, tmp_path, recipe=tmp_path))
 
 
 def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, tmp_path, refusal):
@@ -172,6 +180,11 @@ def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, t
         ({"config": config | {"quantization_config": 5}}, "quantization_config is 5, which is no object"),
         ({"config": "{"}, "could not be read"),
         ({"config": config | {"hidden_size": 64}}, "have other shapes than its config.json says"),
+        ({"config": config | {"hidden_size": "x"}}, "config.json is wrong: Validation error for field 'hidden_size'"),
+        ({"config": config | {"num_attention_heads": 3}}, "config.json is wrong: "),
+        ({"generation_config": "[]"}, "generation_config.json is no JSON object but '[]'; mend or delete it"),
+        ({"generation_config": "{"}, "generation_config.json is no JSON: "),
+        ({"model": None, "pytorch_model.bin": "abc"}, "cannot be read (IndexError: "),
     )):  # fmt: skip
         (tmp_path / str(number)).mkdir()
         assert wanted in refusal(prune(copied(dense, tmp_path / str(number), **files), text, tmp_path))
@@ -180,6 +193,13 @@ def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, t
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert "model.safetensors: not a readable safetensors file" in refusal(prune(folder, text, tmp_path))
+    tensors = load_file(dense / "model.safetensors")
+    up = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "lack model.layers.1.mlp.up_proj.weight, which would get random" in refusal(prune(folder, text, tmp_path))
+    tensors |= {"model.layers.1.mlp.up_proj.weight": up, "model.norm.weight": tensors["model.norm.weight"].int()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "tensor model.norm.weight is I32 [32], not one of F64" in refusal(prune(folder, text, tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -190,6 +210,8 @@ def test_texts_are_refused_by_name(dense, tmp_path, refusal):
     path.write_text(" \n")
     assert f"{path}: the text is empty" in refusal(prune(dense, path, tmp_path))
     assert "cannot be read: Is a directory" in refusal(prune(dense, tmp_path, tmp_path))
+    path.write_bytes(bytes(5000))
+    assert f"{path} is no text: character 0 is NUL" in refusal(prune(dense, path, tmp_path))
 
 
 @pytest.mark.parametrize("option", ["--samples", "--length"])

@@ -49,6 +49,8 @@ def test_stages_targets_as_text_and_modifiers_without_fields():
         (f"{GROUP}    CrepeModifier: {{}}\n", r"no modifier is called CrepeModifier: did you mean CRePEModifier\?"),
         (f"{GROUP}    Blah: {{}}\n", r"no modifier is called Blah; there are ADMMModifier, "),
         (f"{START}      colunm: 3\n", r"CRePEModifier has no field colunm: did you mean column\?"),
+        (f"{START}      targets: ['re:(']\n", r"CRePEModifier: targets has 're:\(', which is no regular expression: "),
+        (f"{START}      ignore: 're:['\n", r"CRePEModifier: ignore has 're:\[', which is no regular expression: "),
         (f"{START}      row: many\n", r"CRePEModifier: row='many': "),
         (f"{START}      kernel_size: 3.5\n", r"CRePEModifier: kernel_size=3.5: "),
         (f"{GROUP}    CRePEModifier: [row]\n", r"CRePEModifier has \['row'\] where its fields go"),

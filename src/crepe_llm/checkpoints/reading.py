@@ -21,6 +21,7 @@ __all__ = [
     "SparseLayer",
     "StoredTensor",
     "check_dtypes",
+    "check_plain",
     "holds_packed",
     "objects_in",
     "read_config",
@@ -197,7 +198,7 @@ def check_dtypes(checkpoint: Checkpoint) -> None:
                 "the file is damaged: write or fetch it again"
             )
     _check_halves(checkpoint)
-    _check_plain(checkpoint)
+    check_plain(checkpoint)
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -252,8 +253,9 @@ def _check_halves(checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_plain(checkpoint: Checkpoint) -> None:
-    """Refuse integers where only floats make sense: norms, biases, scales of packed layers, weights without a scale."""
+def check_plain(checkpoint: Checkpoint) -> None:
+    """Raise FormatError for integers where only floats make sense: norms, biases, scales of packed layers, weights
+    without a scale."""
     for name, stored in checkpoint.tensors.items():
         prefix, _, part = name.rpartition(".")
         is_scale = part in ("weight_scale", "input_scale") and prefix in checkpoint.layers

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib.util
+import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -131,13 +133,14 @@ def output_folder(destination: Path) -> AbstractContextManager[Path]:
 
     Raises:
         FileExistsError: `destination` is a file or a folder with something in it.
+        NotADirectoryError: it is a link that leads to itself.
         FileNotFoundError: the folder that is to hold it does not exist.
     """
-    from crepe_llm.checkpoints.folders import is_empty, new_folder
+    from crepe_llm.checkpoints.folders import is_empty, new_folder, resolved
 
     if destination.is_file() or (destination.is_dir() and not is_empty(destination)):
         raise FileExistsError(f"{destination} exists already; give another --output, or remove it first")
-    parent = destination.resolve().parent
+    parent = resolved(destination).parent
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent} does not exist; create it, or give another --output")
     return new_folder(destination)
@@ -169,18 +172,32 @@ class Model:
     options: argparse.Namespace
 
     def load(self, *, on_device: bool) -> Any:
-        """Load the weights; `on_device` puts them on the accelerators there are."""
+        """Load the weights; `on_device` puts them on the accelerators there are.
+
+        Raises:
+            ValueError: they cannot be read, or do not fit what config.json says.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}
         with _named_code(self.name):
-            return AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.name,
                 dtype=self.options.dtype,
                 trust_remote_code=self.options.trust_remote_code,
+                output_loading_info=True,
                 **placement,
             )
+        model, found = loaded
+        missing = sorted(found["missing_keys"])
+        if missing:
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+            raise ValueError(
+                f"the weights of {self.name} lack {missing[0]}{more}, which would get random values: fetch or export "
+                "the model again"
+            )
+        return model
 
 
 def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
@@ -196,7 +213,7 @@ def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
     _check_config(name, dense)
     trust = options.trust_remote_code
     with _named_code(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        config = _config(AutoConfig, name, trust)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         except Exception as error:
@@ -207,6 +224,16 @@ def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
                 "model's tokenizer into the folder (tokenizer.json, tokenizer_config.json)"
             ) from error
     return Model(name, config, tokenizer, options)
+
+
+def _config(kind: Any, name: str, trust: bool) -> Any:
+    """The config of a model; ValueError where transformers finds a field of it wrong."""
+    try:
+        return kind.from_pretrained(name, trust_remote_code=trust)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: config.json is wrong: {' '.join(str(error).split())}") from error
 
 
 def copy_processor(name: str, folder: Path) -> None:
@@ -275,10 +302,13 @@ def _check_config(name: str, dense: bool) -> None:
         what = "could not be read" if path.is_dir() else "is no folder here, and no model that the hub could give"
         raise ValueError(f"{name} {what}: {_first_line(error)}") from error
     quantization = content.get("quantization_config")
+    _check_generation_config(path / "generation_config.json")
     if any(path.glob("*.safetensors")):
-        from crepe_llm.checkpoints import read_folder
+        from crepe_llm.checkpoints.reading import check_plain, read_folder
 
-        read_folder(path)  # names a file that is cut off or missing
+        checkpoint = read_folder(path)  # names a file that is cut off or missing
+        if quantization is None:
+            check_plain(checkpoint)
     if quantization is None:
         return
     if not isinstance(quantization, dict):
@@ -292,6 +322,18 @@ def _check_config(name: str, dense: bool) -> None:
         )
 
 
+def _check_generation_config(path: Path) -> None:
+    """Raise ValueError if there is such a file and it is no JSON object: transformers would leave it out."""
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {_first_line(error)}; mend or delete it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object but {str(content)[:60]!r}; mend or delete it")
+
+
 @contextmanager
 def _named_code(name: str) -> Iterator[None]:
     """Have what transformers says of code that is not trusted, or of weights that do not fit, name the cure."""
@@ -302,6 +344,11 @@ def _named_code(name: str) -> Iterator[None]:
             raise
         raise ValueError(
             f"the weights of {name} have other shapes than its config.json says: the folder mixes files of two models"
+        ) from error
+    except (IndexError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"the weights of {name} cannot be read ({type(error).__name__}: {_first_line(error)}): the files are "
+            "damaged; fetch or export them again"
         ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):

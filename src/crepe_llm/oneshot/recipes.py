@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,21 @@ def read_recipe(recipe: Any, stage: str | None = None) -> Recipe:
         return Recipe.create_instance(text, target_stage=stage)
     if os.path.isfile(text) or not any(mark in text for mark in "\n:"):
         path = recipe_path(text)
-        text, source = path.read_text(encoding="utf-8"), str(path)
+        text, source = _text(path), str(path)
     content = _parse(text, source)
     _check(content, source)
     try:
         return Recipe.from_dict(filter_dict(content, target_stage=stage))
     except ValidationError as error:
         raise ValueError(f"{source}: {_plain(error)}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path} is no UTF-8 text: byte {error.start} is 0x{byte:02x}; save it as UTF-8") from error
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
@@ -86,6 +95,21 @@ def _check(content: dict[str, Any], source: str) -> None:
                 group[name] = {}
             elif not isinstance(fields, dict):
                 raise ValueError(f"{source}: {name} has {fields!r} where its fields go, such as `targets: [Linear]`")
+            else:
+                _check_patterns(name, fields, source)
+
+
+def _check_patterns(modifier: str, fields: dict[str, Any], source: str) -> None:
+    """Raise ValueError if a pattern of layers is no regular expression."""
+    for field in ("targets", "ignore"):
+        patterns = fields.get(field)
+        for pattern in [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else []:
+            try:
+                re.compile(str(pattern).removeprefix("re:") if str(pattern).startswith("re:") else "")
+            except re.error as error:
+                raise ValueError(
+                    f"{source}: {modifier}: {field} has {pattern!r}, which is no regular expression: {error}"
+                ) from error
 
 
 def _unread(

@@ -175,6 +175,8 @@ def text_file(path: Path) -> str:
         raise SampleError(f"the text {path} cannot be read: {error.strerror}") from error
     if not text.strip():
         raise SampleError(f"{path}: the text is empty")
+    if "\0" in text:
+        raise SampleError(f"{path} is no text: character {text.index(chr(0))} is NUL; give a file of text")
     return text
 
 
