@@ -539,7 +539,7 @@ def test_the_command_line_converts_both_ways(dense_folder, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_layers_that_were_not_quantized_are_listed(tmp_path):
+def test_linear_layers_of_a_class_of_their_own_are_quantized(tmp_path):
     sizes = {"vocab_size": 96, "hidden_size": 32, "ffn_hidden_size": 64, "num_hidden_layers": 1}
     config = FalconConfig(**sizes, num_attention_heads=2, new_decoder_architecture=True, num_kv_heads=1)
     save_model(config, tmp_path / "dense")
@@ -547,5 +547,10 @@ def test_layers_that_were_not_quantized_are_listed(tmp_path):
     data = Dataset.from_dict({"input_ids": [list(range(3, 35))] * 2, "attention_mask": [[1] * 32] * 2})
     oneshot(model=model, recipe="crepe_2of4_int8", dataset=data, num_calibration_samples=2)
     model.save_pretrained(tmp_path / "out")
-    # Its blocks have linear layers of a class of their own, its head is a torch.nn.Linear.
+    # Falcon's blocks have linear layers of a class of their own, its head is a torch.nn.Linear.
+    stored = read_folder(tmp_path / "out")
+    assert {layer.dtype for layer in stored.layers.values()} == {torch.int8} and len(stored.layers) == 4
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 35)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4)
     assert config_of(tmp_path / "out")["quantization_config"]["ignore"] == ["lm_head"]

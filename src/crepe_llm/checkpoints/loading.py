@@ -21,6 +21,7 @@ from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, packed_emb
 from crepe_llm.checkpoints.expert_conversions import names_of_whole, unpacking_experts
 from crepe_llm.checkpoints.experts import check_experts, matrices_of
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
+from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names
 from crepe_llm.functional.bitmask import RECORDED
@@ -134,6 +135,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             if _DEQUANTIZES_WHILE_READING and self.quantization_config.dequantize:
                 self._decompress, self.quantization_config.dequantize = True, False
         if quantized:
+            quantize_derived_classes()
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         if files and (self._packed is not None or not quantized or _records_2of4(files[0].parent)):
             self._unchecked = model, self._packed or read_files(files)

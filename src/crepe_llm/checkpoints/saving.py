@@ -24,6 +24,7 @@ from crepe_llm.checkpoints.copying import copy_rest, two_folders
 from crepe_llm.checkpoints.experts import expert_of, matrices_of
 from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
+from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
 from crepe_llm.checkpoints.reading import (
     CONFIG,
     INDEX,
@@ -95,6 +96,7 @@ def attach(model: Any, masks: Masks | None = None, finish: Finish | None = None)
     """
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 
+    quantize_derived_classes()
     modify_save_pretrained(model)
     if not hasattr(model.save_pretrained, "_additions"):
         model.save_pretrained = _packing(model.save_pretrained, weakref.ref(model))
