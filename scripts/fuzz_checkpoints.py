@@ -667,13 +667,14 @@ def main(arguments: list[str] | None = None) -> int:
         bases = [base for base in bases if options.bases is None or base.name in options.bases]
         with quiet(), torch.no_grad():
             expected = {(way, base): digest(WAYS[way](base)) for way in options.by for base in bases}
-        for number in numbers:
-            base, said = mutate(bases, Path(scratch) / "mutant", options.seed, number)
-            for way in options.by:
-                verdict = judge(way, Path(scratch) / "mutant", expected[way, base])
-                counts[way][verdict.outcome] += 1
-                if verdict.outcome == WRONG or options.only is not None:
-                    print(f"{number} by {way}: {verdict.outcome}: {said}: {verdict.why}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # the counts so far
+            for number in numbers:
+                base, said = mutate(bases, Path(scratch) / "mutant", options.seed, number)
+                for way in options.by:
+                    verdict = judge(way, Path(scratch) / "mutant", expected[way, base])
+                    counts[way][verdict.outcome] += 1
+                    if verdict.outcome == WRONG or options.only is not None:
+                        print(f"{number} by {way}: {verdict.outcome}: {said}: {verdict.why}", flush=True)
     for way, found in counts.items():
         print(f"{way}: " + ", ".join(f"{found[outcome]} {outcome}" for outcome in (REFUSED, EQUAL, WRONG)))
     return int(any(found[WRONG] for found in counts.values()))

@@ -161,6 +161,7 @@ def change(folder: Path, to: Path, name: str, tensor: torch.Tensor | None) -> Pa
         ),
         ("weight_scale", torch.ones(256, 4), r"gate_proj\.weight_scale holds \[256, 4\] .* needs \[256, 2\]"),
         ("weight_scale", torch.ones(256, 2, dtype=torch.int32), r"gate_proj\.weight_scale holds .* as torch\.int32"),
+        ("weight_shape", torch.tensor([256, 127]), r"gate_proj\.weight_shape says \[256, 127\], .* has \[256, 128\]"),
     ],
 )
 def test_damage_ends_start_up_by_name(

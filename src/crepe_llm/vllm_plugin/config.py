@@ -26,7 +26,7 @@ from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.embeddings import DenseEmbeddingMethod, Int8EmbeddingMethod, hold_int8
 from crepe_llm.vllm_plugin.experts import ExpertNames, Sparse24ExpertsMethod, why_dense
 from crepe_llm.vllm_plugin.int4 import PACK_QUANTIZED, Int4LinearMethod, Int4Scheme
-from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod
+from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod, full_rows
 from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain
 from crepe_llm.vllm_plugin.whole_experts import apart, stored_name, take_apart
 
@@ -51,6 +51,7 @@ class Sparse24Config(CompressedTensorsConfig):
         self._checkpoint_name: dict[str, str] = {}  # vLLM's name of a sparse module -> the checkpoint's
         self._int4: dict[str, str] = {}  # the same of a 2:4 module of 4-bit weights
         self._plain_weight: dict[str, str] = {}  # and of a module with a plain weight that is not sparse
+        self._word_shapes: dict[str, list[int]] = {}  # what those of 4-bit weights say of themselves
         self._whole: set[str] = set()  # the checkpoint's packed tensors that hold all experts of a layer
         self._plain = False  # whether the sparse modules are stored as plain or 4-bit weights
         self._scaled: dict[str, str] = {}  # the same of a module with a weight_scale
@@ -102,6 +103,8 @@ class Sparse24Config(CompressedTensorsConfig):
             whole = apart({name: stored.shape for name, stored in checkpoint.tensors.items()}, "weight")
             self._checkpoint_name = {name: name for name in layers if name not in whole}
             self._int4 = {name: name for name in int4 if current_platform.is_cpu()}
+            for name in _modules_with("weight_shape", checkpoint.tensors):
+                self._word_shapes[name] = checkpoint.load(f"{name}.weight_shape").flatten().tolist()
             self._note_others({name: stored.shape for name, stored in checkpoint.tensors.items()})
             return
         if Path(model_name).is_dir():
@@ -175,6 +178,7 @@ class Sparse24Config(CompressedTensorsConfig):
         """
         if isinstance(layer, LinearBase):
             parts = self.parts(prefix)
+            self._check_words(layer, parts)
             int4 = [part for part in parts if part in self._int4]
             if int4:
                 return self._int4_method(layer, prefix, parts) or super().get_quant_method(layer, prefix)
@@ -203,6 +207,18 @@ class Sparse24Config(CompressedTensorsConfig):
             if quantization is None or (current_platform.is_cpu() and Int8EmbeddingMethod.serves(quantization)):
                 return DenseEmbeddingMethod()  # finish_model makes it INT8
         return super().get_quant_method(layer, prefix)
+
+    def _check_words(self, layer: Any, parts: list[str]) -> None:
+        """Raise ValueError where packed codes say that they are of another shape than the model's: vLLM reads none."""
+        rows = full_rows(layer)
+        for place, part in enumerate(parts):
+            found = self._word_shapes.get(self._words.get(part, ""))
+            wanted = [rows[place] if len(parts) == len(rows) else sum(rows), layer.input_size]
+            if found is not None and len(parts) in (1, len(rows)) and found != wanted:
+                raise ValueError(
+                    f"damaged checkpoint: {self._words[part]}.weight_shape says {found}, the model has {wanted} there; "
+                    "export it again"
+                )
 
     def _int4_method(self, layer: torch.nn.Module, prefix: str, parts: list[str]) -> Int4LinearMethod | None:
         """How a layer of 4-bit weights, of which some are 2:4, is multiplied; None, with a warning: as vLLM does it."""

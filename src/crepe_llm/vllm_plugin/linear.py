@@ -84,6 +84,19 @@ class Scheme:
         )
 
 
+def full_rows(layer: Any) -> list[int]:
+    """The rows of each part in the checkpoint, all tensor-parallel ranks together."""
+    if isinstance(layer, QKVParallelLinear):
+        return [
+            layer.total_num_heads * layer.head_size,
+            layer.total_num_kv_heads * layer.head_size,
+            layer.total_num_kv_heads * layer.v_head_size,
+        ]
+    if isinstance(layer, MergedColumnParallelLinear):
+        return list(layer.output_sizes)
+    return [layer.output_size]
+
+
 class CheckedLinearMethod(LinearMethodBase):
     """Multiplies by a packed 2:4 weight, and checks the tensors of the checkpoint that it is packed from.
 
@@ -114,25 +127,13 @@ class CheckedLinearMethod(LinearMethodBase):
         layer.weight_packed = torch.empty(0, device=packed.tensors[0].device)
         return_freed_memory()
 
-    def _full_rows(self, layer: Any) -> list[int]:
-        """The rows of each part in the checkpoint, all tensor-parallel ranks together."""
-        if isinstance(layer, QKVParallelLinear):
-            return [
-                layer.total_num_heads * layer.head_size,
-                layer.total_num_kv_heads * layer.head_size,
-                layer.total_num_kv_heads * layer.v_head_size,
-            ]
-        if isinstance(layer, MergedColumnParallelLinear):
-            return list(layer.output_sizes)
-        return [layer.output_size]
-
     def checked(
         self, layer: Any, kind: str, loader: Callable[..., None]
     ) -> Callable[[torch.nn.Parameter, torch.Tensor], None]:
         """Wraps vLLM's loader of one tensor: what does not fit the layer stops loading with the tensor's name."""
 
         def load(param: torch.nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
-            sizes = self._full_rows(layer)
+            sizes = full_rows(layer)
             if shard is None:
                 chosen = list(range(len(sizes)))
             elif isinstance(shard, tuple):
