@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from crepe_llm.checkpoints import read_folder
 from crepe_llm.functional.bitmask import RECORDED, unpack_bits
-from crepe_llm.modifiers import DSnoTModifier, SparseCheckpointModifier
+from crepe_llm.functional.compensation import conjugate_gradients
+from crepe_llm.modifiers import DSnoTModifier, SparseCheckpointModifier, WeightCorrectionModifier
 from crepe_llm.modifiers.experts import check_experts
 from modifier_helpers import SMALL, crepe, load, run, save
 
@@ -103,6 +104,29 @@ def test_experts_are_read_back(family, recipe, folder_of, calibration_data, tmp_
     ]
     assert routers and all(torch.equal(checkpoint.load(name), before.load(name)) for name in routers)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+def test_experts_are_corrected_by_the_gram_matrices_of_their_own_tokens(folder_of, calibration_data):
+    folder, data = folder_of("mixtral"), calibration_data.remove_columns("attention_mask")
+    model, routed = load(folder), {}
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda _, args: routed.update(hidden=args[0].flatten(0, -2), chosen=args[1].flatten(0, -2))
+    )
+    with torch.no_grad():
+        model(input_ids=torch.tensor(data["input_ids"]))
+    pruned = run(load(folder), [crepe()], data, moe_calibrate_all_experts=False)
+    recipe = [crepe(), WeightCorrectionModifier(method="pcg", true_sequential=False)]
+    corrected = run(load(folder), recipe, data, moe_calibrate_all_experts=False)
+    for expert in range(4):
+        inputs = routed["hidden"][(routed["chosen"] == expert).any(-1)]
+        assert 0 < len(inputs) < len(routed["hidden"])
+        gate = f"model.layers.0.mlp.experts.{expert}.gate_proj"
+        keep = pruned.get_submodule(gate).weight != 0
+        dense = model.model.layers[0].mlp.experts.gate_up_proj[expert].detach().chunk(2)[0]
+        expected = conjugate_gradients(dense, keep, inputs.T @ inputs)
+        torch.testing.assert_close(corrected.get_submodule(gate).weight.detach(), expected, rtol=1e-2, atol=5e-3)
+        all_tokens = conjugate_gradients(dense, keep, routed["hidden"].T @ routed["hidden"])
+        assert float((expected - all_tokens).abs().max()) > 0.02
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
