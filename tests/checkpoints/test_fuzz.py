@@ -114,6 +114,16 @@ def test_what_transformers_would_load_in_silence_is_named(name, bases, tmp_path)
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_integers_of_another_width_are_cast(bases, tmp_path):
+    name = f"{ATTENTION}.weight_shape"
+    folder = tensors_changed(
+        shutil.copytree(bases["int4"], tmp_path / "mutant"), lambda t: t.update({name: t[name].int()})
+    )
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(bases["int4"]).state_dict()
+    assert state[name].dtype == expected[name].dtype == torch.int64 and torch.equal(state[name], expected[name])
+
+
 def test_4_bit_weights_without_their_config_are_named(bases, tmp_path):
     folder = shutil.copytree(bases["int4"], tmp_path / "mutant")
     config = json.loads((folder / "config.json").read_text())

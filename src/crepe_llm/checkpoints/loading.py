@@ -33,6 +33,7 @@ __all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal"]
 _DEQUANTIZES_WHILE_READING = "_process_model_after_weight_loading" not in vars(CompressedTensorsHfQuantizer)
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def register() -> None:
@@ -156,6 +157,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             conversions = [*expanding(list(self._expanded)), *whole, *conversions, *_unpacking()]
         if self._unchecked is not None:
             (loaded, checkpoint), self._unchecked = self._unchecked, None
+            integers = {name: one.dtype for name, one in loaded.named_parameters() if one.dtype in _INTEGERS}
+            self._dtypes = (self._dtypes or {}) | integers
             check_model(checkpoint, loaded, conversions)
         return conversions
 
@@ -185,11 +188,12 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
 
     def _cast(self, model: Any) -> None:
-        """Cast what transformers leaves in the dtype of the file, as it does with every tensor that it renames."""
+        """Cast what transformers leaves in the dtype of the file: integers, and every tensor that it renames."""
         kept = [*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())]
         for name, parameter in model.named_parameters():
             wanted = (self._dtypes or {}).get(name, parameter.dtype)
-            if parameter.dtype in _FLOATS and parameter.dtype != wanted and not any(part in name for part in kept):
+            alike = any(parameter.dtype in kind and wanted in kind for kind in (_FLOATS, _INTEGERS))
+            if alike and parameter.dtype != wanted and not any(part in name for part in kept):
                 parameter.data = parameter.data.to(wanted)
 
     def _leave_plain(self, model: Any, names: list[str]) -> None:
