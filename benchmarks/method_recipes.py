@@ -9,6 +9,7 @@ import yaml
 from crepe_llm import samples
 from crepe_llm.modifiers.refitting import DEFAULT_SHARE
 from crepe_llm.recipe_files import recipe_path
+from proxy_study import measured
 
 MODELS = {"SmolLM2-135M-Instruct": samples.smollm2, "Gemma-3-270M": samples.gemma3}
 STRUCTURES = {
@@ -23,7 +24,7 @@ STRUCTURES = {
 STUDY = "{studies}/methods/{model}-{structure}-seed{seed}.json"
 BY_PROXY = STUDY.replace(".json", "-proxy.json")
 # Of PHO in stages, from the recipe's coefficients and from RIA's ("ria"), alone and under ADMM ("admm").
-STAGED = STUDY.replace(".json", "-staged.json")
+STAGED = STUDY.replace(".json", "-halves.json")
 # The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
 WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
 RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}
@@ -47,12 +48,18 @@ def searched(**fields: Any) -> Method:
 
 
 def from_ria(method: Method) -> Method:
-    """A method whose CRePEModifier begins with RIA's coefficients: what the user of a new model has."""
+    """A method whose CRePEModifier begins with RIA's coefficients: what the user of a new model has.
+
+    A search knows nothing then that was found on the model: it starts from what was best on the other one.
+    """
     coefficients = {name: value for name, value in RIA.items() if name != "comparison_group"} | {"kernel_size": 3}
 
     def modifiers(structure: str) -> Modifiers | None:
         found = method(structure)
-        return None if found is None else found | {"CRePEModifier": found["CRePEModifier"] | coefficients}
+        if found is None:
+            return None
+        searches = {name: fields | {"starts": "{starts}"} for name, fields in found.items() if name.startswith("PHO")}
+        return found | searches | {"CRePEModifier": found["CRePEModifier"] | coefficients}
 
     return modifiers
 
@@ -209,11 +216,21 @@ EARLIER = {name for name in METHODS if name.endswith((" PHO", "not verified"))}
 
 
 def filled(modifiers: Modifiers, **values: Any) -> Modifiers:
-    """The modifiers with {names} in their text fields replaced."""
-    return {
-        name: {key: value.format(**values) if isinstance(value, str) else value for key, value in fields.items()}
-        for name, fields in modifiers.items()
-    }
+    """The modifiers with {names} in their text fields replaced; a field that is "{starts}" becomes what that is."""
+
+    def fill(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return values["starts"] if value == "{starts}" else value.format(**values)
+
+    return {name: {key: fill(value) for key, value in fields.items()} for name, fields in modifiers.items()}
+
+
+def starts_from(model: str, structure: str) -> list[dict[str, Any]]:
+    """The four best of proxy_study.py's random configurations on a model, seed 0, for this kind of mask."""
+    mask = "2:4" if ":" in structure else "0.6:matrix"
+    rows = measured({"SmolLM2-135M-Instruct": "smollm2", "Gemma-3-270M": "gemma3"}[model], 0, mask)[2:]
+    return [row["coefficients"] for row in sorted(rows, key=lambda row: row["perplexity"])[:4]]
 
 
 def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -237,6 +254,7 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                         (other,) = set(MODELS) - {model}
                         name = structure.replace(":", "of").replace("%", "")
                         names = {"model": model, "other": other, "structure": name, "seed": seed}
+                        names["starts"] = starts_from(other, structure)
                         names["studies"] = "{studies}"  # a folder of this machine's, which is no part of the record
                         modifiers = filled(modifiers, **names, **WEIGHTINGS[model])
                         key |= {"recipe": {"methods_stage": {"pruning_modifiers": modifiers}}}

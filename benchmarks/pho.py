@@ -5,8 +5,8 @@
 
 One process measures, on one model: a perplexity evaluation of the pruned model; a candidate on the sample that
 PHOSearchModifier takes by default; the search, from RIA's coefficients, as PHOSearchModifier does it (by proxy, then in
-stages on the calibration windows, every second one kept for the last); the held-out perplexity of what it found, RIA
-and Wanda. The hill climb starts at RIA and lowers validation perplexity; its study is saved after every candidate.
+stages on the calibration windows); the held-out perplexity of what it found, RIA and Wanda. The hill climb starts at
+RIA and lowers validation perplexity; its study is saved after every candidate.
 """
 
 import argparse
@@ -14,16 +14,17 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from crepe_llm.pruning.block_pass import Calibration, Wanted
-from crepe_llm.search.divergence import Divergence
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, evaluate
+from crepe_llm.search.halves import Halves
+from crepe_llm.search.known import known_points
 from crepe_llm.search.optimisers import OPTIMISERS
-from crepe_llm.search.rehearsal import Pruning, mask_step, rehearsed
+from crepe_llm.search.rehearsal import Pruning, mask_step
 from crepe_llm.search.search import search
 from crepe_llm.search.space import RIA, WANDA, Coefficients, Mask
 from crepe_llm.search.stages import Cost, Measure, choose_rounds, judge
@@ -35,10 +36,9 @@ from records import RESULTS, Row, append
 from studies import studies_folder
 
 # Raised by every change of a default or of how something is measured.
-# 1: by the proxy alone. 2: in three stages, the first two by masks from the dense model's statistics.
-PROTOCOL = 3
-# Windows that the first stage calibrates on: PHOSearchModifier's 4096 tokens.
-FIRST_REHEARSAL = 8
+# 1: by the proxy alone. 2: in three stages, the first two by masks from the dense model's statistics. 3: both stages
+# block by block, each judged on half of the text.
+PROTOCOL = 4
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 PROXY = PROXIES[DEFAULT_PROXY]
@@ -76,35 +76,26 @@ def searched(bench: Bench, mask: Mask, options: argparse.Namespace, path: Path) 
         candidates=options.candidates,
         path=path,
     )
-    calibrating, kept = bench.calibration[::2].unbind(), bench.calibration[1::2].unbind()
-    quick = measure(bench, mask, "first stage: pruned by masks alone", kept[:FIRST_REHEARSAL], calibrating)
-    real = measure(bench, mask, "last stage: pruned as the recipe prunes", calibrating, kept)
+    wanted = {module: Wanted(layer) for layer, module in bench.layers.items()}
+    halves = Halves(
+        bench.model,
+        bench.calibration.unbind(),
+        RIA,
+        lambda coefficients, masks_alone: Pruning(wanted, Calibration(), mask_step(coefficients, mask)),
+    )
+    quick, last = halves.measures()
 
     def plan(seconds: float) -> Plan:
-        pruning, window = (timed(quick, range(count)) for count in (0, 1))
-        cost = Cost(pruning, window - pruning, seconds)
-        rounds = choose_rounds(quick.tokens, real.tokens, cost, tokens=options.search_tokens)
+        cost = Cost(timed(quick, range(2)), halves.seconds, seconds)
+        rounds = choose_rounds(halves.tokens, cost, tokens=options.search_tokens)
         return Plan(f"tokens={options.search_tokens}", rounds, cost.of(rounds) if rounds else 0.0)
 
     def progress(stage: Stage) -> None:
         print(f"{stage.name}: {stage.trials[-1].loss:.4f} nats a token: {stage.trials[-1].coefficients}", flush=True)
 
-    judge(study, RIA, (quick, real), plan, path, progress)
+    starts = [] if options.without_starts else known_points(mask)
+    judge(study, [RIA, *starts], (quick, last), plan, path, progress)
     return study
-
-
-def measure(
-    bench: Bench, mask: Mask, name: str, calibrating: Sequence[torch.Tensor], windows: Sequence[torch.Tensor]
-) -> Measure:
-    """How far the model pruned block by block is from the dense one, on some windows."""
-    divergence = Divergence(bench.model, windows)
-    wanted = {module: Wanted(layer) for layer, module in bench.layers.items()}
-
-    def losses(coefficients: Coefficients, chosen: range) -> list[float]:
-        with rehearsed(bench.model, calibrating, Pruning(wanted, Calibration(), mask_step(coefficients, mask))):
-            return [divergence(window) for window in chosen]
-
-    return Measure(name, divergence.tokens, losses)
 
 
 def timed(measure: Measure, windows: range) -> float:
@@ -174,6 +165,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of a perplexity evaluation")
     parser.add_argument("--candidates", type=int, default=200)
     parser.add_argument("--search-tokens", type=int, help="the most that the search's stages take")
+    parser.add_argument("--without-starts", action="store_true", help="know nothing that was good on other models")
     parser.add_argument("--hill-climb", type=int, metavar="N", help="candidates of the hill climb")
     parser.add_argument("--results", type=Path, default=RESULTS / "pho.jsonl", help="a row a call")
     options = parser.parse_args()
@@ -185,7 +177,8 @@ def main() -> None:
     loading, tokens = time.perf_counter() - started, bench.calibration.numel()
     print(f"loading, calibrating on {tokens} tokens, sampling: {loading:.1f} s")
     row: Row = {
-        name: getattr(options, name) for name in ("model", "mask", "seed", "tokens", "candidates", "search_tokens")
+        name: getattr(options, name)
+        for name in ("model", "mask", "seed", "tokens", "candidates", "search_tokens", "without_starts")
     }
     row |= {"loading": loading, **costs(bench, mask, options.tokens)}
 
@@ -193,8 +186,9 @@ def main() -> None:
         with bench.pruned(coefficients, mask):
             return bench.perplexity(texts, options.tokens)
 
-    name = f"{options.model}-{options.mask.replace(':', '-')}-seed{options.seed}-{options.search_tokens}.json"
-    study = searched(bench, mask, options, studies_folder() / "staged" / name)
+    settings = f"{options.search_tokens}{'-bare' * options.without_starts}"
+    name = f"{options.model}-{options.mask.replace(':', '-')}-seed{options.seed}-{settings}.json"
+    study = searched(bench, mask, options, studies_folder() / "halves" / name)
     print(f"\nsearch: {study}\n\nperplexity on {options.tokens} test tokens of {bench.corpus.name}, windows of 512:")
     tested = {}
     for name, coefficients in (("found", study.recommended), ("RIA", RIA), ("Wanda", WANDA)):

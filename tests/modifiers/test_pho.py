@@ -17,7 +17,6 @@ from datasets import Dataset
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, PHOSearchModifier, WeightCorrectionModifier
-from crepe_llm.modifiers.pho import _in_turn
 from crepe_llm.search.fitness import PROXIES
 from crepe_llm.search.space import RIA, Coefficients, Mask
 from crepe_llm.search.study import Study, StudyError
@@ -247,53 +246,47 @@ def sharp(folder):
 
 def test_the_last_stage_prunes_as_the_recipe_does(tiny_model_folder, calibration_data, pair):
     """ADMM included: the incumbent's loss is the divergence of the model that the recipe without a search gives, if it
-    is calibrated on the sequences that are not kept aside."""
+    is calibrated on the half of the sequences that is not judged on."""
     pho, crepe = pair()
     run(sharp(tiny_model_folder("llama")), [pho, crepe, ADMMModifier(rounds=2, iterations=3)], calibration_data)
     last = pho.result.stages[-1]
     used, masks = calibration_data["input_ids"], calibration_data["attention_mask"]
     texts = [torch.tensor(ids)[torch.tensor(mask).bool()] for ids, mask in zip(used, masks, strict=True)]
-    alone = Dataset.from_dict(
-        {"input_ids": [text.tolist() for text in texts[::2]], "attention_mask": [[1] * len(t) for t in texts[::2]]}
-    )
-    model, dense = (sharp(tiny_model_folder("llama")) for _ in range(2))
-    run(model, [CRePEModifier(mask_structure="2:4"), ADMMModifier(rounds=2, iterations=3)], alone, batch_size=1)
-    expected = []
-    for text in texts[1::2]:
-        with torch.no_grad():
-            p, q = (m.eval()(text[None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
-        expected.append((p.exp() * (p - q)).sum().item())
+    dense = sharp(tiny_model_folder("llama"))
+    expected = [0.0] * len(texts)
+    for half in (0, 1):
+        others = texts[1 - half :: 2]
+        alone = Dataset.from_dict(
+            {"input_ids": [text.tolist() for text in others], "attention_mask": [[1] * len(t) for t in others]}
+        )
+        recipe = [CRePEModifier(mask_structure="2:4"), ADMMModifier(rounds=2, iterations=3)]
+        model = run(sharp(tiny_model_folder("llama")), recipe, alone, batch_size=1)
+        for place in range(half, len(texts), 2):
+            with torch.no_grad():
+                p, q = (m.eval()(texts[place][None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
+            expected[place] = (p.exp() * (p - q)).sum().item()
     assert last.trials[0].coefficients == OWN
     # The dense model's log-probabilities are kept in half precision.
     assert last.trials[0].losses == pytest.approx(expected, rel=0.02, abs=8e-3)
     assert sum(expected) > 0.5
     # The recipe's own run begins with empty tables.
     assert set(recipe_errors(crepe)) == set(crepe.realised)
+    # The first stage prunes by masks alone.
+    assert pho.result.stages[0].trials[0].losses != last.trials[0].losses[:4]
 
 
-def test_the_first_stage_prunes_by_masks_alone_and_judges_on_other_text(tiny_model_folder, calibration_data, pair):
-    """The incumbent's first loss, against the model that CRePE alone gives when it is calibrated on every second
-    sequence, on the first of the others."""
-    pho, crepe = pair()
-    run(sharp(tiny_model_folder("llama")), [pho, crepe, ADMMModifier(rounds=2, iterations=3)], calibration_data)
-    used, masks = calibration_data["input_ids"], calibration_data["attention_mask"]
-    texts = [torch.tensor(ids)[torch.tensor(mask).bool()] for ids, mask in zip(used, masks, strict=True)]
-    alone = Dataset.from_dict(
-        {"input_ids": [text.tolist() for text in texts[1::2]], "attention_mask": [[1] * len(t) for t in texts[1::2]]}
-    )
-    model, dense = (sharp(tiny_model_folder("llama")) for _ in range(2))
-    run(model, [CRePEModifier(mask_structure="2:4")], alone, batch_size=1)
-    with torch.no_grad():
-        p, q = (m.eval()(texts[0][None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
-    first = pho.result.stages[0].trials[0]
-    expected = (p.exp() * (p - q)).sum().item()
-    assert first.coefficients == OWN
-    assert expected > 0.1 and first.losses[0] == pytest.approx(expected, rel=0.02, abs=8e-3)
-
-
-def test_windows_of_many_sequences_come_first():
-    first, second = torch.arange(1300), torch.arange(600)
-    assert [len(window) for window in _in_turn([first, second])] == [512, 512, 512, 88, 276]
+def test_known_points_are_tried(tiny_model_folder, calibration_data, pair):
+    """Among them the shipped recipes' coefficients, whatever coefficients the CRePEModifier has."""
+    pho, crepe = pair({"tokens": 3000})
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    tried = [trial.coefficients for trial in pho.result.stages[0].trials]
+    shipped = yaml.safe_load(RECIPE.read_text())["crepe_stage"]["pruning_modifiers"]["CRePEModifier"]
+    assert tried[:2] == [OWN, Coefficients(**{name: shipped[name] for name in COEFFICIENTS})]
+    start = {"row": 1.0, "column": 2.5, "neighbourhood": 0.5, "kernel_size": 5, "activation_exponent": 0.7}
+    pho, crepe = pair({"tokens": 3000, "starts": [start], "record": pho.record + "2"})
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    again = [trial.coefficients for trial in pho.result.stages[0].trials]
+    assert again[:2] == [OWN, Coefficients(**start)] and tried[1] not in again
 
 
 def recipe_errors(crepe):

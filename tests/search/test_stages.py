@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from crepe_llm.search.search import search, take_record
@@ -9,18 +10,18 @@ from searches import bowl, study
 
 COST = Cost(pruning=2.0, window=0.5, last=30.0)
 OWN = Coefficients(1.0, 4.0, 3.0, 31, 0.85)
-WIDE = ([512] * 16, [512] * 32)
+WIDE = [512] * 32
 
 
 def test_the_default_takes_many_on_little_text_and_few_on_much():
-    assert choose_rounds(*WIDE, COST) == (Round(40, 8), Round(4, 32))
+    assert choose_rounds(WIDE, COST) == (Round(32, 16), Round(4, 32))
     # With little text each stage takes what there is.
-    assert choose_rounds([512] * 3, [512] * 4, COST) == (Round(40, 3), Round(4, 4))
+    assert choose_rounds([512] * 4, COST) == (Round(32, 4), Round(4, 4))
 
 
-@pytest.mark.parametrize("tokens", [30_000, 100_000, 229_376, 600_000])
+@pytest.mark.parametrize("tokens", [40_000, 100_000, 327_680, 900_000])
 def test_a_budget_of_tokens_is_kept_and_used(tokens):
-    rounds = choose_rounds(*WIDE, COST, tokens=tokens)
+    rounds = choose_rounds(WIDE, COST, tokens=tokens)
     first, last = rounds
     spent = 512 * (first.candidates * first.windows + last.candidates * last.windows)
     assert 0.6 * tokens < spent <= tokens
@@ -29,13 +30,13 @@ def test_a_budget_of_tokens_is_kept_and_used(tokens):
 
 @pytest.mark.parametrize("seconds", [120, 300, 600])
 def test_a_budget_of_seconds_is_kept(seconds):
-    rounds = choose_rounds(*WIDE, COST, seconds=seconds)
+    rounds = choose_rounds(WIDE, COST, seconds=seconds)
     assert 0.6 * seconds < COST.of(rounds) <= seconds
 
 
 def test_budgets_that_pay_for_nothing_have_no_rounds():
-    assert choose_rounds(*WIDE, COST, seconds=20) == ()
-    assert choose_rounds(*WIDE, COST, tokens=100) == ()
+    assert choose_rounds(WIDE, COST, seconds=20) == ()
+    assert choose_rounds(WIDE, COST, tokens=100) == ()
 
 
 def test_costs_add_up():
@@ -70,7 +71,7 @@ def plan(seconds=0.0):
 
 def judged(path, model, own=RIA, settings=None):
     result = search(bowl(), settings or study(), candidates=64, path=path)
-    judge(result, own, model.measures, plan, path)
+    judge(result, [own, OWN], model.measures, plan, path)
     return result
 
 
@@ -81,7 +82,7 @@ def test_a_better_candidate_is_found_and_wins(tmp_path):
     assert [len(stage.trials[0].losses) for stage in result.stages] == [2, 6]
     assert all(stage.trials[0].coefficients == RIA for stage in result.stages)
     first = {trial.coefficients for trial in result.stages[0].trials}
-    assert {RIA, WANDA, result.best.coefficients} <= first
+    assert {RIA, OWN, WANDA, result.best.coefficients} <= first
     assert bowl()(result.recommended) < bowl()(RIA) / 10
     # The incumbent is measured first of all as the recipe prunes, and only once.
     assert model.calls[0] == ("real", RIA, range(6))
@@ -92,6 +93,33 @@ def test_an_incumbent_that_is_best_stays(tmp_path):
     space = study().space
     own = space.coefficients((0.7, 0.3, 0.6, 0.5))
     assert judged(tmp_path / "study.json", Model(), own).recommended == own
+
+
+class Tastes(Model):
+    """Each window likes another side of the space, and on average none is better: what seems better is the text."""
+
+    def __init__(self, seed):
+        super().__init__(windows=8)
+        self._slopes = np.random.default_rng(seed).normal(size=(8, 4))
+
+    def _losses(self, name, loss, coefficients, windows):
+        place = np.array(study().space.point(coefficients)) - 0.5
+        return [100 * (2 + 0.1 * float(self._slopes[window] @ place)) for window in windows]
+
+
+def test_luck_is_not_taken_for_merit(tmp_path):
+    """The last stage sees the text that candidates were chosen on, and likes some; on new text they are no better.
+
+    Of the seeds 0 to 13 the last stage alone would be wrong in four, these three among them.
+    """
+    liked = 0
+    rounds = Plan("", (Round(20, 8), Round(3, 8)), 1.0)
+    for seed in (3, 7, 10):
+        result = search(bowl(), study(), candidates=64)
+        judge(result, [RIA], Tastes(seed).measures, lambda seconds: rounds, tmp_path / f"{seed}.json")
+        assert Study.load(tmp_path / f"{seed}.json").recommended == result.recommended == RIA
+        liked += result.stages[-1].winner.coefficients != RIA
+    assert liked >= 2
 
 
 def test_what_follows_the_mask_decides(tmp_path):
@@ -125,14 +153,14 @@ def test_interrupted_stages_end_as_uninterrupted_ones(tmp_path, moment):
 def test_a_plan_of_an_earlier_version_is_made_anew(tmp_path):
     result = search(bowl(), study(), candidates=64)
     result.plan = Plan("", (Round(32, 2), Round(8, 4), Round(3, 6)), 1.0)
-    judge(result, RIA, Model().measures, plan, tmp_path / "study.json")
+    judge(result, [RIA], Model().measures, plan, tmp_path / "study.json")
     assert result.plan == plan()
 
 
 def test_a_budget_that_is_spent_leaves_the_incumbent(tmp_path):
     model = Model()
     result = search(bowl(), study(), candidates=16)
-    judge(result, RIA, model.measures, lambda seconds: Plan("minutes=1", (), 0.0), tmp_path / "study.json")
+    judge(result, [RIA], model.measures, lambda seconds: Plan("minutes=1", (), 0.0), tmp_path / "study.json")
     assert result.recommended == RIA
     assert len(model.calls) == 1
     assert "the budget is spent" in str(result)

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from crepe_llm.search.space import RIA, WANDA
+from crepe_llm.search.space import RIA, WANDA, Coefficients
 from crepe_llm.search.trials import Stage, Trial
 
+SHIPPED = Coefficients(1.0, 7.0, 6.0, 31, 0.85)
 TOKENS = tuple(np.random.default_rng(0).integers(20, 60, 16).tolist())
 
 
@@ -72,3 +73,28 @@ def test_a_stage_keeps_its_incumbent():
     assert stage.winner.coefficients == WANDA
     with pytest.raises(ValueError, match="no trial yet"):
         _ = Stage("s").winner
+
+
+def test_what_is_chosen_on_one_half_is_judged_on_the_other():
+    tokens = (10, 20, 10, 10)
+    own = Trial(RIA, (20.0, 40.0, 21.0, 22.0), tokens, 0.0)
+    even = Trial(WANDA, (10.0, 38.0, 11.0, 20.0), tokens, 0.0)  # best on windows 0 and 2
+    odd = Trial(SHIPPED, (19.0, 20.0, 20.0, 12.0), tokens, 0.0)  # best on windows 1 and 3
+    stage = Stage("s", [own, even, odd], chosen=(1, 2))
+    gain, error = stage.honest_gain
+    gains = np.array([20.0 - 19, 40 - 38, 21 - 20, 22 - 20])
+    assert gain == pytest.approx(gains.sum() / 50)
+    residuals = gains - gain * np.array(tokens)
+    assert error == pytest.approx(np.sqrt((residuals**2).sum() * 4 / 3) / 50)
+    assert stage.is_confirmed == (gain > np.sqrt(2) * stats.t(3).ppf(0.975) * error)
+    assert "judged on the other" in stage.table()
+    # Chosen on the half that it is judged on, the same trials would look far better.
+    assert Stage("s", [own, even, odd], chosen=(2, 1)).honest_gain[0] > 5 * gain
+    assert Stage("s", [own, even]).is_confirmed
+    with pytest.raises(ValueError, match="not chosen on halves"):
+        _ = Stage("s", [own]).honest_gain
+
+
+def test_a_trial_on_some_windows():
+    part = Trial(RIA, (1.0, 2.0, 3.0), (4, 5, 6), 7.0).on([0, 2])
+    assert (part.losses, part.tokens) == ((1.0, 3.0), (4, 6))

@@ -38,9 +38,9 @@ def add(subparsers: Any) -> None:
         help="search for a model's CRePE coefficients",
         description=(
             "Search for the coefficients with which CRePE prunes this model best, without pruning it: by a proxy "
-            "first, then by how far the pruned model's predictions are from the dense model's. Every second window is "
-            "kept aside to decide by. The shipped recipe's coefficients stay unless others are clearly better. The "
-            "study is saved as it grows; the same command resumes it."
+            "first, then by how far the pruned model's predictions are from the dense model's. Each half of the text "
+            "judges what the other half has calibrated. The shipped recipe's coefficients stay unless others are "
+            "clearly better. The study is saved as it grows; the same command resumes it."
         ),
         epilog=(
             "examples:\n"
@@ -68,7 +68,7 @@ def add(subparsers: Any) -> None:
         help="which weights compete in an unstructured mask (%(default)s)",
     )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--tokens", type=at_least(1), help="the most tokens that pruned models are judged on (229,000)")
+    budget.add_argument("--tokens", type=at_least(1), help="the most tokens that pruned models are judged on (328,000)")
     budget.add_argument("--minutes", type=float, help="the most time that the search may take, calibration aside")
     parser.add_argument("--candidates", type=at_least(1), help="how many coefficients the proxy judges (200)")
     parser.add_argument(

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ from pydantic import (
 
 from crepe_llm.functional.masks import ComparisonGroup, parse_mask_structure
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.blocks import find_blocks
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.fields import MaskStructure
@@ -35,12 +33,13 @@ from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer, Uncalibrated, is_usable
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import Layer, weight_matrix
-from crepe_llm.search.divergence import Divergence, cut_windows
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
-from crepe_llm.search.rehearsal import Pruning, input_norms, mask_step, pruned, rehearsed
+from crepe_llm.search.halves import Halves
+from crepe_llm.search.known import known_points
+from crepe_llm.search.rehearsal import Pruning, mask_step
 from crepe_llm.search.search import search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
-from crepe_llm.search.stages import WINDOW, Cost, Measure, choose_rounds, judge, run_last_stage
+from crepe_llm.search.stages import Cost, choose_rounds, judge, run_last_stage
 from crepe_llm.search.study import Study
 from crepe_llm.search.trials import Plan, Stage
 
@@ -50,9 +49,6 @@ _CANDIDATES = 200
 _NAMES = [field.name for field in dataclasses.fields(Coefficients)]
 # The share of `minutes` that the search by proxy may take.
 _BY_PROXY = 0.25
-# The last stage judges on so many tokens at most and calibrates on so many; the first stage likewise.
-_KEPT_TOKENS, _REHEARSAL_TOKENS = 16384, 32768
-_FIRST_TOKENS, _FIRST_REHEARSAL_TOKENS = 4096, 4096
 
 
 class PHOSearchModifier(LayerModifier):
@@ -60,11 +56,12 @@ class PHOSearchModifier(LayerModifier):
     Modifier that searches for the coefficients of the CRePEModifier after it, in the manner of the PHO of
     https://arxiv.org/abs/2606.01544, whose internals are not public to us. It changes no weight.
 
-    A proxy on a sample of layers and rows is the first filter. Then the whole model is pruned block by block with a few
-    dozen candidates, calibrated and judged on little text, by the divergence of its predictions from the dense model's.
-    A surrogate of these losses proposes most of the candidates. In the last stage the model is pruned with the best few
-    as the recipe prunes it, by the modifiers that share the CRePEModifier's pass, and judged on text that is kept for
-    that. The CRePEModifier's own coefficients stay unless others are clearly better there. docs/pho.md says how.
+    A proxy on a sample of layers and rows is the first filter. Then the whole model is pruned with a few dozen
+    candidates, and judged by the divergence of its predictions from the dense model's. Coefficients that were good on
+    other models are among them; a surrogate of the losses proposes most of the others. In the last stage the model is
+    pruned with the best few as the recipe prunes it, by the modifiers that share the CRePEModifier's pass. Each half of
+    the text judges what the other half has calibrated. The CRePEModifier's own coefficients stay unless others are
+    clearly better, also on text that they were not chosen on. docs/pho.md says how.
 
     The CRePEModifier prunes with what was found, and the recipe that is saved with the model has it: as `found` here,
     and as the CRePEModifier's coefficients. So that recipe prunes the same again without searching.
@@ -99,7 +96,7 @@ class PHOSearchModifier(LayerModifier):
     :param optimiser: of the search by proxy, `cma` (CMA-ES) or `random`
     :param candidates: how many are judged by the proxy; 200 where it is left out
     :param tokens: the most tokens, candidates times windows, that the pruned model is judged on. Where neither this nor
-        `minutes` is given, 40 candidates on 4096 tokens each and 4 on 16384, as far as there is text
+        `minutes` is given, 32 candidates on 8192 tokens each and 4 on 16384, as far as there is text
     :param minutes: the most that searching and judging may take, calibration aside. Where the incumbent alone takes
         that long, its coefficients are used
     :param space: bounds that differ from `crepe_llm.search.space.SearchSpace`'s, such as `{activation_exponent: [0.2,
@@ -112,6 +109,8 @@ class PHOSearchModifier(LayerModifier):
     :param study: file of an earlier study, on this or another model. Nothing is searched then: the last stage alone
         judges the two best of the study on this model
     :param incumbent: the coefficients to beat where no CRePEModifier follows; RIA's where it is left out
+    :param starts: coefficients that are tried on the whole model in any case; by default those of the shipped recipes
+        and others that were good on models at hand (`crepe_llm.search.known`)
     :param found: the coefficients, in a saved recipe; nothing is searched
     :param mask_structure: as the CRePEModifier's, from which it is taken where there is one
     :param sparsity: likewise
@@ -133,6 +132,7 @@ class PHOSearchModifier(LayerModifier):
     record: str | None = None
     study: str | None = None
     incumbent: dict[str, float] | None = None
+    starts: list[dict[str, float]] | None = None
     found: dict[str, float] | None = None
     mask_structure: MaskStructure | None = None
     sparsity: float | None = None
@@ -180,6 +180,8 @@ class PHOSearchModifier(LayerModifier):
             value = getattr(self, name)
             if value is not None:
                 _coefficients(name, value)
+        for values in self.starts or []:
+            _coefficients("starts", values)
         # A search that has been done needs no calibration epoch of its own.
         self.requires_calibration_data = self.found is None
         return self
@@ -254,8 +256,13 @@ class PHOSearchModifier(LayerModifier):
         if self._observer is None:
             return
         self.stop_watching()
-        calibrating, kept = self._texts()
-        study = self._new_study(kept)
+        sequences = list(self._sequences())
+        if len(sequences) < 2:
+            raise ValueError(
+                f"PHOSearchModifier judges by one half of the calibration text what the other half prunes, and there "
+                f"are {len(sequences)} sequences of at least two tokens: calibrate with two at least, better with 16"
+            )
+        study = self._new_study(sequences)
         path = Path(self.record) if self.record is not None else study.default_path()
         self._result = study
         logger.info(f"PHO: recorded in {path}, from which the same run resumes")
@@ -264,20 +271,20 @@ class PHOSearchModifier(LayerModifier):
             if self._source is None:
                 self._search(study, path)
             with _as_it_predicts(state.model):
-                self._judge(state.model, study, path, (calibrating, kept), started)
+                self._judge(state.model, study, path, sequences, started)
         except KeyboardInterrupt:
             logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
             raise
         self._conclude(study)
         self._samples.clear()
 
-    def _new_study(self, kept: list[torch.Tensor]) -> Study:
+    def _new_study(self, sequences: list[torch.Tensor]) -> Study:
         """The settings of a study, before anything is measured."""
         if self._source is None and not self._samples:
             raise ValueError("no sampled layer saw a calibration token: calibrate with more or other text")
         proxy = PROXIES[self.proxy]
         digest = self._digest.copy()
-        for sequence in kept:
+        for sequence in sequences:
             digest.update(sequence.cpu().numpy().tobytes())
         sample = {
             "layers": [sample.name for sample in self._samples],
@@ -286,6 +293,7 @@ class PHOSearchModifier(LayerModifier):
             "fingerprint": fingerprint(self._samples),
             "texts": digest.hexdigest()[:16],
             "recipe": json.loads(json.dumps(self._described_recipe())),
+            "starts": [dataclasses.asdict(each) for each in self._starts()],
         }
         return Study(
             model=self._model_name,
@@ -318,40 +326,29 @@ class PHOSearchModifier(LayerModifier):
             ),
         )
 
-    def _judge(
-        self, model: Any, study: Study, path: Path, texts: tuple[list[torch.Tensor], list[torch.Tensor]], started: float
-    ) -> None:
+    def _judge(self, model: Any, study: Study, path: Path, sequences: list[torch.Tensor], started: float) -> None:
         """Measure candidates on the pruned model, until the last stage says what to use."""
-        calibrating, kept = texts
         own = self._own()
-        last = Divergence(model, cut_windows(kept, WINDOW))
-        used = _up_to(calibrating, _REHEARSAL_TOKENS)
-        real = self._measure(model, "last stage: pruned as the recipe prunes", last, used)
+        halves = Halves(model, sequences, own, self._pruning)
+        quick, last = halves.measures()
         if self._source is not None:
             if path.exists():
                 take_record(study, path)
-            run_last_stage(study, [own, *self._source.challengers], real, path, _progress)
+            run_last_stage(study, [own, *self._source.challengers], last, path, _progress)
             return
-        # The first stage calibrates on the text that the last one judges on and judges on the text that it calibrates
-        # on, so that no mask is judged on the text that its statistics are from.
-        before = time.perf_counter()
-        first = Divergence(model, _up_to(_in_turn(calibrating), _FIRST_TOKENS))
-        window = (time.perf_counter() - before) / len(first.tokens)
-        used = _up_to(_in_turn(kept), _FIRST_REHEARSAL_TOKENS)
-        quick = self._measure(model, "first stage: pruned by masks alone", first, used, masks_alone=True)
 
         def plan(seconds: float) -> Plan:
             before = time.perf_counter()
-            quick.losses(own, range(0))
-            cost = Cost(time.perf_counter() - before, window, seconds)
-            return self._plan(cost, (first.tokens, last.tokens), time.perf_counter() - started)
+            quick.losses(own, range(2))
+            cost = Cost(time.perf_counter() - before, halves.seconds, seconds)
+            return self._plan(cost, halves.tokens, time.perf_counter() - started)
 
-        judge(study, own, (quick, real), plan, path, _progress)
+        judge(study, [own, *self._starts()], (quick, last), plan, path, _progress)
 
-    def _plan(self, cost: Cost, tokens: tuple[tuple[int, ...], tuple[int, ...]], spent: float) -> Plan:
+    def _plan(self, cost: Cost, tokens: tuple[int, ...], spent: float) -> Plan:
         budget = f"tokens={self.tokens}" * (self.tokens is not None) + f"minutes={self.minutes}" * bool(self.minutes)
         seconds = None if self.minutes is None else 60 * self.minutes - spent
-        rounds = choose_rounds(*tokens, cost, tokens=self.tokens, seconds=seconds)
+        rounds = choose_rounds(tokens, cost, tokens=self.tokens, seconds=seconds)
         plan = Plan(budget, rounds, cost.of(rounds) if rounds else 0.0)
         if rounds:
             stages = ", ".join(f"{each.candidates} candidates on {each.windows} windows" for each in rounds)
@@ -362,29 +359,6 @@ class PHOSearchModifier(LayerModifier):
                 f"candidate takes {cost.pruning + cost.window:.1f} s, in the last stage {cost.last:.1f} s"
             )
         return plan
-
-    def _measure(
-        self, model: Any, name: str, divergence: Divergence, calibrating: list[torch.Tensor], masks_alone: bool = False
-    ) -> Measure:
-        """How a stage measures; where blocks cannot be run by themselves, masks are of the dense model's statistics."""
-        try:
-            find_blocks(model)
-        except ValueError as error:
-            logger.warning(f"PHO: {name.partition(':')[0]} prunes by the dense model's statistics, as {error}")
-            norms = _norms(model, calibrating, self._layers)
-
-            def meanwhile(coefficients: Coefficients) -> AbstractContextManager[None]:
-                return pruned(norms, coefficients, self._mask)
-        else:
-
-            def meanwhile(coefficients: Coefficients) -> AbstractContextManager[None]:
-                return rehearsed(model, calibrating, self._pruning(coefficients, masks_alone))
-
-        def losses(coefficients: Coefficients, windows: range) -> list[float]:
-            with meanwhile(coefficients):
-                return [divergence(window) for window in windows]
-
-        return Measure(name, divergence.tokens, losses)
 
     @property
     def _prunes_as_crepe(self) -> bool:
@@ -418,6 +392,12 @@ class PHOSearchModifier(LayerModifier):
         if is_usable(layer.name, layer.module, layer.statistics, uncalibrated):
             run(layer)
 
+    def _starts(self) -> list[Coefficients]:
+        """What the first stage measures beside the incumbent in any case."""
+        if self.starts is None:
+            return list(known_points(self._mask))
+        return [_coefficients("starts", values) for values in self.starts]
+
     def _own(self) -> Coefficients:
         """The coefficients that others must beat."""
         if self._crepe is not None:
@@ -428,7 +408,8 @@ class PHOSearchModifier(LayerModifier):
         """Hand over what the last stage says."""
         logger.info(f"PHO: {study}")
         last = study.stages[-1]
-        winner, first = last.winner, last.trials[0]
+        first = last.trials[0]
+        winner = next(trial for trial in last.trials if trial.coefficients == study.recommended)
         if winner is first:
             logger.warning(f"PHO: nothing is clearly better than {first.coefficients}, so these are used")
         else:
@@ -441,18 +422,6 @@ class PHOSearchModifier(LayerModifier):
             assert self._crepe is not None
             self._crepe.pruning_pass.forget()
         self._hand_over(winner.coefficients)
-
-    def _texts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The calibration sequences without their padding, int64 [length] each; and every second one kept aside, as far
-        as the last stage needs them."""
-        sequences = list(self._sequences())
-        if len(sequences) < 2:
-            raise ValueError(
-                f"PHOSearchModifier keeps calibration text aside to judge by, and there are {len(sequences)} sequences "
-                "of at least two tokens: calibrate with two at least, better with 16"
-            )
-        kept = _up_to(sequences[1::2], _KEPT_TOKENS)
-        return sequences[::2] + sequences[1::2][len(kept) :], kept
 
     def _sequences(self) -> Iterator[torch.Tensor]:
         for batch in self._dataloader:
@@ -527,34 +496,6 @@ def _coefficients(field: str, values: dict[str, float]) -> Coefficients:
         return Coefficients(**{**values, "kernel_size": int(values["kernel_size"])})  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{field}={values} must hold exactly {', '.join(_NAMES)}") from error
-
-
-def _up_to(sequences: list[torch.Tensor], tokens: int) -> list[torch.Tensor]:
-    """The first of some sequences that hold so many tokens together, the last of them cut; at least one."""
-    chosen: list[torch.Tensor] = []
-    for sequence in sequences:
-        room = tokens - sum(map(len, chosen))
-        if chosen and room < 2:
-            break
-        chosen.append(sequence if len(sequence) <= room else sequence[:room])
-    return chosen
-
-
-def _in_turn(sequences: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The first window of each sequence, then the second of each, and so on: little text of many sequences."""
-    windows = itertools.zip_longest(*(cut_windows([sequence], WINDOW) for sequence in sequences))
-    return [window for turn in windows for window in turn if window is not None]
-
-
-def _norms(
-    model: Any, sequences: list[torch.Tensor], layers: Iterable[torch.nn.Module]
-) -> dict[torch.nn.Module, torch.Tensor]:
-    """The norms of layers' input channels in the model as it is, fp32 [d_in] each."""
-    device = model.get_input_embeddings().weight.device
-    with torch.no_grad(), input_norms(layers) as norms:
-        for sequence in sequences:
-            model.base_model(input_ids=sequence[None].to(device), use_cache=False)
-    return norms
 
 
 def _progress(stage: Stage) -> None:

@@ -1,5 +1,6 @@
-"""A model that is pruned for a while: by cached statistics of its dense layers, or block by block as a recipe does."""
+"""A model that is pruned for a while: by statistics that are there, or block by block as a recipe does."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from crepe_llm.pruning.layer import Layer, input_channels, set_weight_matrix, we
 from crepe_llm.pruning.steps import Mask as MaskStep
 from crepe_llm.search.space import Coefficients, Mask
 
-__all__ = ["Pruning", "input_norms", "mask_step", "pruned", "rehearsed"]
+__all__ = ["Pruning", "input_statistics", "mask_step", "pruned", "rehearsed", "remembering"]
 
 
 @contextmanager
@@ -37,13 +38,13 @@ def _restored(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def input_norms(layers: Iterable[torch.nn.Module]) -> Iterator[dict[torch.nn.Module, torch.Tensor]]:
-    """What the norms of layers' input channels are over all that a model is run on meanwhile, without padding.
+def input_statistics(
+    layers: Iterable[torch.nn.Module],
+) -> Iterator[dict[torch.nn.Module, InputStatistics]]:
+    """Statistics of layers' inputs over all that a model is run on meanwhile, without padding.
 
-    Gives a dictionary that holds them, fp32 [d_in] each, when the context has been left; layers that no token reached
-    are not in it.
+    Gives a dictionary that fills while the model runs; layers that no token reached are not in it.
     """
-    norms: dict[torch.nn.Module, torch.Tensor] = {}
     statistics: dict[torch.nn.Module, InputStatistics] = {}
 
     def see(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -53,28 +54,26 @@ def input_norms(layers: Iterable[torch.nn.Module]) -> Iterator[dict[torch.nn.Mod
 
     handles = [module.register_forward_pre_hook(see) for module in layers]
     try:
-        yield norms
+        yield statistics
     finally:
         for handle in handles:
             handle.remove()
-    norms |= {module: found.norm for module, found in statistics.items() if found.tokens}
 
 
 @contextmanager
-def pruned(norms: Mapping[torch.nn.Module, torch.Tensor], coefficients: Coefficients, mask: Mask) -> Iterator[None]:
-    """Prune layers meanwhile, by the dense model's input statistics, and restore them.
+def pruned(statistics: Mapping[torch.nn.Module, InputStatistics], pruning: "Pruning") -> Iterator[None]:
+    """Prune layers meanwhile, by statistics of their inputs that are there already, and restore them.
 
     Args:
-        norms: by linear layer the norms of its input channels, fp32 [d_in].
-        coefficients: of CRePE's score.
-        mask: the structure and sparsity of the masks.
+        statistics: of the layers to prune, all of them known to `pruning`; no step may need a Gram matrix that they
+            do not have.
+        pruning: how. Its calibration is not looked at.
     """
-    with _restored(list(norms)):
-        for module, norm in norms.items():
+    with _restored(list(statistics)):
+        for module, found in statistics.items():
             with torch.no_grad(), align_module_device(module):
-                weight = weight_matrix(module)
-                keep = _keep(weight, norm, coefficients, mask)
-                set_weight_matrix(module, weight.masked_fill(~keep, 0))
+                dense = weight_matrix(module).detach()
+                pruning(Layer(pruning.wanted[module].name, module, dense, found, dense))
         yield
 
 
@@ -107,6 +106,18 @@ class Pruning:
         with torch.no_grad(), align_module_device(layer.module):
             self.run(layer)
             set_weight_matrix(layer.module, layer.weight)
+
+
+def remembering(pruning: Pruning, statistics: dict[torch.nn.Module, InputStatistics]) -> Pruning:
+    """The same pruning, that puts the statistics of each layer into a dictionary, without the Gram matrix."""
+
+    def run(layer: Layer) -> None:
+        found = copy.copy(layer.statistics)
+        found.gram = None
+        statistics[layer.module] = found
+        pruning.run(layer)
+
+    return dataclasses.replace(pruning, run=run)
 
 
 @contextmanager
@@ -176,8 +187,3 @@ def _with_hidden(batch: Batch, hidden: torch.Tensor | None) -> Batch:
 def _outputs(block: torch.nn.Module, batch: Batch) -> torch.Tensor:
     args, kwargs = batch.on(get_execution_device(block))
     return block_outputs(block(*args, **kwargs)).to(block_inputs(batch.args, batch.kwargs).device)
-
-
-def _keep(weight: torch.Tensor, norm: torch.Tensor, coefficients: Coefficients, mask: Mask) -> torch.Tensor:
-    scores = crepe_scores(weight, norm, **dataclasses.asdict(coefficients))
-    return keep_mask(scores, mask.sparsity, mask.mask_structure, mask.comparison_group)

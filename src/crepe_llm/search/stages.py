@@ -22,9 +22,9 @@ WINDOW = 512
 """Tokens of a window: texts are cut into windows of at most so many."""
 
 # Candidates and tokens of each. The last stage is pruned as the recipe prunes.
-_DEFAULT = ((40, 4096), (4, 16384))
+_DEFAULT = ((32, 8192), (4, 16384))
 # With fewer candidates and windows than these a stage decides nothing.
-_FEWEST = ((12, 1), (2, 8))
+_FEWEST = ((12, 2), (2, 8))
 # So many of the first stage's candidates are chosen by the proxy, at most; then so many at a time by the surrogate.
 _BY_PROXY, _AT_ONCE = 16, 4
 
@@ -35,7 +35,7 @@ class Measure:
 
     Attributes:
         name: how they are pruned, and what is measured.
-        tokens: of each window, how many are predicted.
+        tokens: of each window, how many are predicted. Windows of the text's two halves take turns.
         losses: of a candidate and a range of windows, the summed loss of each window.
     """
 
@@ -60,7 +60,6 @@ class Cost:
 
 def choose_rounds(
     windows: Sequence[int],
-    kept: Sequence[int],
     cost: Cost,
     *,
     tokens: int | None = None,
@@ -68,12 +67,11 @@ def choose_rounds(
 ) -> tuple[Round, ...]:
     """The stages that a budget pays for.
 
-    By default 40 candidates on 4096 tokens each and 4 on 16384, as far as there is text. A smaller budget takes fewer
+    By default 32 candidates on 8192 tokens each and 4 on 16384, as far as there is text. A smaller budget takes fewer
     candidates and fewer tokens for each, a larger one takes more candidates.
 
     Args:
-        windows: tokens of each window that the first stage may use.
-        kept: tokens of each window that is kept for the last stage.
+        windows: tokens of each window that candidates may be judged on.
         cost: what things take.
         tokens: the most tokens, candidates times windows, in both stages.
         seconds: the most that the stages may take.
@@ -82,31 +80,29 @@ def choose_rounds(
         The two rounds; none where the budget is too small for any.
     """
     if tokens is None and seconds is None:
-        return _scaled(1.0, windows, kept)
+        return _scaled(1.0, windows)
     for factor in np.geomspace(8, 1 / 1024, 131).tolist():
-        rounds = _scaled(factor, windows, kept)
-        asked = sum(
-            each.candidates * sum(text[: each.windows]) for each, text in zip(rounds, (windows, kept), strict=True)
-        )
+        rounds = _scaled(factor, windows)
+        asked = sum(each.candidates * sum(windows[: each.windows]) for each in rounds)
         if (tokens is None or asked <= tokens) and (seconds is None or cost.of(rounds) <= seconds):
             return rounds
     return ()
 
 
-def _scaled(factor: float, windows: Sequence[int], kept: Sequence[int]) -> tuple[Round, ...]:
-    rounds = []
-    for (candidates, wanted), (fewest, shortest), texts in zip(_DEFAULT, _FEWEST, (windows, kept), strict=True):
-        length, there = sum(texts) / len(texts), min(wanted, sum(texts))
-        count = min(len(texts), max(shortest, round(there * min(1.0, factor) ** 0.5 / length)))
+def _scaled(factor: float, windows: Sequence[int]) -> tuple[Round, ...]:
+    rounds: list[Round] = []
+    for (candidates, wanted), (fewest, shortest) in zip(_DEFAULT, _FEWEST, strict=True):
+        length, there = sum(windows) / len(windows), min(wanted, sum(windows))
+        count = min(len(windows), max(shortest, round(there * min(1.0, factor) ** 0.5 / length)))
         affordable = round(candidates * there * factor / (count * length))
-        most = candidates if texts is kept else round(candidates * max(1.0, factor))
+        most = candidates if rounds else round(candidates * max(1.0, factor))
         rounds.append(Round(min(most, max(fewest, affordable)), count))
     return tuple(rounds)
 
 
 def judge(
     study: Study,
-    own: Coefficients,
+    others: Sequence[Coefficients],
     measures: tuple[Measure, Measure],
     plan: Callable[[float], Plan],
     path: Path,
@@ -118,7 +114,7 @@ def judge(
 
     Args:
         study: after the search by proxy; its stages are filled here.
-        own: the incumbent's coefficients.
+        others: the incumbent's coefficients, then what else the first stage measures in any case.
         measures: of the first stage and of the last.
         plan: of the seconds that the incumbent took in the last stage, what to do. A study that was read with a plan
             for the same budget keeps it.
@@ -129,7 +125,7 @@ def judge(
     recorder = _Recorder(study, path, progress)
     study.finished = False
     last = Stage(real.name)
-    recorder.measure(last, real, [own], len(real.tokens))
+    recorder.measure(last, real, others[:1], len(real.tokens))
     wanted = plan(last.trials[0].seconds)
     # Plans of earlier versions had three rounds.
     if study.plan is None or study.plan.budget != wanted.budget or len(study.plan.rounds) not in (0, 2):
@@ -139,8 +135,9 @@ def judge(
         final = study.plan.rounds[-1]
         stage = Stage(quick.name)
         study.stages.append(stage)
-        _first_stage(study, stage, recorder, quick, own)
+        _first_stage(study, stage, recorder, quick, others)
         finalists = Surrogate(study.space, stage.trials).finalists(final.candidates)
+        stage.chosen = _chosen_by_halves(study, stage)
         study.stages.append(last)
         last.trials.clear()
         recorder.measure(last, real, finalists, final.windows)
@@ -161,12 +158,27 @@ def run_last_stage(
     study.save(path)
 
 
-def _first_stage(study: Study, stage: Stage, recorder: "_Recorder", quick: Measure, own: Coefficients) -> None:
-    """Some candidates by proxy; then those that a surrogate of the losses so far proposes."""
+def _chosen_by_halves(study: Study, stage: Stage) -> tuple[int, int] | None:
+    """Which trials the first half of the windows alone would choose, and the second."""
+    if len(stage.trials) < 3 or len(stage.trials[0].losses) < 2:
+        return None
+    chosen = []
+    for number in (0, 1):
+        trials = [trial.on(stage.half(number)) for trial in stage.trials]
+        best = Surrogate(study.space, trials).finalists(2)[1]
+        chosen.append([trial.coefficients for trial in trials].index(best))
+    return chosen[0], chosen[1]
+
+
+def _first_stage(
+    study: Study, stage: Stage, recorder: "_Recorder", quick: Measure, others: Sequence[Coefficients]
+) -> None:
+    """What is measured in any case, some candidates by proxy, then those that a surrogate of the losses proposes."""
     assert study.plan is not None
     round_ = study.plan.rounds[0]
     by_proxy = max(_FEWEST[0][0] * 2 // 3, min(_BY_PROXY, round_.candidates * 2 // 5))
-    recorder.measure(stage, quick, study.shortlist(by_proxy, [own, RIA, WANDA]), round_.windows)
+    shortlist = study.shortlist(by_proxy, [*others, RIA, WANDA])[: round_.candidates]
+    recorder.measure(stage, quick, shortlist, round_.windows)
     while (room := round_.candidates - len(stage.trials)) > 0:
         surrogate = Surrogate(study.space, stage.trials)
         proposed = surrogate.propose(min(room, _AT_ONCE), study.seed + len(stage.trials))

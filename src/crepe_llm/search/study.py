@@ -125,14 +125,15 @@ class Study:
 
     @property
     def recommended(self) -> Coefficients:
-        """What to prune with: the winner of the last stage; without stages the best candidate by proxy, or RIA's
-        coefficients where none beats them.
+        """What to prune with: the winner of the last stage, if the first one's choice is confirmed by text that it was
+        not chosen on; without stages the best candidate by proxy, or RIA's coefficients where none beats them.
 
         Raises:
             StudyError: nothing was evaluated yet.
         """
         if self.stages:
-            return self.stages[-1].winner.coefficients
+            last = self.stages[-1]
+            return (last.winner if self.stages[0].is_confirmed else last.trials[0]).coefficients
         return self.best.coefficients if self.beats_reference else self.reference.coefficients
 
     @property
@@ -317,7 +318,7 @@ def _parsed(content: dict[str, Any]) -> dict[str, Any]:
     if content.get("plan") is not None:
         content["plan"] = Plan(**content["plan"])
     content["stages"] = [
-        Stage(stage["name"], [_with_coefficients(Trial, entry) for entry in stage["trials"]])
+        Stage(stage["name"], [_with_coefficients(Trial, entry) for entry in stage["trials"]], stage.get("chosen"))
         for stage in content.get("stages", [])
     ]
     values = [candidate.value for candidate in content["candidates"]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from scipy.stats import t as student_t
 
@@ -61,8 +62,17 @@ class Trial:
 
     def clearly_better(self, other: "Trial") -> bool:
         """Whether the gain is more than its standard error times the quantile of :data:`CONFIDENCE`."""
-        gain, error = self.gain_over(other)
-        return gain > 0 and gain > needed_errors(len(self.losses)) * error
+        return is_clear(*self.gain_over(other), len(self.losses))
+
+    def on(self, windows: Sequence[int]) -> "Trial":
+        """The same on some of its windows."""
+        losses, tokens = ([numbers[window] for window in windows] for numbers in (self.losses, self.tokens))
+        return Trial(self.coefficients, tuple(losses), tuple(tokens), self.seconds)
+
+
+def is_clear(gain: float, error: float, windows: int) -> bool:
+    """Whether a gain is more than its standard error times the quantile of :data:`CONFIDENCE`."""
+    return gain > 0 and gain > needed_errors(windows) * error
 
 
 def needed_errors(windows: int) -> float:
@@ -77,10 +87,51 @@ class Stage:
     Attributes:
         name: how candidates are pruned and what is measured.
         trials: the incumbent's first, which the others must beat.
+        chosen: of each half of the windows, the trial that a search on that half alone would have chosen; None where
+            the stage does not choose so. Windows take turns: those with even numbers are the first half.
     """
 
     name: str
     trials: list[Trial] = dataclasses.field(default_factory=list)
+    chosen: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.chosen is not None:
+            self.chosen = (self.chosen[0], self.chosen[1])
+
+    def half(self, number: int) -> range:
+        """The windows of one half, 0 or 1."""
+        return range(number, len(self.trials[0].losses), 2)
+
+    @property
+    def honest_gain(self) -> tuple[float, float]:
+        """What choosing gains over the incumbent on text that it has not seen, in nats a token, and its standard error.
+
+        What was chosen on each half of the windows is judged on the other half. The best of many candidates seems
+        better than it is on the text that it was chosen on; here it does not.
+
+        Raises:
+            ValueError: the stage has not chosen on halves.
+        """
+        if self.chosen is None:
+            raise ValueError(f"the stage `{self.name}` has not chosen on halves of its windows")
+        first, losses = self.trials[0], list(self.trials[0].losses)
+        for number, chosen in enumerate(self.chosen):
+            for window in self.half(1 - number):
+                losses[window] = self.trials[chosen].losses[window]
+        return dataclasses.replace(first, losses=tuple(losses)).gain_over(first)
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether what the stage chooses is clearly better on text that it was not chosen on, if the stage can tell.
+
+        The two halves' gains are not independent: both are large where both halves happen to like the same place. At
+        most they are one and the same, so the standard error counts the square root of 2 times.
+        """
+        if self.chosen is None:
+            return True
+        gain, error = self.honest_gain
+        return is_clear(gain, math.sqrt(2) * error, len(self.trials[0].losses))
 
     @property
     def winner(self) -> Trial:
@@ -115,6 +166,11 @@ class Stage:
             f"{needed_errors(windows):.2f} standard errors on",
             "      loss       gain  st. error",
         ]
+        if self.chosen is not None:
+            gain, error = self.honest_gain
+            lines.insert(
+                1, f"chosen on each half of the text and judged on the other: {gain:+.4g}, st. error {error:.3g}"
+            )
         shown = {*self.best(rows), winner.coefficients}
         for trial in sorted(self.trials, key=lambda trial: trial.loss):
             if trial.coefficients not in shown:

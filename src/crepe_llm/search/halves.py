@@ -1,0 +1,139 @@
+"""Candidates measured on the whole model: pruned by one half of the text, judged on the other, and the other way."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from loguru import logger
+
+from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.models.blocks import find_blocks
+from crepe_llm.search.divergence import Divergence, cut_windows
+from crepe_llm.search.rehearsal import Pruning, input_statistics, pruned, rehearsed, remembering
+from crepe_llm.search.space import Coefficients
+from crepe_llm.search.stages import WINDOW, Measure
+
+__all__ = ["Halves"]
+
+# Of each half candidates are judged on so many tokens at most, and calibrated on so many.
+_JUDGED_TOKENS, _CALIBRATING_TOKENS = 8192, 16384
+
+
+class Halves:
+    """How far a model is from its dense self when it is pruned with a candidate, in two ways.
+
+    The text is cut in two: every second sequence is of the second half. Masks that are judged on one half are by
+    statistics of the other, so that no mask is judged on the text that its statistics are from, and all text judges.
+
+    The last stage prunes block by block as the recipe does. The first stage makes masks alone, by the statistics that
+    the layers had when the incumbent was pruned block by block: they change much where the blocks before a layer are
+    pruned at all, and little with the coefficients that these are pruned by. So a candidate of the first stage costs
+    two prunings and one forward pass for each window.
+
+    Args:
+        model: a transformers causal language model, dense.
+        sequences: the text, int64 [any] each, two at least.
+        incumbent: the coefficients to beat.
+        pruning: of coefficients, and of whether masks alone are made, how layers are pruned.
+
+    Attributes:
+        tokens: of each window, how many tokens are predicted; windows of the halves take turns.
+        seconds: what a forward pass of a window has taken, and comparing its predictions.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sequences: Sequence[torch.Tensor],
+        incumbent: Coefficients,
+        pruning: Callable[[Coefficients, bool], Pruning],
+    ) -> None:
+        self._model, self._incumbent, self._pruning = model, incumbent, pruning
+        halves = sequences[::2], sequences[1::2]
+        windows = [_up_to(_in_turn(half), _JUDGED_TOKENS) for half in halves]
+        before = time.perf_counter()
+        self._divergence = Divergence(model, [window for pair in zip(*windows, strict=False) for window in pair])
+        self.seconds = (time.perf_counter() - before) / len(self._divergence.tokens)
+        self._calibrating = [_up_to(half, _CALIBRATING_TOKENS) for half in reversed(halves)]
+        self._statistics: dict[int, dict[torch.nn.Module, InputStatistics]] = {}
+        self.tokens = self._divergence.tokens
+        try:
+            find_blocks(model)
+        except ValueError as error:
+            logger.warning(f"PHO: candidates are pruned by the dense model's statistics, as {error}")
+            self._has_blocks = False
+        else:
+            self._has_blocks = True
+
+    def measures(self) -> tuple[Measure, Measure]:
+        """Those of the first stage and of the last."""
+        last = self._as_the_recipe if self._has_blocks else self._by_statistics
+        return (
+            Measure("first stage: pruned by masks alone", self.tokens, lambda c, windows: self._losses(c, windows)),
+            Measure("last stage: pruned as the recipe prunes", self.tokens, lambda c, w: self._losses(c, w, last)),
+        )
+
+    def _losses(
+        self,
+        coefficients: Coefficients,
+        windows: range,
+        meanwhile: Callable[[Coefficients, int], AbstractContextManager[None]] | None = None,
+    ) -> list[float]:
+        """The divergence on each window of the model pruned by the half that the window is not of."""
+        losses = {}
+        for half in (0, 1):
+            mine = [window for window in windows if window % 2 == half]
+            if mine:
+                with (meanwhile or self._by_statistics)(coefficients, half):
+                    losses |= {window: self._divergence(window) for window in mine}
+        return [losses[window] for window in windows]
+
+    @contextmanager
+    def _as_the_recipe(self, coefficients: Coefficients, half: int) -> Iterator[None]:
+        pruning = self._pruning(coefficients, False)
+        found: dict[torch.nn.Module, InputStatistics] = {}
+        if coefficients == self._incumbent and half not in self._statistics:
+            pruning = remembering(pruning, found)
+        with rehearsed(self._model, self._calibrating[half], pruning):
+            if found:
+                self._statistics[half] = found
+            yield
+
+    @contextmanager
+    def _by_statistics(self, coefficients: Coefficients, half: int) -> Iterator[None]:
+        if half not in self._statistics:
+            self._gather(half)
+        with pruned(self._statistics[half], self._pruning(coefficients, True)):
+            yield
+
+    def _gather(self, half: int) -> None:
+        """The statistics that masks are made by: of the model pruned with the incumbent, or dense without blocks."""
+        if self._has_blocks:
+            with self._as_the_recipe(self._incumbent, half):
+                return
+        layers = self._pruning(self._incumbent, True).wanted
+        device = self._model.get_input_embeddings().weight.device
+        with torch.no_grad(), input_statistics(layers) as found:
+            for sequence in self._calibrating[half]:
+                self._model.base_model(input_ids=sequence[None].to(device), use_cache=False)
+        self._statistics[half] = found
+
+
+def _up_to(sequences: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+    """The first of some sequences that hold so many tokens together, the last of them cut; at least one."""
+    chosen: list[torch.Tensor] = []
+    for sequence in sequences:
+        room = tokens - sum(map(len, chosen))
+        if chosen and room < 2:
+            break
+        chosen.append(sequence if len(sequence) <= room else sequence[:room])
+    return chosen
+
+
+def _in_turn(sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The first window of each sequence, then the second of each, and so on: little text of many sequences."""
+    windows = itertools.zip_longest(*(cut_windows([sequence], WINDOW) for sequence in sequences))
+    return [window for turn in windows for window in turn if window is not None]
