@@ -91,7 +91,7 @@ def test_what_is_chosen_on_one_half_is_judged_on_the_other():
     # Chosen on the half that it is judged on, the same trials would look far better.
     assert Stage("s", [own, even, odd], chosen=(2, 1)).honest_gain[0] > 5 * gain
     assert Stage("s", [own, even]).is_confirmed
-    with pytest.raises(ValueError, match="not chosen on halves"):
+    with pytest.raises(ValueError, match="is not known in the stage"):
         _ = Stage("s", [own]).honest_gain
 
 

@@ -24,7 +24,7 @@ WINDOW = 512
 # Candidates and tokens of each. The last stage is pruned as the recipe prunes.
 _DEFAULT = ((32, 8192), (4, 16384))
 # With fewer candidates and windows than these a stage decides nothing.
-_FEWEST = ((12, 2), (2, 8))
+_FEWEST = ((12, 2), (4, 8))
 # So many of the first stage's candidates are chosen by the proxy, at most; then so many at a time by the surrogate.
 _BY_PROXY, _AT_ONCE = 16, 4
 
@@ -136,11 +136,11 @@ def judge(
         stage = Stage(quick.name)
         study.stages.append(stage)
         _first_stage(study, stage, recorder, quick, others)
-        finalists = Surrogate(study.space, stage.trials).finalists(final.candidates)
-        stage.chosen = _chosen_by_halves(study, stage)
+        chosen, finalists = _finalists(study, stage, final.candidates)
         study.stages.append(last)
         last.trials.clear()
         recorder.measure(last, real, finalists, final.windows)
+        last.chosen = chosen
     else:
         study.stages.append(last)
     study.finished = True
@@ -158,16 +158,17 @@ def run_last_stage(
     study.save(path)
 
 
-def _chosen_by_halves(study: Study, stage: Stage) -> tuple[int, int] | None:
-    """Which trials the first half of the windows alone would choose, and the second."""
+def _finalists(study: Study, stage: Stage, count: int) -> tuple[tuple[int, int] | None, list[Coefficients]]:
+    """The incumbent, what each half of the text alone would choose, and the best of all; where the two are in it."""
     if len(stage.trials) < 3 or len(stage.trials[0].losses) < 2:
-        return None
-    chosen = []
-    for number in (0, 1):
-        trials = [trial.on(stage.half(number)) for trial in stage.trials]
-        best = Surrogate(study.space, trials).finalists(2)[1]
-        chosen.append([trial.coefficients for trial in trials].index(best))
-    return chosen[0], chosen[1]
+        return None, Surrogate(study.space, stage.trials).finalists(count)
+    by_half = [
+        Surrogate(study.space, [trial.on(stage.half(number)) for trial in stage.trials]).finalists(2)[1]
+        for number in (0, 1)
+    ]
+    first, *others = Surrogate(study.space, stage.trials).finalists(count)
+    finalists = list(dict.fromkeys([first, *by_half, *others]))[:count]
+    return (finalists.index(by_half[0]), finalists.index(by_half[1])), finalists
 
 
 def _first_stage(

@@ -125,15 +125,15 @@ class Study:
 
     @property
     def recommended(self) -> Coefficients:
-        """What to prune with: the winner of the last stage, if the first one's choice is confirmed by text that it was
-        not chosen on; without stages the best candidate by proxy, or RIA's coefficients where none beats them.
+        """What to prune with: the winner of the last stage, if choosing is confirmed on text that was not chosen on;
+        without stages the best candidate by proxy, or RIA's coefficients where none beats them.
 
         Raises:
             StudyError: nothing was evaluated yet.
         """
         if self.stages:
             last = self.stages[-1]
-            return (last.winner if self.stages[0].is_confirmed else last.trials[0]).coefficients
+            return (last.winner if last.is_confirmed else last.trials[0]).coefficients
         return self.best.coefficients if self.beats_reference else self.reference.coefficients
 
     @property

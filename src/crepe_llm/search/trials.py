@@ -87,8 +87,8 @@ class Stage:
     Attributes:
         name: how candidates are pruned and what is measured.
         trials: the incumbent's first, which the others must beat.
-        chosen: of each half of the windows, the trial that a search on that half alone would have chosen; None where
-            the stage does not choose so. Windows take turns: those with even numbers are the first half.
+        chosen: for each half of the text, which trial the stage before would have chosen by that half alone; None where
+            it does not tell. Windows of the halves take turns: those with even numbers are the first half's.
     """
 
     name: str
@@ -111,10 +111,10 @@ class Stage:
         better than it is on the text that it was chosen on; here it does not.
 
         Raises:
-            ValueError: the stage has not chosen on halves.
+            ValueError: nothing was chosen by halves.
         """
         if self.chosen is None:
-            raise ValueError(f"the stage `{self.name}` has not chosen on halves of its windows")
+            raise ValueError(f"what halves of the text would choose is not known in the stage `{self.name}`")
         first, losses = self.trials[0], list(self.trials[0].losses)
         for number, chosen in enumerate(self.chosen):
             for window in self.half(1 - number):
@@ -123,7 +123,7 @@ class Stage:
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether what the stage chooses is clearly better on text that it was not chosen on, if the stage can tell.
+        """Whether choosing is clearly better than the incumbent on text that it has not seen, if the stage can tell.
 
         The two halves' gains are not independent: both are large where both halves happen to like the same place. At
         most they are one and the same, so the standard error counts the square root of 2 times.
