@@ -163,6 +163,9 @@ METHODS: dict[str, Method | None] = {
     "CRePE + the other model's PHO, not verified": searched(study=BY_PROXY.replace("{model}", "{other}")),
     "CRePE + PHO in stages": searched(record=STAGED),
     "RIA's coefficients + PHO in stages": from_ria(searched(record=STAGED.replace(".json", "-ria.json"))),
+    "RIA's coefficients + PHO in stages, 90,000 tokens": from_ria(
+        searched(record=STAGED.replace(".json", "-ria.json"), tokens=90_000)
+    ),
     "CRePE + the other model's PHO in stages": searched(
         study=STAGED.replace("{model}", "{other}"), record=STAGED.replace(".json", "-lent.json")
     ),

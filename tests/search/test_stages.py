@@ -1,3 +1,6 @@
+import dataclasses
+import time
+
 import numpy as np
 import pytest
 
@@ -148,6 +151,26 @@ def test_interrupted_stages_end_as_uninterrupted_ones(tmp_path, moment):
 
     assert seen(result) == seen(whole) == seen(Study.load(path))
     assert Study.load(path).finished
+
+
+def test_a_first_stage_that_takes_too_long_ends_and_the_last_one_follows(tmp_path):
+    class Slow(Model):
+        def _losses(self, *arguments):
+            time.sleep(0.02)
+            return super()._losses(*arguments)
+
+    def limited(seconds):
+        return dataclasses.replace(plan(), limit=0.25)
+
+    path, counts = tmp_path / "study.json", []
+    for model in (Slow(), Model()):  # then from the record
+        result = search(bowl(), study(), candidates=64, path=path)
+        judge(result, [RIA, OWN], model.measures, limited, path)
+        first, last = result.stages
+        spent = [trial.seconds for trial in first.trials]
+        assert sum(spent[:-4]) < 0.25 <= sum(spent) and len(last.trials) == 3
+        counts.append(len(first.trials))
+    assert counts[0] == counts[1] < 24
 
 
 def test_a_plan_of_an_earlier_version_is_made_anew(tmp_path):

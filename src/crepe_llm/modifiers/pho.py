@@ -349,7 +349,8 @@ class PHOSearchModifier(LayerModifier):
         budget = f"tokens={self.tokens}" * (self.tokens is not None) + f"minutes={self.minutes}" * bool(self.minutes)
         seconds = None if self.minutes is None else 60 * self.minutes - spent
         rounds = choose_rounds(tokens, cost, tokens=self.tokens, seconds=seconds)
-        plan = Plan(budget, rounds, cost.of(rounds) if rounds else 0.0)
+        limit = None if seconds is None or not rounds else seconds - (rounds[-1].candidates - 1) * cost.last
+        plan = Plan(budget, rounds, cost.of(rounds) if rounds else 0.0, limit)
         if rounds:
             stages = ", ".join(f"{each.candidates} candidates on {each.windows} windows" for each in rounds)
             logger.info(f"PHO: {stages}: about {plan.seconds / 60:.1f} minutes more, after {spent / 60:.1f}")

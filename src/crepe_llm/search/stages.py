@@ -5,6 +5,7 @@ again, so that a search that was killed at any moment ends as if it had not been
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -174,13 +175,20 @@ def _finalists(study: Study, stage: Stage, count: int) -> tuple[tuple[int, int] 
 def _first_stage(
     study: Study, stage: Stage, recorder: "_Recorder", quick: Measure, others: Sequence[Coefficients]
 ) -> None:
-    """What is measured in any case, some candidates by proxy, then those that a surrogate of the losses proposes."""
+    """What is measured in any case, some candidates by proxy, then those that a surrogate of the losses proposes.
+
+    Where the machine has become slower than the plan took it to be, the surrogate proposes fewer.
+    """
     assert study.plan is not None
     round_ = study.plan.rounds[0]
     by_proxy = max(_FEWEST[0][0] * 2 // 3, min(_BY_PROXY, round_.candidates * 2 // 5))
     shortlist = study.shortlist(by_proxy, [*others, RIA, WANDA])[: round_.candidates]
     recorder.measure(stage, quick, shortlist, round_.windows)
+    limit = math.inf if study.plan.limit is None else study.plan.limit
     while (room := round_.candidates - len(stage.trials)) > 0:
+        # By the times on record, so that a search that goes on stops at the same place.
+        if math.fsum(trial.seconds for trial in stage.trials) >= limit:
+            break
         surrogate = Surrogate(study.space, stage.trials)
         proposed = surrogate.propose(min(room, _AT_ONCE), study.seed + len(stage.trials))
         if not proposed:

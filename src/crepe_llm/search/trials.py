@@ -198,11 +198,13 @@ class Plan:
         budget: what was asked for, such as "tokens=50000"; "" for the default.
         rounds: the stages, the last one with pruning as the recipe prunes; none where the budget is spent without them.
         seconds: what the rounds were expected to take.
+        limit: the most seconds that the first stage may take, by the times on record; None where time is no budget.
     """
 
     budget: str
     rounds: tuple[Round, ...]
     seconds: float
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         rounds = tuple(Round(**each) if isinstance(each, dict) else each for each in self.rounds)
