@@ -52,6 +52,7 @@ SIGNS = {name: -1 if name.startswith("gini") else 1 for name in MEASURES}
 
 
 def measure(options: argparse.Namespace) -> None:
+    """Compute what is missing, a row for each mask."""
     bench, rows = None, read(PATH)
     for mask in options.masks:
         records = measured(options.model, options.seed, mask)
@@ -134,8 +135,20 @@ def report(options: argparse.Namespace) -> None:
             + f"; relative errors {errors.min():.3f} to {errors.max():.3f} (highest {errors.max() / errors.min():.2f} "
             f"times the lowest); perplexity {min(perplexities):.1f} to {max(perplexities):.1f}"
         )
+        for name in ("error", "row error"):
+            ria, together, apart = choices(row, name)
+            print(
+                f"log {name}: RIA's {ria:.3f}, the best configuration for all kinds of layers {together:.3f}, the best "
+                f"for each kind {apart:.3f}"
+            )
     if options.plot is not None and rows:
         draw(rows, options.plot)
+
+
+def choices(row: Row, name: str) -> tuple[float, float, float]:
+    """A measure's mean over kinds of layers: with RIA's coefficients, with the best for all, with the best for each."""
+    every = over_kinds(row, name)
+    return every[0], min(every), math.fsum(min(row["values"][name][kind]) for kind in KINDS) / len(KINDS)
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -19,8 +19,9 @@ from crepe_llm.search.space import Coefficients, Mask, SearchSpace
 def test_shipped_coefficients_are_known(recipe, mask):
     [stage] = yaml.safe_load(recipe_path(recipe).read_text()).values()
     fields = stage["pruning_modifiers"]["CRePEModifier"]
-    names = ("row", "column", "neighbourhood", "kernel_size", "activation_exponent")
-    assert Coefficients(**{name: fields[name] for name in names}) in known_points(mask)
+    ratios = {name: fields[name] / fields["row"] for name in ("row", "column", "neighbourhood")}
+    rest = {name: fields[name] for name in ("kernel_size", "activation_exponent")}
+    assert Coefficients(**ratios, **rest) in known_points(mask)
 
 
 @pytest.mark.parametrize("mask", [Mask("2:4", 0.5), Mask("0:0", 0.5)])
