@@ -77,15 +77,17 @@ def searched(bench: Bench, mask: Mask, options: argparse.Namespace, path: Path) 
         path=path,
     )
     wanted = {module: Wanted(layer) for layer, module in bench.layers.items()}
+    starts = () if options.without_starts else known_points(mask)
     halves = Halves(
         bench.model,
         bench.calibration.unbind(),
-        RIA,
+        (*starts, RIA)[0],
         lambda coefficients, masks_alone: Pruning(wanted, Calibration(), mask_step(coefficients, mask)),
     )
     quick, last = halves.measures()
 
     def plan(seconds: float) -> Plan:
+        halves.prepare()
         cost = Cost(timed(quick, range(2)), halves.seconds, seconds)
         rounds = choose_rounds(halves.tokens, cost, tokens=options.search_tokens)
         return Plan(f"tokens={options.search_tokens}", rounds, cost.of(rounds) if rounds else 0.0)
@@ -93,7 +95,6 @@ def searched(bench: Bench, mask: Mask, options: argparse.Namespace, path: Path) 
     def progress(stage: Stage) -> None:
         print(f"{stage.name}: {stage.trials[-1].loss:.4f} nats a token: {stage.trials[-1].coefficients}", flush=True)
 
-    starts = [] if options.without_starts else known_points(mask)
     judge(study, [RIA, *starts], (quick, last), plan, path, progress)
     return study
 

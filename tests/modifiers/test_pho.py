@@ -45,7 +45,7 @@ def pair(tmp_path):
 
     def make(pho=None, crepe=None):
         fields = {"candidates": 8, "record": str(tmp_path / "study.json"), "rows": 16, "layers_per_kind": 1}
-        fields["tokens"] = 600
+        fields["tokens"] = 1000
         fields.update(pho or {})
         fields = {name: value for name, value in fields.items() if value is not None}
         return PHOSearchModifier(**fields), CRePEModifier(**{"mask_structure": "2:4", **(crepe or {})})
@@ -127,7 +127,7 @@ def test_saved_recipe_prunes_the_same_without_searching(tiny_model_folder, calib
 def test_the_recipe_of_this_project(tiny_model_folder, calibration_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    text = RECIPE.read_text().replace("PHOSearchModifier: {}", "PHOSearchModifier: {candidates: 12, tokens: 600}")
+    text = RECIPE.read_text().replace("PHOSearchModifier: {}", "PHOSearchModifier: {candidates: 12, tokens: 1000}")
     assert text != RECIPE.read_text()
     (tmp_path / "recipe.yaml").write_text(text)
     model = run(load(tiny_model_folder("llama")), str(tmp_path / "recipe.yaml"), calibration_data)
@@ -184,7 +184,7 @@ def test_a_killed_run_is_resumed_to_the_same_end(tiny_model_folder, calibration_
         "pho.Divergence.__call__ = lambda *a: time.sleep(0.02) or call(*a)\n"
         "record, folder, data = sys.argv[1:]\n"
         "rows = [json.loads(line) for line in open(data)]\n"
-        "search = pho.PHOSearchModifier(candidates=8, tokens=600, record=record, rows=16, layers_per_kind=1)\n"
+        "search = pho.PHOSearchModifier(candidates=8, tokens=1000, record=record, rows=16, layers_per_kind=1)\n"
         "model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)\n"
         "recipe = [search, pho.CRePEModifier(mask_structure='2:4')]\n"
         "oneshot(model=model, recipe=recipe, dataset=Dataset.from_list(rows), batch_size=4,\n"
@@ -471,7 +471,7 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
         "--candidates",
         "16",
         "--tokens",
-        "600",
+        "1000",
         "--study",
         str(study),
         "--plot",

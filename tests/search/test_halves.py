@@ -53,7 +53,7 @@ def test_each_half_judges_what_the_other_prunes(model, texts):
     assert first.losses(WANDA, range(1, 3)) == [expected["cheap", window] for window in (1, 2)]
 
 
-def test_the_incumbent_is_pruned_once_for_both_stages(model, texts, monkeypatch):
+def test_the_guess_is_pruned_once_for_both_stages(model, texts, monkeypatch):
     import crepe_llm.search.halves as module
 
     rehearsals = []

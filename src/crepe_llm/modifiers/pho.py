@@ -328,8 +328,8 @@ class PHOSearchModifier(LayerModifier):
 
     def _judge(self, model: Any, study: Study, path: Path, sequences: list[torch.Tensor], started: float) -> None:
         """Measure candidates on the pruned model, until the last stage says what to use."""
-        own = self._own()
-        halves = Halves(model, sequences, own, self._pruning)
+        own, starts = self._own(), self._starts()
+        halves = Halves(model, sequences, (*starts, own)[0], self._pruning)
         quick, last = halves.measures()
         if self._source is not None:
             if path.exists():
@@ -338,15 +338,23 @@ class PHOSearchModifier(LayerModifier):
             return
 
         def plan(seconds: float) -> Plan:
+            known = study.plan
+            if known is not None and known.budget == self._budget and len(known.rounds) == 2:
+                return known
+            halves.prepare()
             before = time.perf_counter()
             quick.losses(own, range(2))
             cost = Cost(time.perf_counter() - before, halves.seconds, seconds)
             return self._plan(cost, halves.tokens, time.perf_counter() - started)
 
-        judge(study, [own, *self._starts()], (quick, last), plan, path, _progress)
+        judge(study, [own, *starts], (quick, last), plan, path, _progress)
+
+    @property
+    def _budget(self) -> str:
+        return f"tokens={self.tokens}" * (self.tokens is not None) + f"minutes={self.minutes}" * bool(self.minutes)
 
     def _plan(self, cost: Cost, tokens: tuple[int, ...], spent: float) -> Plan:
-        budget = f"tokens={self.tokens}" * (self.tokens is not None) + f"minutes={self.minutes}" * bool(self.minutes)
+        budget = self._budget
         seconds = None if self.minutes is None else 60 * self.minutes - spent
         rounds = choose_rounds(tokens, cost, tokens=self.tokens, seconds=seconds)
         limit = None if seconds is None or not rounds else seconds - (rounds[-1].candidates - 1) * cost.last

@@ -29,14 +29,14 @@ class Halves:
     statistics of the other, so that no mask is judged on the text that its statistics are from, and all text judges.
 
     The last stage prunes block by block as the recipe does. The first stage makes masks alone, by the statistics that
-    the layers had when the incumbent was pruned block by block: they change much where the blocks before a layer are
-    pruned at all, and little with the coefficients that these are pruned by. So a candidate of the first stage costs
-    two prunings and one forward pass for each window.
+    layers have when other coefficients prune the model block by block, the same for all candidates. So a candidate
+    costs two prunings and one forward pass for each window. These coefficients have an advantage over all others there,
+    and those that prune alike; they should be a good guess.
 
     Args:
         model: a transformers causal language model, dense.
         sequences: the text, int64 [any] each, two at least.
-        incumbent: the coefficients to beat.
+        guess: the coefficients whose statistics the first stage takes.
         pruning: of coefficients, and of whether masks alone are made, how layers are pruned.
 
     Attributes:
@@ -48,10 +48,10 @@ class Halves:
         self,
         model: Any,
         sequences: Sequence[torch.Tensor],
-        incumbent: Coefficients,
+        guess: Coefficients,
         pruning: Callable[[Coefficients, bool], Pruning],
     ) -> None:
-        self._model, self._incumbent, self._pruning = model, incumbent, pruning
+        self._model, self._guess, self._pruning = model, guess, pruning
         halves = sequences[::2], sequences[1::2]
         windows = [_up_to(_in_turn(half), _JUDGED_TOKENS) for half in halves]
         before = time.perf_counter()
@@ -76,6 +76,12 @@ class Halves:
             Measure("last stage: pruned as the recipe prunes", self.tokens, lambda c, w: self._losses(c, w, last)),
         )
 
+    def prepare(self) -> None:
+        """Gather the statistics that the first stage needs, if they are not there."""
+        for half in (0, 1):
+            if half not in self._statistics:
+                self._gather(half)
+
     def _losses(
         self,
         coefficients: Coefficients,
@@ -95,7 +101,7 @@ class Halves:
     def _as_the_recipe(self, coefficients: Coefficients, half: int) -> Iterator[None]:
         pruning = self._pruning(coefficients, False)
         found: dict[torch.nn.Module, InputStatistics] = {}
-        if coefficients == self._incumbent and half not in self._statistics:
+        if coefficients == self._guess and half not in self._statistics:
             pruning = remembering(pruning, found)
         with rehearsed(self._model, self._calibrating[half], pruning):
             if found:
@@ -110,11 +116,11 @@ class Halves:
             yield
 
     def _gather(self, half: int) -> None:
-        """The statistics that masks are made by: of the model pruned with the incumbent, or dense without blocks."""
+        """The statistics that the first stage makes masks by; the dense model's where there are no blocks."""
         if self._has_blocks:
-            with self._as_the_recipe(self._incumbent, half):
+            with self._as_the_recipe(self._guess, half):
                 return
-        layers = self._pruning(self._incumbent, True).wanted
+        layers = self._pruning(self._guess, True).wanted
         device = self._model.get_input_embeddings().weight.device
         with torch.no_grad(), input_statistics(layers) as found:
             for sequence in self._calibrating[half]:

@@ -66,8 +66,8 @@ class Trial:
 
     def on(self, windows: Sequence[int]) -> "Trial":
         """The same on some of its windows."""
-        losses, tokens = ([numbers[window] for window in windows] for numbers in (self.losses, self.tokens))
-        return Trial(self.coefficients, tuple(losses), tuple(tokens), self.seconds)
+        losses = tuple(self.losses[window] for window in windows)
+        return Trial(self.coefficients, losses, tuple(self.tokens[window] for window in windows), self.seconds)
 
 
 def is_clear(gain: float, error: float, windows: int) -> bool:
