@@ -89,7 +89,7 @@ class Halves:
         meanwhile: Callable[[Coefficients, int], AbstractContextManager[None]] | None = None,
     ) -> list[float]:
         """The divergence on each window of the model pruned by the half that the window is not of."""
-        losses = {}
+        losses: dict[int, float] = {}
         for half in (0, 1):
             mine = [window for window in windows if window % 2 == half]
             if mine:
