@@ -30,7 +30,7 @@ from crepe_llm.recipe_files import recipe_path
 from method_recipes import MODELS
 from records import RESULTS, Row, append, is_done, read
 from recover import keys_of, mean_of
-from recovered_models import CORPORA, measure, pruned, recovered
+from recovered_models import CORPORA, RELATIVE_RATE, TRAINING, add_model_options, measure, pruned, recovered
 
 # Raised by every change of a default or of how something is measured. 1: CRePE's mask alone, one seed, one corpus.
 PROTOCOL = 2
@@ -56,8 +56,7 @@ def quantization_of(name: str, dense: bool) -> str:
 
 def starts_of(options: argparse.Namespace) -> list[Row]:
     """The conditions of every model that is quantized: recover.py's, the best stack alone trained."""
-    common: dict[str, Any] = {"structures": ["2:4"], "methods": ["full"], "self_generated": 0, "rank": 16}
-    common |= {"relative_rate": 1.5e-3, "batch": 4, "warmup": 10}
+    common: dict[str, Any] = {"structures": ["2:4"], "methods": ["full"], "relative_rate": RELATIVE_RATE} | TRAINING
     asked = argparse.Namespace(**common | vars(options))
     asked.starts = [start for start in options.starts if start != "dense"]
     keys = [key for key in keys_of(asked) if key["start"] in options.starts]
@@ -168,12 +167,7 @@ def main() -> None:
     parser.add_argument(
         "--quantizations", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS), metavar="NAME"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of calibration and training")
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of every window (%(default)s)")
-    parser.add_argument("--measured", type=int, default=8192, help="tokens of each corpus (%(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the folders")
-    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
+    add_model_options(parser)
     parser.add_argument("--results", type=Path, default=RESULTS / "quantization.jsonl", help="a row a checkpoint")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()

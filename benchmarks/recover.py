@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from method_recipes import METHODS, MODELS, STRUCTURES, runs_of
 from records import RESULTS, Row, append, is_done, read
-from recovered_models import CORPORA, measure, pruned, recovered
+from recovered_models import CORPORA, TRAINING, add_model_options, measure, pruned, recovered
 
 # Raised by every change of a default or of how something is measured.
 PROTOCOL = 1
@@ -49,8 +49,7 @@ def keys_of(options: argparse.Namespace) -> list[Row]:
         if start["method"] == "dense":
             continue
         rate = "learning_rate" if options.relative_rate is None else "relative_rate"
-        training = {name: getattr(options, name) for name in (rate, "batch", "warmup", "self_generated")}
-        training |= {"rank": options.rank}
+        training = {name: getattr(options, name) for name in (rate, *TRAINING)}
         keys += [
             run
             | {"method": method, "tokens": tokens}
@@ -151,18 +150,14 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[50_000, 200_000], help="budgets of the training")
-    parser.add_argument("--self-generated", type=int, default=0, help="tokens that the teacher writes (%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of calibration and training")
+    parser.add_argument("--self-generated", type=int, help="tokens that the teacher writes (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=4e-4, help="the same for all weights (%(default)s)")
     parser.add_argument("--relative-rate", type=float, help="instead: a share of each weight's root mean square")
-    parser.add_argument("--batch", type=int, default=4, help="windows a step (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=10, help="steps (%(default)s)")
-    parser.add_argument("--rank", type=int, default=16, help="of LoRA (%(default)s)")
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of every window (%(default)s)")
-    parser.add_argument("--measured", type=int, default=8192, help="tokens of each corpus (%(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the folders")
-    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
+    parser.add_argument("--batch", type=int, help="windows a step (%(default)s)")
+    parser.add_argument("--warmup", type=int, help="steps (%(default)s)")
+    parser.add_argument("--rank", type=int, help="of LoRA (%(default)s)")
+    parser.set_defaults(**TRAINING)
+    add_model_options(parser)
     parser.add_argument("--keep", action="store_true", help="keep the recovered models, too")
     parser.add_argument("--results", type=Path, default=RESULTS / "recover.jsonl")
     parser.add_argument("--report", action="store_true", help="measure nothing")

@@ -1,5 +1,6 @@
 """The models of recover.py on disk: pruned by a method of methods.py, then trained; and what is measured on them."""
 
+import argparse
 import json
 import shutil
 import time
@@ -14,6 +15,20 @@ from method_runs import prune
 from records import Row
 
 CORPORA = ("test", "valid", "news")
+# How a start is trained unless a run says otherwise: as the package does. The rate is a choice of each benchmark.
+_DEFAULTS = DistillationSettings()
+TRAINING: Row = {name: getattr(_DEFAULTS, name) for name in ("batch", "warmup", "rank", "self_generated")}
+RELATIVE_RATE = _DEFAULTS.relative_rate
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how starts are made, where they are kept and on how much they are measured."""
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of calibration and training")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows (%(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of every window (%(default)s)")
+    parser.add_argument("--measured", type=int, default=8192, help="tokens of each corpus (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the folders")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
 
 
 def texts_of(corpus: str) -> tuple[str, list[str]]:

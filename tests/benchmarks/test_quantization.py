@@ -8,6 +8,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import quantization
+from crepe_llm.training.distillation import DistillationSettings
 from tiny_models import configs
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -25,6 +26,10 @@ def test_every_start_meets_every_quantization_and_the_best_alone_is_trained():
     assert len(runs) == len(quantization.QUANTIZATIONS) * (1 + 3 * 2)
     assert {run["start"] for run in runs if run["tokens"]} == {quantization.BEST}
     assert not [run for run in quantization.runs_of(options(tokens=[0])) if run["method"]]
+    package = DistillationSettings()
+    for run in runs:
+        if run["tokens"]:
+            assert all(run[name] == getattr(package, name) for name in ("relative_rate", "batch", "warmup"))
 
 
 def test_a_dense_model_is_quantized_by_upstreams_gptq_and_a_sparse_one_under_its_mask():
