@@ -1,14 +1,16 @@
 """How time and memory of pruning grow with a model's width, in Llama-3.2-1B's, Llama-3-8B's and Llama-3-70B's shapes.
 
-    python benchmarks/scale.py                           # all: hours on two cores, mostly the 70B shapes
+    python benchmarks/scale.py                           # all: hours, mostly the 70B shapes
     python benchmarks/scale.py --model llama-3.2-1b      # one model
     python benchmarks/scale.py --model tiny              # a try
+    python benchmarks/scale.py --report                  # the tables of what has been measured
 
 One layer of each kind has random weights and inputs; each stage runs on it alone, in a process of its own, so that its
-peak memory is its own. A model's time is the sum over kinds, as often as it has them. The stages: `inputs` (Gram matrix
-and sums of a layer's tokens), `mask` (crepe_2of4), `pcg`, `admm`, `permutation` (the search on a sample of rows),
-`candidate` (one of PHO's 200), `saving` (packing). For a GPU the time is arithmetic: the larger of operations over its
-fp32 rate and bytes over its bandwidth, for stages whose operations are counted.
+peak memory is its own. Seconds are processor seconds of one thread, on which other work on the machine bears little. A
+model's time is the sum over kinds, as often as it has them. The stages: `inputs` (Gram matrix and sums of a layer's
+tokens), `mask` (crepe_2of4), `pcg`, `admm`, `permutation` (the search on a sample of rows), `candidate` (one of PHO's
+200), `saving` (packing). For a GPU the time is arithmetic: the larger of operations over its fp32 rate and bytes over
+its bandwidth, for stages whose operations are counted. A stage that is recorded is not measured again.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate
 from crepe_llm.search.space import RIA, Mask
-from records import RESULTS, append
+from records import RESULTS, Row, append, is_done, read
 
 PROTOCOL = 1
 COEFFICIENTS = {"row": 1.0, "column": 7.0, "neighbourhood": 6.0, "kernel_size": 31, "activation_exponent": 0.85}
@@ -159,83 +161,122 @@ def operations(stage: str, rows: int, columns: int, tokens: int) -> tuple[float,
 
 
 def measure(stage: str, rows: int, columns: int, tokens: int) -> dict[str, float]:
-    """Seconds of a stage on a layer, and the most memory (bytes) of this process beyond torch's own."""
+    """Processor seconds of a stage on a layer, and the most memory (bytes) of this process beyond torch's own."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run = stages(Layer(rows, columns, tokens))[stage]()
-    started = time.perf_counter()
+    started = time.process_time()
     with torch.no_grad():
         run()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return {"seconds": seconds, "bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
 
 
 def apart(stage: str, rows: int, columns: int, options: argparse.Namespace) -> dict[str, float]:
     """:func:`measure` in a process of its own."""
     command = [sys.executable, __file__, "--layer", stage, str(rows), str(columns), "--tokens", str(options.tokens)]
-    done = subprocess.run([*command, "--threads", str(options.threads)], capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{stage} of {rows} x {columns} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
 
 
-def row_of(model: str, stage: str, measured: dict[str, dict[str, float]], options: argparse.Namespace) -> dict:
-    """A stage's row: seconds a million weights, peak memory, the whole model here and on a GPU, by kind of layer.
+def recorded(options: argparse.Namespace, model: str, stage: str) -> dict[str, Row]:
+    """Of each kind of layer the row of a stage, where it has been measured."""
+    rows = read(options.results)
+    found = {}
+    for kind in MODELS[model].kinds:
+        key = {"model": model, "stage": stage, "kind": kind, "tokens": options.tokens}
+        same = [row for row in rows if is_done(key, [row], PROTOCOL)]
+        if same:
+            found[kind] = same[-1]
+    return found
 
-    `measured` has what :func:`measure` gives for each kind.
+
+def whole(options: argparse.Namespace, model: str, stage: str, rows: dict[str, Row]) -> Row:
+    """What a stage takes by its rows: seconds a million weights, peak memory, the whole model here and on a GPU.
+
+    `without` names the kinds of layer that have no row. They are left out of the figures.
     """
-    shape, kinds, seconds, gpu, weights, peak = MODELS[model], {}, 0.0, 0.0, 0, 0.0
-    for kind, (rows, columns, count) in shape.kinds.items():
-        found = measured[kind]
-        more = CALIBRATION_TOKENS / options.tokens if stage == "inputs" else 1
-        kinds[kind] = {**found, "seconds_per_million_weights": found["seconds"] / (rows * columns / 1e6)}
-        seconds += count * shape.blocks * found["seconds"] * more
-        weights += count * shape.blocks * rows * columns
-        peak = max(peak, found["bytes"])
-        counted = operations(stage, rows, columns, CALIBRATION_TOKENS)
+    shape, seconds, gpu, weights = MODELS[model], 0.0, 0.0, 0
+    for kind, row in rows.items():
+        d_out, d_in, count = shape.kinds[kind]
+        layers = count * shape.blocks
+        weights += layers * d_out * d_in
+        seconds += layers * row["seconds"] * (CALIBRATION_TOKENS / row["tokens"] if stage == "inputs" else 1)
+        counted = operations(stage, d_out, d_in, CALIBRATION_TOKENS)
         if counted is not None:
-            needed = max(counted[0] / (options.tflops * 1e12), counted[1] / (options.bandwidth * 1e9))
-            gpu += count * shape.blocks * needed
+            gpu += layers * max(counted[0] / (options.tflops * 1e12), counted[1] / (options.bandwidth * 1e9))
     return {
-        "model": model,
-        "stage": stage,
-        "tokens": options.tokens,
         "seconds_per_million_weights": seconds / (weights / 1e6),
-        "peak_bytes": peak,
-        "whole_model_seconds": seconds,
-        "gpu_seconds_by_arithmetic": gpu or None,
-        "gpu": {"fp32_tflops": options.tflops, "gigabytes_per_second": options.bandwidth},
-        "kinds": kinds,
+        "peak_bytes": max(row["bytes"] for row in rows.values()),
+        "seconds": seconds,
+        "gpu_seconds": gpu or None,
+        "without": [kind for kind in shape.kinds if kind not in rows],
     }
+
+
+# The tables, as what they say, in which unit, and the figure's name.
+TABLES = (
+    ("processor seconds a million weights", 1.0, "seconds_per_million_weights"),
+    ("peak memory, GB", 1e9, "peak_bytes"),
+    ("whole model, hours of one core", 3600.0, "seconds"),
+    ("whole model on the GPU by arithmetic, minutes", 60.0, "gpu_seconds"),
+)
+
+
+def report(options: argparse.Namespace) -> str:
+    """Markdown: a table for each figure, a stage a row; * where a kind of layer was not measured."""
+    models = options.model or [name for name in MODELS if name != "tiny"]
+    found = {}
+    for stage in options.stage or STAGES:
+        for model in models:
+            rows = recorded(options, model, stage)
+            found[stage, model] = whole(options, model, stage, rows) if rows else {"without": []}
+    lines = []
+    for title, unit, figure in TABLES:
+        lines += [f"| {title} | {' | '.join(models)} |", f"|{'---|' * (1 + len(models))}"]
+        for stage in options.stage or STAGES:
+            mine = [found[stage, model] for model in models]
+            marks = ["*" * bool(row["without"]) for row in mine]
+            figures = [f"{row[figure] / unit:.3g}" if row.get(figure) else "" for row in mine]
+            cells = [text and text + mark for text, mark in zip(figures, marks, strict=True)]
+            if any(cells):
+                lines.append(f"| {stage} | {' | '.join(cells)} |")
+        lines.append("")
+    without = {", ".join(row["without"]) for row in found.values() if row["without"]}
+    lines += [f"\\* without {kinds}" for kinds in sorted(without)]
+    return "\n".join(lines).rstrip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = list(MODELS["tiny"].kinds)
     parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated (default: all but tiny)")
     parser.add_argument("--stage", choices=STAGES, action="append", help="may be repeated (default: all)")
+    parser.add_argument("--kind", choices=kinds, action="append", metavar="LAYERS", help="of: %(choices)s (all)")
     parser.add_argument("--tokens", type=int, default=2048, help="of the random inputs (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tflops", type=float, default=67.0, help="the GPU's fp32 rate; an H100 SXM's (%(default)s)")
     parser.add_argument("--bandwidth", type=float, default=3350.0, help="its gigabytes per second (%(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS / "scale.jsonl", help="a row a stage")
+    parser.add_argument("--results", type=Path, default=RESULTS / "scale.jsonl", help="a row a layer and stage")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--layer", nargs=3, metavar=("STAGE", "ROWS", "COLUMNS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     if options.layer:
         stage, rows, columns = options.layer
         print(json.dumps(measure(stage, int(rows), int(columns), options.tokens)))
         return
-    print(f"{'model':<13} {'stage':<12} {'s / M weights':>13} {'peak GB':>8} {'model, h':>9} {'GPU, min':>9}")
-    for model in options.model or [name for name in MODELS if name != "tiny"]:
+    wanted = [] if options.report else options.model or [name for name in MODELS if name != "tiny"]
+    for model in wanted:
         for stage in options.stage or STAGES:
-            kinds = MODELS[model].kinds.items()
-            measured = {kind: apart(stage, rows, columns, options) for kind, (rows, columns, _) in kinds}
-            row = append(options.results, PROTOCOL, row_of(model, stage, measured, options))
-            gpu = row["gpu_seconds_by_arithmetic"]
-            print(
-                f"{model:<13} {stage:<12} {row['seconds_per_million_weights']:>13.3f} {row['peak_bytes'] / 1e9:>8.2f} "
-                f"{row['whole_model_seconds'] / 3600:>9.2f} {'' if gpu is None else f'{gpu / 60:.2f}':>9}",
-                flush=True,
-            )
+            for kind in options.kind or kinds:
+                if kind in recorded(options, model, stage):
+                    continue
+                d_out, d_in, _ = MODELS[model].kinds[kind]
+                key = {"model": model, "stage": stage, "kind": kind, "tokens": options.tokens}
+                row = append(options.results, PROTOCOL, key | apart(stage, d_out, d_in, options))
+                print(f"{model}, {stage}, {kind}: {row['seconds']:.2f} s, {row['bytes'] / 1e9:.2f} GB", flush=True)
+    print(report(options))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,19 @@ def test_every_stage_runs_on_a_small_layer(stage):
     assert found["seconds"] > 0 and found["bytes"] >= 0
 
 
-def test_a_row_adds_up_the_layers_of_a_model():
-    """A second a layer: 2 blocks of 7 layers take 14 s, and have so many weights."""
-    options = argparse.Namespace(tokens=2048, tflops=1.0, bandwidth=1e9)
-    measured = {kind: {"seconds": 1.0, "bytes": 5} for kind in scale.MODELS["tiny"].kinds}
-    row = scale.row_of("tiny", "mask", measured, options)
+def test_a_model_is_the_sum_of_its_layers():
+    """A second a layer: 2 blocks of 7 layers take 14 s, and have so many weights; without down_proj they are 6."""
+    options = argparse.Namespace(tflops=1.0, bandwidth=1e9)
+    rows = {kind: {"seconds": 1.0, "bytes": 5, "tokens": 2048} for kind in scale.MODELS["tiny"].kinds}
+    found = scale.whole(options, "tiny", "mask", rows)
     weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 2 * 128 * 64 + 64 * 128)
-    assert row["whole_model_seconds"] == 14 and row["peak_bytes"] == 5
-    assert row["seconds_per_million_weights"] == pytest.approx(14 / (weights / 1e6))
+    assert found["seconds"] == 14 and found["peak_bytes"] == 5 and not found["without"]
+    assert found["seconds_per_million_weights"] == pytest.approx(14 / (weights / 1e6))
     # 40 operations a weight at 1e12 a second; bandwidth is no limit.
-    assert row["gpu_seconds_by_arithmetic"] == pytest.approx(40 * weights / 1e12)
+    assert found["gpu_seconds"] == pytest.approx(40 * weights / 1e12)
+    del rows["down_proj"]
+    found = scale.whole(options, "tiny", "mask", rows)
+    assert found["seconds"] == 12 and found["without"] == ["down_proj"]
 
 
 def test_shapes_are_those_of_the_models():
@@ -34,11 +37,14 @@ def test_shapes_are_those_of_the_models():
         assert total / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
-def test_a_process_of_its_own_gives_the_figures(monkeypatch, capsys, tmp_path):
+def test_a_process_of_its_own_gives_the_figures_once(monkeypatch, capsys, tmp_path):
     results = tmp_path / "scale.jsonl"
-    arguments = ["scale.py", "--model", "tiny", "--stage", "saving", "--tokens", "64", "--results", str(results)]
-    monkeypatch.setattr("sys.argv", arguments)
+    arguments = ["scale.py", "--model", "tiny", "--stage", "saving", "--kind", "down_proj", "--tokens", "64"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--results", str(results)])
     scale.main()
+    scale.main()  # finds its row
     (row,) = map(json.loads, results.read_text().splitlines())
-    assert row["kinds"].keys() == scale.MODELS["tiny"].kinds.keys() and row["whole_model_seconds"] > 0
-    assert "saving" in capsys.readouterr().out
+    assert row["kind"] == "down_proj" and row["seconds"] > 0
+    text = capsys.readouterr().out
+    assert f"| saving | {2 * row['seconds'] / 3600:.3g}* |" in text  # in two blocks
+    assert "without q_proj, o_proj, k_proj, v_proj, gate_proj, up_proj" in text
