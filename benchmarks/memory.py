@@ -7,7 +7,8 @@ A Llama of random weights (bf16, two blocks, a small vocabulary) is pruned by ea
 calibration tokens, each time in a process of its own. Memory is anonymous memory, sampled every 10 ms, above what the
 process holds with the model loaded. Bytes a calibration token are the slope of its peak over the numbers of tokens.
 The recipes are the shipped ones without channel permutation: of crepe_2of4_best, CRePE and ADMM are left; "pcg" is
-crepe_2of4 and weight correction. Every run is a row of --results.
+crepe_2of4 and weight correction. With --short, ADMM and pcg make two iterations: they hold as much memory, and their
+seconds say nothing. Every run is a row of --results.
 """
 
 import argparse
@@ -38,9 +39,14 @@ RECIPES = ("crepe_2of4", "crepe_2of4_best")
 CORRECTED = "pcg"
 WORKTREE = "worktree"
 VOCABULARY = 512
+# Fields of a short run.
+SHORT = {
+    "ADMMModifier": {"rounds": 2, "iterations": 2, "refinement": 1},
+    "WeightCorrectionModifier": {"iterations": 2},
+}
 
 
-def recipe_text(name: str) -> str:
+def recipe_text(name: str, short: bool = False) -> str:
     """A shipped recipe of the working tree without channel permutation, or with weight correction, as YAML."""
     import yaml
 
@@ -51,6 +57,8 @@ def recipe_text(name: str) -> str:
             modifiers.pop("ChannelPermutationModifier", None)
             if name == CORRECTED:
                 modifiers["WeightCorrectionModifier"] = {"method": "pcg"}
+            for modifier, fields in modifiers.items():
+                fields |= SHORT.get(modifier, {}) if short else {}
     return yaml.safe_dump(stages, sort_keys=False)
 
 
@@ -144,7 +152,7 @@ def compare(options: argparse.Namespace, shape: str, recipe: str) -> None:
         with sources(measured_commit) as source:
             for tokens in sorted(options.tokens):
                 job = {"shape": shape, "layers": options.layers, "tokens": tokens, "length": options.length}
-                job |= {"recipe": recipe, "recipe_text": recipe_text(recipe)}
+                job |= {"recipe": recipe, "recipe_text": recipe_text(recipe, options.short)}
                 row = {**job, "measured_commit": measured_commit, **measured(job, source)}
                 rows.append(append(options.results, PROTOCOL, row))
         peaks = [row["bytes"] for row in rows]
@@ -168,6 +176,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192], help="of calibration (%(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window (%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="blocks of the model (%(default)s)")
+    parser.add_argument("--short", action="store_true", help="two iterations, for memory alone")
     parser.add_argument("--results", type=Path, default=RESULTS / "memory.jsonl", help="a row a run")
     options = parser.parse_args()
     print("| blocks | recipe | revision | tokens | above the model, MB | process, MB | bytes a token | seconds |")

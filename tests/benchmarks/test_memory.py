@@ -23,6 +23,12 @@ def test_the_best_recipe_without_permutation_is_crepe_and_admm():
     assert "CRePEModifier" in text and "ADMMModifier" in text and "ChannelPermutationModifier" not in text
 
 
+def test_a_short_recipe_makes_two_iterations_and_is_otherwise_the_same():
+    text = memory.recipe_text("crepe_2of4_best", short=True)
+    assert "iterations: 2" in text and "iterations" not in memory.recipe_text("crepe_2of4_best")
+    assert "iterations: 2" in memory.recipe_text("pcg", short=True)
+
+
 def test_a_revision_without_a_name_is_the_working_tree():
     with revisions.sources(None) as source:
         assert source == revisions.ROOT / "src"
