@@ -3,6 +3,7 @@
     python scripts/compare_with.py a2f28ac                                      # every recipe on every family
     python scripts/compare_with.py HEAD~3 --only crepe_2of4 --family llama opt
     python scripts/compare_with.py a2f28ac --smollm2                            # perplexities of a real model
+    python scripts/compare_with.py a2f28ac --smollm2 --windows 4 --test-windows 4
 
 Every recipe of the working tree prunes small random models (fp32, fixed seeds, calibration batches with padding) by the
 working tree's package and by the revision's, each in processes of its own with one thread. The table has, for each
@@ -10,8 +11,8 @@ family and recipe, the largest difference of any value of the two state dicts, a
 one matrix that the other lacks. The last column, the share of zeros, shows that something was pruned at all. A recipe
 that both refuse (ValueError) counts as equal; both messages are shown if they differ.
 
-With --smollm2 the model is SmolLM2-135M-Instruct (fp32, 16 windows of 512 tokens of the training articles), and the
-table has both perplexities (20 windows of 512 tokens of the test articles).
+With --smollm2 the model is SmolLM2-135M-Instruct (fp32, windows of 512 tokens of the training articles), and the table
+has both perplexities (windows of 512 tokens of the test articles).
 
 Exit status 1 if anything differs, perplexities by more than 0.1 %.
 """
@@ -22,7 +23,9 @@ import json
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,8 @@ from revisions import check_package, output_of, sources, start  # noqa: E402
 WINDOWS, LENGTH, PADDED_TO, BATCH = 12, 16, 10, 4
 # Fields that make a recipe fast enough here; both sides get them.
 FASTER = {"PHOSearchModifier": {"candidates": 8}}
-# Of SmolLM2: windows of calibration and test, their length, and how far perplexities may be apart, relatively.
-REAL_WINDOWS, TEST_WINDOWS, REAL_LENGTH, TOLERANCE = 16, 20, 512, 1e-3
+# Of SmolLM2: the length of windows, and how far perplexities may be apart, relatively.
+REAL_LENGTH, TOLERANCE = 512, 1e-3
 
 
 def recipe_text(path: Path) -> str:
@@ -92,12 +95,18 @@ def prune_all(model: Path, recipes: Path, results: Path, texts: Path | None = No
         try:
             oneshot(model=pruned, recipe=recipe.read_text(), dataset=data, **options)
         except ValueError as error:
-            (results / f"{recipe.stem}.txt").write_text((str(error).splitlines() or [""])[0])
+            write(results / f"{recipe.stem}.txt", (str(error).splitlines() or [""])[0])
         else:
             if texts:
-                (results / f"{recipe.stem}.json").write_text(json.dumps(perplexity(pruned, torch.load(texts / "test"))))
+                write(results / f"{recipe.stem}.json", json.dumps(perplexity(pruned, torch.load(texts / "test"))))
             else:
                 torch.save(pruned.state_dict(), results / f"{recipe.stem}.pt")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that is there with its whole text or not at all."""
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").replace(path)
 
 
 def perplexity(model: Any, windows: Any) -> float:
@@ -171,7 +180,7 @@ def compare(family: str, recipes: Path, sides: list[Path], scratch: Path) -> Ite
         yield f"| {family} | {recipe.stem} | {line} |", same
 
 
-def save_windows(folder: Path) -> Path:
+def save_windows(folder: Path, options: argparse.Namespace) -> Path:
     """Fetch SmolLM2 and save what it is calibrated and tested on; gives the model's folder."""
     import torch
     from transformers import AutoTokenizer
@@ -180,36 +189,50 @@ def save_windows(folder: Path) -> Path:
 
     model, corpus = samples.smollm2(), samples.wikipedia()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    calibration = samples.calibration_windows(tokenizer, corpus.train, windows=REAL_WINDOWS, length=REAL_LENGTH, seed=0)
+    calibration = samples.calibration_windows(
+        tokenizer, corpus.train, windows=options.windows, length=REAL_LENGTH, seed=0
+    )
     calibration.save_to_disk(folder / "calibration")
-    tokens = TEST_WINDOWS * REAL_LENGTH
+    tokens = options.test_windows * REAL_LENGTH
     torch.save(samples.token_windows(tokenizer, corpus.test, REAL_LENGTH, tokens=tokens), folder / "test")
     return model
 
 
-def compare_smollm2(recipes: Path, sides: list[Path], scratch: Path) -> Iterator[tuple[str, bool]]:
-    """The line of each recipe, and whether both sides' perplexities agree."""
-    model = save_windows(scratch)
-    for recipe in sorted(recipes.glob("*.yaml")):
-        alone = scratch / recipe.stem
-        alone.mkdir()
-        (alone / recipe.name).write_text(recipe.read_text())
-        started, said = [], []
-        for number, source in enumerate(sides):
-            folder = alone / str(number)
-            folder.mkdir()
-            worker = ["--worker", *map(str, (source, model, alone, folder, scratch))]
-            started.append(start(Path(__file__), worker, source, folder))
-        for number, process in enumerate(started):
-            output_of(process)
-            refused, found = (alone / str(number) / f"{recipe.stem}{suffix}" for suffix in (".txt", ".json"))
-            said.append(json.loads(found.read_text()) if found.exists() else refused.read_text())
-        ours, theirs = said
-        if isinstance(ours, str) or isinstance(theirs, str):
-            yield f"| {recipe.stem} | {ours} | {theirs} | |", ours == theirs
-        else:
-            apart = ours / theirs - 1
-            yield f"| {recipe.stem} | {ours:.4f} | {theirs:.4f} | {apart:+.3%} |", abs(apart) <= TOLERANCE
+def said_of(recipe: str, folder: Path) -> str | float | None:
+    """Of a recipe on SmolLM2 the perplexity, why it was refused, or None if that is not known yet."""
+    found, refused = (folder / f"{recipe}{suffix}" for suffix in (".json", ".txt"))
+    if found.exists():
+        return float(json.loads(found.read_text()))
+    return refused.read_text() if refused.exists() else None
+
+
+def compare_smollm2(
+    recipes: Path, sides: list[Path], scratch: Path, options: argparse.Namespace
+) -> Iterator[tuple[str, bool]]:
+    """The line of each recipe as soon as it is known, and whether both sides' perplexities agree."""
+    model, started, folders = save_windows(scratch, options), [], []
+    for number, source in enumerate(sides):
+        folders.append(scratch / str(number))
+        folders[-1].mkdir()
+        worker = ["--worker", *map(str, (source, model, recipes, folders[-1], scratch))]
+        started.append(start(Path(__file__), worker, source, folders[-1]))
+    with ThreadPoolExecutor(len(started)) as pool:
+        ends = [pool.submit(output_of, process) for process in started]
+        for recipe in sorted(recipes.glob("*.yaml")):
+            while None in (said := [said_of(recipe.stem, folder) for folder in folders]):
+                for end, folder in zip(ends, folders, strict=True):
+                    if end.done() and said_of(recipe.stem, folder) is None:
+                        end.result()
+                        raise RuntimeError(f"{folder.name}: ended without {recipe.stem}")
+                time.sleep(1)
+            ours, theirs = said
+            if isinstance(ours, float) and isinstance(theirs, float):
+                apart = ours / theirs - 1
+                yield f"| {recipe.stem} | {ours:.4f} | {theirs:.4f} | {apart:+.3%} |", abs(apart) <= TOLERANCE
+            else:
+                yield f"| {recipe.stem} | {ours} | {theirs} | |", ours == theirs
+        for end in ends:
+            end.result()
 
 
 def main() -> int:
@@ -222,6 +245,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="shipped recipes, by name")
     parser.add_argument("--family", nargs="+", choices=list(configs()), default=list(configs()))
     parser.add_argument("--smollm2", action="store_true", help="perplexities of SmolLM2, instead of small models")
+    parser.add_argument("--windows", type=int, default=16, help="that calibrate SmolLM2 (%(default)s)")
+    parser.add_argument("--test-windows", type=int, default=20, help="that it is tested on (%(default)s)")
     options = parser.parse_args()
     disable_progress_bar()
 
@@ -239,7 +264,7 @@ def main() -> int:
         sides = [ROOT / "src", theirs]
         if options.smollm2:
             print("| recipe | perplexity here | there | apart |\n|---|---|---|---|")
-            lines = compare_smollm2(recipes, sides, Path(folder))
+            lines = compare_smollm2(recipes, sides, Path(folder), options)
         else:
             print("| family | recipe | largest difference | mask bits | zeros in matrices |\n|---|---|---|---|---|")
             families = (compare(family, recipes, sides, Path(folder)) for family in options.family)
