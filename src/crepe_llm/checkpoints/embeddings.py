@@ -6,12 +6,12 @@ import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from crepe_llm.checkpoints.formats import FormatError
-from crepe_llm.checkpoints.reading import Checkpoint
+from crepe_llm.checkpoints.reading import INTEGER_CODES, Checkpoint
 
 __all__ = ["ExpandPacked", "expanding", "packed_embeddings"]
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
-_DTYPES = {"weight_packed": ("I32",), "weight_scale": ("F32", "F16", "BF16"), "weight_shape": ("I64", "I32")}
+_DTYPES = {"weight_packed": (INTEGER_CODES,), "weight_scale": ("F32", "F16", "BF16"), "weight_shape": ("I64", "I32")}
 
 
 class ExpandPacked(ConversionOps):

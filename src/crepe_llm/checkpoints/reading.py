@@ -17,6 +17,7 @@ from safetensors import safe_open
 from crepe_llm.checkpoints.formats import CheckpointFormat, FormatError, StoredTensor, format_of_part
 
 __all__ = [
+    "INTEGER_CODES",
     "Checkpoint",
     "SparseLayer",
     "StoredTensor",
@@ -175,8 +176,9 @@ def holds_packed(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.layers) or any(name.endswith(".weight_packed") for name in checkpoint.tensors)
 
 
-# What compressed-tensors packs codes into.
-_WORDS = ("I32", "U8")
+# What compressed-tensors packs the codes of integers into, and what else it packs codes into.
+INTEGER_CODES = "I32"
+_CODES = (INTEGER_CODES, "U8")
 
 
 def check_dtypes(checkpoint: Checkpoint) -> None:
@@ -192,9 +194,9 @@ def check_dtypes(checkpoint: Checkpoint) -> None:
                 f"{stored.file}: tensor {name} is F8_E5M2, which is not read here; export the model again with "
                 "float8_e4m3fn or 16-bit weights"
             )
-        if name.endswith(".weight_packed") and stored.dtype not in _WORDS:
+        if name.endswith(".weight_packed") and stored.dtype not in _CODES:
             raise FormatError(
-                f"{stored.file}: tensor {name} is {stored.dtype}, but packed codes are integers ({', '.join(_WORDS)}); "
+                f"{stored.file}: tensor {name} is {stored.dtype}, but packed codes are integers ({', '.join(_CODES)}); "
                 "the file is damaged: write or fetch it again"
             )
     _check_halves(checkpoint)
