@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import math
 import time
 from typing import Any
@@ -38,10 +37,6 @@ class Perplexity:
     corpus: str
     dtype: str
     seconds: float
-
-    def to_json(self) -> str:
-        """Return the fields as a JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
         return (
