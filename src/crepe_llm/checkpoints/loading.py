@@ -114,6 +114,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         quantized = self.compressor.quantization_config is not None
+        config = _config_beside(files)
         if _any_packed(files):
             check_versions("transformers")
             folders = {os.path.abspath(file.parent) for file in files}
@@ -123,7 +124,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             # transformers turns an error inside a conversion into a line of a report; here it is raised as it is.
             self._packed.check_patterns()
             check_experts(self._packed)
-        elif files and _says_packed(files[0].parent):
+        elif _says_packed(config):
             raise FormatError(
                 f"{files[0].parent}: config.json says {SPARSE_24_BITMASK.name}, but no tensor is named "
                 f"*.{SPARSE_24_BITMASK.values}; export the model again, or remove sparsity_config from config.json if "
@@ -138,7 +139,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         if quantized:
             quantize_derived_classes()
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        if files and (self._packed is not None or not quantized or _records_2of4(files[0].parent)):
+        if files and (self._packed is not None or not quantized or _records_2of4(config)):
             self._unchecked = model, self._packed or read_files(files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -246,21 +247,22 @@ def _refuse_packed(checkpoint_files: Sequence[str], quantized: bool) -> None:
                 )
 
 
-def _says_packed(folder: Path) -> bool:
-    """Whether config.json, if there is one, says that layers are packed."""
+def _config_beside(files: Sequence[Path]) -> dict[str, Any]:
+    """config.json of the folder that the files are in; empty where it cannot be read."""
     try:
-        config = read_config(folder)
+        return read_config(files[0].parent) if files else {}
     except FormatError:
-        return False
+        return {}
+
+
+def _says_packed(config: dict[str, Any]) -> bool:
+    """Whether config.json says that layers are packed."""
     return objects_in(objects_in(config.get("quantization_config")).get("sparsity_config")).get("format") in FORMATS
 
 
-def _records_2of4(folder: Path) -> bool:
+def _records_2of4(config: dict[str, Any]) -> bool:
     """Whether config.json records at its top that plain or 4-bit layers are 2:4, as this package writes it."""
-    try:
-        return bool(objects_in(read_config(folder).get("sparsity_config")))
-    except FormatError:
-        return False
+    return bool(objects_in(config.get("sparsity_config")))
 
 
 def _any_packed(files: Sequence[Path]) -> bool:
