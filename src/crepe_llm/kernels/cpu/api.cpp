@@ -27,14 +27,18 @@ const InstructionSet* const kSets[] = {
 };
 constexpr int32_t kSetCount = sizeof kSets / sizeof *kSets;
 
-// libgomp's entry point, which LLVM's and Intel's runtimes have too: runs f(data) once on each thread of a team.
-using Parallel = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
-
 // A product and its share of the tiles and tasks of all that are done together.
 struct Part {
     Job job;
     int64_t tile_end, task_end;  // of this part; it begins where the one before it ends
     int64_t row_tasks, tile_tasks;
+    int64_t unit;  // row blocks that stay in one task
+
+    // Where the row blocks of a task begin.
+    int64_t row_begin(int64_t task) const {
+        const int64_t begin = (job.blocks + unit - 1) / unit * task / row_tasks * unit;
+        return begin < job.blocks ? begin : job.blocks;
+    }
 };
 
 struct Work {
@@ -62,7 +66,7 @@ void multiply_tasks(void* data) {
         const Job& job = part->job;
         const int64_t own = task - (part->task_end - part->row_tasks * part->tile_tasks);
         const int64_t row = own / part->tile_tasks, tile = own % part->tile_tasks;
-        work.set->multiply(job, job.blocks * row / part->row_tasks, job.blocks * (row + 1) / part->row_tasks,
+        work.set->multiply(job, part->row_begin(row), part->row_begin(row + 1),
                            job.tiles * tile / part->tile_tasks, job.tiles * (tile + 1) / part->tile_tasks);
     }
 }
@@ -149,6 +153,8 @@ bool run_parts(Part* parts, int64_t count, const InstructionSet& set, Parallel p
         const int64_t wanted = ceil_div(4 * threads, part.tile_tasks * count);
         const int64_t by_cache = ceil_div(job.blocks, 16);
         part.row_tasks = by_cache > wanted ? by_cache : wanted < job.blocks ? wanted : job.blocks;
+        // Kernels do two row blocks together: one alone would take them as long.
+        part.unit = job.blocks >= 2 * part.row_tasks ? 2 : 1;
         part.tile_end = tiles += job.tiles;
         part.task_end = tasks += part.row_tasks * part.tile_tasks;
     }

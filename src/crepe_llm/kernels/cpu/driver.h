@@ -44,20 +44,27 @@ int64_t tile_tokens(const Problem& p) {
 
 // ---- activations ----
 
-// Writes token `t` of a tile of `tokens`: units of `unit` columns, the tile's tokens side by side in a unit.
-// With `even_odd`, of every 16 columns the 8 even ones come first, then the odd ones.
-template <class X, class Out>
-void scatter_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64_t unit, bool even_odd, int64_t tokens, int64_t t, Out* out) {
-    for (int64_t c = 0; c < padded; c += unit) {
-        Out* to = out + c * tokens + t * unit;
-        int64_t valid = k - c < unit ? (k > c ? k - c : 0) : unit;
-        if (std::is_same_v<Out, X> && stride == 1 && valid == unit && !even_odd) {
-            std::memcpy(to, x + c, size_t(unit) * sizeof(X));
+// Columns that are converted of all tokens of a tile before the next ones: what is written then stays in the first cache.
+constexpr int64_t kConvertedColumns = 512;
+
+// Writes token `t` of a tile of `tokens`, columns [begin, end): units of `Unit` columns, the tile's tokens side by side in
+// a unit. From column k on there are zeros. With `even_odd`, of every 16 columns the 8 even ones come first, then the odd
+// ones.
+template <int64_t Unit, class X, class Out>
+void scatter_token(const X* x, int64_t stride, int64_t k, int64_t begin, int64_t end, bool even_odd, int64_t tokens, int64_t t, Out* out) {
+    for (int64_t c = begin; c < end; c += Unit) {
+        Out* to = out + c * tokens + t * Unit;
+        if (stride == 1 && c + Unit <= k && !even_odd) {
+            if constexpr (std::is_same_v<Out, X>) {
+                std::memcpy(to, x + c, Unit * sizeof(X));
+            } else {
+                UNROLL for (int64_t j = 0; j < Unit; j++) from_float(to_float(x[c + j]), to[j]);
+            }
             continue;
         }
-        for (int64_t j = 0; j < unit; j++) {
+        for (int64_t j = 0; j < Unit; j++) {
             Out& place = to[even_odd ? (j & ~15) + 8 * (j & 1) + (j & 15) / 2 : j];
-            if (j >= valid)
+            if (c + j >= k)
                 place = Out{};
             else if constexpr (std::is_same_v<Out, X>)
                 place = x[(c + j) * stride];
@@ -67,25 +74,48 @@ void scatter_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64_
     }
 }
 
-// Symmetric int8, one scale a token: round-to-nearest-even of x * (127 / max|x|), as reference.quantize_per_token.
-template <class X>
-void quantize_token(const X* x, int64_t stride, int64_t k, int64_t padded, int64_t tokens, int64_t t, uint8_t* out, float* scale) {
-    constexpr uint8_t offset = Isa::kOffsetInt8 ? 0x80 : 0;
-    float largest = 0;
-    bool finite = true;
+// The largest magnitude of k numbers; not finite where one of them is not. Stride 0: theirs is `stride`.
+template <int64_t Stride, class X>
+float largest_magnitude(const X* x, int64_t stride, int64_t k) {
+    uint32_t largest = 0;  // magnitudes are ordered as their bits are
     for (int64_t c = 0; c < k; c++) {
-        float v = std::fabs(to_float(x[c * stride]));
-        finite &= v <= std::numeric_limits<float>::max();
-        largest = v > largest ? v : largest;
+        const float v = to_float(x[c * (Stride ? Stride : stride)]);
+        uint32_t bits;
+        std::memcpy(&bits, &v, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
     }
+    float magnitude;
+    std::memcpy(&magnitude, &largest, 4);
+    return magnitude;
+}
+
+// Symmetric int8, one scale a token, as reference.quantize_per_token: sets the scale and returns what activations are
+// multiplied by before they are rounded; 0 where they all become zeros.
+template <int64_t Stride, class X>
+float quantizing_factor(const X* x, int64_t stride, int64_t k, float* scale) {
+    const float largest = largest_magnitude<Stride>(x, stride, k);
+    const bool finite = largest <= std::numeric_limits<float>::max();
     *scale = finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
-    float inverse = finite && largest > 0 ? 127.0f / largest : 0.0f;
-    for (int64_t c = 0; c < padded; c += 8) {
+    return finite && largest > 0 ? 127.0f / largest : 0.0f;
+}
+
+// Writes token `t`, columns [begin, end), as int8 in units of 8 columns: round-to-nearest-even of x * factor.
+template <int64_t Stride, class X>
+void quantize_token(const X* x, int64_t stride, int64_t k, int64_t begin, int64_t end, float factor, int64_t tokens, int64_t t, uint8_t* out) {
+    constexpr uint8_t offset = Isa::kOffsetInt8 ? 0x80 : 0;
+    for (int64_t c = begin; c < end; c += 8) {
+        float value[8] = {};
+        if (c + 8 <= k) {
+            UNROLL for (int64_t j = 0; j < 8; j++) value[j] = to_float(x[(c + j) * (Stride ? Stride : stride)]);
+        } else {
+            for (int64_t j = 0; c + j < k; j++) value[j] = to_float(x[(c + j) * stride]);
+        }
         uint8_t* to = out + c * tokens + t * 8;
-        for (int64_t j = 0; j < 8; j++) {
-            float v = c + j < k && finite ? std::nearbyint(to_float(x[(c + j) * stride]) * inverse) : 0.0f;
+        UNROLL for (int64_t j = 0; j < 8; j++) {
+            float v = factor > 0 ? std::nearbyint(value[j] * factor) : 0.0f;
             v = v < -127.0f ? -127.0f : v > 127.0f ? 127.0f : v;
-            to[j] = uint8_t(int8_t(v)) ^ offset;
+            to[j] = uint8_t(int8_t(int32_t(v))) ^ offset;
         }
     }
 }
@@ -120,28 +150,49 @@ void convert_chunk_i16(const X* x, int64_t stride, int64_t valid, uint8_t* out) 
     std::memcpy(out + kFactorOffset, &factor, sizeof factor);
 }
 
+// Writes columns [from, to) of token `t` of a tile, x, as the job's activations say; the tile begins at `out`.
+template <class X>
+void convert_token(const Job& job, const X* x, int64_t from, int64_t to, float factor, int64_t tokens, int64_t t, uint8_t* out) {
+    const Problem& p = job.p;
+    const int64_t stride = p.x_column_stride;
+    const Activations activations = activations_of(p);
+    auto scatter = [&](auto* converted) {
+        constexpr bool even_odd = Isa::kEvenOdd;
+        if (p.layout == kDense)
+            scatter_token<kColumnChunk>(x, stride, p.k, from, to, even_odd && p.weight_format == kBf16, tokens, t, converted);
+        else
+            scatter_token<4>(x, stride, p.k, from, to, false, tokens, t, converted);
+    };
+    if (activations == kF32) {
+        scatter(reinterpret_cast<float*>(out));
+    } else if (activations == kPairsBf16) {
+        scatter(reinterpret_cast<Bf16*>(out));
+    } else if (activations == kI8) {
+        stride == 1 ? quantize_token<1>(x, 1, p.k, from, to, factor, tokens, t, out)
+                    : quantize_token<0>(x, stride, p.k, from, to, factor, tokens, t, out);
+    } else {
+        for (int64_t c = from; c < to; c += kColumnChunk)
+            convert_chunk_i16(x + c * stride, stride, p.k - c < kColumnChunk ? p.k - c : kColumnChunk,
+                              out + (c * tokens + t * kColumnChunk) * activation_bytes(kI16));
+    }
+}
+
 template <class X>
 void convert_tile(const Job& job, int64_t tile) {
     const Problem& p = job.p;
-    Activations activations = activations_of(p);
-    int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, padded = job.chunks * kColumnChunk;
+    const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, padded = job.chunks * kColumnChunk;
+    const X* x = static_cast<const X*>(p.x) + begin * p.x_row_stride;
     uint8_t* out = job.activations + begin * job.token_bytes;
-    int64_t unit = p.layout == kDense ? kColumnChunk : 4;
-    bool even_odd = Isa::kEvenOdd && p.layout == kDense && p.weight_format == kBf16;
-    for (int64_t t = 0; t < tokens; t++) {
-        const X* x = static_cast<const X*>(p.x) + (begin + t) * p.x_row_stride;
-        if (activations == kI8)
-            quantize_token(x, p.x_column_stride, p.k, padded, tokens, t, out, job.token_scale + begin + t);
-        else if (activations == kI16)
-            for (int64_t c = 0; c < job.chunks; c++) {
-                const int64_t left = p.k - c * kColumnChunk;
-                convert_chunk_i16(x + c * kColumnChunk * p.x_column_stride, p.x_column_stride, left < kColumnChunk ? left : kColumnChunk,
-                                  out + (c * tokens + t) * kColumnChunk * activation_bytes(kI16));
-            }
-        else if (activations == kF32)
-            scatter_token(x, p.x_column_stride, p.k, padded, unit, even_odd, tokens, t, reinterpret_cast<float*>(out));
-        else
-            scatter_token(x, p.x_column_stride, p.k, padded, unit, even_odd, tokens, t, reinterpret_cast<Bf16*>(out));
+    float factor[kMaxTile] = {};
+    if (activations_of(p) == kI8)
+        for (int64_t t = 0; t < tokens; t++) {
+            float* scale = job.token_scale + begin + t;
+            factor[t] = p.x_column_stride == 1 ? quantizing_factor<1>(x + t * p.x_row_stride, 1, p.k, scale)
+                                               : quantizing_factor<0>(x + t * p.x_row_stride, p.x_column_stride, p.k, scale);
+        }
+    for (int64_t from = 0; from < padded; from += kConvertedColumns) {
+        const int64_t to = padded - from < kConvertedColumns ? padded : from + kConvertedColumns;
+        for (int64_t t = 0; t < tokens; t++) convert_token(job, x + t * p.x_row_stride, from, to, factor[t], tokens, t, out);
     }
 }
 
@@ -155,30 +206,92 @@ void convert(const Job& job, int64_t begin, int64_t end) {
 
 // ---- outputs ----
 
-// Stores sums [tokens][rows] of rows row.. as y = sum * scale + bias.
+// What outputs are made of beside their sums: y = sum * token scale * row scale + bias.
+struct Ending {
+    const float* row_scale;  // or null: scales of groups of columns are in the sums already
+    const void* bias;
+    int32_t bias_dtype;
+};
+
+// The numbers of a row block as one vector, which every compiler that knows this attribute cuts into its registers.
+using Floats = float __attribute__((vector_size(4 * kRowBlock)));
+using Words = uint32_t __attribute__((vector_size(4 * kRowBlock)));
+using Integers = int32_t __attribute__((vector_size(4 * kRowBlock)));
+using Halves = uint16_t __attribute__((vector_size(2 * kRowBlock)));
+
+template <class V>
+INLINE V load_vector(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+INLINE Floats load_floats(const float* from) { return load_vector<Floats>(from); }
+INLINE Floats load_floats(const int32_t* from) { return __builtin_convertvector(load_vector<Integers>(from), Floats); }
+INLINE Floats load_floats(const Bf16* from) { return (Floats)(__builtin_convertvector(load_vector<Halves>(from), Words) << 16); }
+INLINE Floats load_floats(const Fp16* from) {
+    float value[kRowBlock];
+    for (int64_t r = 0; r < kRowBlock; r++) value[r] = to_float(from[r]);
+    return load_vector<Floats>(value);
+}
+
+// As from_float, number by number.
+INLINE void store_floats(Floats value, float* to) { std::memcpy(to, &value, sizeof value); }
+INLINE void store_floats(Floats value, Bf16* to) {
+    const Words bits = (Words)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words nan = (Words)((bits & 0x7fffffff) > 0x7f800000);
+    const Halves out = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), Halves);
+    std::memcpy(to, &out, sizeof out);
+}
+INLINE void store_floats(Floats value, Fp16* to) {
+    for (int64_t r = 0; r < kRowBlock; r++) from_float(value[r], to[r]);
+}
+
+// Stores a token's sums of a row block.
+template <class Y, class Sum>
+INLINE void store_block(const Ending& ending, int64_t row, const float* token_scale, const Sum* sums, Y* y) {
+    Floats value = load_floats(sums);
+    if (token_scale) value *= *token_scale;
+    if (ending.row_scale) value *= load_floats(ending.row_scale + row);
+    if (ending.bias) switch (ending.bias_dtype) {
+            case kFp32: value += load_floats(static_cast<const float*>(ending.bias) + row); break;
+            case kBf16: value += load_floats(static_cast<const Bf16*>(ending.bias) + row); break;
+            default: value += load_floats(static_cast<const Fp16*>(ending.bias) + row);
+        }
+    store_floats(value, y + row);
+}
+
+// The same for the `rows` rows that are left of the last one.
+template <class Y, class Sum>
+void store_rest(const Ending& ending, int64_t row, int64_t rows, const float* token_scale, const Sum* sums, Y* y) {
+    for (int64_t r = 0; r < rows; r++) {
+        float value = float(sums[r]);
+        if (token_scale) value *= *token_scale;
+        if (ending.row_scale) value *= ending.row_scale[row + r];
+        if (ending.bias) switch (ending.bias_dtype) {
+                case kFp32: value += static_cast<const float*>(ending.bias)[row + r]; break;
+                case kBf16: value += to_float(static_cast<const Bf16*>(ending.bias)[row + r]); break;
+                default: value += to_float(static_cast<const Fp16*>(ending.bias)[row + r]);
+            }
+        from_float(value, y[row + r]);
+    }
+}
+
+// Stores sums [tokens][rows] of rows row.., a row block at a time.
 template <class Y, class Sum>
 void store_as(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tokens, const Sum* sums) {
     const Problem& p = job.p;
-    int64_t valid = p.n - row < rows ? p.n - row : rows;
-    // Scales of groups of columns are in the sums already.
-    const float* row_scale = kWeightFormats[p.weight_format].scale_group ? nullptr : static_cast<const float*>(p.scale);
+    const Ending ending{kWeightFormats[p.weight_format].scale_group ? nullptr : static_cast<const float*>(p.scale), p.bias, p.bias_dtype};
+    const int64_t end = p.n - row < rows ? p.n : row + rows;
     for (int64_t t = 0; t < tokens; t++) {
-        float value[64] = {};
-        for (int64_t r = 0; r < rows; r++) value[r] = float(sums[t * rows + r]);
-        if (job.token_scale)
-            for (int64_t r = 0; r < rows; r++) value[r] *= job.token_scale[token + t];
-        if (row_scale)
-            for (int64_t r = 0; r < valid; r++) value[r] *= row_scale[row + r];
-        if (p.bias) {
-            if (p.bias_dtype == kFp32)
-                for (int64_t r = 0; r < valid; r++) value[r] += static_cast<const float*>(p.bias)[row + r];
-            else if (p.bias_dtype == kBf16)
-                for (int64_t r = 0; r < valid; r++) value[r] += to_float(static_cast<const Bf16*>(p.bias)[row + r]);
+        const float* token_scale = job.token_scale ? job.token_scale + token + t : nullptr;
+        Y* y = static_cast<Y*>(p.y) + (token + t) * p.n;
+        for (int64_t at = row; at < end; at += kRowBlock) {
+            const Sum* from = sums + t * rows + at - row;
+            if (end - at >= kRowBlock)
+                store_block(ending, at, token_scale, from, y);
             else
-                for (int64_t r = 0; r < valid; r++) value[r] += to_float(static_cast<const Fp16*>(p.bias)[row + r]);
+                store_rest(ending, at, end - at, token_scale, from, y);
         }
-        Y* y = static_cast<Y*>(p.y) + (token + t) * p.n + row;
-        for (int64_t r = 0; r < valid; r++) from_float(value[r], y[r]);
     }
 }
 
@@ -291,15 +404,30 @@ void multiply_tiles(const Job& job, const Piece& piece, int64_t block_end, int64
         }
 }
 
+// The same with weights that are decoded to `decoded` first, kBlocks row blocks at a time: they stay in the first-level
+// cache while all tiles' activations for the piece, which the second level holds, come by.
+template <class K>
+void multiply_prepared(const Job& job, Piece piece, int64_t block_end, int64_t tile_begin, int64_t tile_end, const Piece& decoded, float* sums) {
+    while (piece.block < block_end) {
+        const int64_t blocks = piece.block + Isa::kBlocks <= block_end ? Isa::kBlocks : 1;
+        Piece at = decoded;
+        at.block = piece.block, at.begin = piece.begin, at.count = piece.count;
+        prepare<K>(job, piece, piece.block + blocks, at);
+        multiply_tiles<Prepared<K>>(job, at, piece.block + blocks, tile_begin, tile_end, sums);
+        sums += blocks * kRowBlock * (job.tile_begin(tile_end) - job.tile_begin(tile_begin));
+        piece.block += blocks, piece.weight += blocks * piece.stride;
+    }
+}
+
 template <class K>
 void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
     using Sum = typename K::Sum;
     const int64_t tokens = job.tile_begin(tile_end) - job.tile_begin(tile_begin), rows = (block_end - block_begin) * kRowBlock;
-    // Many tiles are worth decoded weights, of which some chunks fit the second-level cache.
+    // Many tiles are worth decoded weights, of which some chunks fit the first-level cache.
     const int64_t most = Isa::kPreparedChunks < job.chunks ? Isa::kPreparedChunks : job.chunks, stride = most * Prepared<K>::weight_bytes;
     uint8_t* prepared = nullptr;
     if (K::activations == kPairsBf16 && tile_end - tile_begin >= Isa::prepared_tiles(kWeightFormats[K::format].bits))
-        prepared = static_cast<uint8_t*>(std::aligned_alloc(64, size_t((block_end - block_begin) * stride)));
+        prepared = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(Isa::kBlocks * stride)));
     // With several tiles, columns are cut so that a tile's activations stay in the first-level cache while they meet every
     // row of the task, and the task's weights in the second-level one.
     Sum* partial = nullptr;
@@ -312,8 +440,7 @@ void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int
             if constexpr (K::activations == kPairsBf16)
                 if (prepared) {
                     const Piece decoded{block_begin, chunk, piece.count, prepared, stride};
-                    prepare<K>(job, piece, block_end, decoded);
-                    multiply_tiles<Prepared<K>>(job, decoded, block_end, tile_begin, tile_end, partial);
+                    multiply_prepared<K>(job, piece, block_end, tile_begin, tile_end, decoded, partial);
                     continue;
                 }
             multiply_tiles<K>(job, piece, block_end, tile_begin, tile_end, partial);

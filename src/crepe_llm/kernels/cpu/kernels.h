@@ -11,6 +11,9 @@
 
 enum : int32_t { kSparse24 = 0, kDense = 1 };
 
+// libgomp's entry point, which LLVM's and Intel's runtimes have too: runs f(data) once on each thread of a team.
+using Parallel = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
+
 // One product y = x W^T * scale + bias. Mirrored by ctypes in __init__.py.
 struct Problem {
     const void* weight;   // packed bytes (sparse) or [n, k] row-major (dense)
