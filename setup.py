@@ -47,7 +47,10 @@ COMMON = (
     "-fno-rtti",
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
+    "-Wno-psabi",  # vectors wider than registers are passed to inlined functions only
 )
+# An operator says by an exception what is wrong.
+EXCEPTIONS = ("-fexceptions", "-frtti")
 
 
 class BuildKernels(build_ext):
@@ -78,6 +81,7 @@ class BuildKernels(build_ext):
                     )
             for source in ("portable.cpp", "api.cpp"):
                 objects += self._compile(source, [*COMMON, *(f"-D{macro}" for macro in macros)])
+            objects += self._compile("operator.cpp", [*COMMON, *EXCEPTIONS])
             strip = ["-Wl,--strip-all"] if sys.platform == "linux" else []
             self.compiler.link_shared_object(objects, output, target_lang="c++", extra_postargs=strip)
         except (CCompilerError, ExecError, PlatformError, OSError) as error:

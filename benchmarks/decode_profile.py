@@ -3,12 +3,14 @@
     python benchmarks/decode_profile.py                                  # 0.5B, every format of ours, eagerly
     python benchmarks/decode_profile.py --compiled                       # vLLM's default mode
     python benchmarks/decode_profile.py --engines "vLLM bf16" "2:4 bf16" --models 1b
+    OMP_NUM_THREADS=1 python benchmarks/decode_profile.py --cpu-time     # on a machine that does other work, too
 
 One stream decodes, and functions are timed without those that they call; medians over the decoding steps, in ms a
-token. "kernels" is the C++ library. "our Python" is the linear and embedding methods, `kernels.linear`, its checks and
-what the operators of a compiled model call. A compiled model is one function: norms, attention, activations and torch's
-dispatcher are all in its "model". The timers themselves take about 0.1 ms of a token. The models are those of
-benchmarks/serve.py. Every engine is a process of its own, and its figures are a row of --results.
+token. "kernels" is the C++ library. "our Python" is the linear and embedding methods, `kernels.linear` and its checks.
+A compiled model is one function: the time of its operators (our products, vLLM's attention) is taken from torch's
+profiler in a second load, and norms, activations, residual sums and the calls of operators are what is left in "model".
+The timers themselves take about 0.1 ms of a token. The models are those of benchmarks/serve.py. Every engine is a
+process of its own, and its figures are a row of --results.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from serve_engines import ENGINES, Serving, is_ours
 from serve_models import MODELS, stored
 
 # Raised by every change of a default or of how something is measured.
-PROTOCOL = 1
+PROTOCOL = 2  # 2: --cpu-time is a condition
 
 KERNELS, OURS = "kernels", "our Python"
 # vLLM's classes of the model's parts.
@@ -42,6 +44,12 @@ PARTS = {
     "Attention": "attention",
     "LogitsProcessor": "logits",
 }
+# Operators of a compiled model.
+OPERATORS = {
+    "crepe_llm::sparse24_linear": KERNELS,
+    "vllm::unified_attention_with_output": "attention",
+    "vllm::unified_kv_cache_update": "attention",
+}
 PRODUCTS, MODEL, SAMPLING, ENGINE = "vLLM's products", "model", "sampling", "engine"
 COLUMNS = (KERNELS, OURS, PRODUCTS, *dict.fromkeys(PARTS.values()), MODEL, SAMPLING, ENGINE)
 
@@ -49,8 +57,9 @@ COLUMNS = (KERNELS, OURS, PRODUCTS, *dict.fromkeys(PARTS.values()), MODEL, SAMPL
 class Clock:
     """Seconds of named parts, each without the parts that it calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
+        self._now = now
         self._parts: list[str] = []
         self._since = 0.0
 
@@ -69,7 +78,7 @@ class Clock:
         return call
 
     def _count(self) -> None:
-        now = time.perf_counter()
+        now = self._now()
         if self._parts:
             self.seconds[self._parts[-1]] = self.seconds.get(self._parts[-1], 0.0) + now - self._since
         self._since = now
@@ -83,16 +92,13 @@ class Clock:
 def time_ours(clock: Clock) -> None:
     """Times the kernel library and the Python around it."""
     from crepe_llm import kernels
-    from crepe_llm.kernels import cpu, dispatch
+    from crepe_llm.kernels import cpu
 
     library = cpu.library()
     if library is None:
         raise RuntimeError("the kernel library is missing; install the package with a C++ compiler")
     library.crepe_multiply = clock.timed(KERNELS, library.crepe_multiply)
     kernels.linear = clock.timed(OURS, kernels.linear)
-    # What the operators of a compiled model call.
-    for name in ("_sparse24_call", "_multiply"):
-        setattr(dispatch, name, clock.timed(OURS, getattr(dispatch, name)))
 
 
 def time_model(clock: Clock, model: Any, compiled: bool) -> None:
@@ -110,9 +116,26 @@ def time_model(clock: Clock, model: Any, compiled: bool) -> None:
     model.forward = clock.timed(MODEL, model.forward)
 
 
-def profile(folder: str, dtype: str, compiled: bool, prompt: int, tokens: int) -> dict[str, Any]:
+def operator_seconds(run: Callable[[], object], steps: int) -> dict[str, float]:
+    """Seconds of a decoding step in the operators of a compiled model, by part.
+
+    ``run`` takes ``steps`` steps, the first of which reads the prompt. For each call in a step, the median over the
+    steps counts.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        run()
+    found: dict[str, float] = {}
+    for name, part in OPERATORS.items():
+        times = [event.time_range.elapsed_us() for event in recorded.events() if event.name == name]
+        calls = len(times) // steps
+        medians = [statistics.median(times[calls + call :: calls]) for call in range(calls)]
+        found[part] = found.get(part, 0.0) + 1e-6 * sum(medians)
+    return found
+
+
+def profile(folder: str, dtype: str, compiled: bool, cpu_time: bool, prompt: int, tokens: int) -> dict[str, Any]:
     """The medians of a token's seconds by part, ``ms`` and ``total_ms``, in this process."""
-    clock = Clock()
+    clock = Clock(time.thread_time if cpu_time else time.perf_counter)
     case = Case(prompt, 1)
     engine = started(folder, dtype, [case], tokens=tokens, compiled=compiled)
     load = Load(engine.llm_engine, tokens)
@@ -136,6 +159,11 @@ def profile(folder: str, dtype: str, compiled: bool, prompt: int, tokens: int) -
     parts = {name for found in decoding for name in found}
     seconds = {name: statistics.median(found.get(name, 0.0) for found in decoding) for name in parts}
     total = statistics.median(sum(found.values()) for found in decoding)
+    if compiled:
+        core.step = step
+        for part, spent in operator_seconds(lambda: load(case), tokens).items():
+            seconds[part] = seconds.get(part, 0.0) + spent
+            seconds[MODEL] -= spent
     layers = sum(hasattr(module, "packed") for module in runner.model.modules())
     return {
         "ms": {name: 1e3 * value for name, value in seconds.items()},
@@ -162,6 +190,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=vllm, default=[name for name in vllm if is_ours(name)])
     parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are made and kept")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default mode; else it runs eagerly")
+    parser.add_argument("--cpu-time", action="store_true", help="the calling thread's processor time, not the clock's")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (%(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens that are decoded (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS / "decode_profile.jsonl", help="a row an engine")
@@ -170,7 +199,12 @@ def main() -> None:
     if options.request:
         print(json.dumps(profile(**options.request)))
         return
-    mode = {"compiled": options.compiled, "prompt": options.prompt, "tokens": options.tokens}
+    mode = {
+        "compiled": options.compiled,
+        "cpu_time": options.cpu_time,
+        "prompt": options.prompt,
+        "tokens": options.tokens,
+    }
     print(f"{'compiled' if options.compiled else 'eager'}, {torch.get_num_threads()} threads, ms a token, medians\n")
     print(f"| | all | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|", flush=True)
     for model in options.models:

@@ -182,6 +182,15 @@ def test_wrong_operands_are_refused(operator, make, changes):
 
 
 @pytest.mark.parametrize(("operator", "make", "changes"), CASES)
+def test_wrong_operands_are_refused_in_inference_mode(operator, make, changes):
+    """Where the CPU's operator is C++ alone."""
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in changes.values()):
+        pytest.skip("no gradients are recorded")
+    with torch.inference_mode(), pytest.raises((ValueError, TypeError), match=REFUSED):
+        operator(*make(**changes))
+
+
+@pytest.mark.parametrize(("operator", "make", "changes"), CASES)
 def test_wrong_operands_are_refused_while_tracing(operator, make, changes):
     """By the implementation that only gives shapes."""
     if any(isinstance(value, torch.Tensor) and value.is_meta for value in changes.values()):
@@ -208,6 +217,42 @@ def test_the_message_names_operand_and_cure():
     with pytest.raises(ValueError, match="the CPU has no kernel for fp8"):
         data = torch.zeros(2 * FORMATS["fp8"].chunk_bytes, dtype=torch.uint8)
         cpu.multiply(torch.ones(1, K), PackedWeight(data, (N, K), FORMATS["fp8"]), None)
+
+
+def test_the_operator_in_inference_mode_gives_the_product():
+    """Every kind of operand and of weight, strided activations and no tokens among them."""
+    calls = [cpu_operands(), cpu_operands(bias=None, scale=None), int4_operands(), int4_operands(zero=None)]
+    calls += [cpu_operands(x=torch.randn(5, 2 * K)[:, ::2]), cpu_operands(x=torch.randn(0, K))]
+    calls += [cpu_operands(x=torch.randn(3, K).to(d), bias=torch.randn(N).to(d)) for d in (torch.half, torch.bfloat16)]
+    for operands in calls:
+        expected = CPU(*operands)  # checked, and by the operator in Python where that serves
+        packed = PackedWeight(operands[1], (N, K), FORMATS[operands[-1]], operands[2], zero=operands[3])
+        assert torch.equal(expected, kernels.linear(operands[0], packed, operands[4]))
+        with torch.inference_mode():
+            assert torch.equal(CPU(*operands), expected) and CPU(*operands).is_inference()
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no CPU kernel library")
+def test_no_python_runs_between_torch_and_the_kernel(monkeypatch):
+    operands = cpu_operands()
+    expected = CPU(*operands)
+    for name in ("_multiply", "multiply", "multiply_plain"):
+        monkeypatch.setattr(cpu, name, None)
+    with torch.inference_mode():
+        assert torch.equal(CPU(*operands), expected)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no CPU kernel library")
+def test_the_operator_gives_back_what_it_was_given():
+    """References of tensors and memory: what is called a thousand times a second must not leak."""
+    operands = int4_operands()
+    with torch.inference_mode():
+        uses = [value._use_count() for value in operands if isinstance(value, torch.Tensor)]
+        for _ in range(3):
+            CPU(*operands)
+            with pytest.raises(ValueError, match="format is 'int3'"):
+                CPU(*operands[:-1], "int3")
+        assert [value._use_count() for value in operands if isinstance(value, torch.Tensor)] == uses
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="no CPU kernel library")

@@ -141,6 +141,21 @@ def test_the_short_way_gives_what_the_checked_way_gives(monkeypatch):
         assert not kernels.linear(x, copied).any() and torch.equal(kernels.linear(x, weights[0]), checked[0])
 
 
+def test_inference_mode_gives_what_the_checked_way_gives():
+    """There the operator is called at once; what it refuses is told apart as elsewhere."""
+    packed = kernels.pack(sparse(24, 32, torch.bfloat16), torch.rand(24))
+    operands = [(torch.randn(*shape, 32).bfloat16(), None) for shape in ((3,), (2, 3), (0,))]
+    operands += [(torch.randn(3, 32), torch.randn(24, dtype=dtype)) for dtype in (torch.half, torch.float64)]
+    expected = [kernels.linear(x, packed, bias) for x, bias in operands]
+    with torch.inference_mode():
+        for (x, bias), y in zip(operands, expected, strict=True):
+            assert torch.equal(kernels.linear(x, packed, bias), y)
+        with pytest.raises(ValueError, match=r"24 x 32, so its last dimension must be 32"):
+            kernels.linear(torch.ones(2, 31), packed)
+        with pytest.raises(TypeError, match="x has dtype torch.float64"):
+            kernels.linear(torch.ones(2, 32, dtype=torch.float64), packed)
+
+
 def test_unusual_operands_are_checked_without_gradients_too():
     packed, x = kernels.pack(sparse(24, 32)), torch.randn(3, 32)
     expected = kernels.linear(x, packed)

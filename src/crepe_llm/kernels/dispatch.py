@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from crepe_llm.kernels import checks, cpu, cuda, reference
+from crepe_llm.kernels.cpu import operator
 from crepe_llm.kernels.cuda import products
 from crepe_llm.kernels.cuda.products import CUSPARSELT, CUSPARSELT_LIMITS, CUTLASS, CUTLASS_LIMITS, TRITON, fits
 from crepe_llm.kernels.cuda.weight import CudaWeight
@@ -154,8 +155,15 @@ def linear(
     Raises ValueError when shapes or devices do not fit, TypeError for another activation dtype, and RuntimeError where
     an operand requires a gradient and gradients are recorded: there is none.
     """
-    if _direct(x) and (y := _at_once(x, packed, bias)) is not None:
-        return y
+    if _direct(x):
+        native = _NATIVE and x.ndim == 2 and torch.is_inference_mode_enabled()
+        if native and isinstance(packed, PackedWeight) and packed.inputs is None:
+            try:
+                return _operator(x, packed, bias)
+            except ValueError:  # unusual operands: they are told apart, and named, below
+                pass
+        if (y := _at_once(x, packed, bias)) is not None:
+            return y
     n, k = packed.shape
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; the weight is {n} x {k}, so its last dimension must be {k}")
@@ -256,9 +264,11 @@ def _quantized_cpu(x: torch.Tensor, packed: PackedWeight, inputs: Inputs, bias: 
 
 
 def _sparse(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    if _direct(x):
-        return _multiply(x, packed, bias)
-    return torch.ops.crepe_llm.sparse24_linear(
+    return _multiply(x, packed, bias) if _direct(x) else _operator(x, packed, _plain_bias(bias))
+
+
+def _operator(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.crepe_llm.sparse24_linear.default(
         x, packed.data, packed.scale, packed.zero, bias, *packed.shape, packed.format.name
     )
 
@@ -295,6 +305,22 @@ def _sparse24_call(*operands: Any) -> tuple[torch.Tensor, PackedWeight, torch.Te
 
 def _sparse24_linear(*operands: Any) -> torch.Tensor:
     return _multiply(*_sparse24_call(*operands))
+
+
+def _sparse24_recorded(*operands: Any) -> torch.Tensor:
+    """The operator outside torch.inference_mode: the operands are checked, gradients among them, and made usual."""
+    operands = tuple(value.resolve_neg() if isinstance(value, torch.Tensor) else value for value in operands)
+    x, packed, bias = _sparse24_call(*operands)
+    checks.product(x, packed, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.crepe_llm.sparse24_linear(*operands[:4], _plain_bias(bias), *operands[5:])
+
+
+def _plain_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias as the C++ operator takes it; one of integers, which is no bias, as it is."""
+    if bias is None or not bias.dtype.is_floating_point:
+        return bias
+    return bias.to(bias.dtype if bias.dtype in checks.ACTIVATIONS else torch.float32).contiguous()
 
 
 def _sparse24_shape(*operands: Any) -> torch.Tensor:
@@ -364,6 +390,7 @@ def _dense_tokens(dtype: torch.dtype) -> int:
 
 
 _library = torch.library.Library("crepe_llm", "DEF")
+_NATIVE = False  # whether the CPU's operator is C++
 for _schema, _function, _key, _shape in (
     (_SPARSE24, _sparse24_linear, "CPU", _sparse24_shape),
     (_DENSE, _dense_linear, "CompositeExplicitAutograd", _dense_shape),
@@ -371,5 +398,9 @@ for _schema, _function, _key, _shape in (
 ):
     _library.define(_schema)
     _name = _schema.partition("(")[0]
-    _library.impl(_name, _function, _key)
+    if _schema is _SPARSE24:
+        _NATIVE = operator.register("crepe_llm", _name)
+    if _schema is not _SPARSE24 or not _NATIVE:
+        _library.impl(_name, _function, _key)
     torch.library.register_fake(f"crepe_llm::{_name}", _shape, lib=_library)
+_library.impl("sparse24_linear", _sparse24_recorded, "Autograd")

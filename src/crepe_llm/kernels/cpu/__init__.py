@@ -40,32 +40,37 @@ _NO_MEMORY = 1  # what crepe_multiply returns; 2: sizes that do not belong toget
 _PROBLEM = struct.Struct("6P 10q 5i 0q")
 
 
+def opened() -> tuple[ctypes.CDLL | None, str]:
+    """The kernel library, or None and why there is none."""
+    found = Path(__file__).with_name("_kernels.so")
+    if not found.exists():
+        return None, "it was not built when crepe-llm was installed"
+    try:
+        loaded = ctypes.CDLL(str(found))
+        current = loaded.crepe_problem_bytes() == _PROBLEM.size and bool(loaded.crepe_multiply_experts)
+    except (AttributeError, OSError) as error:
+        return None, str(error)
+    if not current:
+        return None, f"{found.name} was built from another version of the source"
+    loaded.crepe_instruction_set.restype = ctypes.c_char_p
+    problem, pointer, integer = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32
+    loaded.crepe_multiply.argtypes = (problem, integer, pointer, integer)
+    loaded.crepe_multiply_experts.argtypes = (problem, pointer, ctypes.c_int64, integer, pointer, integer)
+    return loaded, ""
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernel library, or None (with one warning) where the package was installed without it."""
-    found = Path(__file__).with_name("_kernels.so")
-    reason = "it was not built when crepe-llm was installed"
-    if found.exists():
-        try:
-            loaded = ctypes.CDLL(str(found))
-            current = loaded.crepe_problem_bytes() == _PROBLEM.size and bool(loaded.crepe_multiply_experts)
-        except (AttributeError, OSError) as error:
-            current, reason = False, str(error)
-        else:
-            reason = f"{found.name} was built from another version of the source"
-        if current:
-            loaded.crepe_instruction_set.restype = ctypes.c_char_p
-            problem, pointer, integer = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32
-            loaded.crepe_multiply.argtypes = (problem, integer, pointer, integer)
-            loaded.crepe_multiply_experts.argtypes = (problem, pointer, ctypes.c_int64, integer, pointer, integer)
-            return loaded
-    warnings.warn(
-        f"crepe-llm's CPU kernel library is missing ({reason}); 2:4 weights are decompressed at every product, which "
-        f"is slow. {_CURE}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return None
+    loaded, reason = opened()
+    if loaded is None:
+        warnings.warn(
+            f"crepe-llm's CPU kernel library is missing ({reason}); 2:4 weights are decompressed at every product, "
+            f"which is slow. {_CURE}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return loaded
 
 
 @functools.cache
@@ -99,14 +104,14 @@ def default_instruction_set() -> str | None:
 
 
 @functools.cache
-def _default_index() -> int | None:
+def default_index() -> int | None:
     """The index of the default instruction set in the library; None without a library."""
     name = default_instruction_set()
     return None if name is None else instruction_sets()[name]
 
 
 @functools.cache
-def _parallel() -> int:
+def parallel() -> int:
     """Address of ``GOMP_parallel`` in the OpenMP runtime that torch calls, or 0 where there is none."""
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     for name in (None, str(torch_library)):
@@ -160,7 +165,7 @@ def multiply_plain(
         plain = bias.is_cpu and bias.dtype in _FLOATS and bias.is_contiguous() and not bias.is_neg()
         if not plain or bias.numel() != n:
             return None
-    index = _default_index()
+    index = default_index()
     return (
         None
         if index is None or library() is None
@@ -208,7 +213,7 @@ def _multiply(
     )
     lib = library()
     assert lib is not None
-    status = lib.crepe_multiply(problem, index, _parallel(), torch.get_num_threads())
+    status = lib.crepe_multiply(problem, index, parallel(), torch.get_num_threads())
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory for the converted activations of {m} tokens x {k} columns")
     if status:
@@ -239,9 +244,7 @@ def multiply_experts(
     index = instruction_sets()[instruction_set or default_instruction_set() or ""]
     lib = library()
     assert lib is not None
-    status = lib.crepe_multiply_experts(
-        problem, ends.data_ptr(), len(ends), index, _parallel(), torch.get_num_threads()
-    )
+    status = lib.crepe_multiply_experts(problem, ends.data_ptr(), len(ends), index, parallel(), torch.get_num_threads())
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory for the converted activations of {x.shape[0]} rows x {k} columns")
     if status:
