@@ -8,7 +8,7 @@ namespace {
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = true, kCodes16 = true;
-    static constexpr int64_t kBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
+    static constexpr int64_t kBlocks = 2, kCodeBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
     static constexpr bool one_block(Activations, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }

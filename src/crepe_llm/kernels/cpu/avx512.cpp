@@ -22,7 +22,7 @@ __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 struct Isa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
     static constexpr bool kEvenOdd = false, kCodes16 = false;
-    static constexpr int64_t kBlocks = 2, kChunkBlock = 32, kDenseTile = 8;
+    static constexpr int64_t kBlocks = 2, kCodeBlocks = CREPE_BF16 ? 4 : 2, kChunkBlock = 32, kDenseTile = 8;
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
     // single chain of fp32 additions would wait for itself.)
     static constexpr bool one_block(Activations activations, int64_t tokens) { return activations == kPairsBf16 && tokens <= 4; }
@@ -168,6 +168,7 @@ struct Isa {
     struct CodePairs {
         __m512i zero, table, even, odd;
 
+        CodePairs() {}
         explicit CodePairs(const uint8_t* zero_points) {
             alignas(64) static constexpr Differences differences;
             const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero_points)));
@@ -255,8 +256,8 @@ struct Isa {
     static INLINE void codes_bf16(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
         alignas(64) static constexpr Controls controls;
         const __m512i column_table = load512(controls.of);
-        CodePairs pairs[2] = {CodePairs(w.zero), CodePairs(w.zero + (R - 1) * w.zero_stride)};
-        static_assert(R <= 2);
+        CodePairs pairs[R];
+        UNROLL for (int r = 0; r < R; r++) pairs[r] = CodePairs(w.zero + r * w.zero_stride);
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++) {
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = first || w.scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);

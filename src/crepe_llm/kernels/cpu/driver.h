@@ -7,6 +7,7 @@
 //   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
 //   kEvenOdd                whether activations of dense bf16 weights come in the order that splits a register of them
 //   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
+//   kCodeBlocks             the same of codes for one token; at least kBlocks
 //   one_block(Activations, T)   whether T tokens are better done one row block at a time
 //   kChunkBlock             chunks of columns that stay in cache when there are several tiles
 //   prepared_tiles(bits)    the number of tiles from which on weights of so many bits are decoded once for all (kPairsBf16)
@@ -355,6 +356,12 @@ inline void multiply_piece(const Job& job, const Piece& piece, int64_t tokens, c
     }
 }
 
+// The same for one token and kCodeBlocks row blocks of codes.
+template <class K>
+inline void multiply_wide(const Job& job, const Piece& piece, const uint8_t* x, typename K::Sum* sums) {
+    if constexpr (is_codes(K::format)) multiply_codes<K, Isa::kCodeBlocks, 1>(job, piece, x, sums);
+}
+
 // The chunks [begin, begin + count) of row blocks from `block` on, as the weight has them.
 template <class K>
 Piece packed_piece(const Job& job, int64_t block, int64_t begin, int64_t count) {
@@ -367,10 +374,16 @@ template <class K>
 int64_t multiply_blocks(const Job& job, const Piece& piece, int64_t block_end, int64_t tile, typename K::Sum* sums) {
     const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, block = piece.block;
     const uint8_t* x = job.activations + begin * job.token_bytes + piece.begin * kColumnChunk * tokens * K::activation_bytes;
-    // The few bytes of narrow formats arrive before the additions of one row block are done: two wait for each other less.
+    // The few bytes of narrow formats arrive before the additions of one row block are done: two wait for each other less,
+    // and of codes, one token's kCodeBlocks.
     const bool alone = kWeightFormats[K::format].bits > 8 && Isa::one_block(K::activations, tokens);
-    const int64_t together = block + Isa::kBlocks <= block_end && !alone ? Isa::kBlocks : 1;
-    if (together == Isa::kBlocks)
+    const int64_t left = block_end - block;
+    int64_t together = Isa::kBlocks <= left && !alone ? Isa::kBlocks : 1;
+    if constexpr (is_codes(K::format) && !K::prepared && Isa::kCodeBlocks > Isa::kBlocks)
+        if (tokens == 1 && left >= Isa::kCodeBlocks) together = Isa::kCodeBlocks;
+    if (together > Isa::kBlocks)
+        multiply_wide<K>(job, piece, x, sums);
+    else if (together == Isa::kBlocks)
         multiply_piece<K, Isa::kBlocks, Isa::tile(K::activations)>(job, piece, tokens, x, sums);
     else
         multiply_piece<K, 1, Isa::tile(K::activations)>(job, piece, tokens, x, sums);

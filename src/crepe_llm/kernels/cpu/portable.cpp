@@ -6,7 +6,7 @@ namespace {
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = false, kCodes16 = false;
-    static constexpr int64_t kBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
+    static constexpr int64_t kBlocks = 1, kCodeBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
     static constexpr bool one_block(Activations, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
