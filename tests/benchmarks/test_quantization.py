@@ -5,8 +5,10 @@ import argparse
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+import quality_per_byte
 import quantization
 from crepe_llm.training.distillation import DistillationSettings
 from tiny_models import configs
@@ -64,3 +66,34 @@ def test_a_lost_mask_is_found(tmp_path):
     model.save_pretrained(tmp_path / "target")
     with pytest.raises(RuntimeError, match=r"down_proj left the mask of"):
         quantization.check_masks(tmp_path / "source", tmp_path / "target")
+
+
+def test_bytes_a_token_are_of_linear_layers_and_the_head_in_their_order(tmp_path):
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(10, 8),
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(8, 8),
+        "model.layers.0.input_layernorm.weight": torch.zeros(8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    rows = [
+        {
+            "model": MODEL,
+            "start": start,
+            "tokens": 0,
+            "quantization": name,
+            "perplexity": {"test": p, "valid": p, "news": p},
+        }
+        for start, name, p in (
+            ("dense", "none", 10.0),
+            ("CRePE", "INT4 (W4A16), GPTQ", 40.0),
+            ("CRePE", "INT4 (W4A16), GPTQ", 20.0),
+        )
+    ]
+    tied = quality_per_byte.token_bytes(tmp_path, 3.25, 16)
+    assert tied == 64 * 3.25 / 8 + 80 * 2
+    *_, first, second = quality_per_byte.table(rows, {MODEL: tmp_path}, int8_head=True).splitlines()
+    assert first.startswith(f"| {MODEL} | CRePE | INT4 (W4A16), GPTQ | 3.25 | 0.0 | 30.00 ± 10.00 |")
+    assert second.startswith(f"| {MODEL} | dense | none | 16 | 0.0 | 10.00 |")
+    save_file(tensors | {"lm_head.weight": torch.zeros(10, 4)}, tmp_path / "model.safetensors")
+    assert quality_per_byte.token_bytes(tmp_path, 16, 8) == 64 * 2 + 40
