@@ -312,15 +312,16 @@ def _sparse24_recorded(*operands: Any) -> torch.Tensor:
     operands = tuple(value.resolve_neg() if isinstance(value, torch.Tensor) else value for value in operands)
     x, packed, bias = _sparse24_call(*operands)
     checks.product(x, packed, bias)
+    bias = _plain_bias(bias)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.crepe_llm.sparse24_linear(*operands[:4], _plain_bias(bias), *operands[5:])
+        return torch.ops.crepe_llm.sparse24_linear(*operands[:4], bias, *operands[5:])
 
 
 def _plain_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
     """A bias as the C++ operator takes it; one of integers, which is no bias, as it is."""
     if bias is None or not bias.dtype.is_floating_point:
         return bias
-    return bias.to(bias.dtype if bias.dtype in checks.ACTIVATIONS else torch.float32).contiguous()
+    return (bias if bias.dtype in checks.ACTIVATIONS else bias.to(torch.float32)).contiguous()
 
 
 def _sparse24_shape(*operands: Any) -> torch.Tensor:
