@@ -11,6 +11,7 @@ test and validation articles and on news. A dense model's INT4 by GPTQ is llm-co
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -22,7 +23,7 @@ from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from crepe_llm import samples
 from crepe_llm.checkpoints import attach, is_2of4, read_folder
@@ -106,8 +107,10 @@ def quantize(key: Row, source: Path, target: Path) -> None:
 
 
 def linear_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a model's linear layers but the head, by name."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    """The weights of a model's linear layers but the head, by name; quantized ones as the numbers they stand for."""
+    quantized = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    says = "quantization_config" in json.loads((folder / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **(quantized if says else {}))
     head = model.get_output_embeddings()
     return {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
 

@@ -5,11 +5,13 @@ import argparse
 import pytest
 import torch
 import yaml
+from llmcompressor import oneshot
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import quality_per_byte
 import quantization
+from crepe_llm.checkpoints import attach
 from crepe_llm.training.distillation import DistillationSettings
 from tiny_models import configs
 
@@ -51,12 +53,28 @@ def test_the_table_compares_each_seed_with_itself():
     assert f"| {MODEL} | CRePE | INT8 (W8A8) | 82.50 ± 27.50 |" in table and "| +10.0% |" in table
 
 
-def test_a_lost_mask_is_found(tmp_path):
-    model = AutoModelForCausalLM.from_config(configs()["qwen2"]())
+def sparse_model():
+    model = AutoModelForCausalLM.from_config(configs(64, 128)["qwen2"]())
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, torch.nn.Linear) and layer is not model.lm_head:
                 layer.weight.view(-1, 4)[:, 2:] = 0
+    return model
+
+
+def test_masks_are_compared_in_the_numbers_that_codes_stand_for(tmp_path):
+    sparse_model().save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    oneshot(model=model, recipe=quantization.quantization_of("crepe_2of4_w4a16", dense=False))
+    attach(model)
+    model.save_pretrained(tmp_path / "int4")
+    quantization.check_masks(tmp_path / "plain", tmp_path / "int4")
+    weights = quantization.linear_weights(tmp_path / "int4")
+    assert all(not weight.view(-1, 4)[:, 2:].any() and weight.any() for weight in weights.values())
+
+
+def test_a_lost_mask_is_found(tmp_path):
+    model = sparse_model()
     model.save_pretrained(tmp_path / "source")
     quantization.check_masks(tmp_path / "source", tmp_path / "source")
     with torch.no_grad():
