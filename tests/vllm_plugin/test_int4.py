@@ -159,8 +159,14 @@ def change(folder: Path, to: Path, name: str, tensor: torch.Tensor | None) -> Pa
             torch.full((256, 2), torch.nan),
             r"weight_scale is missing or not finite in one of .*gate_proj",
         ),
+        ("weight_scale", torch.ones(255, 2), r"gate_proj\.weight_scale is \[255, 2\], but .*says \[256, 128\]"),
         ("weight_scale", torch.ones(256, 4), r"gate_proj\.weight_scale holds \[256, 4\] .* needs \[256, 2\]"),
         ("weight_scale", torch.ones(256, 2, dtype=torch.int32), r"gate_proj\.weight_scale holds .* as torch\.int32"),
+        (
+            "weight_packed",
+            torch.zeros(257, 16, dtype=torch.int32),
+            r"gate_proj\.weight_packed is \[257, 16\], but .*weight_shape says \[256, 128\]",
+        ),
         ("weight_shape", torch.tensor([256, 127]), r"gate_proj\.weight_shape says \[256, 127\], .* has \[256, 128\]"),
     ],
 )

@@ -27,7 +27,7 @@ from crepe_llm.vllm_plugin.embeddings import DenseEmbeddingMethod, Int8Embedding
 from crepe_llm.vllm_plugin.experts import ExpertNames, Sparse24ExpertsMethod, why_dense
 from crepe_llm.vllm_plugin.int4 import PACK_QUANTIZED, Int4LinearMethod, Int4Scheme
 from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod, full_rows
-from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain
+from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain, word_shapes
 from crepe_llm.vllm_plugin.whole_experts import apart, stored_name, take_apart
 
 _logger = logging.getLogger(__name__)
@@ -103,8 +103,8 @@ class Sparse24Config(CompressedTensorsConfig):
             whole = apart({name: stored.shape for name, stored in checkpoint.tensors.items()}, "weight")
             self._checkpoint_name = {name: name for name in layers if name not in whole}
             self._int4 = {name: name for name in int4 if current_platform.is_cpu()}
-            for name in _modules_with("weight_shape", checkpoint.tensors):
-                self._word_shapes[name] = checkpoint.load(f"{name}.weight_shape").flatten().tolist()
+            schemes = [scheme["weights"] for scheme in self.target_scheme_map.values()]
+            self._word_shapes = word_shapes(checkpoint, [weights.num_bits for weights in schemes if weights])
             self._note_others({name: stored.shape for name, stored in checkpoint.tensors.items()})
             return
         if Path(model_name).is_dir():

@@ -1,12 +1,12 @@
 """Checkpoints that record plain or 4-bit 2:4 weights (``sparsity_config.format: dense``): found, and packed at load."""
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
-from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
+from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import Checkpoint, read_strictly
 from crepe_llm.checkpoints.saving import int4_2of4, plain_2of4
 
@@ -27,6 +27,35 @@ def read_plain(model_name: str, revision: str | None) -> tuple[Checkpoint, list[
         folder = download_weights_from_hf(model_name, None, ["*.safetensors"], revision)
     checkpoint = read_strictly(Path(folder))
     return checkpoint, plain_2of4(checkpoint), int4_2of4(checkpoint)
+
+
+def word_shapes(checkpoint: Checkpoint, bits: Collection[int]) -> dict[str, list[int]]:
+    """What weights that are packed in words of 32 bits say of their shape, by layer.
+
+    Args:
+        checkpoint: with the layers.
+        bits: of the checkpoint's codes; their columns are compared if there is one width.
+
+    Raises:
+        FormatError: words or scales have another shape than that (named).
+    """
+    shapes = {}
+    for tensor, stored in checkpoint.tensors.items():
+        layer, _, part = tensor.rpartition(".")
+        if part != "weight_shape" or f"{layer}.weight_packed" not in checkpoint.tensors:
+            continue
+        shapes[layer] = rows, columns = checkpoint.load(tensor).flatten().tolist()
+        words = -(-columns // (32 // min(bits))) if len(set(bits)) == 1 else None
+        for kind, width in (("weight_packed", words), ("weight_scale", None)):
+            if f"{layer}.{kind}" not in checkpoint.tensors:
+                continue
+            found = checkpoint.tensors[f"{layer}.{kind}"].shape
+            if len(found) != 2 or found[0] != rows or (width is not None and found[1] != width):
+                raise FormatError(
+                    f"{stored.file}: tensor {layer}.{kind} is {list(found)}, but {tensor} says {[rows, columns]}; "
+                    "export the model again"
+                )
+    return shapes
 
 
 def pack_weights(
