@@ -167,6 +167,7 @@ def change(folder: Path, to: Path, name: str, tensor: torch.Tensor | None) -> Pa
             torch.zeros(257, 16, dtype=torch.int32),
             r"gate_proj\.weight_packed is \[257, 16\], but .*weight_shape says \[256, 128\]",
         ),
+        ("weight_shape", None, r"gate_proj has weight_packed but no weight_shape"),
         ("weight_shape", torch.tensor([256, 127]), r"gate_proj\.weight_shape says \[256, 127\], .* has \[256, 128\]"),
     ],
 )

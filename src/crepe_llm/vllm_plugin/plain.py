@@ -37,11 +37,15 @@ def word_shapes(checkpoint: Checkpoint, bits: Collection[int]) -> dict[str, list
         bits: of the checkpoint's codes; their columns are compared if there is one width.
 
     Raises:
-        FormatError: words or scales have another shape than that (named).
+        FormatError: there is no such shape, or words or scales have another (named).
     """
     shapes = {}
     for tensor, stored in checkpoint.tensors.items():
         layer, _, part = tensor.rpartition(".")
+        if part == "weight_packed" and f"{layer}.weight_shape" not in checkpoint.tensors:
+            raise FormatError(
+                f"{stored.file}: layer {layer} has weight_packed but no weight_shape; export the model again"
+            )
         if part != "weight_shape" or f"{layer}.weight_packed" not in checkpoint.tensors:
             continue
         shapes[layer] = rows, columns = checkpoint.load(tensor).flatten().tolist()
