@@ -8,9 +8,10 @@
 One layer of each kind has random weights and inputs; each stage runs on it alone, in a process of its own, so that its
 peak memory is its own. Seconds are processor seconds of one thread, on which other work on the machine bears little. A
 model's time is the sum over kinds, as often as it has them. The stages: `inputs` (Gram matrix and sums of a layer's
-tokens), `mask` (crepe_2of4), `pcg`, `admm`, `permutation` (the search on a sample of rows), `candidate` (one of PHO's
-200), `saving` (packing). For a GPU the time is arithmetic: the larger of operations over its fp32 rate and bytes over
-its bandwidth, for stages whose operations are counted. A stage that is recorded is not measured again.
+tokens; of a model for 128 x 2048 tokens, once for layers that share their inputs), `mask` (crepe_2of4), `pcg`, `admm`,
+`permutation` (the search on a sample of rows), `candidate` (one of PHO's 200), `saving` (packing). For a GPU the time
+is arithmetic: the larger of operations over its fp32 rate and bytes over its bandwidth, for stages whose operations are
+counted. A stage that is recorded is not measured again.
 """
 
 import argparse
@@ -40,6 +41,8 @@ PROTOCOL = 1
 COEFFICIENTS = {"row": 1.0, "column": 7.0, "neighbourhood": 6.0, "kernel_size": 31, "activation_exponent": 0.85}
 PERMUTED_ROWS, PCG, ADMM, ROUNDS, REFINEMENT = 8192, 10, 20, 15, 10
 CALIBRATION_TOKENS = 128 * 2048  # of a whole run; the time of `inputs` grows with them
+# Inputs are gathered once for layers that share them: q, k and v; gate and up.
+SHARED = {"k_proj, v_proj": 0, "gate_proj, up_proj": 1}
 
 
 @dataclass(frozen=True)
@@ -200,8 +203,8 @@ def whole(options: argparse.Namespace, model: str, stage: str, rows: dict[str, R
     shape, seconds, gpu, weights = MODELS[model], 0.0, 0.0, 0
     for kind, row in rows.items():
         d_out, d_in, count = shape.kinds[kind]
-        layers = count * shape.blocks
-        weights += layers * d_out * d_in
+        weights += count * shape.blocks * d_out * d_in
+        layers = shape.blocks * (SHARED.get(kind, count) if stage == "inputs" else count)
         seconds += layers * row["seconds"] * (CALIBRATION_TOKENS / row["tokens"] if stage == "inputs" else 1)
         counted = operations(stage, d_out, d_in, CALIBRATION_TOKENS)
         if counted is not None:

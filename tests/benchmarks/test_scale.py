@@ -24,6 +24,8 @@ def test_a_model_is_the_sum_of_its_layers():
     assert found["seconds_per_million_weights"] == pytest.approx(14 / (weights / 1e6))
     # 40 operations a weight at 1e12 a second; bandwidth is no limit.
     assert found["gpu_seconds"] == pytest.approx(40 * weights / 1e12)
+    # Inputs, for 128 times as many tokens: of q, k and v, of o, of gate and up, and of down.
+    assert scale.whole(options, "tiny", "inputs", rows)["seconds"] == 2 * 4 * 128
     del rows["down_proj"]
     found = scale.whole(options, "tiny", "mask", rows)
     assert found["seconds"] == 12 and found["without"] == ["down_proj"]
