@@ -152,7 +152,7 @@ def test_inference_mode_gives_what_the_checked_way_gives():
             assert torch.equal(kernels.linear(x, packed, bias), y)
         with pytest.raises(ValueError, match=r"24 x 32, so its last dimension must be 32"):
             kernels.linear(torch.ones(2, 31), packed)
-        with pytest.raises(TypeError, match=r"x has dtype torch.float64"):
+        with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
             kernels.linear(torch.ones(2, 32, dtype=torch.float64), packed)
 
 
