@@ -6,9 +6,10 @@
     OMP_NUM_THREADS=1 python benchmarks/decode_profile.py --cpu-time     # on a machine that does other work, too
 
 One stream decodes, and functions are timed without those that they call; medians over the decoding steps, in ms a
-token. "kernels" is the C++ library. "our Python" is the linear and embedding methods, `kernels.linear` and its checks.
-A compiled model is one function: the time of its operators (our products, vLLM's attention) is taken from torch's
-profiler in a second load, and norms, activations, residual sums and the calls of operators are what is left in "model".
+token. "kernels" is the C++ library, "our Python" the linear and embedding methods, `kernels.linear` and its checks. The
+operator of our 2:4 products is C++, too: its time comes from torch's profiler in a second load. A compiled model is one
+function: there attention comes from the profiler as well, and norms, activations, residual sums and the calls of
+operators are what is left in "model".
 The timers themselves take about 0.1 ms of a token. The models are those of benchmarks/serve.py. Every engine is a
 process of its own, and its figures are a row of --results.
 """
@@ -44,7 +45,7 @@ PARTS = {
     "Attention": "attention",
     "LogitsProcessor": "logits",
 }
-# Operators of a compiled model.
+# Operators that torch's profiler times.
 OPERATORS = {
     "crepe_llm::sparse24_linear": KERNELS,
     "vllm::unified_attention_with_output": "attention",
@@ -117,7 +118,7 @@ def time_model(clock: Clock, model: Any, compiled: bool) -> None:
 
 
 def operator_seconds(run: Callable[[], object], steps: int) -> dict[str, float]:
-    """Seconds of a decoding step in the operators of a compiled model, by part.
+    """Seconds of a decoding step in operators, by part.
 
     ``run`` takes ``steps`` steps, the first of which reads the prompt. For each call in a step, the median over the
     steps counts.
@@ -159,11 +160,12 @@ def profile(folder: str, dtype: str, compiled: bool, cpu_time: bool, prompt: int
     parts = {name for found in decoding for name in found}
     seconds = {name: statistics.median(found.get(name, 0.0) for found in decoding) for name in parts}
     total = statistics.median(sum(found.values()) for found in decoding)
-    if compiled:
-        core.step = step
-        for part, spent in operator_seconds(lambda: load(case), tokens).items():
+    core.step = step
+    for part, spent in operator_seconds(lambda: load(case), tokens).items():
+        if compiled or part == KERNELS:  # of a model that runs eagerly the module's own time is known
             seconds[part] = seconds.get(part, 0.0) + spent
-            seconds[MODEL] -= spent
+            caller = MODEL if compiled else OURS
+            seconds[caller] = seconds.get(caller, 0.0) - spent
     layers = sum(hasattr(module, "packed") for module in runner.model.modules())
     return {
         "ms": {name: 1e3 * value for name, value in seconds.items()},
