@@ -132,6 +132,7 @@ def print_report(options: argparse.Namespace) -> None:
     """Print the tables of every model."""
     wanted = {"protocol": PROTOCOL, **conditions(options)}
     same = [row for row in read(options.results) if wanted.items() <= row.items()]
+    same = [row for row in same if row["provenance"]["commit"].startswith(options.commit)]
     print(json.dumps(wanted))
     for model in options.models:
         rows = {name: [row for row in same if (row["model"], row["engine"]) == (model, name)] for name in ENGINES}
@@ -155,6 +156,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compiled", action="store_true", help="vLLM's default mode; else it runs eagerly")
     parser.add_argument("--make", action="store_true", help="write the models that are missing, and stop")
     parser.add_argument("--report", action="store_true", help="print the tables of the rows that are there, and stop")
+    parser.add_argument("--commit", default="", help="tables of the rows of this commit alone, by its first digits")
     parser.add_argument("--results", metavar="FILE", type=Path, default=RESULTS / "serve.jsonl", help="a row a run")
     return parser.parse_args()
 
