@@ -22,7 +22,20 @@ ROOMS = {
     "vllm_plugin": {"functional", "models", "kernels", "checkpoints"},
     "samples": set(),
     "evaluation": {"functional", "models", "checkpoints", "samples"},
-    "cli": {"kernels", "training", "modifiers", "oneshot", "checkpoints", "vllm_plugin", "samples", "evaluation"},
+    "cli": {
+        *(
+            "functional",
+            "kernels",
+            "training",
+            "search",
+            "modifiers",
+            "oneshot",
+            "checkpoints",
+            "vllm_plugin",
+            "samples",
+        ),
+        "evaluation",
+    },
 }
 # Of the modifiers, only this file searches.
 SEARCHES = "modifiers/pho.py"

@@ -166,7 +166,7 @@ def test_the_wheel_is_tagged_by_what_it_depends_on(wheel):
 def test_the_kernels_of_the_wheel_for_aarch64_run_there(dist, wheel, tmp_path):
     """On what auditwheel found that they need; where qemu is there, each product is compared with portable C++."""
     other = next(dist.glob("*_aarch64.whl"))
-    assert re.fullmatch(r"crepe_llm-[\d.]+-py3-none-manylinux[\w.]*_2_17_aarch64\.whl", other.name)
+    assert re.fullmatch(r"crepe_llm-[\d.]+-py3-none-manylinux[\w.]*_2_(17|24)_aarch64\.whl", other.name)
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(other) as theirs:
         assert [name for name in ours.namelist() if "dist-info" not in name] == [
             name for name in theirs.namelist() if "dist-info" not in name

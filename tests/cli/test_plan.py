@@ -37,12 +37,12 @@ def modifiers(method):
 
 @pytest.mark.parametrize("method", ["Wanda", "CRePE", "CRePE + pcg", "CRePE + permutation + admm"])
 def test_runs_took_about_what_is_expected(method):
-    """By the recorded runs of two models, on two cores that multiply about 300 GFLOP/s in fp32."""
+    """By the fastest recorded run of two models, on two cores that multiply about 300 GFLOP/s in fp32: other work on
+    the machine only makes a run longer."""
     records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
-    taken = [(r["model"], r["seconds"]) for r in records if (r["method"], r["structure"]) == (method, "2:4")]
-    assert {model for model, _ in taken} == BLOCKS.keys()
-    for model, seconds in taken:
-        count, *block = BLOCKS[model]
+    runs = [row for row in records if (row["method"], row["structure"]) == (method, "2:4")]
+    for model, (count, *block) in BLOCKS.items():
+        seconds = min(row["seconds"] for row in runs if row["model"] == model)
         expected = expected_seconds(modifiers(method), block * count, 16 * 512, 300e9)
         assert 1 / 3 < seconds / expected < 3, (model, seconds, expected)
 

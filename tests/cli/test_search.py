@@ -31,7 +31,7 @@ def test_the_state_of_a_study_and_the_time_that_is_left():
 
 def test_a_run_shows_a_plan_one_line_and_a_table(dense, text, tmp_path, capsys):
     study = tmp_path / "study.json"
-    options = ["--samples", "4", "--length", "16", "--candidates", "8", "--tokens", "400"]
+    options = ["--samples", "4", "--length", "16", "--candidates", "8", "--tokens", "1000"]
     command = ["search", str(dense), "--text", str(text), "--study", str(study), *options]
     assert main(command) == 0
     shown = capsys.readouterr()
