@@ -4,7 +4,6 @@ The commands and recipes are run in test_packaging.py, from the wheel.
 """
 
 import ast
-import importlib.util
 import os
 import re
 import shlex
@@ -22,6 +21,7 @@ import crepe_llm.modifiers
 from crepe_llm.cli.main import parser
 from crepe_llm.recipe_files import recipe_path, shipped_recipes
 from modifier_helpers import load, run
+from script_modules import load_script
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,25 +36,17 @@ LARGEST = next(block for block in BLOCKS.values() if "CFSPModifier" in block and
 EXTENSION = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.DOTALL)[1]
 
 
-def loaded(name):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def script():
-    return loaded("reference")
+    return load_script("reference")
 
 
 def test_what_a_gpu_needs_to_recover_is_what_the_script_computes():
-    assert f"\n{loaded('recovery_cost').table(989e12, 0.4)}\n" in RECOVER
+    assert f"\n{load_script('recovery_cost').table(989e12, 0.4)}\n" in RECOVER
 
 
 def test_readme_has_the_perplexities_that_are_recorded():
-    figures = loaded("readme_figures")
+    figures = load_script("readme_figures")
     cells = re.findall(r"^\| .* \| \**([\d. ±]+?)\** \| \d+ MB", PAGES[0].read_text(), re.MULTILINE)
     assert cells == [figures.in_words(*each) for each in figures.perplexities().values()]
     assert f"(docs/{figures.PICTURE.name})" in PAGES[0].read_text()

@@ -1,7 +1,6 @@
 """The notebook of the docs: its cells run on a small model, and its outputs are those of the real one."""
 
 import base64
-import importlib.util
 import json
 import random
 import re
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from crepe_llm import samples
 from modifier_helpers import SMALL
+from script_modules import load_script
 from tiny_models import letters_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -22,10 +22,7 @@ NOTEBOOK = json.loads(PAGE.read_text())
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("notebook", ROOT / "scripts" / "notebook.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("notebook")
 
 
 @pytest.fixture

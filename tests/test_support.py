@@ -1,20 +1,15 @@
 """A sample of what scripts/support.py runs over all families, and its page."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "support.py"
+from script_modules import load_script
 
 
 @pytest.fixture(scope="module")
 def support():
-    spec = importlib.util.spec_from_file_location("support", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("support")
 
 
 @pytest.fixture(scope="module")

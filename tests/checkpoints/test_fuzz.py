@@ -1,10 +1,7 @@
 """A sample of the mutants of scripts/fuzz_checkpoints.py, and its judgement itself."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from crepe_llm.checkpoints import FormatError, decompress_folder
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_checkpoints.py"
+from script_modules import load_script
 
 
 @pytest.fixture(scope="module")
 def fuzz():
-    spec = importlib.util.spec_from_file_location("fuzz_checkpoints", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("fuzz_checkpoints")
 
 
 def test_no_mutant_of_a_sample_loads_in_silence(fuzz, capsys):
