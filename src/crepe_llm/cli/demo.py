@@ -40,7 +40,7 @@ def add(subparsers: Any) -> None:
         epilog=(
             "examples:\n"
             "  crepe demo\n"
-            "  crepe demo --output /tmp/demo --tokens 4096 --json demo.json\n"
+            "  crepe demo --output my-demo --tokens 4096 --json demo.json\n"
             "It takes about three minutes on two cores. `crepe serve demo-output` serves what it leaves.\n"
         ),
         formatter_class=HelpFormatter,

@@ -20,10 +20,8 @@ _DOES = {
     "saves": "saves packed layers",
 }
 
-# The share of a large matrix product's speed that runs of llm-compressor's pipeline reach, and the tokens that a search
-# judges pruned models on by default.
+# The share of a large matrix product's speed that runs of llm-compressor's pipeline reach.
 _REACHED = 0.5
-_JUDGED = 328_000
 
 
 def recipe_in_words(modifiers: list[Any]) -> str:
@@ -72,6 +70,7 @@ def expected_seconds(modifiers: list[Any], shapes: list[tuple[int, int]], tokens
         rate: multiply-adds a second, times two, of this machine's matrix product.
     """
     from crepe_llm.modifiers.order import role_of
+    from crepe_llm.search.stages import DEFAULT_TOKENS
 
     runs, products, iterations = 0.0, 0, 0
     for modifier in modifiers:
@@ -85,7 +84,7 @@ def expected_seconds(modifiers: list[Any], shapes: list[tuple[int, int]], tokens
             runs += 2
             products = max(products, int("GPT" in type(modifier).__name__))
         elif role == "searches" and getattr(modifier, "found", None) is None:
-            judged = getattr(modifier, "tokens", None) or _JUDGED
+            judged = getattr(modifier, "tokens", None) or DEFAULT_TOKENS
             runs += 2 + 3 * judged / max(1, tokens)
     weights = sum(d_out * d_in for d_out, d_in in shapes)
     grams = sum(d_in * d_in for _, d_in in shapes)

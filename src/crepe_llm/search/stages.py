@@ -17,13 +17,15 @@ from crepe_llm.search.study import Study
 from crepe_llm.search.surrogate import Surrogate
 from crepe_llm.search.trials import Plan, Round, Stage, Trial
 
-__all__ = ["WINDOW", "Cost", "Measure", "choose_rounds", "judge", "run_last_stage"]
+__all__ = ["DEFAULT_TOKENS", "WINDOW", "Cost", "Measure", "choose_rounds", "judge", "run_last_stage"]
 
 WINDOW = 512
 """Tokens of a window: texts are cut into windows of at most so many."""
 
 # Candidates and tokens of each. The last stage is pruned as the recipe prunes.
 _DEFAULT = ((32, 8192), (4, 16384))
+DEFAULT_TOKENS = sum(candidates * tokens for candidates, tokens in _DEFAULT)
+"""The most tokens that pruned models are judged on by default."""
 # With fewer candidates and windows than these a stage decides nothing.
 _FEWEST = ((12, 2), (4, 8))
 # So many of the first stage's candidates are chosen by the proxy, at most; then so many at a time by the surrogate.
