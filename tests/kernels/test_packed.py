@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crepe_llm import kernels
+from crepe_llm.functional import bitmask
+from crepe_llm.kernels import packed
 from crepe_llm.kernels.formats import FORMATS, format_of
 from crepe_llm.kernels.packed import packed_bytes
 
@@ -65,6 +67,20 @@ def test_pack_compressed_equals_pack_of_the_dense_weight(n, groups, dtype, seed)
     packed = kernels.pack_compressed(compressed, bitmask, shape)
     assert torch.equal(kernels.unpack(packed), weight)
     assert packed.shape == (n, 4 * groups) and packed.format.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+@pytest.mark.parametrize("weights_at_once", [512, 3000])
+def test_a_weight_laid_out_in_pieces_has_the_same_bytes(dtype, weights_at_once, monkeypatch):
+    weight = sparse_weight(75, 36, dtype)
+    scale = torch.ones(75) if dtype == torch.int8 else None
+    compressed, bits = naive_compress(weight)
+    whole = kernels.pack_compressed(compressed, bits, (75, 36), scale)
+    monkeypatch.setattr(packed, "_SPLIT", weights_at_once)
+    monkeypatch.setattr(bitmask, "_BLOCK_BYTES", 100)
+    in_pieces = kernels.pack_compressed(compressed, bits, (75, 36), scale)
+    assert torch.equal(in_pieces.data, whole.data)
+    assert torch.equal(kernels.unpack(in_pieces), weight)
 
 
 def test_every_pair_of_columns_survives():

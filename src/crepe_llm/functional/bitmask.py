@@ -68,8 +68,14 @@ def kept_columns(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
     `bitmask` is uint8 [rows, ceil(columns / 8)], `columns` a multiple of 4. The result is uint8 [rows, columns / 4, 2],
     ascending, each 0 to 3. The bitmask is not checked: see :func:`wrong_byte`.
     """
-    nibbles = torch.stack((bitmask & 15, bitmask >> 4), dim=-1).view(bitmask.shape[0], -1)[:, : columns // 4]
-    return _COLUMNS.to(bitmask.device)[nibbles.int()]
+    rows, of_nibble = bitmask.shape[0], _COLUMNS.to(bitmask.device)
+    found = torch.empty(rows, columns // 4, 2, dtype=torch.uint8, device=bitmask.device)
+    step = max(1, _BLOCK_BYTES // max(1, 8 * bitmask.shape[1]))
+    for start in range(0, rows, step):
+        block = bitmask[start : start + step]
+        nibbles = torch.stack((block & 15, block >> 4), dim=-1).view(len(block), -1)[:, : columns // 4]
+        found[start : start + step] = of_nibble[nibbles.int()]
+    return found
 
 
 def wrong_byte(bitmask: torch.Tensor, columns: int) -> tuple[int, int] | None:

@@ -41,7 +41,7 @@ from crepe_llm.kernels.memory import on_huge_pages
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 _GROUPS = COLUMN_CHUNK // 4
-# Weights of 4 bits that are taken apart at once, so that what is computed meanwhile stays small beside the weight.
+# Weights that are taken apart or laid out at once, so that what is computed meanwhile stays small beside the weight.
 _SPLIT = 1 << 20
 # An int32 of four bytes that are 0 or 1, times this: bit 24 + i is byte i.
 _GATHER_BITS = 1 << 24 | 1 << 17 | 1 << 10 | 1 << 3
@@ -414,25 +414,34 @@ def interleave(
     kept: Kept, scale: torch.Tensor | None = None, inputs: Inputs | None = None, zero: torch.Tensor | None = None
 ) -> PackedWeight:
     """The CPU kernels' layout of a weight whose format they know; ``scale`` and ``zero`` lie as there."""
-    values, columns, form = kept
-    n, k = kept.shape
-    rows, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
-    padding = (0, 0, 0, chunks * _GROUPS - k // 4, 0, rows * ROW_BLOCK - n)
+    form, (n, k) = kept.format, kept.shape
+    blocks, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
+    shape = (blocks, chunks, form.chunk_bytes)
+    data = on_huge_pages(torch.empty(shape, dtype=torch.uint8, device=kept.values.device))
+    step = max(1, _SPLIT // (ROW_BLOCK * COLUMN_CHUNK * max(1, chunks)))
+    for block in range(0, blocks, step):
+        rows = slice(ROW_BLOCK * block, ROW_BLOCK * (block + step))
+        _write_blocks(data[block : block + step], kept.values[rows], kept.columns[rows], form)
+    return PackedWeight(data.view(-1), (n, k), form, scale, inputs, zero)
+
+
+def _write_blocks(data: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, form: Format) -> None:
+    """Writes the layout of some row blocks, uint8 [row blocks, chunks, bytes of a chunk]; the last may lack rows."""
+    blocks, chunks = data.shape[:2]
+    padding = (0, 0, 0, chunks * _GROUPS - values.shape[1], 0, blocks * ROW_BLOCK - len(values))
     if any(padding):
         values = torch.nn.functional.pad(values, padding)
         # Padded values meet activations of zero, so that their columns do not matter: (0, 0) is as good as (0, 1).
         columns = torch.nn.functional.pad(columns, padding)
-    data = on_huge_pages(torch.empty(rows, chunks, form.chunk_bytes, dtype=torch.uint8, device=values.device))
-    words = torch.zeros(rows * ROW_BLOCK, chunks, dtype=torch.int32, device=values.device)
-    by_chunk = columns.view(rows * ROW_BLOCK, chunks, 2 * _GROUPS)
+    words = torch.zeros(blocks * ROW_BLOCK, chunks, dtype=torch.int32, device=values.device)
+    by_chunk = columns.view(blocks * ROW_BLOCK, chunks, 2 * _GROUPS)
     for value, shift in enumerate(form.column_shifts):
         words |= by_chunk[:, :, value].to(torch.int32) << shift
-    metadata = words.view(rows, ROW_BLOCK, chunks).transpose(1, 2).contiguous()
-    data[..., :METADATA_BYTES] = metadata.view(torch.uint8).view(rows, chunks, METADATA_BYTES)
-    lanes = _to_lanes(values.contiguous().view(rows, ROW_BLOCK, chunks, 2 * _GROUPS), form)
+    metadata = words.view(blocks, ROW_BLOCK, chunks).transpose(1, 2).contiguous()
+    data[..., :METADATA_BYTES] = metadata.view(torch.uint8).view(blocks, chunks, METADATA_BYTES)
+    lanes = _to_lanes(values.contiguous().view(blocks, ROW_BLOCK, chunks, 2 * _GROUPS), form)
     ordered = lanes.permute(0, 2, 3, 1)
-    data[..., METADATA_BYTES:] = ordered.contiguous().view(torch.uint8).view(rows, chunks, -1)
-    return PackedWeight(data.view(-1), (n, k), form, scale, inputs, zero)
+    data[..., METADATA_BYTES:] = ordered.contiguous().view(torch.uint8).view(blocks, chunks, -1)
 
 
 def interleave_int4(kept: Kept, scale: torch.Tensor, zero: torch.Tensor | None) -> PackedWeight:
