@@ -151,39 +151,46 @@ struct Isa {
         }
     };
 
-    // The bf16 of a code less its zero point, by the lowest five bits of the difference.
+    // The bf16 of a code less its zero point: by the lowest five bits of the difference or, with `Usual`, for the zero
+    // point that codes have unless told otherwise, by those of the code, of which the fifth is another code's.
+    template <bool Usual>
     struct Differences {
         uint16_t of[32];
         constexpr Differences() : of() {
-            for (int i = 1; i < 32; i++) {
-                const int magnitude = i < 16 ? i : 32 - i;
+            for (int i = 0; i < 32; i++) {
+                const int difference = Usual ? i % 16 - kZeroPoint : i < 16 ? i : i - 32;
+                const int magnitude = difference < 0 ? -difference : difference;
+                if (!magnitude) continue;
                 int exponent = 4;
                 while (!(magnitude >> exponent)) exponent--;
-                of[i] = uint16_t((i < 16 ? 0 : 0x8000) | (127 + exponent) << 7 | ((magnitude << (7 - exponent)) & 0x7f));
+                of[i] = uint16_t((difference > 0 ? 0 : 0x8000) | (127 + exponent) << 7 | ((magnitude << (7 - exponent)) & 0x7f));
             }
         }
     };
 
     // What decodes codes to pairs of bf16, of one row block.
+    template <bool Usual>
     struct CodePairs {
         __m512i zero, table, even, odd;
 
         CodePairs() {}
         explicit CodePairs(const uint8_t* zero_points) {
-            alignas(64) static constexpr Differences differences;
-            const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero_points)));
-            zero = _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101));
+            alignas(64) static constexpr Differences<Usual> differences;
             table = load512(differences.of);
-            even = odd = zero;
+            if constexpr (!Usual) {
+                const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero_points)));
+                zero = _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101));
+            }
         }
 
         // Of group g of a chunk; the groups of a chunk in ascending order.
         INLINE __m512i of(const uint8_t* chunk, int g) {
-            const __m512i low = _mm512_set1_epi8(15);
+            if (g % 4 == 0) even = load512(chunk + kMetadataBytes + 16 * g);
+            if constexpr (Usual) return _mm512_permutexvar_epi16(g % 4 ? _mm512_srli_epi16(even, 4 * (g % 4)) : even, table);
             if (g % 4 == 0) {
-                const __m512i words = load512(chunk + kMetadataBytes + 16 * g);
-                even = _mm512_sub_epi8(_mm512_and_si512(words, low), zero);
-                odd = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(words, 4), low), zero);
+                const __m512i low = _mm512_set1_epi8(15);
+                odd = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(even, 4), low), zero);
+                even = _mm512_sub_epi8(_mm512_and_si512(even, low), zero);
             }
             const __m512i codes = g % 2 ? odd : even;
             return _mm512_permutexvar_epi16(g % 4 < 2 ? codes : _mm512_srli_epi16(codes, 8), table);
@@ -194,7 +201,7 @@ struct Isa {
     static void prepare(const uint8_t* w, const uint8_t* zero, int64_t chunks, uint8_t* out) {
         alignas(64) static constexpr Controls controls;
         const __m512i table = load512(controls.of);
-        CodePairs codes(zero);
+        CodePairs<false> codes(zero);
         for (int64_t c = 0; c < chunks; c++, w += chunk_bytes(Format)) {
             prefetch<chunk_bytes(Format)>(w, chunks, 0);
             __m512i metadata = load512(w);
@@ -251,13 +258,14 @@ struct Isa {
         store_codes(w, acc, sums, first);
     }
 
-    // As sparse_bf16; the pair of values comes from a table. The zero points are taken from bytes, four codes at once.
-    template <int R, int T>
+    // As sparse_bf16; the pair of values comes from a table. Zero points other than the usual are taken from bytes, four
+    // codes at once.
+    template <bool Usual, int R, int T>
     static INLINE void codes_bf16(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
         alignas(64) static constexpr Controls controls;
         const __m512i column_table = load512(controls.of);
-        CodePairs pairs[R];
-        UNROLL for (int r = 0; r < R; r++) pairs[r] = CodePairs(w.zero + r * w.zero_stride);
+        CodePairs<Usual> pairs[R];
+        UNROLL for (int r = 0; r < R; r++) pairs[r] = CodePairs<Usual>(w.zero + r * w.zero_stride);
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++) {
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = first || w.scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
@@ -390,7 +398,11 @@ struct Isa {
     static INLINE void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
 #if CREPE_BF16
         if constexpr (K::prepared) return codes_prepared<R, T>(w, x, chunks, sums, first);
-        if constexpr (K::activations == kPairsBf16) return codes_bf16<R, T>(w, x, chunks, sums, first);
+        if constexpr (K::activations == kPairsBf16) {
+            // Decoding is most of the work for one token only.
+            if (T == 1 && !w.zero_stride) return codes_bf16<T == 1, R, T>(w, x, chunks, sums, first);
+            return codes_bf16<false, R, T>(w, x, chunks, sums, first);
+        }
 #endif
         if constexpr (K::activations == kF32) codes_f32<R, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
