@@ -4,10 +4,10 @@ python benchmarks/studies.py --pack     # put what the benchmarks have searched 
 """
 
 import argparse
-import os
 import tarfile
 from pathlib import Path
 
+from crepe_llm.user_cache import user_cache
 from records import RESULTS
 
 ARCHIVE = RESULTS / "studies.tar.xz"
@@ -15,8 +15,7 @@ ARCHIVE = RESULTS / "studies.tar.xz"
 
 def studies_folder() -> Path:
     """A folder in the user's cache that holds the archive's studies; what is there already is left as it is."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "crepe_llm" / "benchmark_studies"
+    folder = user_cache() / "benchmark_studies"
     folder.mkdir(parents=True, exist_ok=True)
     if ARCHIVE.exists():
         with tarfile.open(ARCHIVE) as archive:

@@ -420,6 +420,6 @@ def test_a_result_that_is_not_the_dense_one_is_refused():
 
 def test_the_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert plans.cache_path() == tmp_path / "crepe_llm" / "cuda_plans.json"
+    assert plans.cache_path() == tmp_path / "crepe-llm" / "cuda_plans.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert plans.cache_path().parts[-3:] == (".cache", "crepe_llm", "cuda_plans.json")
+    assert plans.cache_path().parts[-3:] == (".cache", "crepe-llm", "cuda_plans.json")

@@ -133,7 +133,7 @@ def test_the_recipe_of_this_project(tiny_model_folder, calibration_data, tmp_pat
     model = run(load(tiny_model_folder("llama")), str(tmp_path / "recipe.yaml"), calibration_data)
     zeros = (model.model.layers[0].mlp.up_proj.weight == 0).double().mean().item()
     assert zeros == 0.5
-    [record] = (tmp_path / "cache" / "crepe_llm" / "pho_studies").iterdir()
+    [record] = (tmp_path / "cache" / "crepe-llm" / "pho_studies").iterdir()
     assert not (tmp_path / "pho_studies").exists()
     assert "2of4" in record.name
     assert Study.load(record).finished

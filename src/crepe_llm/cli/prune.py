@@ -62,7 +62,7 @@ def add(subparsers: Any) -> None:
             "A run with --resume keeps each finished block in DIR.resume until the model is written. When it was\n"
             "killed, the same command goes on after the last of them.\n"
             "`crepe recipes` lists the recipes that have names. What llm-compressor logs goes to a file in the user's\n"
-            "cache folder (~/.cache/crepe_llm/logs, or under XDG_CACHE_HOME), named at the end; the last 20 are kept.\n"
+            "cache folder (~/.cache/crepe-llm/logs, or under XDG_CACHE_HOME), named at the end; the last 20 are kept.\n"
         ),
         formatter_class=HelpFormatter,
     )

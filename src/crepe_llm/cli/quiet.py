@@ -17,6 +17,8 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
+from crepe_llm.user_cache import user_cache
+
 _KEPT = 20  # log files; older ones are removed
 
 
@@ -141,8 +143,7 @@ class Progress:
 
 def log_folder() -> Path:
     """Where log files lie: in the user's cache folder, or the system's temporary one where that cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "crepe_llm" / "logs"
+    folder = user_cache() / "logs"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())

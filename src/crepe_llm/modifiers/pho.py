@@ -105,7 +105,7 @@ class PHOSearchModifier(LayerModifier):
     :param layers_per_kind: how many layers of each kind (q_proj, down_proj and so on) are in the sample
     :param rows: how many rows of each sampled layer are
     :param record: file in which the search is recorded and from which it is resumed. Where it is left out, a file in
-        `crepe_llm/pho_studies` in the user's cache folder, named after model, structure and settings
+        `crepe-llm/pho_studies` in the user's cache folder, named after model, structure and settings
     :param study: file of an earlier study, on this or another model. Nothing is searched then: the last stage alone
         judges the two best of the study on this model
     :param incumbent: the coefficients to beat where no CRePEModifier follows; RIA's where it is left out

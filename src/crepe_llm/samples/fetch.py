@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from crepe_llm.user_cache import user_cache
+
 __all__ = ["Package", "SampleError", "cache_folder", "fetch", "scratch_folder"]
 
 
@@ -34,7 +36,7 @@ def cache_folder(cache: Path | None) -> Path:
     """The folder that samples are kept in, made if need be; None stands for the default one."""
     if cache is None:
         root = os.environ.get("CREPE_CACHE")
-        cache = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crepe-llm"
+        cache = Path(root) if root else user_cache()
     cache.mkdir(parents=True, exist_ok=True)
     return cache
 

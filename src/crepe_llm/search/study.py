@@ -20,6 +20,7 @@ import crepe_llm
 from crepe_llm.search.optimisers import LOOKED_AT
 from crepe_llm.search.space import Coefficients, Mask, SearchSpace
 from crepe_llm.search.trials import Plan, Stage, Trial
+from crepe_llm.user_cache import user_cache
 
 __all__ = ["Candidate", "Study", "StudyError", "package_versions"]
 
@@ -194,8 +195,7 @@ class Study:
         settings = [self.proxy, self.optimiser, dataclasses.asdict(self.space), self.seed, self.sample]
         key = zlib.crc32(json.dumps(settings).encode())
         mask = str(self.mask).replace(":", "of").replace("% ", "-").replace(" ", "-")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cache / "crepe_llm" / "pho_studies" / f"{self.model}-{mask}-{key:08x}.json"
+        return user_cache() / "pho_studies" / f"{self.model}-{mask}-{key:08x}.json"
 
     def save(self, path: str | Path) -> None:
         """Write the study as JSON, atomically: a reader or a crash sees the old file or the new one, never a part."""

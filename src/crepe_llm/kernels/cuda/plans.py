@@ -19,6 +19,7 @@ import torch
 from crepe_llm.kernels.cuda import products
 from crepe_llm.kernels.cuda.products import CUSPARSELT, DENSE, EXPAND, TRITON, Candidate
 from crepe_llm.kernels.cuda.weight import CudaWeight
+from crepe_llm.user_cache import user_cache
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Dense must win by more than timings scatter before it costs the memory of a dense copy.
@@ -153,7 +154,7 @@ class PlanStore:
 
 def cache_path() -> Path:
     """The JSON file of plans in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crepe_llm" / "cuda_plans.json"
+    return user_cache() / "cuda_plans.json"
 
 
 def _fastest(times: Mapping[Candidate, float], without: str) -> tuple[Candidate, float]:
