@@ -28,9 +28,9 @@ class HelpFormatter(argparse.HelpFormatter):
         return super()._fill_text(text, width, indent)
 
 
-def add_calibration(parser: Any) -> None:
+def add_calibration(parser: Any, *, required: bool = True) -> None:
     """The options of `calibration_texts`, and of how many windows are taken from the texts."""
-    add_texts(parser, "calibrate", required=True)
+    add_texts(parser, "calibrate", required=required)
     parser.add_argument("--samples", type=at_least(1), default=128, help="how many calibration windows (%(default)s)")
     parser.add_argument(
         "--length", type=at_least(2), help="tokens in each window (2048, or the model's context if smaller)"
@@ -128,6 +128,11 @@ def chosen_texts(options: argparse.Namespace, tokens: int, seed: int) -> tuple[s
     return f"{options.dataset}, {options.split}", texts
 
 
+def has_text(options: argparse.Namespace) -> bool:
+    """Whether the options name a text."""
+    return options.text is not None or options.dataset is not None or options.sample
+
+
 def output_folder(destination: Path) -> AbstractContextManager[Path]:
     """A temporary folder that takes the name `destination`, links followed, if the block succeeds, and vanishes if not.
 
@@ -178,26 +183,17 @@ class Model:
             ValueError: they cannot be read, or do not fit what config.json says.
         """
         import torch
-        from transformers import AutoModelForCausalLM
+
+        from crepe_llm.checkpoints.complete import load_complete
 
         placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}
         with _named_code(self.name):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            return load_complete(
                 self.name,
                 dtype=self.options.dtype,
                 trust_remote_code=self.options.trust_remote_code,
-                output_loading_info=True,
                 **placement,
             )
-        model, found = loaded
-        missing = sorted(found["missing_keys"])
-        if missing:
-            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-            raise ValueError(
-                f"the weights of {self.name} lack {missing[0]}{more}, which would get random values: fetch or export "
-                "the model again"
-            )
-        return model
 
 
 def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:

@@ -2,7 +2,8 @@
 
 import importlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 from compressed_tensors.utils import patch_attr
@@ -15,6 +16,7 @@ from crepe_llm.calibration.attention_masks import masks_are_made
 from crepe_llm.calibration.rehearsal import must_run_whole, whole_pipeline
 from crepe_llm.calibration.shares import own_share
 from crepe_llm.calibration.windows import full_windows
+from crepe_llm.checkpoints.complete import load_complete
 from crepe_llm.checkpoints.space import check_destination
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.experts import take_llama4_apart
@@ -25,8 +27,8 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Make `oneshot` take recipes by their shipped names, and check destination and data of recipes with a modifier of
-    this package. Idempotent."""
+    """Make `oneshot` take recipes by their shipped names, and check model, destination and data of recipes with a
+    modifier of this package. Idempotent."""
     # By name, as the package has a function of the same name as the module.
     module = importlib.import_module("llmcompressor.entrypoints.oneshot")
     if module.Oneshot.__module__ == __name__:
@@ -37,9 +39,13 @@ def register() -> None:
         __doc__ = original.__doc__
         recipe: Any
 
+        def __init__(self, **arguments: Any) -> None:
+            if arguments.get("recipe"):
+                arguments["recipe"] = read_recipe(arguments["recipe"], arguments.get("stage"))
+            with _complete_models() if _is_ours(arguments.get("recipe")) else nullcontext():
+                super().__init__(**arguments)
+
         def __call__(self) -> None:
-            if self.recipe:
-                self.recipe = read_recipe(self.recipe, self.recipe_args.stage)
             if _is_ours(self.recipe):
                 check_versions("transformers", "compressed-tensors", "llmcompressor")
                 processes.require_group()
@@ -74,6 +80,15 @@ def register() -> None:
                 super().apply_recipe_modifiers(calibration_dataloader, recipe_stage)
 
     module.Oneshot = Oneshot  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _complete_models() -> Iterator[None]:
+    """Have llm-compressor refuse a model whose files lack a tensor."""
+    module = importlib.import_module("llmcompressor.entrypoints.utils")
+    loader = SimpleNamespace(from_pretrained=load_complete)
+    with patch_attr(module, "AutoModelForCausalLM", loader):
+        yield
 
 
 @contextmanager

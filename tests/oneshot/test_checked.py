@@ -1,0 +1,26 @@
+"""What oneshot is refused before any calibration."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from modifier_helpers import run
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(tiny_model_folder, calibration_data, tmp_path):
+    folder = shutil.copytree(tiny_model_folder("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    AutoModelForCausalLM.from_pretrained(folder)  # is content
+    with pytest.raises(ValueError, match=f"the weights of {folder} lack {lost}, which would get random values"):
+        run(str(folder), "crepe_2of4", calibration_data)
+
+
+def test_a_whole_folder_is_pruned_by_its_name(tiny_model_folder, calibration_data, tmp_path):
+    run(str(tiny_model_folder("llama")), "crepe_2of4", calibration_data, output_dir=str(tmp_path / "saved"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert (model.model.layers[0].mlp.up_proj.weight.view(-1, 4).count_nonzero(dim=1) == 2).all()
