@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
-from crepe_llm.functional.admm import admm
+from crepe_llm.functional.admm import ADMMOptions, admm
 from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.permutation import permute_channels, sample_rows
@@ -110,9 +110,9 @@ def stages(layer: Layer) -> dict[str, Callable[[], Callable[[], object]]]:
 
     def solve() -> Callable[[], object]:
         statistics = layer.statistics()
-        options = {"rounds": ROUNDS, "iterations": ADMM, "refinement": REFINEMENT}
+        options = ADMMOptions(rounds=ROUNDS, iterations=ADMM, refinement=REFINEMENT)
         scores = lambda weight: layer.scores(weight, statistics)  # noqa: E731
-        return lambda: admm(layer.weight, statistics.gram, scores, keep, **options)
+        return lambda: admm(layer.weight, statistics.gram, scores, keep, options)
 
     def permutation() -> Callable[[], object]:
         scores = layer.scores(layer.weight, layer.statistics(gram=False))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepe_llm.functional.admm import admm
+from crepe_llm.functional.admm import ADMMOptions, admm
 from crepe_llm.functional.compensation import conjugate_gradients, output_error
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import wanda_scores
@@ -58,10 +58,10 @@ def test_admm_by_loops(sparsity, structure, rounds, iterations):
     choose = chosen_by_wanda(gram, sparsity, structure)
     fields = {"dampening": 0.05, "penalty": 0.7, "rounds": rounds, "iterations": iterations}
     keep, expected = naive(weight, gram, *choose, **fields)
-    alternated = admm(weight, gram, *choose, **fields, refinement=0)
+    alternated = admm(weight, gram, *choose, ADMMOptions(**fields, refinement=0))
     assert torch.equal(alternated.keep, keep)
     torch.testing.assert_close(alternated.weight, expected.float(), rtol=1e-3, atol=1e-3)
-    found = admm(weight, gram, *choose, **fields)
+    found = admm(weight, gram, *choose, ADMMOptions(**fields))
     assert torch.equal(found.keep, keep)
     # From the same start: where a row's conjugate gradients stop depends on the last digits of it.
     refined = conjugate_gradients(weight, keep, gram, start=alternated.weight, dampening=0.05)
@@ -87,7 +87,7 @@ def test_masks_are_exact_and_nothing_becomes_nan(
     gram[:, 1], gram[1] = 0, 0  # a dead channel
     before = weight.clone(), gram.clone()
     choose = chosen_by_wanda(gram, sparsity, structure, group)
-    found = admm(weight, gram, *choose, rounds=rounds, iterations=8)
+    found = admm(weight, gram, *choose, ADMMOptions(rounds=rounds, iterations=8))
     assert found.weight.dtype == torch.float32 and found.weight.shape == weight.shape
     assert bool(found.weight.isfinite().all()) and bool((found.weight[~found.keep] == 0).all())
     counts = keep_mask(torch.rand(weight.shape), sparsity, structure, group)
@@ -97,7 +97,7 @@ def test_masks_are_exact_and_nothing_becomes_nan(
         assert torch.equal(found.keep.sum(1), counts.sum(1))
     else:
         assert int(found.keep.sum()) == int(counts.sum())
-    again = admm(weight, gram, *choose, rounds=rounds, iterations=8)
+    again = admm(weight, gram, *choose, ADMMOptions(rounds=rounds, iterations=8))
     assert torch.equal(found.keep, again.keep) and torch.equal(found.weight, again.weight)
     assert all(torch.equal(one, other) for one, other in zip(before, (weight, gram), strict=True))
 
@@ -131,7 +131,7 @@ def test_the_mask_follows_the_weights():
         masks.append(mask(found))
         return masks[-1]
 
-    keep = admm(weight, gram, scores, watched, rounds=6).keep
+    keep = admm(weight, gram, scores, watched, ADMMOptions(rounds=6)).keep
     assert len(masks) == 6 and torch.equal(masks[-1], keep)
     assert torch.equal(masks[0], mask(scores(weight)))
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(masks))
@@ -147,9 +147,8 @@ def test_the_mask_follows_the_weights():
     ],
 )
 def test_fields_out_of_range_are_refused(fields, message):
-    weight, gram = a_layer()
     with pytest.raises(ValueError, match=message):
-        admm(weight, gram, *chosen_by_wanda(gram, 0.5), **fields)
+        ADMMOptions(**fields)
 
 
 def test_shapes_that_do_not_fit_are_refused():

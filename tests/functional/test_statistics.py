@@ -113,3 +113,13 @@ def test_bad_shapes_and_missing_tokens_are_named():
         statistics.update(torch.ones(2, 4), torch.ones(5))
     with pytest.raises(ValueError, match="no calibration token"):
         _ = statistics.mean
+
+
+@pytest.mark.parametrize("channels", [1, 7, 513, 1030])
+def test_the_gram_matrix_of_many_channels_is_whole_and_symmetric(channels):
+    tokens = torch.randn(9, channels, generator=torch.Generator().manual_seed(0))
+    found = InputStatistics(channels, gram=True)
+    found.update(tokens[:4])
+    found.update(tokens[4:])
+    torch.testing.assert_close(found.gram.double(), tokens.double().T @ tokens.double(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.gram, found.gram.T)

@@ -5,7 +5,7 @@ import torch
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
-from crepe_llm.functional.admm import admm
+from crepe_llm.functional.admm import ADMMOptions, admm
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, DSnoTModifier, WeightCorrectionModifier
@@ -51,7 +51,7 @@ def test_the_first_block_is_pruned_as_computed_independently(fields, weighting, 
         def scores(weight, norm=norm):
             return crepe_scores(weight, norm)
 
-        expected = admm(dense, gram, scores, lambda found: keep_mask(found, 0.5, "2:4"), **fields)
+        expected = admm(dense, gram, scores, lambda found: keep_mask(found, 0.5, "2:4"), ADMMOptions(**fields))
         found = layers[name].weight.detach()
         # Sums of inputs in another order may turn a few close decisions.
         assert ((found != 0) == expected.keep).float().mean() > 0.99, name

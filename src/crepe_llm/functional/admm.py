@@ -1,14 +1,16 @@
 """A mask and the weights under it, found together by the alternating direction method of multipliers (ADMM)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.functional.masks import keep_unstructured
+from crepe_llm.functional.rows import row_blocks
 
-__all__ = ["Reconstruction", "admm"]
+__all__ = ["ADMMOptions", "Reconstruction", "admm"]
 
 
 class Reconstruction(NamedTuple):
@@ -23,17 +25,40 @@ class Reconstruction(NamedTuple):
     weight: torch.Tensor
 
 
+@dataclass(frozen=True)
+class ADMMOptions:
+    """How :func:`admm` goes on.
+
+    Attributes:
+        dampening: added to the diagonal of H.
+        penalty: how strongly weights are drawn to the mask.
+        rounds: how often the mask is chosen.
+        iterations: of ADMM, at least `rounds`; each costs a product of the weight and the Gram matrix.
+        refinement: iterations of conjugate gradients at the end.
+
+    Raises:
+        ValueError: if `penalty` is not positive, `dampening` negative, or not 1 <= `rounds` <= `iterations`.
+    """
+
+    dampening: float = 0.01
+    penalty: float = 1.0
+    rounds: int = 15
+    iterations: int = 20
+    refinement: int = 10
+
+    def __post_init__(self) -> None:
+        if not (self.penalty > 0 and self.dampening >= 0):
+            raise ValueError(f"penalty={self.penalty} must be positive and dampening={self.dampening} not negative")
+        if not 1 <= self.rounds <= self.iterations:
+            raise ValueError(f"rounds={self.rounds} must be at least 1 and at most iterations={self.iterations}")
+
+
 def admm(
     dense: torch.Tensor,
     gram: torch.Tensor,
     scores: Callable[[torch.Tensor], torch.Tensor],
     mask: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    dampening: float = 0.01,
-    penalty: float = 1.0,
-    rounds: int = 15,
-    iterations: int = 20,
-    refinement: int = 10,
+    options: ADMMOptions = ADMMOptions(),
 ) -> Reconstruction:
     """Prune step by step, the weights making up for what is lost between the steps and the mask following them.
 
@@ -53,17 +78,13 @@ def admm(
         gram: [d_in, d_in], X^T X up to a positive factor, symmetric; not changed.
         scores: of a weight [d_out, d_in], in the units of `dense`, its importance scores; larger is more important.
         mask: of scores, the final mask, bool [d_out, d_in].
-        dampening: added to the diagonal of H.
-        penalty: how strongly weights are drawn to the mask.
-        rounds: how often the mask is chosen.
-        iterations: of ADMM, at least `rounds`; each costs a product of `dense` and `gram`.
-        refinement: iterations of conjugate gradients at the end.
+        options: iterations, dampening and penalty.
 
     Returns:
         The mask, exactly one that `mask` gives, and the weights.
 
     Raises:
-        ValueError: if shapes do not fit, `penalty` is not positive, or not 1 <= `rounds` <= `iterations`.
+        ValueError: if shapes do not fit.
         torch.linalg.LinAlgError: if the dampened H with the penalty is not positive definite.
 
     Source: ADMM-Grad, arXiv 2401.02938 (normalisation, schedule, 15 and 20 iterations, penalty 1), with any score in
@@ -72,57 +93,56 @@ def admm(
     """
     if dense.dim() != 2 or gram.shape != (dense.shape[1],) * 2:
         raise ValueError(f"gram {list(gram.shape)} must be [d_in, d_in] of a weight [d_out, d_in], {list(dense.shape)}")
-    if not (penalty > 0 and dampening >= 0):
-        raise ValueError(f"penalty={penalty} must be positive and dampening={dampening} not negative")
-    if not 1 <= rounds <= iterations:
-        raise ValueError(f"rounds={rounds} must be at least 1 and at most iterations={iterations}")
-    keep, weight = _alternated(dense, gram, scores, mask, dampening, penalty, rounds, iterations)
-    weight = conjugate_gradients(dense, keep, gram, start=weight, dampening=dampening, iterations=refinement)
+
+    def chosen(weight: torch.Tensor, iteration: int) -> torch.Tensor:
+        found = scores(weight)
+        keep = mask(found)
+        return keep if iteration == options.rounds else _in_part(found, keep, 1 - (1 - iteration / options.rounds) ** 3)
+
+    keep, weight = _alternated(dense, gram, chosen, options)
+    weight = conjugate_gradients(
+        dense, keep, gram, start=weight, dampening=options.dampening, iterations=options.refinement
+    )
     return Reconstruction(keep, weight)
 
 
 def _alternated(
     dense: torch.Tensor,
     gram: torch.Tensor,
-    scores: Callable[[torch.Tensor], torch.Tensor],
-    mask: Callable[[torch.Tensor], torch.Tensor],
-    dampening: float,
-    penalty: float,
-    rounds: int,
-    iterations: int,
+    chosen: Callable[[torch.Tensor, int], torch.Tensor],
+    options: ADMMOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mask and the weights before refinement. A function of its own, so that its matrices are gone after it."""
+    """The mask and the weights before refinement. A function of its own, so that its matrices are gone after it.
+
+    `chosen` gives the mask of a round from W + U in the units of `dense`.
+    """
     norms = gram.float().diagonal().sqrt()
     norms = torch.where(norms > 0, norms, 1)  # A channel that is never active; nothing depends on its weights.
-    inverse = _penalised_inverse(gram, norms, dampening, penalty)
-    weight = dense.float() * norms
+    inverse = _penalised_inverse(gram, norms, options)
+    total = dense.float() * norms  # W + U
     # W0 H (H + penalty I)^-1, in one product.
-    target = torch.addmm(weight, weight, inverse, alpha=-1)
-    dual, moved = torch.zeros_like(weight), torch.empty_like(weight)
-    for iteration in range(1, iterations + 1):
-        dual += weight
-        if iteration <= rounds:
-            found = scores(torch.div(dual, norms, out=weight))
-            keep = mask(found)
-            if iteration < rounds:
-                keep = _in_part(found, keep, 1 - (1 - iteration / rounds) ** 3)
-            del found
-        torch.mul(dual, keep, out=weight)
-        dual -= weight
-        if iteration < iterations:
-            torch.addmm(target, weight.sub_(dual), inverse, out=moved)
-            weight, moved = moved, weight
-    return keep, weight.div_(norms)
+    target = torch.addmm(total, total, inverse, alpha=-1)
+    for iteration in range(1, options.iterations + 1):
+        if iteration <= options.rounds:
+            keep = chosen(total / norms, iteration)
+        if iteration == options.iterations:
+            break
+        for rows in row_blocks(total):
+            # Inside the mask Z - U is W + U, outside it is the negative of that.
+            dual = total[rows].masked_fill(keep[rows], 0)
+            difference = total[rows].sub(dual, alpha=2)
+            torch.addmm(target[rows], difference, inverse, out=total[rows]).add_(dual)
+    return keep, total.mul_(keep).div_(norms)
 
 
-def _penalised_inverse(gram: torch.Tensor, norms: torch.Tensor, dampening: float, penalty: float) -> torch.Tensor:
+def _penalised_inverse(gram: torch.Tensor, norms: torch.Tensor, options: ADMMOptions) -> torch.Tensor:
     """penalty (H + penalty I)^-1 of the normalised and dampened Gram matrix H."""
     hessian = gram.float() / norms / norms[:, None]
-    hessian.diagonal().fill_(1 + dampening + penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(hessian)).mul_(penalty)
+    hessian.diagonal().fill_(1 + options.dampening + options.penalty)
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian)).mul_(options.penalty)
 
 
 def _in_part(scores: torch.Tensor, keep: torch.Tensor, share: float) -> torch.Tensor:
     """A mask that prunes only the given share, with the lowest scores, of what `keep` does. Overwrites the scores."""
-    pruned = 1 - keep.sum().item() / keep.numel()
+    pruned = 1 - keep.count_nonzero().item() / keep.numel()
     return keep_unstructured(scores.masked_fill_(keep, torch.inf), share * pruned, "matrix")

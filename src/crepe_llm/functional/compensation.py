@@ -9,6 +9,8 @@ Gram matrix X^T X [d_in, d_in] of the layer's inputs, up to a positive factor, o
 
 import torch
 
+from crepe_llm.functional.rows import row_blocks
+
 __all__ = [
     "asymmetric_target",
     "conjugate_gradients",
@@ -235,9 +237,9 @@ def conjugate_gradients(
 ) -> torch.Tensor:
     """Least-squares weights on the mask: the kept weights whose outputs come closest to the dense layer's.
 
-    Each row is a problem of its own, and all rows are solved together by conjugate gradients preconditioned with the
-    diagonal, from the dense values of what is kept or from other ones. Every iteration lowers every row's dampened
-    error.
+    Each row is a problem of its own, and rows are solved together, some at a time, by conjugate gradients
+    preconditioned with the diagonal, from the dense values of what is kept or from other ones. Every iteration lowers
+    every row's dampened error.
 
     Args:
         dense: [d_out, d_in], any floating dtype.
@@ -259,11 +261,24 @@ def conjugate_gradients(
     _check(dense, keep, gram)
     if start is not None:
         _check(start, keep, None)
-    hessian = _dampened(gram, dampening)
+    hessian, original = _dampened(gram, dampening), dense.float()
+    solution = (original if start is None else start.float()).masked_fill(~keep, 0)
+    for rows in row_blocks(solution):
+        _descend(solution[rows], original[rows], ~keep[rows], hessian, iterations, tolerance)
+    return solution
+
+
+def _descend(
+    solution: torch.Tensor,
+    dense: torch.Tensor,
+    pruned: torch.Tensor,
+    hessian: torch.Tensor,
+    iterations: int,
+    tolerance: float,
+) -> None:
+    """The iterations of :func:`conjugate_gradients` on some rows, which change `solution`."""
     inverse = hessian.diagonal().reciprocal()
-    pruned, original = ~keep, dense.float()
-    solution = (original if start is None else start.float()).masked_fill(pruned, 0)
-    residual = ((original - solution) @ hessian).masked_fill_(pruned, 0)
+    residual = ((dense - solution) @ hessian).masked_fill_(pruned, 0)
     direction = residual * inverse
     size = (residual * direction).sum(dim=1, keepdim=True)
     target = size * tolerance**2
@@ -282,7 +297,6 @@ def conjugate_gradients(
         following = torch.mul(residual, preconditioned, out=scratch).sum(dim=1, keepdim=True)
         direction.mul_(torch.where(active, following / size, 0)).add_(preconditioned)
         size = torch.where(active, following, size)
-    return solution
 
 
 def _dampened(gram: torch.Tensor, dampening: float) -> torch.Tensor:

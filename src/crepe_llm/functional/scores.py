@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from crepe_llm.functional.rows import row_blocks
+
 __all__ = ["crepe_scores", "cvr_scores", "magnitude_scores", "wanda_scores", "window_mean"]
 
 # Sums of |W| below this count as zero: an all-zero row, column or window then scores 0 instead of NaN.
@@ -97,7 +99,7 @@ def crepe_scores(
     means = _window_means(weight, kernel_size) if neighbourhood > 0 else None
     scores = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     # Block by block, so that every temporary stays in the processor's cache and the scores are the one full copy.
-    for block in _row_blocks(weight):
+    for block in row_blocks(weight, _BLOCK_ELEMENTS):
         magnitude = _magnitude(weight[block])
         out = scores[block]
         if means is not None:
@@ -177,7 +179,7 @@ def window_mean(values: torch.Tensor, kernel_size: int) -> torch.Tensor:
         fp32 means [n, m].
     """
     means = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    for block, block_means in zip(_row_blocks(values), _window_means(values, kernel_size), strict=True):
+    for block, block_means in zip(row_blocks(values, _BLOCK_ELEMENTS), _window_means(values, kernel_size), strict=True):
         means[block] = block_means
     return means
 
@@ -189,20 +191,13 @@ def _magnitude(weight: torch.Tensor) -> torch.Tensor:
 def _column_sums(weight: torch.Tensor) -> torch.Tensor:
     """fp32 [d_in], the sums of |W| over each column."""
     sums = torch.zeros(weight.shape[1], device=weight.device)
-    for block in _row_blocks(weight):
+    for block in row_blocks(weight, _BLOCK_ELEMENTS):
         sums += _magnitude(weight[block]).sum(dim=0)
     return sums
 
 
-def _row_blocks(matrix: torch.Tensor) -> Iterator[slice]:
-    rows, columns = matrix.shape
-    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
-
-
 def _window_means(values: torch.Tensor, kernel_size: int) -> Iterator[torch.Tensor]:
-    """fp32 window means of |values|, one block of :func:`_row_blocks` after the other.
+    """fp32 window means of |values|, one block of :func:`row_blocks` after the other.
 
     Down the columns a running fp64 sum gains the row that enters the window and loses the one that leaves it; along
     the rows a window is the difference of two fp64 prefix sums.
@@ -212,18 +207,18 @@ def _window_means(values: torch.Tensor, kernel_size: int) -> Iterator[torch.Tens
     running = torch.zeros(columns, dtype=torch.float64, device=values.device)
 
     def magnitude(start: int, stop: int) -> torch.Tensor:
-        return values[max(0, start) : max(0, stop)].detach().to(torch.float64, copy=True).abs_()
+        return values[max(0, start) : max(0, stop)].detach().abs().double()
 
     running += magnitude(0, half_height).sum(dim=0)
     column = torch.arange(columns, device=values.device)
     widths = (column + half_width + 1).clamp_max_(columns) - (column - half_width).clamp_min_(0)
     per_width = widths.double().reciprocal_()
-    for block in _row_blocks(values):
+    for block in row_blocks(values, _BLOCK_ELEMENTS):
         row = torch.arange(block.start, block.stop, device=values.device)
         counts = (row + half_height + 1).clamp_max_(rows) - (row - half_height).clamp_min_(0)
-        heights = torch.zeros(len(row), columns, dtype=torch.float64, device=values.device)
-        entering = magnitude(block.start + half_height, block.stop + half_height)
-        heights[: len(entering)] = entering
+        heights = magnitude(block.start + half_height, block.stop + half_height)
+        if len(heights) < len(row):  # no rows enter below the last
+            heights = torch.cat([heights, heights.new_zeros(len(row) - len(heights), columns)])
         leaving = magnitude(block.start - half_height - 1, block.stop - half_height - 1)
         heights[len(row) - len(leaving) :] -= leaving
         heights[0] += running

@@ -4,6 +4,9 @@ import torch
 
 __all__ = ["InputStatistics", "counted_tokens", "relative_weights", "token_products"]
 
+# Of the Gram matrix, computed in one product.
+_COLUMNS = 512
+
 
 def counted_tokens(inputs: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """The inputs [..., d_in] as rows [tokens, d_in], padding left out.
@@ -158,8 +161,7 @@ class InputStatistics:
             tokens = tokens * weights.sqrt()
         self.square_sum += torch.linalg.vector_norm(tokens, dim=0, dtype=dtype).to(self.square_sum).square_()
         if self.gram is not None:
-            tokens = tokens.to(dtype)
-            self.gram += (tokens.T @ tokens).to(self.gram)
+            _add_products(self.gram, tokens.to(dtype))
 
     def reordered(self, order: torch.Tensor) -> "InputStatistics":
         """The statistics of a layer whose input channel p is channel ``order[p]`` of this one (int64 [d_in])."""
@@ -174,3 +176,12 @@ class InputStatistics:
     def _require_tokens(self) -> None:
         if not self.tokens:
             raise ValueError("no calibration token was seen, so there is no mean or variance")
+
+
+def _add_products(gram: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Add X^T X of tokens [n, d_in] to the Gram matrix [d_in, d_in]; what it says of two channels is computed once."""
+    for start in range(0, len(gram), _COLUMNS):
+        stop = min(start + _COLUMNS, len(gram))
+        product = (tokens[:, start:].T @ tokens[:, start:stop]).to(gram)
+        gram[start:, start:stop] += product
+        gram[start:stop, stop:] += product[stop - start :].T

@@ -3,7 +3,7 @@
 import torch
 from pydantic import Field, model_validator
 
-from crepe_llm.functional.admm import admm
+from crepe_llm.functional.admm import ADMMOptions, admm
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.refitting import RefittingModifier
 from crepe_llm.pruning.layer import Layer
@@ -72,10 +72,6 @@ class ADMMModifier(RefittingModifier):
             layer.gram,
             lambda weight: crepe.scores(layer.name, weight, layer.statistics),
             lambda scores: crepe.mask(layer.name, scores),
-            dampening=self.dampening,
-            penalty=self.penalty,
-            rounds=self.rounds,
-            iterations=self.iterations,
-            refinement=self.refinement,
+            ADMMOptions(self.dampening, self.penalty, self.rounds, self.iterations, self.refinement),
         )
         return found.keep, found.weight
