@@ -11,19 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm import samples
 from crepe_llm.evaluation.perplexity import perplexity
-from crepe_llm.functional.masks import keep_mask
-from crepe_llm.functional.scores import magnitude_scores
 from method_recipes import MODELS, STRUCTURES
 from studies import studies_folder
 
 
-def prune_by_magnitude(model: torch.nn.Module, structure: str) -> None:
-    """Prune in place, without data."""
-    head, fields = model.get_output_embeddings(), STRUCTURES[structure][0]
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not head:
-            scores = magnitude_scores(layer.weight)
-            layer.weight.data *= keep_mask(scores, fields.get("sparsity", 0.5), fields["mask_structure"], "matrix")
+def by_magnitude(structure: str) -> dict[str, Any]:
+    """The recipe of magnitude pruning, which needs no data and stands in no row."""
+    fields = {"score": "magnitude", "comparison_group": "matrix", **STRUCTURES[structure][0]}
+    return {"magnitude_stage": {"pruning_modifiers": {"CRePEModifier": fields}}}
 
 
 def prune(key: dict[str, Any]) -> tuple[Any, Any, float, float]:
@@ -34,20 +29,20 @@ def prune(key: dict[str, Any]) -> tuple[Any, Any, float, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, key["dtype"]))
     reset_session()
     started = time.perf_counter()
-    if "recipe" in key:
-        data = samples.calibration_windows(
-            tokenizer, samples.wikipedia().train, windows=key["windows"], length=key["length"], seed=key["seed"]
-        )
+    if key["structure"]:
+        recipe, data = key.get("recipe") or by_magnitude(key["structure"]), None
+        if "recipe" in key:
+            data = samples.calibration_windows(
+                tokenizer, samples.wikipedia().train, windows=key["windows"], length=key["length"], seed=key["seed"]
+            )
         oneshot(
             model=model,
             tokenizer=tokenizer,
-            recipe=yaml.safe_dump(key["recipe"], sort_keys=False).replace("{studies}", str(studies_folder())),
+            recipe=yaml.safe_dump(recipe, sort_keys=False).replace("{studies}", str(studies_folder())),
             dataset=data,
             num_calibration_samples=key["windows"],
             shuffle_calibration_samples=False,
         )
-    elif key["structure"]:
-        prune_by_magnitude(model, key["structure"])
     seconds = time.perf_counter() - started
     head = model.get_output_embeddings()
     layers = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]

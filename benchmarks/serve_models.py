@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from crepe_llm.checkpoints import read_folder
 from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.evaluation.throughput import held_bytes
-from crepe_llm.functional.masks import keep_mask
-from crepe_llm.functional.scores import magnitude_scores
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -97,13 +95,18 @@ def _random(config: Callable[[], "PretrainedConfig"]) -> Callable[[Path], None]:
 
 def _smollm2(folder: Path) -> None:
     """SmolLM2-135M pruned to 2:4 by magnitude, in bf16."""
+    from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
+    from transformers import AutoModelForCausalLM
+
     from crepe_llm import samples
 
     source = samples.smollm2()
-    tensors = {}
-    for name, weight in load_file(source / "model.safetensors").items():
-        pruned = name.endswith("_proj.weight")
-        tensors[name] = (weight * keep_mask(magnitude_scores(weight), 0.5, "2:4") if pruned else weight).bfloat16()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    reset_session()
+    oneshot(model=model, recipe="magnitude_2of4")
+    # The head is the embedding, and stored as that alone.
+    tensors = {name: one.bfloat16() for name, one in model.state_dict().items() if name != "lm_head.weight"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for file in source.glob("*.json"):
         if file.name != "model.safetensors.index.json":

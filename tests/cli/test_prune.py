@@ -69,6 +69,19 @@ def test_prune_calibrates_on_a_data_set(dense, tmp_path):
     assert f"2 windows of 32 tokens of {data}, train, seed 0" in (output / "README.md").read_text()
 
 
+def test_magnitude_needs_no_text(dense, tmp_path, capsys, refusal):
+    output = tmp_path / "pruned"
+    command = ["prune", dense, "--recipe", "magnitude_2of4", "--output", output]
+    assert main([*map(str, command)]) == 0
+    assert "50.00% of the weights of 14 linear layers are zero" in capsys.readouterr().out
+    assert "Calibration data: none, as the recipe needs none." in (output / "README.md").read_text()
+    wanted = "needs text: give --text FILE, --dataset NAME or --sample"
+    command[-1] = tmp_path / "other"
+    assert f"--report {wanted}" in refusal([*command, "--report"])
+    command[3] = "crepe_2of4"
+    assert f"CRePEModifier {wanted}" in refusal(command)
+
+
 def test_a_failing_prune_leaves_no_folder(dense, text, tmp_path, refusal):
     output = tmp_path / "pruned"
     common = ["--text", text, "--output", output, "--length", 32]

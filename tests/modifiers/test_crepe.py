@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 
 from crepe_llm.modifiers import WeightCorrectionModifier
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, run
@@ -287,6 +288,25 @@ def test_what_does_not_fit_the_model_is_refused_before_calibration(
         run(model, [crepe(**fields)], calibration_data, output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_magnitude_prunes_without_data_as_with_it(family, tiny_model_folder, calibration_data, tmp_path):
+    folder, recipe = tiny_model_folder(family), [crepe(score="magnitude")]
+    given = linears(run(load(folder), recipe, calibration_data))
+    oneshot(model=load(folder), recipe="magnitude_2of4", output_dir=str(tmp_path / "saved"))
+    for name, module in linears(load(tmp_path / "saved")).items():
+        kept = matrix(module).view(len(matrix(module)), -1, 4).count_nonzero(2)
+        assert bool((kept == 2).all()) and torch.equal(module.weight, given[name].weight), name
+
+
+@pytest.mark.parametrize(
+    ("other", "needing"), [(WeightCorrectionModifier(), "WeightCorrection"), (GPTQModifier(scheme="W4A16"), "GPTQ")]
+)
+def test_magnitude_needs_data_where_another_modifier_does(other, needing, tiny_model_folder):
+    model = load(tiny_model_folder("llama"))
+    with pytest.raises(ValueError, match=f"{needing}Modifier needs calibration data"):
+        oneshot(model=model, recipe=[crepe(score="magnitude"), other])
 
 
 def test_missing_calibration_data_is_refused(tiny_model_folder):

@@ -32,31 +32,32 @@ _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "label
 _FIRST_TOKENS = 8
 
 
-def calibration_data(modifier: Modifier, state: State, checked: bool, **kwargs: Any) -> Any:
-    """The data that the calibration will iterate.
+def calibration_data(modifier: Modifier | None, state: State, checked: bool, **kwargs: Any) -> Any:
+    """The data that the calibration will iterate; None if there is none.
 
     Args:
-        modifier: the modifier that needs it.
+        modifier: the modifier that needs it; None where none does.
         state: the state of the run.
         checked: whether another modifier has checked it against the model.
         kwargs: what the modifier was initialized with.
 
     Raises:
-        ValueError: if there is none, the processes of this job have not found each other, the model cannot take these
-            tokens, or transformers would refuse to save it.
+        ValueError: if it is needed and there is none, the processes of this job have not found each other, the model
+            cannot take these tokens, or transformers would refuse to save it.
     """
     processes.require_group()
     # Not state.data.calib if there is another: that is a deep copy of the loader that the pipelines iterate.
     data = kwargs.get("calib_data")
     data = state.data.calib if data is None else data
-    if data is None:
+    if data is None and modifier is not None:
         raise ValueError(
             f"{type(modifier).__name__} needs calibration data, and was given none: pass `dataset=` to oneshot (a "
             "name, or a tokenized datasets.Dataset), or `calib_data=` to state.update"
         )
     if not checked and hasattr(state.model, "get_decoder"):
         mend_generation_config(state.model)
-        _check_tokens(state.model, data)
+        if data is not None:
+            _check_tokens(state.model, data)
     return data
 
 

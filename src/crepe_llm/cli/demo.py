@@ -24,8 +24,16 @@ if TYPE_CHECKING:
 
 _WINDOWS, _LENGTH = 16, 512
 _PROMPT = "The three most important things to know about the Moon are"
-# The recipe of each method. Magnitude needs no calibration, and dense is not pruned.
-_METHODS = {"dense": "", "magnitude": "", "Wanda": "wanda_2of4", "RIA": "ria_2of4", "CRePE": "crepe_2of4"}
+# The recipe of each method; dense is not pruned.
+_METHODS = {
+    "dense": "",
+    "magnitude": "magnitude_2of4",
+    "Wanda": "wanda_2of4",
+    "RIA": "ria_2of4",
+    "CRePE": "crepe_2of4",
+}
+# The one that needs no calibration.
+_WITHOUT_DATA = "magnitude_2of4"
 
 
 def add(subparsers: Any) -> None:
@@ -136,9 +144,7 @@ def _measured(name: str, data: _Data, options: argparse.Namespace, progress: Pro
     model: Any = AutoModelForCausalLM.from_pretrained(data.source, dtype=torch.float32)
     dense = linear_zeros(model)
     begun = time.perf_counter()
-    if name == "magnitude":
-        _prune_by_magnitude(model)
-    elif _METHODS[name]:
+    if _METHODS[name]:
         _prune(model, _METHODS[name], data)
     seconds = time.perf_counter() - begun
     progress.advance()
@@ -152,18 +158,6 @@ def _measured(name: str, data: _Data, options: argparse.Namespace, progress: Pro
     return _Row(name, result.perplexity, total_zeros(zeros), seconds)
 
 
-def _prune_by_magnitude(model: Any) -> None:
-    import torch
-
-    from crepe_llm.functional.masks import keep_mask
-    from crepe_llm.functional.scores import magnitude_scores
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            weight = module.weight.data
-            weight *= keep_mask(magnitude_scores(weight), 0.5, "2:4")
-
-
 def _prune(model: Any, recipe: str, data: _Data) -> None:
     from llmcompressor import oneshot
 
@@ -171,7 +165,7 @@ def _prune(model: Any, recipe: str, data: _Data) -> None:
         model=model,
         tokenizer=data.tokenizer,
         recipe=recipe,
-        dataset=data.calibration,
+        dataset=None if recipe == _WITHOUT_DATA else data.calibration,
         num_calibration_samples=_WINDOWS,
         max_seq_length=_LENGTH,
         shuffle_calibration_samples=False,

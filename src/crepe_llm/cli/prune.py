@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from crepe_llm.cli.common import (
     add_verbose,
     calibration_texts,
     copy_processor,
+    has_text,
     open_model,
     output_folder,
     require,
@@ -58,6 +59,7 @@ def add(subparsers: Any) -> None:
             "  crepe prune MODEL --recipe crepe_2of4 --dataset allenai/c4:en --output DIR    (needs the hub)\n"
             "  crepe prune MODEL --recipe my_recipe.yaml --text FILE --output DIR\n"
             "  crepe prune smollm2 --recipe crepe_2of4 --sample --samples 16 --length 512 --output DIR\n"
+            "  crepe prune MODEL --recipe magnitude_2of4 --output DIR    (the one recipe that needs no text)\n"
             "  torchrun --nproc-per-node 2 -m crepe_llm prune MODEL --recipe crepe_2of4 --text FILE --output DIR\n"
             "A run with --resume keeps each finished block in DIR.resume until the model is written. When it was\n"
             "killed, the same command goes on after the last of them.\n"
@@ -73,10 +75,29 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep finished blocks, and go on from those of a run that was killed"
     )
-    add_calibration(parser)
+    add_calibration(parser, required=False)
     add_report(parser)
     add_json(parser)
     parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """The calibration data of a run; empty where its recipe needs none and the command names none.
+
+    Attributes:
+        words: what it is.
+        corpus: the text's name.
+        texts: the text.
+        length: tokens per window.
+        windows: the data set; None for no data.
+    """
+
+    words: str = "none, as the recipe needs none"
+    corpus: str = ""
+    texts: list[str] = field(default_factory=list)
+    length: int = 0
+    windows: Any = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +108,7 @@ class _Run:
         options: of the command.
         source: the model.
         recipe: as llm-compressor reads it.
-        length: tokens per calibration window.
-        calibration: the calibration data in words.
+        calibration: the calibration data.
         progress: the plan and the progress line.
         journal: where finished blocks are kept, if they are.
     """
@@ -96,8 +116,7 @@ class _Run:
     options: argparse.Namespace
     source: Model
     recipe: Any
-    length: int
-    calibration: str
+    calibration: _Calibration
     progress: Progress
     journal: "Journal | None"
 
@@ -112,37 +131,55 @@ def run(options: argparse.Namespace) -> None:
     with _heard_once(), quiet("prune", options.verbose) as progress:
         from crepe_llm import processes
 
-        made, texts, length = _made(options, path, progress)
+        made, used = _made(options, path, progress)
         if options.report and processes.is_first():
             progress.phase("measuring")
-            test = own_test(options, texts, "calibration", length)
+            test = own_test(options, (used.corpus, used.texts), "calibration", used.length)
             make_report(options, options.output, options.model, test, options.output / PAGE)
     if processes.is_first():
         _report(options, made, time.perf_counter() - started, progress)
 
 
-def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple["Pruning", tuple[str, list[str]], int]:
-    """Prune the model into the output folder; what was done, the text with its name, and a window's length."""
+def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple["Pruning", _Calibration]:
+    """Prune the model into the output folder; what was done, and on what."""
     with _shared_folder(options.output) as folder:
-        from crepe_llm import processes, samples
+        from crepe_llm import processes
         from crepe_llm.evaluation.model_card import model_card
         from crepe_llm.oneshot.recipes import read_recipe
 
         recipe = read_recipe(path)
         source = open_model(options, dense=True)
-        length = window_length(options.length, source.config)
-        corpus, texts = calibration_texts(options, length)
-        calibration = f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}"
-        windows = samples.calibration_windows(
-            source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
-        )
-        kept = _journal(options, source, path, windows) if options.resume else None
-        made = _prune(_Run(options, source, recipe, length, calibration, progress, kept), path, windows, folder)
+        used = _calibration(options, source, recipe)
+        kept = _journal(options, source, path, used.windows) if options.resume else None
+        made = _prune(_Run(options, source, recipe, used, progress, kept), path, folder)
         if processes.is_first():
             (folder / "README.md").write_text(model_card(made))
     if kept is not None and processes.is_first():
         kept.remove()
-    return made, (corpus, texts), length
+    return made, used
+
+
+def _calibration(options: argparse.Namespace, source: Model, recipe: Any) -> _Calibration:
+    """The calibration data that the options name.
+
+    Raises:
+        ValueError: they name none, and the recipe or the report needs it.
+    """
+    from crepe_llm import samples
+
+    needing = [type(modifier).__name__ for modifier in recipe.modifiers if modifier.requires_calibration_data]
+    needing += ["--report"] * options.report
+    if not has_text(options):
+        if needing:
+            raise ValueError(f"{needing[0]} needs text: give --text FILE, --dataset NAME or --sample")
+        return _Calibration()
+    length = window_length(options.length, source.config)
+    corpus, texts = calibration_texts(options, length)
+    words = f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}"
+    windows = samples.calibration_windows(
+        source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
+    )
+    return _Calibration(words, corpus, texts, length, windows)
 
 
 @contextlib.contextmanager
@@ -178,7 +215,7 @@ def _journal(options: argparse.Namespace, source: Model, recipe: Path, windows: 
         "config": source.config.to_json_string(use_diff=False),
         "dtype": options.dtype,
         "recipe": recipe.read_text(encoding="utf-8"),
-        "calibration windows": [list(row) for row in windows["input_ids"]],
+        "calibration windows": [] if windows is None else [list(row) for row in windows["input_ids"]],
         "processes": processes.count(),
     }
     packages = ("torch", "transformers", "llmcompressor", "compressed-tensors", "crepe-llm")
@@ -189,7 +226,7 @@ def _kept_beside(output: Path) -> Path:
     return output.with_name(f"{output.name}.resume")
 
 
-def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
+def _prune(run: _Run, path: Path, folder: Path) -> "Pruning":
     """Say the plan, prune the model and save it with its tokenizer."""
     from llmcompressor import oneshot
 
@@ -200,7 +237,7 @@ def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
     options, source, progress = run.options, run.source, run.progress
     progress.tell("model", f"{options.model}, {type(source.config).__name__.removesuffix('Config')}")
     progress.tell("recipe", f"{options.recipe}: {recipe_in_words(run.recipe.modifiers)}")
-    progress.tell("calibration", run.calibration)
+    progress.tell("calibration", run.calibration.words)
     together = f", {processes.count()} processes" * (processes.count() > 1)
     progress.tell("device", device_in_words() + together)
     model = source.load(on_device=False)
@@ -212,9 +249,9 @@ def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
             model=model,
             tokenizer=source.tokenizer,
             recipe=run.recipe,
-            dataset=windows,
+            dataset=run.calibration.windows,
             num_calibration_samples=options.samples,
-            max_seq_length=run.length,
+            max_seq_length=run.calibration.length or None,
             shuffle_calibration_samples=False,
             trust_remote_code_model=options.trust_remote_code,
         )
@@ -229,7 +266,7 @@ def _prune(run: _Run, path: Path, windows: Any, folder: Path) -> "Pruning":
         recipe=path,
         dense=dense,
         pruned=pruned,
-        calibration=run.calibration,
+        calibration=run.calibration.words,
         dtype=str(model.dtype).removeprefix("torch."),
         command=options.command_line,
     )
@@ -256,7 +293,7 @@ def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: P
         f"{run.options.output}, at most {size_in_words(size)} and 60 % more while it is packed; "
         f"{size_in_words(free)} are free",
     )
-    tokens = run.options.samples * run.length // processes.count()
+    tokens = run.options.samples * run.calibration.length // processes.count()
     shapes = [layer.shape for layer in dense]
     expected = time_in_words(expected_seconds(run.recipe.modifiers, shapes, tokens, multiply_rate()))
     run.progress.tell(

@@ -44,7 +44,7 @@ class CRePEModifier(PruningModifier):
     With `score: cvr` it prunes by column-variance reweighting (https://arxiv.org/abs/2602.07375) instead: each weight
     by its magnitude, relative to the standard deviation of its column to the power of `alpha`, times the square root of
     that of its input channel; see `crepe_llm.functional.scores.cvr_scores`. With `score: magnitude` it prunes the
-    smallest weights.
+    smallest weights, and needs no calibration data where no other modifier of the recipe does.
 
     Sample yaml:
 
@@ -120,6 +120,7 @@ class CRePEModifier(PruningModifier):
 
     @model_validator(mode="after")
     def _check_fields(self) -> "CRePEModifier":
+        self.requires_calibration_data = self.score != "magnitude"
         for score, names in _FIELDS_OF_SCORE.items():
             foreign = [name for name in names if name in self.model_fields_set]
             if score != self.score and foreign:

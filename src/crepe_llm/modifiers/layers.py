@@ -42,7 +42,8 @@ class LayerModifier(Modifier):
         8 rows or columns, or are read without being called (dt_proj, kv_b_proj)
     :param ignore: layers to leave alone, likewise; the output head where left out, however the model calls it
     :param uncalibrated: what to do with a layer that no calibration token reached, such as an expert that was never
-        routed to: `error`, or leave it `dense`
+        routed to: `error`, or leave it `dense`. Where a recipe needs no calibration data and is given none, all layers
+        are worked on
     """
 
     # llm-compressor chooses the pipeline by it when the recipe has been read; it is no part of a saved recipe.
@@ -81,7 +82,10 @@ class LayerModifier(Modifier):
     def take_data(self, state: State, **kwargs: Any) -> None:
         """Take the calibration data, and learn which layers it will not reach; called before the layers are found."""
         if self._dataloader is None:
-            self._dataloader = calibration_data(self, state, order.first(self) is not self, **kwargs)
+            checked = order.first(self) is not self
+            self._dataloader = calibration_data(order.needing_data(self), state, checked, **kwargs)
+            if self._dataloader is None:
+                return
             if order.first(self, LayerModifier) is self and isinstance(state.model, PreTrainedModel):
                 self._uncalled = uncalled_layers(state.model, self._dataloader)
 

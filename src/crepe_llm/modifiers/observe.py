@@ -29,7 +29,7 @@ class Observer:
     Args:
         owner: the modifier that the hooks belong to.
         model: the model that is calibrated.
-        dataloader: what the epoch iterates.
+        dataloader: what the epoch iterates; None where nothing is calibrated.
         wanted: the layers to watch, with what is gathered for each.
     """
 
@@ -71,7 +71,7 @@ class Observer:
         return [*named, *(module for module, wanted in self._wanted.items() if wanted.name in anywhere)]
 
     def ended(
-        self, modules: list[torch.nn.Module], uncalibrated: Uncalibrated
+        self, modules: list[torch.nn.Module], uncalibrated: Uncalibrated | None
     ) -> Iterator[tuple[torch.nn.Module, str, InputStatistics]]:
         """Those of :meth:`ending` that are usable, with names and statistics, weights on the device."""
         taken = {module: self.take(module) for module in self.ending(modules)}
@@ -122,13 +122,16 @@ class Observer:
         self._statistics[module].update(inputs, self.mask(inputs), weights)
 
 
-def is_usable(name: str, module: torch.nn.Module, statistics: InputStatistics, uncalibrated: Uncalibrated) -> bool:
-    """Whether a layer was calibrated. Call it where offloaded weights are on the device.
+def is_usable(
+    name: str, module: torch.nn.Module, statistics: InputStatistics, uncalibrated: Uncalibrated | None
+) -> bool:
+    """Whether a layer can be worked on: it was calibrated, or `uncalibrated` is None, which stands for a modifier that
+    needs no calibration. Call it where offloaded weights are on the device.
 
     Raises:
         ValueError: if no token reached it and `uncalibrated` is "error", or its inputs or weight are not finite.
     """
-    if statistics.tokens == 0:
+    if statistics.tokens == 0 and uncalibrated is not None:
         if uncalibrated == "dense":
             return False
         raise ValueError(
@@ -147,12 +150,12 @@ def is_usable(name: str, module: torch.nn.Module, statistics: InputStatistics, u
 
 
 def _start_recording(dataloader: Any) -> None:
-    """Have a dataloader remember every batch's attention mask in `.masks`; nothing to do for a list or a tuple.
+    """Have a dataloader remember every batch's attention mask in `.masks`; nothing to do for a list, a tuple or None.
 
     Pipelines hand hooks a layer's inputs and the index of the batch, but no mask; giving the loader a subclass of its
     own class is the one way to watch its iteration that works for any loader, also with worker processes.
     """
-    if isinstance(dataloader, list | tuple):
+    if dataloader is None or isinstance(dataloader, list | tuple):
         return
     if not hasattr(dataloader, "recorders"):
         original = type(dataloader)
@@ -170,7 +173,7 @@ def _start_recording(dataloader: Any) -> None:
 
 def _stop_recording(dataloader: Any) -> None:
     """Undo :func:`_start_recording`, once for each time that it was called."""
-    if isinstance(dataloader, list | tuple):
+    if dataloader is None or isinstance(dataloader, list | tuple):
         return
     dataloader.recorders -= 1
     if dataloader.recorders == 0:

@@ -14,7 +14,16 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
 from crepe_llm import processes
 
-__all__ = ["check", "check_processes", "first", "markdown_table", "modifiers_after", "modifiers_before", "role_of"]
+__all__ = [
+    "check",
+    "check_processes",
+    "first",
+    "markdown_table",
+    "modifiers_after",
+    "modifiers_before",
+    "needing_data",
+    "role_of",
+]
 
 Role = Literal["cuts", "searches", "allocates", "permutes", "prunes", "re-prunes", "refits", "quantizes", "saves"]
 
@@ -145,6 +154,12 @@ def first(modifier: Modifier, kind: type[Modifier] = Modifier) -> Modifier:
     modifiers = active_session().lifecycle.recipe.modifiers
     ours = [other for other in modifiers if isinstance(other, kind) and _place_of(other) is not None]
     return ours[0] if any(other is modifier for other in ours) else modifier
+
+
+def needing_data(modifier: Modifier) -> Modifier | None:
+    """The modifier itself if it needs calibration data, else the first of its recipe that does; None if none does."""
+    before, after = _around(modifier)
+    return next((other for other in (modifier, *before, *after) if other.requires_calibration_data), None)
 
 
 def check(modifier: Modifier) -> None:

@@ -60,7 +60,7 @@ class PruningModifier(LayerModifier):
         self.refuse_unreached()
         self._pass = self._shared_pass() or PruningPass(self, self._dataloader)
         self._pass.add(self)
-        self.requires_calibration_data = self._pass.leader is self
+        self.requires_calibration_data = self._pass.leader is self and self._dataloader is not None
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -117,7 +117,7 @@ class PruningPass:
 
     Args:
         leader: the modifier whose hooks these are and whose calibration epoch this is.
-        dataloader: what the epoch iterates.
+        dataloader: what the epoch iterates; None where nothing is calibrated, and all layers are pruned at once.
     """
 
     def __init__(self, leader: PruningModifier, dataloader: Any) -> None:
@@ -224,7 +224,8 @@ class PruningPass:
     def _prune(self, modules: list[torch.nn.Module]) -> None:
         assert self._observer is not None
         owners = shared_out(self._observer.ending(modules))
-        for module, name, statistics in self._observer.ended(modules, self.leader.uncalibrated):
+        uncalibrated = None if self._dataloader is None else self.leader.uncalibrated
+        for module, name, statistics in self._observer.ended(modules, uncalibrated):
             if owners[module] == processes.rank():
                 dense = weight_matrix(module).detach()
                 self._prune_layer(Layer(name, module, dense, statistics, dense))
