@@ -8,6 +8,7 @@ import torch
 
 from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.functional.masks import keep_unstructured
+from crepe_llm.functional.products import Symmetric
 from crepe_llm.functional.rows import row_blocks
 
 __all__ = ["ADMMOptions", "Reconstruction", "admm"]
@@ -121,7 +122,7 @@ def _alternated(
     inverse = _penalised_inverse(gram, norms, options)
     total = dense.float() * norms  # W + U
     # W0 H (H + penalty I)^-1, in one product.
-    target = torch.addmm(total, total, inverse, alpha=-1)
+    target = inverse.times(-total, add=total, out=torch.empty_like(total))
     for iteration in range(1, options.iterations + 1):
         if iteration <= options.rounds:
             keep = chosen(total / norms, iteration)
@@ -131,15 +132,15 @@ def _alternated(
             # Inside the mask Z - U is W + U, outside it is the negative of that.
             dual = total[rows].masked_fill(keep[rows], 0)
             difference = total[rows].sub(dual, alpha=2)
-            torch.addmm(target[rows], difference, inverse, out=total[rows]).add_(dual)
+            inverse.times(difference, add=target[rows], out=total[rows]).add_(dual)
     return keep, total.mul_(keep).div_(norms)
 
 
-def _penalised_inverse(gram: torch.Tensor, norms: torch.Tensor, options: ADMMOptions) -> torch.Tensor:
+def _penalised_inverse(gram: torch.Tensor, norms: torch.Tensor, options: ADMMOptions) -> Symmetric:
     """penalty (H + penalty I)^-1 of the normalised and dampened Gram matrix H."""
     hessian = gram.float() / norms / norms[:, None]
     hessian.diagonal().fill_(1 + options.dampening + options.penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(hessian)).mul_(options.penalty)
+    return Symmetric(torch.cholesky_inverse(torch.linalg.cholesky(hessian)).mul_(options.penalty))
 
 
 def _in_part(scores: torch.Tensor, keep: torch.Tensor, share: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ Gram matrix X^T X [d_in, d_in] of the layer's inputs, up to a positive factor, o
 
 import torch
 
+from crepe_llm.functional.products import Symmetric
 from crepe_llm.functional.rows import row_blocks
 
 __all__ = [
@@ -261,7 +262,7 @@ def conjugate_gradients(
     _check(dense, keep, gram)
     if start is not None:
         _check(start, keep, None)
-    hessian, original = _dampened(gram, dampening), dense.float()
+    hessian, original = Symmetric(_dampened(gram, dampening)), dense.float()
     solution = (original if start is None else start.float()).masked_fill(~keep, 0)
     for rows in row_blocks(solution):
         _descend(solution[rows], original[rows], ~keep[rows], hessian, iterations, tolerance)
@@ -272,13 +273,13 @@ def _descend(
     solution: torch.Tensor,
     dense: torch.Tensor,
     pruned: torch.Tensor,
-    hessian: torch.Tensor,
+    hessian: Symmetric,
     iterations: int,
     tolerance: float,
 ) -> None:
     """The iterations of :func:`conjugate_gradients` on some rows, which change `solution`."""
-    inverse = hessian.diagonal().reciprocal()
-    residual = ((dense - solution) @ hessian).masked_fill_(pruned, 0)
+    inverse = hessian.diagonal.reciprocal()
+    residual = hessian.times(dense - solution, out=torch.empty_like(solution)).masked_fill_(pruned, 0)
     direction = residual * inverse
     size = (residual * direction).sum(dim=1, keepdim=True)
     target = size * tolerance**2
@@ -288,7 +289,7 @@ def _descend(
         active = size > target
         if not bool(active.any()):
             break
-        torch.mm(direction, hessian, out=image).masked_fill_(pruned, 0)
+        hessian.times(direction, out=image).masked_fill_(pruned, 0)
         curvature = torch.mul(direction, image, out=scratch).sum(dim=1, keepdim=True)
         step = torch.where(active & (curvature > 0), size / curvature, 0)
         solution.addcmul_(direction, step)
