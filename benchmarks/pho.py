@@ -2,6 +2,7 @@
 
     python benchmarks/pho.py                    # candidate, search, perplexity of what was found, projection
     python benchmarks/pho.py --hill-climb 20    # and 20 candidates of the hill climb on perplexity; resumes at will
+    python benchmarks/pho.py --project          # the default search on LLaMA-2-7B and one GPU, by arithmetic alone
 
 One process measures, on one model: a perplexity evaluation of the pruned model; a candidate on the sample that
 PHOSearchModifier takes by default; the search, from RIA's coefficients, as PHOSearchModifier does it (by proxy, then in
@@ -27,7 +28,7 @@ from crepe_llm.search.optimisers import OPTIMISERS
 from crepe_llm.search.rehearsal import Pruning, mask_step
 from crepe_llm.search.search import search
 from crepe_llm.search.space import RIA, WANDA, Coefficients, Mask
-from crepe_llm.search.stages import Cost, Measure, choose_rounds, judge
+from crepe_llm.search.stages import DEFAULT_ROUNDS, WINDOW, Cost, Measure, choose_rounds, judge
 from crepe_llm.search.study import Study
 from crepe_llm.search.trials import Plan, Stage
 from hill_climb import hill_climb as by_hill_climbing
@@ -41,6 +42,14 @@ from studies import studies_folder
 PROTOCOL = 4
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
+LLAMA_BLOCKS, LLAMA_VOCABULARY = 32, 32000
+# What is taken for one GPU, an A100: multiply-adds of bf16 a second, twice, and the share of them that forward passes
+# reach; bytes a second of its memory; bytes a second from the CPU's memory, where the toolkit keeps weights.
+GPU_FLOPS, GPU_SHARE, GPU_BYTES, LINK_BYTES = 312e12, 0.4, 1.5e12, 25e9
+# Scoring and masking read and write a weight in fp32 about so many times.
+PRUNING_TOUCHES = 40
+# Calibration texts, in tokens, and of each half those that calibrate (crepe_llm.search.halves).
+SEQUENCE, CALIBRATING = 2048, 16384
 PROXY = PROXIES[DEFAULT_PROXY]
 
 Perplexity = Callable[[Coefficients, list[str]], float]
@@ -122,6 +131,32 @@ def projection(bench: Bench, candidate: float, candidates: int) -> dict[str, flo
     return {"multiply_adds": multiply, "llama_2_7b_multiply_adds": larger, "llama_2_7b_candidate": projected}
 
 
+def gpu_projection() -> None:
+    """Say what the default search on LLaMA-2-7B would take on one GPU, by counting; nothing is measured."""
+    weights = LLAMA_BLOCKS * sum(d_out * d_in * count for (d_out, d_in), count in LLAMA_2_7B.items())
+    (many, little), (few, much) = DEFAULT_ROUNDS
+    # Pruned block by block are the guess and the finalists, each by both halves of the text, in three passes.
+    calibrated = (1 + few) * 2 * 3 * CALIBRATING
+    judged = many * little + few * much + much
+    passes = calibrated / SEQUENCE + judged / WINDOW
+    prunings = 2 * (many + few + 2)
+    flops = 2 * (weights + LLAMA_VOCABULARY * 4096) * (calibrated + judged)
+    proxy = 2 * 200 * sum(LAYERS_PER_KIND * ROWS * d_in**2 * count for (_, d_in), count in LLAMA_2_7B.items())
+    seconds = {
+        "forward passes": flops / (GPU_FLOPS * GPU_SHARE),
+        "scores and masks": prunings * weights * PRUNING_TOUCHES * 4 / GPU_BYTES,
+        "the proxy's products": proxy / (GPU_FLOPS * GPU_SHARE / 16),  # in fp32
+        "weights to the GPU, if they wait on the CPU": passes * 2 * weights / LINK_BYTES,
+    }
+    print(
+        f"LLaMA-2-7B, {weights / 1e9:.2f} G weights in blocks: {judged:,} tokens judged and {calibrated:,} that "
+        f"calibrate are {flops:.2e} operations in {passes:.0f} passes; {prunings} prunings"
+    )
+    for what, taken in seconds.items():
+        print(f"  {what:<44}{taken / 60:6.1f} minutes")
+    print(f"  {'together':<44}{sum(seconds.values()) / 60:6.1f} minutes")
+
+
 def hill_climb(bench: Bench, study: Study, goal: float, perplexity: Perplexity, options: argparse.Namespace) -> Row:
     """Climb on validation perplexity; its successive bests with their test perplexity, until one reaches the goal."""
     mask = options.mask.replace(":", "-")
@@ -169,7 +204,11 @@ def main() -> None:
     parser.add_argument("--without-starts", action="store_true", help="know nothing that was good on other models")
     parser.add_argument("--hill-climb", type=int, metavar="N", help="candidates of the hill climb")
     parser.add_argument("--results", type=Path, default=RESULTS / "pho.jsonl", help="a row a call")
+    parser.add_argument("--project", action="store_true", help="measure nothing; say what LLaMA-2-7B would take on a GPU")
     options = parser.parse_args()
+    if options.project:
+        gpu_projection()
+        return
     mask = parse_mask(options.mask)
     print(f"{options.model}, {mask}, seed {options.seed}, {torch.get_num_threads()} threads, bf16 forward passes")
 

@@ -4,7 +4,8 @@ In one process every function here does nothing, or gives back what it was given
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,8 +18,10 @@ from crepe_llm.functional.statistics import InputStatistics
 __all__ = [
     "add_up",
     "add_up_statistics",
+    "alone",
     "assign",
     "broadcast",
+    "by_first",
     "count",
     "draw_alike",
     "from_first",
@@ -28,17 +31,32 @@ __all__ = [
     "merge",
     "rank",
     "require_group",
+    "spread",
     "start",
     "wait",
     "write_parameter",
 ]
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+_alone = False
 
 
 def count() -> int:
-    """How many processes work together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """How many processes work together; 1 inside :func:`alone`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Have this process work inside the block as if there was no other."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def rank() -> int:
@@ -113,6 +131,41 @@ def from_process(value: T, owner: int) -> T:
 def from_first(value: T) -> T:
     """What the first process gives, which must pickle."""
     return from_process(value, 0)
+
+
+def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """What a function gives for each item; the processes take turns at the items, each working as if it was alone.
+
+    Args:
+        items: the same in all processes. The first process takes the first one, the second process the next.
+        work: what it gives must pickle.
+
+    Raises:
+        ValueError: if the function has raised an error in another process. A process's own error goes on as it is.
+    """
+    if count() == 1:
+        return [work(item) for item in items]
+    found: dict[int, R] = {}
+    error: Exception | None = None
+    try:
+        for place in range(rank(), len(items), count()):
+            with alone():
+                found[place] = work(items[place])
+    except Exception as raised:  # the others would wait for this process for ever
+        error = raised
+    parts = gather((found, None if error is None else str(error) or type(error).__name__))
+    if error is not None:
+        raise error
+    for number, (_, message) in enumerate(parts):
+        if message is not None:
+            raise ValueError(f"process {number} of {len(parts)} has failed: {message}")
+    results = {place: result for part, _ in parts for place, result in part.items()}
+    return [results[place] for place in range(len(items))]
+
+
+def by_first(work: Callable[[], R]) -> R:
+    """What a function gives in the first process, which must pickle; its error is raised in all."""
+    return spread((None,), lambda _: work())[0]
 
 
 def broadcast(tensor: torch.Tensor, owner: int) -> torch.Tensor:

@@ -19,9 +19,9 @@ from crepe_llm.recipe_files import recipe_path, shipped_recipes
 from leaving import leave
 
 VOCABULARY, ROWS, LENGTH = 96, 64, 32
+# What searches in two processes is in tests/modifiers/test_pho_processes.py, with a small budget.
 SHIPPED = [name for name in shipped_recipes() if name != "crepe_2of4_pho"]
 REFUSED = {
-    "crepe_2of4_pho": recipe_path("crepe_2of4_pho").read_text(),
     "sparsegpt": "a_stage:\n  pruning_modifiers:\n    SparseGPTModifier: {sparsity: 0.5, targets: [Linear]}\n"
     "    SparseCheckpointModifier: {}\n",
 }

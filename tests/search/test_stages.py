@@ -43,7 +43,13 @@ def test_budgets_that_pay_for_nothing_have_no_rounds():
 
 
 def test_costs_add_up():
-    assert COST.of((Round(40, 8), Round(4, 32))) == 40 * (2 + 8 * 0.5) + 3 * 30
+    rounds = (Round(40, 8), Round(4, 32))
+    assert COST.of(rounds) == 40 * (2 + 8 * 0.5) + 3 * 30
+    assert COST.limit(rounds, 200) == 200 - 3 * 30
+    # Two processes halve it; three of the eight halves of four candidates are left for one of three processes.
+    two, three = (dataclasses.replace(COST, processes=count) for count in (2, 3))
+    assert two.of(rounds) == COST.of(rounds) / 2 and two.limit(rounds, 200) == 2 * (200 - 1.5 * 30)
+    assert three.of(rounds) == (11 / 2 + 6 * 3 / 2) * 6 + 2 / 2 * 30
 
 
 class Model:

@@ -1,15 +1,30 @@
 """Calibration data shared out among processes."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.compute
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from crepe_llm import processes
 from crepe_llm.calibration.windows import loader_like
 
-__all__ = ["own_share"]
+__all__ = ["give_all", "give_share", "own_share"]
+
+
+class _Share(DataLoader[Any]):
+    """A process's share of the data that all processes have together; all of that while `gives_all`."""
+
+    whole: DataLoader[Any]
+    gives_all = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return iter(self.whole) if self.gives_all else super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self.whole) if self.gives_all else super().__len__()
 
 
 def own_share(loader: Any) -> Any:
@@ -41,7 +56,31 @@ def own_share(loader: Any) -> Any:
             "more rows, lower batch_size, or start fewer processes"
         )
     first, end = (batches * index // shares * size for index in (processes.rank(), processes.rank() + 1))
-    return loader_like(loader, rows.select(range(first, min(end, len(rows)))))
+    share = loader_like(loader, rows.select(range(first, min(end, len(rows)))), _Share)
+    assert isinstance(share, _Share)
+    share.whole = loader_like(loader, rows)
+    return share
+
+
+def give_all(loader: Any) -> None:
+    """Have a loader of :func:`own_share` give this process all batches, in the order in which one process has them.
+
+    Raises:
+        ValueError: if there are several processes, and the loader is no share of data that all of them have.
+    """
+    if isinstance(loader, _Share):
+        loader.gives_all = True
+    elif processes.count() > 1:
+        raise ValueError(
+            f"each of {processes.count()} processes needs all of the calibration data, and they were given different "
+            "data, or none by oneshot: give oneshot the same datasets.Dataset in all processes, or use one process"
+        )
+
+
+def give_share(loader: Any) -> None:
+    """Have a loader give the share of its process again. Idempotent."""
+    if isinstance(loader, _Share):
+        loader.gives_all = False
 
 
 def _mark(dataset: Dataset) -> str:

@@ -109,9 +109,9 @@ def _column(name: str, windows: list[list[int]]) -> list[list[int]]:
     return windows if name == "input_ids" else [[1] * len(window) for window in windows]
 
 
-def loader_like(loader: DataLoader[Any], dataset: Dataset) -> DataLoader[Any]:
-    """A loader of all rows of a data set, in their order, that is otherwise like another."""
-    return DataLoader(
+def loader_like(loader: DataLoader[Any], dataset: Dataset, kind: type[DataLoader[Any]] = DataLoader) -> DataLoader[Any]:
+    """A loader of all rows of a data set, in their order, that is otherwise like another; of a class that is one."""
+    return kind(
         dataset,  # type: ignore[arg-type]
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,

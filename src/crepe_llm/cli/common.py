@@ -2,12 +2,13 @@
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,16 @@ def output_folder(destination: Path) -> AbstractContextManager[Path]:
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent} does not exist; create it, or give another --output")
     return new_folder(destination)
+
+
+@contextmanager
+def heard_once() -> Iterator[None]:
+    """Let the first of several processes alone print; torch, which binds standard error, is not imported before."""
+    with ExitStack() as stack:
+        if int(os.environ.get("RANK") or 0):
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
 
 
 def model_folder(name: str) -> str:

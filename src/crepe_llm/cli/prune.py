@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import io
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from crepe_llm.cli.common import (
     calibration_texts,
     copy_processor,
     has_text,
+    heard_once,
     open_model,
     output_folder,
     require,
@@ -128,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
         check_report("prune --report")
     started = time.perf_counter()
     path = recipe_path(options.recipe)
-    with _heard_once(), quiet("prune", options.verbose) as progress:
+    with heard_once(), quiet("prune", options.verbose) as progress:
         from crepe_llm import processes
 
         made, used = _made(options, path, progress)
@@ -180,16 +179,6 @@ def _calibration(options: argparse.Namespace, source: Model, recipe: Any) -> _Ca
         source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed
     )
     return _Calibration(words, corpus, texts, length, windows)
-
-
-@contextlib.contextmanager
-def _heard_once() -> Iterator[None]:
-    """Let the first of several processes alone print; torch, which binds standard error, is not imported before."""
-    with contextlib.ExitStack() as stack:
-        if int(os.environ.get("RANK") or 0):
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        yield
 
 
 @contextlib.contextmanager

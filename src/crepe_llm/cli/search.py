@@ -16,6 +16,7 @@ from crepe_llm.cli.common import (
     at_least,
     calibration_texts,
     check_new_file,
+    heard_once,
     open_model,
     require,
     window_length,
@@ -45,6 +46,7 @@ def add(subparsers: Any) -> None:
         epilog=(
             "examples:\n"
             "  crepe search MODEL --mask-structure 2:4 --text FILE --study study.json\n"
+            "  torchrun --nproc-per-node 2 -m crepe_llm search MODEL --text FILE --study study.json\n"
             "  crepe search smollm2 --sparsity 0.6 --comparison-group matrix --sample --samples 16 --length 512 \\\n"
             "      --study smollm2-60.json --plot smollm2-60.png\n"
             "A recipe uses it with `study: FILE` under PHOSearchModifier, or with the printed lines.\n"
@@ -90,14 +92,28 @@ def run(options: argparse.Namespace) -> None:
     check_new_file(options.plot, "--plot")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install matplotlib")
-    with quiet("search", options.verbose) as progress:
+    with heard_once(), quiet("search", options.verbose) as progress:
+        from crepe_llm import processes
+
+        processes.start()
         search = _search(options, progress)
+    if processes.is_first():
+        _report(options, search, progress)
+
+
+def _report(options: argparse.Namespace, search: "PHOSearchModifier", progress: Progress) -> None:
+    """Print what was found, and write it as JSON."""
+    from crepe_llm import processes
+
     study = search.result
     assert study is not None and search.chosen  # oneshot has run it
     print(study.stages[-1].table(4))
     counts = [f"{len(study.candidates)} candidates by proxy"]
     counts += [f"{len(stage.trials)} {stage.name.partition(': ')[2]}" for stage in study.stages]
-    progress.tell("searched", f"{', '.join(counts)}; {study.total_seconds:.0f} s; all of it is in {options.study}")
+    together = f" of {processes.count()} processes together" * (processes.count() > 1)
+    progress.tell(
+        "searched", f"{', '.join(counts)}; {study.total_seconds:.0f} s{together}; all of it is in {options.study}"
+    )
     if study.recommended == study.stages[-1].trials[0].coefficients:
         progress.tell("chosen", "the incumbent's coefficients, as none are clearly better")
     else:
@@ -128,7 +144,7 @@ def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifi
     """Say the plan, and search; the modifier, which holds the study."""
     from llmcompressor import oneshot
 
-    from crepe_llm import samples
+    from crepe_llm import processes, samples
     from crepe_llm.modifiers import PHOSearchModifier
 
     search = PHOSearchModifier(**_fields(options))
@@ -147,7 +163,8 @@ def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifi
     progress.tell("masks", masks)
     progress.tell("budget", _budget(options))
     progress.tell("calibration", f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}")
-    progress.tell("device", device_in_words())
+    together = f", {processes.count()} processes" * (processes.count() > 1)
+    progress.tell("device", device_in_words() + together)
     progress.tell("study", str(options.study))
     with _followed(progress, options, source.config.get_text_config().num_hidden_layers):
         oneshot(
@@ -167,7 +184,10 @@ def _budget(options: argparse.Namespace) -> str:
     """What the search may take, in words."""
     if options.minutes is not None:
         return f"{options.minutes:g} minutes, calibration aside"
-    most = "40 candidates on 4096 tokens each, the best 4 on 16384, as far as there is text"
+    from crepe_llm.search.stages import DEFAULT_ROUNDS
+
+    (many, little), (few, much) = DEFAULT_ROUNDS
+    most = f"{many} candidates on {little} tokens each, the best {few} on {much}, as far as there is text"
     if options.tokens is not None:
         most = f"pruned models judged on {options.tokens:,} tokens"
     return f"{options.candidates or 200} candidates by proxy, then {most}"
@@ -182,6 +202,7 @@ def _followed(progress: Progress, options: argparse.Namespace, blocks: int) -> I
     from compressed_tensors.utils import patch_attr
     from llmcompressor.core import LifecycleCallbacks
 
+    from crepe_llm import processes
     from crepe_llm.search.study import Study
 
     ended, saved, started, block = LifecycleCallbacks.sequential_epoch_end, Study.save, time.monotonic(), 0
@@ -197,7 +218,7 @@ def _followed(progress: Progress, options: argparse.Namespace, blocks: int) -> I
 
     def save(study: "Study", path: str | Path) -> None:
         saved(study, path)
-        show(state_in_words(study, options.candidates, time.monotonic() - started))
+        show(state_in_words(study, options.candidates, time.monotonic() - started, processes.count()))
 
     progress.unsaid = ("warning: PHO: nothing is clearly better",)
     with (
@@ -207,13 +228,14 @@ def _followed(progress: Progress, options: argparse.Namespace, blocks: int) -> I
         yield
 
 
-def state_in_words(study: "Study", candidates: int | None, seconds: float) -> str:
+def state_in_words(study: "Study", candidates: int | None, seconds: float, processes: int = 1) -> str:
     """How far a study is, and the time that is left; that is known once it has a plan.
 
     Args:
         study: as it is saved.
         candidates: how many the proxy is to judge; None for the default.
         seconds: since the search began.
+        processes: how many share the work out; trials have the times of all.
     """
     so_far = f"{_clock(seconds)} so far"
     trials: dict[str, list[Any]] = {"first": [], "last": []}
@@ -224,10 +246,10 @@ def state_in_words(study: "Study", candidates: int | None, seconds: float) -> st
             return f"the model is pruned with the recipe's own coefficients, {so_far}"
         return f"{len(study.candidates) - 1} of {candidates or 200} candidates by proxy, {so_far}"
     first, last = study.plan.rounds
-    slow = max((trial.seconds for trial in trials["last"]), default=0.0)
+    slow = max((trial.seconds for trial in trials["last"]), default=0.0) / processes
     quick = max(0.0, study.plan.seconds - (last.candidates - 1) * slow) / first.candidates
     if trials["first"]:
-        quick = sum(trial.seconds for trial in trials["first"]) / len(trials["first"])
+        quick = sum(trial.seconds for trial in trials["first"]) / len(trials["first"]) / processes
     done = max(1, len(trials["last"]))  # the recipe's own coefficients were measured before there was a plan
     left = (first.candidates - len(trials["first"])) * quick + (last.candidates - done) * slow
     if len(trials["first"]) < first.candidates:

@@ -58,7 +58,6 @@ class Place:
         after: what must come before it.
         before: what must come after it.
         once: why a recipe may have it only once; empty where it may have several.
-        alone: why it works in one process only, and the cure; empty where it works in several.
     """
 
     role: Role
@@ -67,7 +66,6 @@ class Place:
     after: Need | None = None
     before: Need | None = None
     once: str = ""
-    alone: str = ""
 
 
 # Of llm-compressor's own modifiers, those that add up over processes what they have seen of the calibration data.
@@ -88,12 +86,7 @@ _PRUNED = Need(
 
 PLACES: dict[str, Place] = {
     "CFSPModifier": Place("cuts", not_after={"prunes": _CUT, "quantizes": _CUT}),
-    "PHOSearchModifier": Place(
-        "searches",
-        not_after={"prunes": _LATER},
-        alone="it searches and measures by one clock and writes one record. Search in one process, and prune by the "
-        "recipe that is saved with that model, which has what was found, or give it the search as `study`",
-    ),
+    "PHOSearchModifier": Place("searches", not_after={"prunes": _LATER}),
     "SparsityAllocationModifier": Place(
         "allocates",
         not_after={"prunes": _LATER},
@@ -189,15 +182,13 @@ def check_processes(modifiers: list[Modifier]) -> None:
     if processes.count() == 1:
         return
     for modifier in modifiers:
-        place, name = _place_of(modifier), type(modifier).__name__
-        if place is None and modifier.requires_calibration_data and not isinstance(modifier, _ADD_UP):
+        name = type(modifier).__name__
+        if _place_of(modifier) is None and modifier.requires_calibration_data and not isinstance(modifier, _ADD_UP):
             known = ", ".join(kind.__name__ for kind in _ADD_UP)
-            reason = f"llm-compressor's {name} looks at its own share of the calibration data only; {known} do not"
-        elif place is not None and place.alone and modifier.requires_calibration_data:
-            reason = place.alone
-        else:
-            continue
-        raise ValueError(f"{name} works in one process, and this job has {processes.count()}: {reason}")
+            raise ValueError(
+                f"{name} works in one process, and this job has {processes.count()}: llm-compressor's {name} looks at "
+                f"its own share of the calibration data only; {known} do not"
+            )
 
 
 def markdown_table() -> str:

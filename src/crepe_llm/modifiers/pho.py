@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from crepe_llm import processes
+from crepe_llm.calibration.shares import give_all, give_share
 from crepe_llm.functional.masks import ComparisonGroup, parse_mask_structure
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers import order
@@ -36,7 +38,7 @@ from crepe_llm.pruning.layer import Layer, weight_matrix
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
 from crepe_llm.search.halves import Halves
 from crepe_llm.search.known import known_points
-from crepe_llm.search.rehearsal import Pruning, mask_step
+from crepe_llm.search.rehearsal import Pruning, mask_step, own_weights
 from crepe_llm.search.search import search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.stages import Cost, choose_rounds, judge, run_last_stage
@@ -49,6 +51,8 @@ _CANDIDATES = 200
 _NAMES = [field.name for field in dataclasses.fields(Coefficients)]
 # The share of `minutes` that the search by proxy may take.
 _BY_PROXY = 0.25
+# More processes than a generation has candidates have nothing to do in the search by proxy.
+_GENERATION = 8
 
 
 class PHOSearchModifier(LayerModifier):
@@ -62,6 +66,9 @@ class PHOSearchModifier(LayerModifier):
     pruned with the best few as the recipe prunes it, by the modifiers that share the CRePEModifier's pass. Each half of
     the text judges what the other half has calibrated. The CRePEModifier's own coefficients stay unless others are
     clearly better, also on text that they were not chosen on. docs/pho.md says how.
+
+    Several processes, such as torchrun starts, share the candidates out, and find what one would find. Each gathers
+    statistics over all of the calibration data.
 
     The CRePEModifier prunes with what was found, and the recipe that is saved with the model has it: as `found` here,
     and as the CRePEModifier's coefficients. So that recipe prunes the same again without searching.
@@ -205,7 +212,8 @@ class PHOSearchModifier(LayerModifier):
                 "coefficients are to be beaten: leave incumbent out"
             )
         if self.study is not None:
-            self._source = Study.load(self.study)
+            path = self.study
+            self._source = processes.by_first(lambda: Study.load(path))
             self._source.require_mask(self._mask)
         super().on_initialize(state, **kwargs)
         self._model_name = Path(state.model.config._name_or_path or type(state.model).__name__).name
@@ -223,6 +231,7 @@ class PHOSearchModifier(LayerModifier):
             )
         gram = PROXIES[self.proxy].needs_gram
         wanted = {module: Wanted(name, gram and name in self._sampled) for module, name in self._layers.items()}
+        give_all(self._dataloader)
         self._observer = Observer(self, state.model, self._dataloader, wanted)
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
@@ -233,8 +242,9 @@ class PHOSearchModifier(LayerModifier):
     ) -> None:
         """Reduce the layers to what the search needs of them; they stay as they are."""
         if self._observer is not None:
-            for module, name, statistics in self._observer.ended(modules, self.uncalibrated):
-                self._reduce(module, name, statistics)
+            with processes.alone():
+                for module, name, statistics in self._observer.ended(modules, self.uncalibrated):
+                    self._reduce(module, name, statistics)
 
     def _reduce(self, module: torch.nn.Module, name: str, statistics: InputStatistics) -> None:
         self._digest.update(statistics.norm.cpu().numpy().tobytes())
@@ -257,12 +267,13 @@ class PHOSearchModifier(LayerModifier):
             return
         self.stop_watching()
         sequences = list(self._sequences())
+        give_share(self._dataloader)
         if len(sequences) < 2:
             raise ValueError(
                 f"PHOSearchModifier judges by one half of the calibration text what the other half prunes, and there "
                 f"are {len(sequences)} sequences of at least two tokens: calibrate with two at least, better with 16"
             )
-        study = self._new_study(sequences)
+        study = processes.from_first(self._new_study(sequences))
         path = Path(self.record) if self.record is not None else study.default_path()
         self._result = study
         logger.info(f"PHO: recorded in {path}, from which the same run resumes")
@@ -270,7 +281,7 @@ class PHOSearchModifier(LayerModifier):
         try:
             if self._source is None:
                 self._search(study, path)
-            with _as_it_predicts(state.model):
+            with own_weights(self._layers), _as_it_predicts(state.model):
                 self._judge(state.model, study, path, sequences, started)
         except KeyboardInterrupt:
             logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
@@ -318,7 +329,7 @@ class PHOSearchModifier(LayerModifier):
             lambda coefficients: evaluate(self._samples, coefficients, self._mask, proxy),
             study,
             candidates=_CANDIDATES if self.candidates is None else self.candidates,
-            minutes=None if self.minutes is None else self.minutes * _BY_PROXY,
+            minutes=None if self.minutes is None else self.minutes * _BY_PROXY * min(processes.count(), _GENERATION),
             path=path,
             progress=lambda done: logger.info(
                 f"PHO: {len(done.candidates) - 1} candidates, {done.seconds:.0f} s, "
@@ -332,8 +343,7 @@ class PHOSearchModifier(LayerModifier):
         halves = Halves(model, sequences, (*starts, own)[0], self._pruning)
         quick, last = halves.measures()
         if self._source is not None:
-            if path.exists():
-                take_record(study, path)
+            take_record(study, path)
             run_last_stage(study, [own, *self._source.challengers], last, path, _progress)
             return
 
@@ -343,8 +353,9 @@ class PHOSearchModifier(LayerModifier):
                 return known
             halves.prepare()
             before = time.perf_counter()
-            quick.losses(own, range(2))
-            cost = Cost(time.perf_counter() - before, halves.seconds, seconds)
+            with processes.alone():
+                quick.losses(own, range(2))
+            cost = Cost(time.perf_counter() - before, halves.seconds, seconds, processes.count())
             return self._plan(cost, halves.tokens, time.perf_counter() - started)
 
         judge(study, [own, *starts], (quick, last), plan, path, _progress)
@@ -357,7 +368,7 @@ class PHOSearchModifier(LayerModifier):
         budget = self._budget
         seconds = None if self.minutes is None else 60 * self.minutes - spent
         rounds = choose_rounds(tokens, cost, tokens=self.tokens, seconds=seconds)
-        limit = None if seconds is None or not rounds else seconds - (rounds[-1].candidates - 1) * cost.last
+        limit = None if seconds is None or not rounds else cost.limit(rounds, seconds)
         plan = Plan(budget, rounds, cost.of(rounds) if rounds else 0.0, limit)
         if rounds:
             stages = ", ".join(f"{each.candidates} candidates on {each.windows} windows" for each in rounds)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from compressed_tensors.utils import align_module_device
 
+from crepe_llm import processes
 from crepe_llm.training.targets import Head, Target, TopK, Whole, find_head, keep_top, mean_loss
 
 __all__ = ["Divergence", "cut_windows"]
@@ -32,7 +33,8 @@ class Divergence:
     """KL(dense || now) of a model's next-token distributions, window by window.
 
     The model is dense when this is made; its predictions are kept as the 512 likeliest tokens and the mass of the rest
-    (6 bytes for each of the 512). It is changed in place afterwards.
+    (6 bytes for each of the 512). It is changed in place afterwards. Several processes share the windows out, and tell
+    each other the dense model's predictions.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -52,7 +54,7 @@ class Divergence:
         self._windows = list(windows)
         with self._head_at_hand():
             self._head: Head | None = find_head(model, self._windows[0][None, :16].to(self._device))
-            self._dense = [keep_top(self._predictions(window), _TOP) for window in self._windows]
+            self._dense = processes.spread(self._windows, lambda window: keep_top(self._predictions(window), _TOP))
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Candidates measured on the whole model: pruned by one half of the text, judged on the other, and the other way."""
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,8 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from compressed_tensors.utils import get_execution_device
 from loguru import logger
 
+from crepe_llm import processes
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.search.divergence import Divergence, cut_windows
@@ -33,6 +36,9 @@ class Halves:
     costs two prunings and one forward pass for each window. These coefficients have an advantage over all others there,
     and those that prune alike; they should be a good guess.
 
+    Of several processes each judges candidates alone, on a model of its own. They share out only the dense model's
+    predictions and, in :meth:`prepare`, the statistics.
+
     Args:
         model: a transformers causal language model, dense.
         sequences: the text, int64 [any] each, two at least.
@@ -56,7 +62,8 @@ class Halves:
         windows = [_up_to(_in_turn(half), _JUDGED_TOKENS) for half in halves]
         before = time.perf_counter()
         self._divergence = Divergence(model, [window for pair in zip(*windows, strict=False) for window in pair])
-        self.seconds = (time.perf_counter() - before) / len(self._divergence.tokens)
+        own = -(-len(self._divergence.tokens) // processes.count())
+        self.seconds = (time.perf_counter() - before) / own
         self._calibrating = [_up_to(half, _CALIBRATING_TOKENS) for half in reversed(halves)]
         self._statistics: dict[int, dict[torch.nn.Module, InputStatistics]] = {}
         self.tokens = self._divergence.tokens
@@ -72,15 +79,27 @@ class Halves:
         """Those of the first stage and of the last."""
         last = self._as_the_recipe if self._has_blocks else self._by_statistics
         return (
-            Measure("first stage: pruned by masks alone", self.tokens, lambda c, windows: self._losses(c, windows)),
+            Measure("first stage: pruned by masks alone", self.tokens, self._losses, self.prepare),
             Measure("last stage: pruned as the recipe prunes", self.tokens, lambda c, w: self._losses(c, w, last)),
         )
 
     def prepare(self) -> None:
-        """Gather the statistics that the first stage needs, if they are not there."""
-        for half in (0, 1):
-            if half not in self._statistics:
-                self._gather(half)
+        """Gather the statistics that the first stage needs, if they are not there; all processes call it together."""
+        if all(processes.gather(len(self._statistics) == 2)):
+            return
+        layers = {wanted.name: module for module, wanted in self._pruning(self._guess, True).wanted.items()}
+        for half, found in enumerate(processes.spread((0, 1), self._by_name)):
+            self._statistics[half] = {
+                layers[name]: _moved(statistics, get_execution_device(layers[name]))
+                for name, statistics in found.items()
+            }
+
+    def _by_name(self, half: int) -> dict[str, InputStatistics]:
+        """What masks are made by that are judged on a half, for each layer by its name, on the CPU."""
+        if half not in self._statistics:
+            self._gather(half)
+        wanted = self._pruning(self._guess, True).wanted
+        return {wanted[module].name: _moved(found, "cpu") for module, found in self._statistics[half].items()}
 
     def _losses(
         self,
@@ -126,6 +145,13 @@ class Halves:
             for sequence in self._calibrating[half]:
                 self._model.base_model(input_ids=sequence[None].to(device), use_cache=False)
         self._statistics[half] = found
+
+
+def _moved(statistics: InputStatistics, device: Any) -> InputStatistics:
+    """Statistics without a Gram matrix on another device."""
+    moved = copy.copy(statistics)
+    moved.sum, moved.square_sum = statistics.sum.to(device), statistics.square_sum.to(device)
+    return moved
 
 
 def _up_to(sequences: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from compressed_tensors.utils import align_module_device, get_execution_device
+from compressed_tensors.offload.cache import CPUCache, OffloadCache
+from compressed_tensors.utils import align_module_device, get_execution_device, get_offloaded_device
 
+from crepe_llm import processes
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
@@ -19,7 +21,7 @@ from crepe_llm.pruning.layer import Layer, input_channels, set_weight_matrix, we
 from crepe_llm.pruning.steps import Mask as MaskStep
 from crepe_llm.search.space import Coefficients, Mask
 
-__all__ = ["Pruning", "input_statistics", "mask_step", "pruned", "rehearsed", "remembering"]
+__all__ = ["Pruning", "input_statistics", "mask_step", "own_weights", "pruned", "rehearsed", "remembering"]
 
 
 @contextmanager
@@ -35,6 +37,32 @@ def _restored(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
         for module, weight in originals.items():
             with torch.no_grad(), align_module_device(module):
                 set_weight_matrix(module, weight)
+
+
+@contextmanager
+def own_weights(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Give this process parameters of its own of these layers meanwhile, where processes share them.
+
+    The toolkit keeps weights that wait on the CPU or the disk once for all processes of a machine. A process that
+    changed them would change them for all. In one process nothing is done.
+    """
+    shared = {}
+    for module in modules:
+        if processes.count() > 1 and isinstance(module._parameters, OffloadCache) and not _is_on_device(module):
+            shared[module] = module._parameters
+            with torch.no_grad(), align_module_device(module):
+                own = {name: copy.deepcopy(value) for name, value in module._parameters.items()}
+            module._parameters = CPUCache.from_mapping(own, get_execution_device(module))
+    try:
+        yield
+    finally:
+        for module, parameters in shared.items():
+            module._parameters = parameters
+
+
+def _is_on_device(module: torch.nn.Module) -> bool:
+    """Whether a layer waits on an accelerator, where each process has weights of its own."""
+    return get_offloaded_device(module) not in ("disk", torch.device("cpu"))
 
 
 @contextmanager

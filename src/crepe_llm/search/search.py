@@ -2,15 +2,17 @@
 
 :func:`search` drives an optimiser and saves the :class:`Study` after each generation. Given an unfinished study, it
 replays the recorded losses first, so that a search that was killed at any moment ends where the uninterrupted one would
-have ended.
+have ended. Several processes share the candidates of a generation out, and all have the same values; the first one
+saves.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from crepe_llm import processes
 from crepe_llm.search.optimisers import OPTIMISERS
 from crepe_llm.search.space import RIA, Coefficients
 from crepe_llm.search.study import Candidate, Study, StudyError, package_versions
@@ -42,10 +44,12 @@ def search(
     """Search until the budget is spent, or until the optimiser ends.
 
     Args:
-        objective: the value of one candidate; deterministic, or resuming cannot give the same result.
+        objective: the value of one candidate; deterministic, or resuming cannot give the same result. Of several
+            processes each calls it for its share of the candidates.
         study: the settings; its candidates must be empty.
         candidates: stop after this many evaluations beside RIA's; a generation is never cut, so there may be more.
-        minutes: stop when the evaluations recorded have taken this long. At least one of the two must be given.
+        minutes: stop when the evaluations recorded have taken this long, over all processes. At least one of the two
+            must be given.
         path: where the study is saved after each generation. A file that is there already and has the same settings is
             continued, so that a search killed at any moment ends as if it had not been.
         progress: called with the study after each generation.
@@ -61,7 +65,7 @@ def search(
     if study.optimiser not in OPTIMISERS:
         raise ValueError(f"optimiser={study.optimiser} must be one of {', '.join(OPTIMISERS)}")
     value_of = _Values(objective, study, path)
-    study.candidates = [value_of(RIA, -1)]
+    study.candidates = value_of([RIA], -1)
     optimiser = OPTIMISERS[study.optimiser](study.space, study.seed)
     generation = 0
     losses: list[float] | None = None
@@ -70,18 +74,18 @@ def search(
             proposed = next(optimiser) if losses is None else optimiser.send(losses)
         except StopIteration:
             break
-        evaluated = [value_of(coefficients, generation) for coefficients in proposed]
+        evaluated = value_of(processes.from_first(proposed), generation)
         study.candidates += evaluated
         losses = [study.loss(candidate) for candidate in evaluated]
         generation += 1
         _refuse_constant(study)
-        if value_of.evaluated_any:
+        if value_of.evaluated_any and processes.is_first():
             if path is not None:
                 study.save(path)
             if progress is not None:
                 progress(study)
     study.finished = True
-    if path is not None:
+    if path is not None and processes.is_first():
         study.save(path)
     return study
 
@@ -109,7 +113,7 @@ class _Values:
 
     def __init__(self, objective: Callable[[Coefficients], float], study: Study, path: str | Path | None) -> None:
         self._objective, self._study, self._path = objective, study, path
-        self._recorded = [] if path is None or not Path(path).exists() else take_record(study, path)
+        self._recorded = [] if path is None else take_record(study, path)
         self._given = 0
 
     @property
@@ -122,10 +126,14 @@ class _Values:
         """Whether a candidate was evaluated that was not on record."""
         return self._given > len(self._recorded)
 
-    def __call__(self, coefficients: Coefficients, generation: int) -> Candidate:
-        self._given += 1
-        if self._given <= len(self._recorded):
-            return self._replayed(coefficients, generation)
+    def __call__(self, proposed: Sequence[Coefficients], generation: int) -> list[Candidate]:
+        places = range(self._given, min(self._given + len(proposed), len(self._recorded)))
+        replayed = [self._replayed(proposed[place - self._given], place, generation) for place in places]
+        new = proposed[len(replayed) :]
+        self._given += len(proposed)
+        return replayed + processes.spread(new, lambda coefficients: self._evaluated(coefficients, generation))
+
+    def _evaluated(self, coefficients: Coefficients, generation: int) -> Candidate:
         started = time.perf_counter()
         value = float(self._objective(coefficients))
         if not math.isfinite(value):
@@ -134,11 +142,11 @@ class _Values:
             )
         return Candidate(coefficients, value, time.perf_counter() - started, generation)
 
-    def _replayed(self, coefficients: Coefficients, generation: int) -> Candidate:
-        known = self._recorded[self._given - 1]
+    def _replayed(self, coefficients: Coefficients, place: int, generation: int) -> Candidate:
+        known = self._recorded[place]
         if known.coefficients != coefficients or known.generation != generation:
             raise StudyError(
-                f"the study {self._path} does not replay: candidate {self._given - 1} is recorded as "
+                f"the study {self._path} does not replay: candidate {place} is recorded as "
                 f"{known.coefficients} and would now be {coefficients}; it was made with {self._study.versions}, "
                 f"this is {package_versions()}: search anew in another file"
             )
@@ -148,9 +156,22 @@ class _Values:
 def take_record(study: Study, path: str | Path) -> list[Candidate]:
     """The candidates of an earlier run with the same settings; its plan, stages and versions become the study's.
 
+    The first of several processes reads. Where there is no such file, there are no candidates.
+
     Raises:
         StudyError: it is damaged, or had other settings.
     """
+    earlier = processes.by_first(lambda: _same_search(study, path))
+    if earlier is None:
+        return []
+    study.plan, study.stages = earlier.plan, earlier.stages
+    study.versions = earlier.versions
+    return earlier.candidates
+
+
+def _same_search(study: Study, path: str | Path) -> Study | None:
+    if not Path(path).exists():
+        return None
     earlier = Study.load(path)
     for name in _IDENTITY:
         if getattr(earlier, name) != getattr(study, name):
@@ -158,9 +179,7 @@ def take_record(study: Study, path: str | Path) -> list[Candidate]:
                 f"the study {path} was made with {name}={getattr(earlier, name)!r}, and this search has "
                 f"{getattr(study, name)!r}: give another file, or delete this one"
             )
-    study.plan, study.stages = earlier.plan, earlier.stages
-    study.versions = earlier.versions
-    return earlier.candidates
+    return earlier
 
 
 def _refuse_constant(study: Study) -> None:

@@ -2,6 +2,8 @@
 
 A study's stages are measured in the order of its plan, and saved trial by trial. What is on record is not measured
 again, so that a search that was killed at any moment ends as if it had not been.
+
+Several processes share out candidates and the halves of the text, and all have the same results; the first one saves.
 """
 
 import dataclasses
@@ -12,19 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
+from crepe_llm import processes
 from crepe_llm.search.space import RIA, WANDA, Coefficients
 from crepe_llm.search.study import Study
 from crepe_llm.search.surrogate import Surrogate
 from crepe_llm.search.trials import Plan, Round, Stage, Trial
 
-__all__ = ["DEFAULT_TOKENS", "WINDOW", "Cost", "Measure", "choose_rounds", "judge", "run_last_stage"]
+__all__ = ["DEFAULT_ROUNDS", "DEFAULT_TOKENS", "WINDOW", "Cost", "Measure", "choose_rounds", "judge", "run_last_stage"]
 
 WINDOW = 512
 """Tokens of a window: texts are cut into windows of at most so many."""
 
-# Candidates and tokens of each. The last stage is pruned as the recipe prunes.
-_DEFAULT = ((32, 8192), (4, 16384))
-DEFAULT_TOKENS = sum(candidates * tokens for candidates, tokens in _DEFAULT)
+DEFAULT_ROUNDS = ((32, 8192), (4, 16384))
+"""Of the first stage and of the last, how many candidates are judged, each on how many tokens, as far as there is
+text."""
+DEFAULT_TOKENS = sum(candidates * tokens for candidates, tokens in DEFAULT_ROUNDS)
 """The most tokens that pruned models are judged on by default."""
 # With fewer candidates and windows than these a stage decides nothing.
 _FEWEST = ((12, 2), (4, 8))
@@ -39,26 +43,53 @@ class Measure:
     Attributes:
         name: how they are pruned, and what is measured.
         tokens: of each window, how many are predicted. Windows of the text's two halves take turns.
-        losses: of a candidate and a range of windows, the summed loss of each window.
+        losses: of a candidate and a range of windows, the summed loss of each window; a process calls it alone.
+        prepare: what all processes do together before.
     """
 
     name: str
     tokens: tuple[int, ...]
     losses: Callable[[Coefficients, range], list[float]]
+    prepare: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds that pruning takes in the first stage, a window there, and a candidate of the last stage."""
+    """Seconds that things take.
+
+    Attributes:
+        pruning: one process, for a candidate's pruning in the first stage.
+        window: one process, for a window there.
+        last: one process, for a candidate of the last stage.
+        processes: how many share candidates and halves of the text.
+    """
 
     pruning: float
     window: float
     last: float
+    processes: int = 1
 
     def of(self, rounds: Sequence[Round]) -> float:
         """What rounds take; the incumbent's place in the last one is paid before there is a plan."""
-        first, last = rounds
-        return first.candidates * (self.pruning + first.windows * self.window) + (last.candidates - 1) * self.last
+        return self._first(rounds[0]) + self._last(rounds[1])
+
+    def limit(self, rounds: Sequence[Round], seconds: float) -> float:
+        """What the trials of the first stage may take together, over all processes, if both rounds have so long."""
+        whole = dataclasses.replace(self, processes=1)
+        return (seconds - self._last(rounds[1])) * whole._first(rounds[0]) / self._first(rounds[0])
+
+    def _first(self, round_: Round) -> float:
+        shared = min(_by_proxy(round_), round_.candidates)
+        rest = round_.candidates - shared
+        turns = self._turns(shared) + rest // _AT_ONCE * self._turns(_AT_ONCE) + self._turns(rest % _AT_ONCE)
+        return turns * (self.pruning + round_.windows * self.window)
+
+    def _last(self, round_: Round) -> float:
+        return self._turns(round_.candidates - 1) * self.last
+
+    def _turns(self, candidates: int) -> float:
+        """How many candidates the busiest process has of these, halves of the text counted apart."""
+        return math.ceil(2 * candidates / self.processes) / 2
 
 
 def choose_rounds(
@@ -94,7 +125,7 @@ def choose_rounds(
 
 def _scaled(factor: float, windows: Sequence[int]) -> tuple[Round, ...]:
     rounds: list[Round] = []
-    for (candidates, wanted), (fewest, shortest) in zip(_DEFAULT, _FEWEST, strict=True):
+    for (candidates, wanted), (fewest, shortest) in zip(DEFAULT_ROUNDS, _FEWEST, strict=True):
         length, there = sum(windows) / len(windows), min(wanted, sum(windows))
         count = min(len(windows), max(shortest, round(there * min(1.0, factor) ** 0.5 / length)))
         affordable = round(candidates * there * factor / (count * length))
@@ -119,8 +150,8 @@ def judge(
         study: after the search by proxy; its stages are filled here.
         others: the incumbent's coefficients, then what else the first stage measures in any case.
         measures: of the first stage and of the last.
-        plan: of the seconds that the incumbent took in the last stage, what to do. A study that was read with a plan
-            for the same budget keeps it.
+        plan: of the seconds that the incumbent took in the last stage, what to do; the first process's counts. A study
+            that was read with a plan for the same budget keeps it.
         path: where the study is saved after each trial.
         progress: told of a stage after each trial.
     """
@@ -129,7 +160,7 @@ def judge(
     study.finished = False
     last = Stage(real.name)
     recorder.measure(last, real, others[:1], len(real.tokens))
-    wanted = plan(last.trials[0].seconds)
+    wanted = processes.from_first(plan(last.trials[0].seconds))
     # Plans of earlier versions had three rounds.
     if study.plan is None or study.plan.budget != wanted.budget or len(study.plan.rounds) not in (0, 2):
         study.plan = wanted
@@ -139,15 +170,14 @@ def judge(
         stage = Stage(quick.name)
         study.stages.append(stage)
         _first_stage(study, stage, recorder, quick, others)
-        chosen, finalists = _finalists(study, stage, final.candidates)
+        chosen, finalists = processes.from_first(_finalists(study, stage, final.candidates))
         study.stages.append(last)
         last.trials.clear()
         recorder.measure(last, real, finalists, final.windows)
         last.chosen = chosen
     else:
         study.stages.append(last)
-    study.finished = True
-    study.save(path)
+    _finish(study, path)
 
 
 def run_last_stage(
@@ -157,8 +187,13 @@ def run_last_stage(
     recorder, last = _Recorder(study, path, progress), Stage(real.name)
     study.stages = [last]
     recorder.measure(last, real, list(dict.fromkeys(candidates)), len(real.tokens))
+    _finish(study, path)
+
+
+def _finish(study: Study, path: Path) -> None:
     study.finished = True
-    study.save(path)
+    if processes.is_first():
+        study.save(path)
 
 
 def _finalists(study: Study, stage: Stage, count: int) -> tuple[tuple[int, int] | None, list[Coefficients]]:
@@ -183,8 +218,7 @@ def _first_stage(
     """
     assert study.plan is not None
     round_ = study.plan.rounds[0]
-    by_proxy = max(_FEWEST[0][0] * 2 // 3, min(_BY_PROXY, round_.candidates * 2 // 5))
-    shortlist = study.shortlist(by_proxy, [*others, RIA, WANDA])[: round_.candidates]
+    shortlist = study.shortlist(_by_proxy(round_), [*others, RIA, WANDA])[: round_.candidates]
     recorder.measure(stage, quick, shortlist, round_.windows)
     limit = math.inf if study.plan.limit is None else study.plan.limit
     while (room := round_.candidates - len(stage.trials)) > 0:
@@ -192,10 +226,15 @@ def _first_stage(
         if math.fsum(trial.seconds for trial in stage.trials) >= limit:
             break
         surrogate = Surrogate(study.space, stage.trials)
-        proposed = surrogate.propose(min(room, _AT_ONCE), study.seed + len(stage.trials))
+        proposed = processes.from_first(surrogate.propose(min(room, _AT_ONCE), study.seed + len(stage.trials)))
         if not proposed:
             break
         recorder.measure(stage, quick, proposed, round_.windows)
+
+
+def _by_proxy(round_: Round) -> int:
+    """How many of the first stage's candidates are chosen by the proxy, or known beforehand."""
+    return max(_FEWEST[0][0] * 2 // 3, min(_BY_PROXY, round_.candidates * 2 // 5))
 
 
 class _Recorder:
@@ -209,17 +248,46 @@ class _Recorder:
                 self._remember(stage.name, trial)
 
     def measure(self, stage: Stage, measure: Measure, pool: Sequence[Coefficients], windows: int) -> None:
-        """Add the trials of a pool to a stage."""
+        """Add the trials of a pool, which is the same in all processes, to a stage."""
+        left = [c for c in pool if len(self._losses(stage, c)) < windows]
+        new = set(left)
+        # So many that each process has one half of the windows of one of them, or as many as any other process.
+        at_once = processes.count() // math.gcd(processes.count(), 2)
         for coefficients in pool:
-            known = self._known.get((stage.name, coefficients))
-            trial = _completed(measure, coefficients, windows, known)
-            if known is None or len(known.losses) < windows:
-                self._remember(stage.name, trial)
-                stage.trials.append(trial)
+            if coefficients in left[:1]:
+                self._complete(stage, measure, left[:at_once], windows)
+                left = left[at_once:]
+            known = self._known[stage.name, coefficients]
+            stage.trials.append(Trial(coefficients, known.losses[:windows], measure.tokens[:windows], known.seconds))
+            if coefficients in new and processes.is_first():
                 self._save(stage)
                 self._progress(stage)
-            else:
-                stage.trials.append(trial)
+
+    def _complete(self, stage: Stage, measure: Measure, turn: Sequence[Coefficients], windows: int) -> None:
+        """Measure some candidates on the windows that they have not been measured on."""
+        measure.prepare()
+        shares = [(c, part) for c in turn for part in _parts(range(len(self._losses(stage, c)), windows))]
+
+        def timed(share: tuple[Coefficients, range]) -> tuple[list[float], float]:
+            started = time.perf_counter()
+            return measure.losses(*share), time.perf_counter() - started
+
+        found = processes.spread(shares, timed)
+        for coefficients in turn:
+            losses = dict(enumerate(self._losses(stage, coefficients)))
+            known = self._known.get((stage.name, coefficients))
+            seconds = 0.0 if known is None else known.seconds
+            for (whose, part), (values, taken) in zip(shares, found, strict=True):
+                if whose == coefficients:
+                    losses |= zip(part, values, strict=True)
+                    seconds += taken
+            ordered = tuple(losses[window] for window in range(windows))
+            self._remember(stage.name, Trial(coefficients, ordered, measure.tokens[:windows], seconds))
+
+    def _losses(self, stage: Stage, coefficients: Coefficients) -> tuple[float, ...]:
+        """What is on record of a candidate."""
+        known = self._known.get((stage.name, coefficients))
+        return () if known is None else known.losses
 
     def _save(self, stage: Stage) -> None:
         # Trials of an earlier run that this one has not come to yet stay in the file.
@@ -238,11 +306,9 @@ class _Recorder:
             self._known[way, trial.coefficients] = trial
 
 
-def _completed(measure: Measure, coefficients: Coefficients, windows: int, known: Trial | None) -> Trial:
-    losses = [] if known is None else list(known.losses[:windows])
-    seconds = 0.0 if known is None else known.seconds
-    if len(losses) < windows:
-        started = time.perf_counter()
-        losses += measure.losses(coefficients, range(len(losses), windows))
-        seconds += time.perf_counter() - started
-    return Trial(coefficients, tuple(losses), measure.tokens[:windows], seconds)
+def _parts(windows: range) -> list[range]:
+    """Windows that follow each other; for several processes those of each half of the text apart."""
+    if processes.count() == 1:
+        return [windows]
+    parts = [range(windows.start + (half - windows.start) % 2, windows.stop, 2) for half in (0, 1)]
+    return [part for part in parts if part]

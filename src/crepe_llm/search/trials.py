@@ -22,7 +22,7 @@ class Trial:
         coefficients: what was tried.
         losses: of each window, the loss summed over its tokens, in nats.
         tokens: of each window, how many tokens were predicted.
-        seconds: wall time of pruning and measuring.
+        seconds: wall time of pruning and measuring, added up where several processes shared it.
     """
 
     coefficients: Coefficients
@@ -198,7 +198,8 @@ class Plan:
         budget: what was asked for, such as "tokens=50000"; "" for the default.
         rounds: the stages, the last one with pruning as the recipe prunes; none where the budget is spent without them.
         seconds: what the rounds were expected to take.
-        limit: the most seconds that the first stage may take, by the times on record; None where time is no budget.
+        limit: the most seconds that the trials of the first stage may take together, by the times on record; None where
+            time is no budget.
     """
 
     budget: str
