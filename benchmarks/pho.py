@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--without-starts", action="store_true", help="know nothing that was good on other models")
     parser.add_argument("--hill-climb", type=int, metavar="N", help="candidates of the hill climb")
     parser.add_argument("--results", type=Path, default=RESULTS / "pho.jsonl", help="a row a call")
-    parser.add_argument("--project", action="store_true", help="measure nothing; say what LLaMA-2-7B would take on a GPU")
+    parser.add_argument("--project", action="store_true", help="only say what LLaMA-2-7B would take on a GPU")
     options = parser.parse_args()
     if options.project:
         gpu_projection()
