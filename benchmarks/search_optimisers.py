@@ -4,13 +4,15 @@
     python benchmarks/search_optimisers.py proxy        # CMA-ES and random search on the proxy of a real model
     python benchmarks/search_optimisers.py report
 
-`simulate` plays the first stage of the search, 512 windows in all. A surface is a thin-plate spline through the
-logarithms of the perplexities that proxy_study.py and coefficients.py have on record for a model and mask. A candidate
-on w windows has a normal error of --noise / sqrt(w / 16). What a method ends with is compared with the lowest point of
-the surface. `proxy` gives each optimiser 200 candidates of the search by proxy.
+`simulate` plays the first stage of the search, 512 windows in all. A surface is a smoothed thin-plate spline along the
+logarithms of the perplexities that proxy_study.py and coefficients.py have on record for a model and mask, as far as
+the coefficients are in the search space. A candidate on w windows has a normal error of --noise / sqrt(w / 16). What a
+method ends with is compared with the lowest point of the surface. `proxy` gives each optimiser 200 candidates of the
+search by proxy.
 """
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +38,8 @@ PATH = RESULTS / "search_optimisers.jsonl"
 # The first stage's: candidates, and windows of each.
 CANDIDATES, WINDOWS = 32, 16
 SPACE = SearchSpace()
+# Of the spline: perplexities on record are 0.006 to 0.011 from it (root mean square of logarithms), about their noise.
+SMOOTHING = 0.01
 
 Surface = Callable[[np.ndarray], np.ndarray]
 """Of points [n, 4] of the unit cube, the logarithm of perplexity relative to RIA's, [n]."""
@@ -46,7 +50,7 @@ Method = Callable[[Look, int], np.ndarray]
 
 
 def surface(model: str, mask: str) -> Surface:
-    """A thin-plate spline through the perplexities on record of one model and mask, calibration seed 0."""
+    """A smoothed thin-plate spline along the perplexities on record of one model and mask, calibration seed 0."""
     points: dict[tuple[float, ...], list[float]] = {}
     for file in ("proxy_study.jsonl", "coefficients.jsonl"):
         rows = read(RESULTS / file) + read_old(RESULTS / file)
@@ -54,9 +58,18 @@ def surface(model: str, mask: str) -> Surface:
         found = [(Coefficients(**row["coefficients"]), row["perplexity"]) for row in rows]
         ria = next(value for coefficients, value in found if coefficients == RIA)
         for coefficients, value in found:
-            points.setdefault(tuple(SPACE.point(coefficients)), []).append(math.log(value / ria))
-    means = [math.fsum(values) / len(values) for values in points.values()]
-    return RBFInterpolator(np.array(list(points)), np.array(means), kernel="thin_plate_spline")
+            if is_inside(coefficients):
+                points.setdefault(tuple(SPACE.point(coefficients)), []).append(math.log(value / ria))
+    means = np.array([math.fsum(values) / len(values) for values in points.values()])
+    return RBFInterpolator(np.array(list(points)), means, kernel="thin_plate_spline", smoothing=SMOOTHING)
+
+
+def is_inside(coefficients: Coefficients) -> bool:
+    """Whether the search space has these coefficients, up to a common factor."""
+    nearest = dataclasses.asdict(SPACE.coefficients(SPACE.point(coefficients)))
+    own, scale = dataclasses.asdict(coefficients), SPACE.row / coefficients.row
+    own |= {name: own[name] * scale for name in ("row", "column", "neighbourhood")}
+    return all(math.isclose(own[name], nearest[name], rel_tol=1e-6) for name in own)
 
 
 def sobol(count: int, seed: int) -> np.ndarray:

@@ -6,20 +6,26 @@ import numpy as np
 import pytest
 
 import search_optimisers
-from crepe_llm.search.space import RIA
+from crepe_llm.search.space import RIA, Coefficients
 from records import RESULTS, read_old
 from search_optimisers import CANDIDATES, METHODS, SPACE, WINDOWS
 
 
-def test_a_surface_goes_through_what_was_measured():
-    found = search_optimisers.surface("gemma3", "0.6:matrix")
-    ria = np.array([SPACE.point(RIA)])
-    assert found(ria)[0] == pytest.approx(0, abs=1e-6)
-    rows = [row for row in read_old(RESULTS / "proxy_study.jsonl") if row["model"] == "gemma3" and not row["seed"]]
-    rows = [row for row in rows if row["mask"] == "0.6:matrix"]
-    row, own = rows[7], search_optimisers.Coefficients(**rows[7]["coefficients"])
-    base = next(each["perplexity"] for each in rows if each["coefficients"] == rows[0]["coefficients"])
-    assert found(np.array([SPACE.point(own)]))[0] == pytest.approx(math.log(row["perplexity"] / base), abs=1e-6)
+@pytest.mark.parametrize("model", ["smollm2", "gemma3"])
+def test_a_surface_goes_along_what_was_measured(model):
+    found = search_optimisers.surface(model, "2:4")
+    rows = read_old(RESULTS / "proxy_study.jsonl")
+    rows = [row for row in rows if (row["model"], row["seed"], row["mask"]) == (model, 0, "2:4")]
+    measured = [(Coefficients(**row["coefficients"]), row["perplexity"]) for row in rows]
+    assert measured[0][0] == RIA and not search_optimisers.is_inside(RIA)  # whose neighbourhood is 0
+    inside = [(own, math.log(value / measured[0][1])) for own, value in measured if search_optimisers.is_inside(own)]
+    assert len(inside) >= 28
+    values = found(np.array([SPACE.point(own) for own, _ in inside]))
+    assert values == pytest.approx([value for _, value in inside], abs=0.05)
+    # Between the points it does not leave the range of what was measured by much.
+    logs = [value for _, value in inside]
+    everywhere = found(search_optimisers.sobol(1024, 1))
+    assert min(logs) - 0.25 < everywhere.min() and everywhere.max() < max(logs) + 0.25
 
 
 @pytest.mark.parametrize("name", METHODS)
