@@ -13,7 +13,7 @@ figures compare ways to prune this model, and say nothing of its quality.
 2:4 masks are those of the recipe crepe_2of4. What differs is which tokens count in an expert's input norms:
 routed: those that the router sends to it; all: every token, as llm-compressor calibrates by default; shrunk: both, each
 token a quarter and those of the expert one more, which is a weight of n_e / (n_e + n / 4) on its own mean square.
-Every run is a row of --results.
+Every run is a row of --results, with the loss of each window of the test: ways are compared window by window.
 """
 
 import argparse
@@ -230,20 +230,58 @@ def run(folder: Path, options: argparse.Namespace) -> None:
                 tokenizer, corpus.train, windows=options.windows, length=options.length, seed=one["seed"]
             )
             model = prune(folder, one["way"], data)
-        found = perplexity(model, test, corpus=corpus.name, progress=False).perplexity
-        append(options.results, PROTOCOL, one | {"perplexity": found})
+        losses = [perplexity(model, window[None], corpus=corpus.name, progress=False).nll for window in test]
+        found = math.exp(statistics.mean(losses))
+        append(options.results, PROTOCOL, one | {"perplexity": found, "losses": losses})
         print(f"{one['way']}, seed {one.get('seed')}: perplexity {found:.3f}", flush=True)
 
 
 def report(rows: list[Row]) -> str:
-    """A table of the newest protocol's perplexities."""
+    """Tables of the newest protocol's perplexities, one for each set of conditions, and what the ways differ by."""
     rows = [row for row in rows if row["protocol"] == PROTOCOL and "perplexity" in row]
-    seeds = sorted({row["seed"] for row in rows if "seed" in row})
+    dense = [row for row in rows if row["way"] == "dense"]
+    pruned = [row for row in rows if row["way"] != "dense"]
+    tables = []
+    for windows, tokens in sorted({(row["windows"], row["tokens"]) for row in pruned}):
+        mine = [row for row in pruned if (row["windows"], row["tokens"]) == (windows, tokens)]
+        same = [row for row in dense if row["tokens"] == tokens]
+        said = f"{windows} calibration windows, {tokens} tokens of the test:"
+        tables.append("\n".join([said, "", *_table(mine, same), "", *_differences(mine)]))
+    return "\n\n".join(tables)
+
+
+def _table(pruned: list[Row], dense: list[Row]) -> list[str]:
+    """A row for each way, a column for each seed."""
+    seeds = sorted({row["seed"] for row in pruned})
     lines = [f"| tokens that count | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---" * (1 + len(seeds)) + "|"]
-    for way in ("dense", *WAYS):
-        mine = {row.get("seed"): f"{row['perplexity']:.2f}" for row in rows if row["way"] == way}
-        lines.append(f"| {way} | {' | '.join(mine.get(seed, mine.get(None, '')) for seed in seeds)} |")
-    return "\n".join(lines)
+    for row in dense:
+        lines.append("| dense " + len(seeds) * f"| {row['perplexity']:.2f} " + "|")
+    for way in WAYS:
+        mine = {row["seed"]: f"{row['perplexity']:.2f}" for row in pruned if row["way"] == way}
+        lines.append(f"| {way} | {' | '.join(mine.get(seed, '') for seed in seeds)} |")
+    return lines
+
+
+def _differences(pruned: list[Row]) -> list[str]:
+    """For each way and seed, how much higher the loss is than with routed tokens: mean and standard error over the
+    test's windows; and the same over the seeds' means."""
+    losses = {(row["way"], row["seed"]): row["losses"] for row in pruned if "losses" in row}
+    lines = []
+    for way in ("all", "shrunk"):
+        seeds = sorted(seed for other, seed in losses if other == way and ("routed", seed) in losses)
+        means = []
+        for seed in seeds:
+            apart = [one - other for one, other in zip(losses[way, seed], losses["routed", seed], strict=True)]
+            means.append(statistics.mean(apart))
+            lines.append(f"- {way} less routed, seed {seed}: {_with_error(apart)} nats over {len(apart)} windows")
+        if len(means) > 1:
+            lines.append(f"- {way} less routed, {len(means)} seeds: {_with_error(means)} nats")
+    return lines
+
+
+def _with_error(values: list[float]) -> str:
+    """The mean and its standard error."""
+    return f"{statistics.mean(values):+.4f} +- {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 def main() -> None:

@@ -39,3 +39,16 @@ def test_tokens_that_do_not_count_change_no_mask(tiny_model_folder, calibration_
     experts = [name for name in expected if ".experts." in name and "layers.0" in name]
     assert experts and all(torch.equal(routed[name], expected[name]) for name in experts)
     assert any(not torch.equal(every[name], expected[name]) for name in experts)
+
+
+def test_ways_are_compared_window_by_window():
+    made = {"protocol": upcycled.PROTOCOL, "windows": 8, "tokens": 1024}
+    rows = [{"protocol": upcycled.PROTOCOL, "tokens": 1024, "way": "dense", "perplexity": 2.0}]
+    for seed, shift in ((0, 0.0), (1, 5.0)):  # what a seed adds to all ways alike is no difference
+        for way, losses in (("routed", [1.0, 2.0, 3.0]), ("all", [1.5, 2.5, 3.8 + seed])):
+            rows.append(made | {"way": way, "seed": seed, "perplexity": 7.0, "losses": [one + shift for one in losses]})
+    told = upcycled.report(rows)
+    assert "| dense | 2.00 | 2.00 |" in told and "| all | 7.00 | 7.00 |" in told
+    assert "all less routed, seed 0: +0.6000 +- 0.1000 nats over 3 windows" in told
+    assert "all less routed, 2 seeds: +0.7667 +- 0.1667 nats" in told
+    assert "shrunk less routed" not in told
