@@ -42,7 +42,7 @@ from safetensors.torch import load_file, save_file
 
 from crepe_llm.checkpoints import attach, decompress_folder, read_folder
 from crepe_llm.checkpoints.saving import int4_2of4
-from crepe_llm.evaluation.random_models import shapes_of, write_random_model
+from crepe_llm.evaluation.random_models import write_random_model
 
 REFUSED, EQUAL, WRONG = "refused", "equal", "SILENT WRONG"
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -88,11 +88,9 @@ def write_bases(root: Path) -> list[Path]:
         write_random_model(qwen2, root / "qwen2-sharded", sparse=True),
         write_random_model(qwen2, root / "qwen2-int8", sparse=True, quantization="int8"),
         write_random_model(llama, root / "llama-fp8-sharded", sparse=True, quantization="fp8"),
-        write_random_model(mixtral, root / "experts", sparse=True, shapes=expert_shapes(mixtral)),
-        write_random_model(
-            mixtral, root / "experts-int8", sparse=True, quantization="int8", shapes=expert_shapes(mixtral)
-        ),
-        write_random_model(granite, root / "whole-experts", sparse=True, shapes=whole_expert_shapes(granite)),
+        write_random_model(mixtral, root / "experts", sparse=True),
+        write_random_model(mixtral, root / "experts-int8", sparse=True, quantization="int8"),
+        write_random_model(granite, root / "whole-experts", sparse=True),
         write_int4(write_random_model(qwen2, root / "plain", sparse=False), root / "int4"),
         write_int8_head(write_random_model(llama, root / "tied", sparse=True), root / "head"),
     ]
@@ -100,30 +98,6 @@ def write_bases(root: Path) -> list[Path]:
         if folder.name.endswith("sharded"):
             split(folder, 3)
     return bases
-
-
-def expert_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors of a published Mixtral: one matrix for each expert."""
-    shapes = {name: shape for name, shape in shapes_of(config).items() if ".mlp." not in name}
-    hidden, inner = config.hidden_size, config.intermediate_size
-    for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}.block_sparse_moe"
-        shapes[f"{at}.gate.weight"] = (config.num_local_experts, hidden)
-        for expert in range(config.num_local_experts):
-            shapes |= {f"{at}.experts.{expert}.{part}.weight": (inner, hidden) for part in ("w1", "w3")}
-            shapes[f"{at}.experts.{expert}.w2.weight"] = (hidden, inner)
-    return shapes
-
-
-def whole_expert_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors of a published GraniteMoE: all experts of a layer in one."""
-    names = {"experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight"}
-    names["router.weight"] = "router.layer.weight"
-    shapes = {}
-    for name, shape in shapes_of(config).items():
-        at, dot, end = name.partition("block_sparse_moe.")
-        shapes[at + dot + names.get(end, end)] = shape
-    return shapes
 
 
 def quantized(source: Path, target: Path, group: dict[str, Any], ignore: list[str]) -> Path:

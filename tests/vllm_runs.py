@@ -22,7 +22,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from crepe_llm.evaluation.random_models import shapes_of, write_random_model
+from crepe_llm.evaluation.random_models import write_random_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -103,17 +103,6 @@ def granite_moe() -> PretrainedConfig:
     )
 
 
-def granite_moe_shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors of a published checkpoint: all experts of a layer in one."""
-    names = {"experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight"}
-    names["router.weight"] = "router.layer.weight"
-    shapes = {}
-    for name, shape in shapes_of(granite_moe()).items():
-        at, dot, end = name.partition("block_sparse_moe.")
-        shapes[at + dot + names.get(end, end)] = shape
-    return shapes
-
-
 def stablelm() -> PretrainedConfig:
     """vLLM knows only from the mapper of weight names that it fuses q, k and v, gate and up."""
     return StableLmConfig(**SIZES, architectures=["StableLmForCausalLM"], tie_word_embeddings=False, use_qkv_bias=True)
@@ -148,46 +137,6 @@ def deepseek(**changes: Any) -> PretrainedConfig:
             **changes,
         }
     )
-
-
-def expert_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a published checkpoint: transformers' own, with one matrix for each expert."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes_of(config).items():
-        at, dot, fused = name.rpartition(".experts.")
-        if not dot:
-            shapes[name] = shape
-            continue
-        experts, rows, columns = shape
-        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[fused]
-        for expert in range(experts):
-            for part in parts:
-                shapes[f"{at}.experts.{expert}.{part}.weight"] = (rows // len(parts), columns)
-    return shapes
-
-
-def mixtral_shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors of a published Mixtral checkpoint, one matrix for each expert."""
-    hidden, inner, heads, kv_heads, dim = (
-        SIZES[name]
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (SIZES["vocab_size"], hidden)}
-    for layer in range(SIZES["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        shapes |= {f"{at}.input_layernorm.weight": (hidden,), f"{at}.post_attention_layernorm.weight": (hidden,)}
-        for name, rows, columns in (
-            ("q", heads * dim, hidden),
-            ("k", kv_heads * dim, hidden),
-            ("v", kv_heads * dim, hidden),
-            ("o", hidden, heads * dim),
-        ):
-            shapes[f"{at}.self_attn.{name}_proj.weight"] = (rows, columns)
-        shapes[f"{at}.block_sparse_moe.gate.weight"] = (4, hidden)
-        for expert in range(4):
-            for name, rows, columns in (("w1", inner, hidden), ("w2", hidden, inner), ("w3", inner, hidden)):
-                shapes[f"{at}.block_sparse_moe.experts.{expert}.{name}.weight"] = (rows, columns)
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (SIZES["vocab_size"], hidden)}
 
 
 @contextmanager

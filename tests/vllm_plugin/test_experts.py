@@ -15,13 +15,10 @@ from crepe_llm.kernels import cpu
 from vllm_runs import (
     assert_same,
     deepseek_moe,
-    expert_shapes,
     generate,
     granite_moe,
-    granite_moe_shapes,
     in_process,
     mixtral,
-    mixtral_shapes,
     qwen2_moe,
     twins,
 )
@@ -43,11 +40,6 @@ def packed_experts(model: torch.nn.Module) -> dict[str, list[tuple[int, str]]]:
     }
 
 
-def shapes(make: Callable[[], PretrainedConfig]) -> dict[str, tuple[int, ...]]:
-    published = {mixtral: mixtral_shapes, granite_moe: granite_moe_shapes}
-    return published[make]() if make in published else expert_shapes(make())
-
-
 @pytest.mark.parametrize(("make", "layers"), [(mixtral, 2), (qwen2_moe, 2), (deepseek_moe, 1), (granite_moe, 2)])
 def test_same_tokens_as_dense_experts(
     make: Callable[[], PretrainedConfig],
@@ -57,7 +49,7 @@ def test_same_tokens_as_dense_experts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # its latent attention takes no fp32
-    sparse, dense = twins(tmp_path, make(), shapes=shapes(make))
+    sparse, dense = twins(tmp_path, make())
     ours, experts = generate(sparse, inspect=packed_experts)
     assert list(experts.values()) == layers * [[(4, "fp32"), (4, "fp32")]]
     assert "experts: served dense" not in caplog.text and "experts (" not in caplog.text
@@ -65,9 +57,7 @@ def test_same_tokens_as_dense_experts(
 
 
 def test_quantized_experts_give_the_tokens_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_random_model(
-        mixtral(), tmp_path, sparse=True, dtype=torch.float32, quantization="int8", shapes=mixtral_shapes()
-    )
+    folder = write_random_model(mixtral(), tmp_path, sparse=True, dtype=torch.float32, quantization="int8")
     ours, experts = generate(folder, inspect=packed_experts)
     assert list(experts.values()) == 2 * [[(4, "int8"), (4, "int8")]]
     monkeypatch.setattr(cpu, "library", lambda: None)
@@ -75,7 +65,7 @@ def test_quantized_experts_give_the_tokens_of_the_reference(tmp_path: Path, monk
 
 
 def test_half_precision_is_close_to_dense_fp32(tmp_path: Path) -> None:
-    sparse, dense = twins(tmp_path, mixtral(), shapes=mixtral_shapes())
+    sparse, dense = twins(tmp_path, mixtral())
     for (_, ours), (_, theirs) in zip(generate(sparse, dtype="bfloat16"), generate(dense), strict=True):
         shared = ours[0].keys() & theirs[0].keys()
         assert shared
@@ -86,9 +76,7 @@ def test_half_precision_is_close_to_dense_fp32(tmp_path: Path) -> None:
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = mixtral()
     config.num_hidden_layers = 1
-    sizes = {name: shape for name, shape in mixtral_shapes().items() if "layers.1" not in name}
-    folder = tmp_path_factory.mktemp("stored")
-    return write_random_model(config, folder, sparse=True, dtype=torch.float32, shapes=sizes)
+    return write_random_model(config, tmp_path_factory.mktemp("stored"), sparse=True, dtype=torch.float32)
 
 
 def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
@@ -143,7 +131,7 @@ def test_damaged_experts_are_named(change: Any, message: str, stored: Path, tmp_
 
 def test_missing_experts_are_named_as_the_file_has_them(tmp_path: Path) -> None:
     at = "model.layers.0.block_sparse_moe.output_linear"
-    folder = write_random_model(granite_moe(), tmp_path / "whole", sparse=True, shapes=granite_moe_shapes())
+    folder = write_random_model(granite_moe(), tmp_path / "whole", sparse=True)
     (tmp_path / "damaged").mkdir()
     damaged = changed(folder, tmp_path / "damaged", without(at))
     with pytest.raises(ValueError, match=f"does not hold {at}.compressed, {at}.bitmask, {at}.shape; download"):
@@ -156,7 +144,7 @@ def test_missing_experts_are_named_as_the_file_has_them(tmp_path: Path) -> None:
 def test_experts_of_which_some_are_dense_are_served_dense(
     make: Callable[[], PretrainedConfig], one: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sparse, dense = twins(tmp_path, make(), shapes=shapes(make), dense_layers=[one])
+    sparse, dense = twins(tmp_path, make(), dense_layers=[one])
     ours, experts = generate(sparse, inspect=packed_experts)
     assert [len(found) for found in experts.values()] == [2, 0]
     assert "model.layers.1.block_sparse_moe.experts: served dense" in caplog.text
@@ -165,7 +153,7 @@ def test_experts_of_which_some_are_dense_are_served_dense(
 
 
 def test_plain_experts_of_a_checkpoint_that_says_dense_are_packed(tmp_path: Path) -> None:
-    sparse, dense = twins(tmp_path, mixtral(), shapes=mixtral_shapes())
+    sparse, dense = twins(tmp_path, mixtral())
     config = json.loads((sparse / "config.json").read_text())
     config["quantization_config"]["sparsity_config"]["format"] = "dense"
     (dense / "config.json").write_text(json.dumps(config))

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +31,6 @@ def write_random_model(
     dtype: torch.dtype = torch.bfloat16,
     quantization: Literal["int8", "fp8"] | None = None,
     dense_layers: Sequence[str] = (),
-    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
     """Writes a model with normal weights of standard deviation ``config.initializer_range``, its linear layers 2:4.
 
@@ -44,7 +43,6 @@ def write_random_model(
         dtype: of weights that are not quantized.
         quantization: W8A8 on the 2:4 weights: symmetric, a scale per row; inputs are scaled per token at run time.
         dense_layers: regular expressions; linear weights whose name matches one are neither pruned nor quantized.
-        shapes: the names and shapes of the checkpoint's tensors; None: as transformers' own model has them.
 
     Returns:
         ``folder``, as a path.
@@ -55,7 +53,7 @@ def write_random_model(
     keep_dense = re.compile("|".join(dense_layers)) if dense_layers else None
     tensors: dict[str, torch.Tensor] = {}
     unquantized = ["lm_head"] if config.tie_word_embeddings else []
-    for name, shape in (shapes or shapes_of(config)).items():
+    for name, shape in shapes_of(config).items():
         weight = torch.empty(*shape).normal_(0.0, config.initializer_range, generator=generator).to(dtype)
         if "norm" in name:
             weight += 1.0 if config.model_type != "gemma3_text" else 0.0
@@ -86,13 +84,19 @@ def write_random_model(
 
 
 def shapes_of(config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of the tensors that transformers' model of ``config`` is saved as."""
+    """Returns the names and shapes of the tensors that transformers' model of ``config`` is saved as.
+
+    Those are a published checkpoint's: of a mixture of experts one matrix for each expert (Mixtral, Qwen2-MoE), or all
+    experts of a layer in one (GraniteMoE).
+    """
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
 def _quantize(weight: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:
