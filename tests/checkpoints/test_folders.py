@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,12 @@ def test_a_destination_that_is_no_folder_is_refused_before_the_work(tmp_path, pl
     (tmp_path / "to_file").symlink_to("file")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(NotADirectoryError, match="name a folder to save to"), new_folder(tmp_path / place):
+        pytest.fail("the work began")
+
+
+def test_a_place_that_takes_no_folder_is_named(tmp_path):
+    message = r"nothing can be written to /proc \(.*\); name a folder elsewhere"
+    with pytest.raises(OSError, match=message), new_folder(Path("/proc/out")):
         pytest.fail("the work began")
 
 

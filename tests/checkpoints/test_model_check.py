@@ -1,6 +1,7 @@
 """Packed folders whose tensors are not the model's: each is named before a weight is loaded."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -172,6 +173,40 @@ def test_packed_layers_that_the_config_does_not_tell_of_are_refused(base, tmp_pa
     (folder / "config.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     with pytest.raises(FormatError, match=rf"{SINGLE}: holds packed 2:4 layers, but config\.json"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (None, "config.json has no quantization_config; put the config.json there that was saved with it"),
+        ("compression_config", "it has compression_config, which transformers does not read; rename that"),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_codes_whose_quantization_transformers_does_not_find_are_refused(base, tmp_path, packed, place, message):
+    folder = tmp_path / "bad"
+    shutil.copytree(base("int8"), folder) if packed else decompress_folder(base("int8"), folder)
+    content = json.loads((folder / "config.json").read_text())
+    quantization = content.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(content | ({place: quantization} if place else {})))
+    what = "holds packed 2:4 layers" if packed else r"tensor \S+\.weight is quantized"
+    with pytest.raises(FormatError, match=f"{what}, but .*{re.escape(message)}"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_quantization_in_the_text_models_part_counts(base, tmp_path):
+    folder = shutil.copytree(base("int8"), tmp_path / "nested")
+    content = json.loads((folder / "config.json").read_text())
+    quantization = content.pop("quantization_config")
+    content["text_config"] = {"quantization_config": quantization, "depth": 2}
+    (folder / "config.json").write_text(json.dumps(content))
+    decompress_folder(folder, tmp_path / "plain")
+    compress_folder(tmp_path / "plain", tmp_path / "packed")
+    for name, form in (("plain", None), ("packed", "sparse-24-bitmask")):
+        made = json.loads((tmp_path / name / "config.json").read_text())
+        assert made["text_config"] == {"depth": 2}
+        assert made["quantization_config"]["config_groups"] == quantization["config_groups"]
+        assert made["quantization_config"]["sparsity_config"].get("format") == form
 
 
 def test_a_config_that_tells_of_packed_layers_that_are_not_there_is_named(base, tmp_path):

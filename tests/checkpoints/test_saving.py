@@ -284,6 +284,8 @@ def test_existing_folders(dense_folder, tmp_path):
         model.save_pretrained(tmp_path / "file")
     with pytest.raises(ValueError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "hub", push_to_hub=True)
+    with pytest.raises(ValueError, match="variant='fp16' is not supported"):
+        model.save_pretrained(tmp_path / "hub", variant="fp16")
     assert names_in(tmp_path) == ["busy", "busy-1", "file", "out", "out-1", "out-2"]
 
 

@@ -23,7 +23,16 @@ from crepe_llm.checkpoints.experts import check_experts, matrices_of
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
 from crepe_llm.checkpoints.model_check import check_model
-from crepe_llm.checkpoints.reading import Checkpoint, objects_in, read_config, read_files, tensor_names
+from crepe_llm.checkpoints.reading import (
+    Checkpoint,
+    check_unquantized,
+    find_quantization,
+    objects_in,
+    read_config,
+    read_files,
+    tensor_names,
+    why_unread,
+)
 from crepe_llm.functional.bitmask import RECORDED
 from crepe_llm.versions import check_versions
 
@@ -32,6 +41,8 @@ __all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal"]
 # From 5.23 on transformers dequantizes while it reads; before, compressed modules that were read whole.
 _DEQUANTIZES_WHILE_READING = "_process_model_after_weight_loading" not in vars(CompressedTensorsHfQuantizer)
 
+# How tensors of quantized layers are called.
+_QUANTIZED = (".weight_scale", ".weight_packed")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -52,7 +63,11 @@ def register_refusal() -> None:
     @functools.wraps(load)
     def checked(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if state_dict is None and not isinstance(load_config.hf_quantizer, Sparse24HfQuantizer):
-            _refuse_packed(checkpoint_files or [], quantized=load_config.hf_quantizer is not None)
+            files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+            _refuse_packed(files)
+            own = (name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+            if load_config.hf_quantizer is None and not any(name.endswith(_QUANTIZED) for name in own):
+                _refuse_quantized(files)
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     checked._refuses_packed = True  # type: ignore[attr-defined]
@@ -227,24 +242,25 @@ def _unpacking_whole(conversions: Sequence[Any], checkpoint: Checkpoint) -> dict
     return made
 
 
-def _refuse_packed(checkpoint_files: Sequence[str], quantized: bool) -> None:
-    for file in checkpoint_files:
+def _refuse_packed(files: Sequence[Path]) -> None:
+    for file in files:
         try:
-            packed = _any_packed([Path(file)]) if str(file).endswith(".safetensors") else False
+            packed = _any_packed([file])
         except FormatError:
             return  # a file that transformers itself finds unreadable
         if packed:
-            raise FormatError(
-                f"{file}: holds packed 2:4 layers, but config.json has no quantization_config of compressed-tensors; "
-                "put the config.json there that was saved with it"
-            )
-        if not quantized and str(file).endswith(".safetensors"):
-            words = [name for name in tensor_names(Path(file)) if name.endswith(".weight_packed")]
-            if words:
-                raise FormatError(
-                    f"{file}: tensor {words[0]} is quantized, but config.json has no quantization_config; put the "
-                    "config.json there that was saved with it"
-                )
+            raise FormatError(f"{file}: holds packed 2:4 layers, but {why_unread(_config_beside(files))}")
+
+
+def _refuse_quantized(files: Sequence[Path]) -> None:
+    """Refuse codes with scales, of which no quantizer is told: transformers would cast the codes to floats."""
+    try:
+        found = any(name.endswith(_QUANTIZED) for file in files for name in tensor_names(file))
+        checkpoint = read_files(files) if found else None
+    except FormatError:
+        return  # a file that transformers itself finds unreadable
+    if checkpoint is not None:
+        check_unquantized(checkpoint, _config_beside(files))
 
 
 def _config_beside(files: Sequence[Path]) -> dict[str, Any]:
@@ -257,7 +273,7 @@ def _config_beside(files: Sequence[Path]) -> dict[str, Any]:
 
 def _says_packed(config: dict[str, Any]) -> bool:
     """Whether config.json says that layers are packed."""
-    return objects_in(objects_in(config.get("quantization_config")).get("sparsity_config")).get("format") in FORMATS
+    return objects_in(objects_in(find_quantization(config)[1]).get("sparsity_config")).get("format") in FORMATS
 
 
 def _records_2of4(config: dict[str, Any]) -> bool:

@@ -23,18 +23,26 @@ __all__ = [
     "StoredTensor",
     "check_dtypes",
     "check_plain",
+    "check_unquantized",
+    "find_quantization",
     "holds_packed",
     "objects_in",
     "read_config",
     "read_files",
     "read_folder",
     "read_strictly",
+    "set_quantization",
     "tensor_names",
+    "why_unread",
 ]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZATION = "quantization_config"
+# What compressed-tensors called it once: vLLM still looks there, transformers does not.
+OLD_QUANTIZATION = "compression_config"
+_TEXT_MODEL = "text_config"
 # The largest index of a published model is about 10 MB; JSON of any size is not parsed.
 _MAX_JSON_BYTES = 256 << 20
 _HALVES = ("F16", "BF16")
@@ -223,6 +231,48 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def objects_in(value: Any) -> dict[str, Any]:
     """A part of config.json that should be an object of others: itself, or an empty one if it is anything else."""
     return value if isinstance(value, dict) else {}
+
+
+def find_quantization(config: dict[str, Any]) -> tuple[str, Any]:
+    """Find what config.json says of a checkpoint's quantization, and where: at its top, in the part of the text model,
+    or under the name of old checkpoints. None if it says nothing."""
+    for place, holder, key in (
+        (QUANTIZATION, config, QUANTIZATION),
+        (f"{_TEXT_MODEL}.{QUANTIZATION}", objects_in(config.get(_TEXT_MODEL)), QUANTIZATION),
+        (OLD_QUANTIZATION, config, OLD_QUANTIZATION),
+    ):
+        if holder.get(key) not in (None, {}):
+            return place, holder[key]
+    return QUANTIZATION, None
+
+
+def set_quantization(config: dict[str, Any], quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """A config.json that says this of a checkpoint's quantization, at its top, and nothing elsewhere."""
+    made = {key: value for key, value in config.items() if key not in (QUANTIZATION, OLD_QUANTIZATION)}
+    if isinstance(config.get(_TEXT_MODEL), dict):
+        made[_TEXT_MODEL] = {key: value for key, value in config[_TEXT_MODEL].items() if key != QUANTIZATION}
+    return made if quantization is None else made | {QUANTIZATION: quantization}
+
+
+def check_unquantized(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Raise FormatError if tensors are codes with scales: transformers finds no quantization in this config.json, and
+    would take the codes for weights."""
+    for name, stored in checkpoint.tensors.items():
+        scaled = name.endswith(".weight") and f"{name}_scale" in checkpoint.tensors and stored.dtype not in _FLOATS
+        if not scaled and not name.endswith(".weight_packed"):
+            continue
+        raise FormatError(f"{stored.file}: tensor {name} is quantized, but {why_unread(config)}")
+
+
+def why_unread(config: dict[str, Any]) -> str:
+    """Why transformers finds no quantization in config.json that it reads, and the cure."""
+    place, quantization = find_quantization(config)
+    if quantization is None:
+        return f"config.json has no {QUANTIZATION}; put the config.json there that was saved with it"
+    if place == OLD_QUANTIZATION:
+        return f"config.json has no {QUANTIZATION}: it has {place}, which transformers does not read; rename that"
+    method = objects_in(quantization).get("quant_method")
+    return f"config.json's {place} has quant_method={method!r}, which does not read it; export the model again"
 
 
 def _read_layer(checkpoint: Checkpoint, layer: str, form: CheckpointFormat) -> SparseLayer:

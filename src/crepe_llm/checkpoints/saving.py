@@ -28,12 +28,15 @@ from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
 from crepe_llm.checkpoints.reading import (
     CONFIG,
     INDEX,
+    QUANTIZATION,
     SINGLE,
     Checkpoint,
     check_dtypes,
+    find_quantization,
     objects_in,
     read_config,
     read_folder,
+    set_quantization,
 )
 from crepe_llm.functional.bitmask import unpack_bits, wrong_byte
 from crepe_llm.functional.masks import nonzero
@@ -44,7 +47,6 @@ _logger = logging.getLogger(__name__)
 
 FORMAT = SPARSE_24_BITMASK  # what is written
 SPARSITY = "sparsity_config"
-QUANTIZATION = "quantization_config"
 
 # Two-dimensional weights that are not those of a linear layer, or of all experts in one: never packed, whatever their
 # zeros. The output head shares its weight with the embedding where tied.
@@ -121,6 +123,8 @@ def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..
         options = {"quantization_format": quantization_format, "save_compressed": save_compressed, **kwargs}
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub is not supported here: save to a folder, then upload that")
+        if kwargs.get("variant"):
+            raise ValueError(f"variant={kwargs['variant']!r} is not supported here: packed files have no variants")
         with new_folder(Path(save_directory), keep=True, size=_least_bytes(model())) as folder:
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
@@ -146,7 +150,7 @@ def _list_unquantized(folder: Path, model: Any) -> None:
     from compressed_tensors.utils import match_named_modules
 
     config = read_config(folder)
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get(QUANTIZATION) or {}
     groups = (quantization.get("config_groups") or {}).values()
     targets = list(dict.fromkeys(target for group in groups for target in group["targets"]))
     ignored = quantization.get("ignore") or []
@@ -156,7 +160,7 @@ def _list_unquantized(folder: Path, model: Any) -> None:
         if getattr(module, "quantization_scheme", None) is None
     ]
     if found:
-        config["quantization_config"] = quantization | {"ignore": [*ignored, *found]}
+        config[QUANTIZATION] = quantization | {"ignore": [*ignored, *found]}
         _write_json(folder / CONFIG, config)
 
 
@@ -221,11 +225,9 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
     with new_folder(destination, size=_plain_bytes(checkpoint)) as folder:
         _convert(checkpoint, folder, _unpack_tensor, progress)
         copy_rest(source, folder)
-        quantization = {k: v for k, v in objects_in(config.get(QUANTIZATION)).items() if k != SPARSITY}
-        config.pop(QUANTIZATION, None)
-        if quantization.get("config_groups") or quantization.get("kv_cache_scheme"):
-            config[QUANTIZATION] = quantization | {SPARSITY: {}}
-        _write_json(folder / CONFIG, config)
+        quantization = objects_in(find_quantization(config)[1])
+        kept = quantization.get("config_groups") or quantization.get("kv_cache_scheme")
+        _write_json(folder / CONFIG, set_quantization(config, quantization | {SPARSITY: {}} if kept else None))
         _record_dense(folder)
     return list(checkpoint.layers)
 
@@ -359,15 +361,14 @@ def _why_none(checkpoint: Checkpoint) -> str:
 
 
 def _write_sparse_config(folder: Path, config: dict[str, Any], layers: list[str]) -> None:
-    quantization = config.pop(QUANTIZATION, None) or {
+    quantization = find_quantization(config)[1] or {
         "quant_method": "compressed-tensors",
         "version": FORMAT.version,
         "transform_config": {},
     }
     config.pop(SPARSITY, None)
-    checkpoint = read_folder(folder)
-    config[QUANTIZATION] = quantization | {SPARSITY: _sparsity_config(checkpoint, FORMAT.name, layers)}
-    _write_json(folder / CONFIG, config)
+    quantization |= {SPARSITY: _sparsity_config(read_folder(folder), FORMAT.name, layers)}
+    _write_json(folder / CONFIG, set_quantization(config, quantization))
 
 
 def _record_dense(folder: Path) -> None:
@@ -489,7 +490,7 @@ def _least_packed_bytes(checkpoint: Checkpoint, name: str) -> int:
 
 def _check_types(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """Check that the layers of 8 bits have scales, and are of a type to which config.json quantizes."""
-    groups = objects_in(objects_in(config.get(QUANTIZATION)).get("config_groups"))
+    groups = objects_in(objects_in(find_quantization(config)[1]).get("config_groups"))
     types = {objects_in(objects_in(group).get("weights")).get("type") for group in groups.values()}
     for layer in checkpoint.layers.values():
         if layer.dtype.itemsize != 1:
