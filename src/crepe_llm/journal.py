@@ -35,11 +35,15 @@ class Journal:
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self.folder = folder
         if processes.is_first():
+            if folder.is_file():
+                raise ValueError(
+                    f"{folder}, where finished blocks belong, is a file: remove it, or give another --output"
+                )
             folder.mkdir(exist_ok=True)
             head = folder / _HEAD
             wanted = {name: _in_short(value) for name, value in run.items()}
             if head.exists():
-                _compare(folder, json.loads(head.read_text(encoding="utf-8")), wanted)
+                _compare(folder, _head_of(head), wanted)
             elif any(folder.iterdir()):
                 raise ValueError(f"{folder} holds no run's finished blocks: remove it, or give another --output")
             else:
@@ -57,11 +61,11 @@ class Journal:
     def read(self, key: str) -> dict[str, Any] | None:
         """An entry as it was written, tensors on the CPU; None if there is none."""
         path = self._path(key)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True) if path.exists() else None
+        return _entry(path) if path.exists() else None
 
     def read_all(self, begin: str) -> list[dict[str, Any]]:
         """The entries whose keys begin so; tensors are read from the disk when they are used."""
-        return [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in self._files(begin)]
+        return [_entry(path) for path in self._files(begin)]
 
     def write(self, key: str, entry: dict[str, Any]) -> None:
         """Have the first process keep an entry: tensors, numbers, texts, and lists, tuples and dictionaries of them."""
@@ -102,6 +106,28 @@ def keeping(journal: Journal | None) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def _head_of(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, ValueError("it holds no JSON object"))
+    return found
+
+
+def _entry(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of a file that is cut off torch says so in several ways
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ValueError(f"{path} is damaged ({reason}): remove the folder {path.parent}, and start anew")
 
 
 def _in_short(value: Any) -> str:

@@ -350,9 +350,16 @@ def test_no_number_is_a_divergence(dense, packed, tmp_path, monkeypatch):
     assert_same_masks(tmp_path / "out", packed)
 
 
-def test_no_better_state_is_an_error(dense, packed, tmp_path):
-    with pytest.raises(ValueError, match=r"no state was better than .* itself, whose held-out loss is 0\.\d+"):
-        run(dense_and_zero(dense, tmp_path), dense(), tmp_path, tokens=4 * LENGTH, learning_rate=1.3e-2, warmup=0)
+@pytest.mark.parametrize(
+    ("rate", "cure"),
+    [
+        ({"learning_rate": 1.3e-2}, "lower learning rate than 0.013"),
+        ({"learning_rate": None, "relative_rate": 0.06}, "lower relative rate than 0.06"),
+    ],
+)
+def test_no_better_state_is_an_error(rate, cure, dense, packed, tmp_path):
+    with pytest.raises(ValueError, match=rf"no state was better than .* itself, whose held-out loss is 0\.\d+.*{cure}"):
+        run(dense_and_zero(dense, tmp_path), dense(), tmp_path, tokens=4 * LENGTH, warmup=0, **rate)
     assert not list((tmp_path / "out").iterdir())
 
 

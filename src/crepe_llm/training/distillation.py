@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from crepe_llm.checkpoints.copying import copy_rest
-from crepe_llm.checkpoints.reading import CONFIG, read_config
+from crepe_llm.checkpoints.reading import CONFIG, find_quantization, objects_in, read_config
 from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
+from crepe_llm.models.classes import auto_class
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.models.losses import check_tokens
 from crepe_llm.training.callback import KeepMasksCallback
@@ -210,7 +211,7 @@ def distill(
     if trained.held_out and not trained.best_step:
         raise ValueError(
             f"no state was better than {source} itself, whose held-out loss is {trained.held_out[0][1]:.4f}: take a "
-            f"lower learning rate than {settings.learning_rate:g}, or more text"
+            f"lower {'relative rate' if settings.is_relative else 'learning rate'} than {settings.rate:g}, or more text"
         )
     run.save(destination)
     return run.report(trained)
@@ -257,9 +258,7 @@ class _Run:
             raise ValueError(f"length={settings.length} of self-generated windows, {ids.shape[1]} of the others")
         self.student = load_pruned(self.source, torch.float32)
         self.masks = _masks_of(self.student, self.source)
-        dense: Any = AutoModelForCausalLM.from_pretrained(
-            self.teacher_name, dtype=torch.bfloat16 if self.bf16 else torch.float32
-        )
+        dense = _load(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32)
         check_embeddings(self.student, dense, (self.source, self.teacher_name))
         if ids is not None:
             check_tokens(self.student, ids)
@@ -472,11 +471,16 @@ class _Loss:
 
 def load_pruned(source: Path, dtype: torch.dtype | str) -> Any:
     """A pruned model as an ordinary one with its zeros in place; packed layers have their masks recorded."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model = _load(source, dtype)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
     return model
+
+
+def _load(name: str | Path, dtype: torch.dtype | str) -> Any:
+    """A model with all its parts, of images, too."""
+    return auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype)
 
 
 def is_structural(source: Path) -> bool:
@@ -498,7 +502,7 @@ def _masks_of(model: Any, source: Path) -> dict[str, torch.Tensor]:
 def _refuse_quantized(source: Path) -> None:
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} is not a folder with a model: it has no {CONFIG}")
-    if (read_config(source).get("quantization_config") or {}).get("config_groups"):
+    if objects_in(find_quantization(read_config(source))[1]).get("config_groups"):
         raise ValueError(
             f"{source} is quantized, which training would undo: recover the sparse model, then quantize it"
         )

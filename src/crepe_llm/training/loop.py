@@ -180,7 +180,7 @@ def resumable(work: Path, identity: dict[str, Any]) -> bool:
     """Whether a folder holds an interrupted training of the same identity; makes the folder if it does not.
 
     Raises:
-        ValueError: it holds another training, or a file of its last checkpoint is damaged.
+        ValueError: it holds another training, or a file of its state is damaged.
     """
     path = work / _SETTINGS
     if path.is_file():
@@ -190,8 +190,8 @@ def resumable(work: Path, identity: dict[str, Any]) -> bool:
                 "finish it, or remove the folder"
             )
         last = _last_checkpoint(work)
-        if last is not None:
-            _check_state(Path(last))
+        for folder in (work, *([] if last is None else [Path(last)])):
+            _check_state(folder)
         return True
     work.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(identity, indent=1) + "\n")
@@ -201,6 +201,8 @@ def resumable(work: Path, identity: dict[str, Any]) -> bool:
 def _check_state(folder: Path) -> None:
     """Raise ValueError if a file of a training's state was cut off or damaged; naming it."""
     for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):  # what a kill has left of a file that was being written
+            continue
         if path.suffix == ".json":
             _read_json(path)
         elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):

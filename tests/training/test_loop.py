@@ -1,0 +1,48 @@
+"""A training's state on the disk: gone on with, or refused by the name of the file that is damaged."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from crepe_llm.training.loop import resumable
+
+IDENTITY = {"seed": 0, "text": "fox.txt"}
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A state after step 10."""
+    folder = tmp_path / "work"
+    assert not resumable(folder, IDENTITY)
+    checkpoint = folder / "checkpoint-10"
+    checkpoint.mkdir()
+    for path in (folder / "best.safetensors", checkpoint / "model.safetensors"):
+        save_file({"weight": torch.ones(64)}, path, {"step": "10"})
+    torch.save({"step": 10}, checkpoint / "optimizer.pt")
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 10}))
+    return folder
+
+
+def test_a_whole_state_is_gone_on_with(work):
+    (work / ".best.safetensors").write_bytes(b"begun")  # by a run that was killed
+    assert resumable(work, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("file", "removed"),
+    [
+        ("settings.json", "settings.json"),
+        ("best.safetensors", ""),
+        ("checkpoint-10/model.safetensors", "checkpoint-10"),
+        ("checkpoint-10/optimizer.pt", "checkpoint-10"),
+    ],
+)
+def test_files_that_were_cut_off_are_named_with_the_cure(file, removed, work):
+    path = work / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    said = rf"^{re.escape(str(path))} of an interrupted recovery is damaged \(.*\): remove {work / removed}, and repeat"
+    with pytest.raises(ValueError, match=said):
+        resumable(work, IDENTITY)
