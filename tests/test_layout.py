@@ -25,6 +25,7 @@ ROOMS = {
     "cli": {
         *(
             "functional",
+            "models",
             "kernels",
             "training",
             "search",

@@ -8,8 +8,9 @@ import pytest
 import torch
 from llmcompressor.core import LifecycleCallbacks
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from crepe_llm.checkpoints import read_folder
 from crepe_llm.cli.main import main
 from crepe_llm.recipe_files import recipe_path
 from tiny_models import letters_tokenizer
@@ -195,6 +196,14 @@ def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, t
         ({"config": config | {"hidden_size": 64}}, "have other shapes than its config.json says"),
         ({"config": config | {"hidden_size": "x"}}, "config.json is wrong: Validation error for field 'hidden_size'"),
         ({"config": config | {"num_attention_heads": 3}}, "config.json is wrong: "),
+        ({"config": config | {"hidden_act": "sillu"}}, "is wrong: hidden_act is 'sillu', unknown here"),
+        ({"config": config | {"dtype": "BFloat16"}}, "config.json: dtype is 'BFloat16': write bfloat16, float16 or fl"),
+        ({"config": config | {"dtype": 16}}, "config.json: dtype is 16: write"),
+        ({"config": config | {"model_type": "t5"}}, "a model of type t5 has an encoder and a decoder"),
+        ({"config": config | {"text_config": {"quantization_config": {"quant_method": "awq"}}}}, "is quantized (awq)"),
+        ({"adapter_config.json": "{}"}, "holds an adapter (PEFT) beside the model, which transformers would load into"),
+        ({"config": None, "adapter_config.json": "{}"}, "has no config.json, it is an adapter (PEFT): merge it into"),
+        ({"config": None, "model.gguf": "GGUF"}, "has no config.json but GGUF files, which are not read here"),
         ({"generation_config": "[]"}, "generation_config.json is no JSON object but '[]'; mend or delete it"),
         ({"generation_config": "{"}, "generation_config.json is no JSON: "),
         ({"model": None, "pytorch_model.bin": "abc"}, "cannot be read (IndexError: "),
@@ -214,6 +223,33 @@ def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, t
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert "tensor model.norm.weight is I32 [32], not one of F64" in refusal(prune(folder, text, tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_a_model_has_no_place_for_are_named(dense, text, tmp_path, capsys):
+    folder = copied(dense, tmp_path)
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.2.mlp.up_proj.weight": torch.ones(4, 4)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert main(prune(folder, text, tmp_path)) == 0
+    assert "holds 1 tensors that LlamaForCausalLM has no place for, such as model.layers.2.m" in capsys.readouterr().err
+
+
+def test_models_that_see_are_written_whole(text, tmp_path):
+    """AutoModelForCausalLM has no class for a Qwen2-VL."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    config = Qwen2VLConfig(text_config={**sizes, "rope_parameters": rope}, vision_config=vision)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    letters_tokenizer(True).save_pretrained(tmp_path / "model")
+    assert main(prune(tmp_path / "model", text, tmp_path)) == 0
+    before, after = (
+        {name.rpartition(".")[0] for name in read_folder(tmp_path / name).tensors} for name in ("model", "out")
+    )
+    assert before == after and any("visual" in name for name in after)
+    measure = ["evaluate", tmp_path / "out", "--text", text, "--window", 32, "--tokens", 64]
+    assert main([str(argument) for argument in measure]) == 0
 
 
 def test_texts_are_refused_by_name(dense, tmp_path, refusal):
@@ -336,6 +372,18 @@ def test_prune_takes_what_was_kept(dense, text, tmp_path, monkeypatch):
     torch.save(entry, path)
     assert main(command) == 0
     assert torch.equal(weights_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"], weight * 2)
+
+
+def test_damaged_files_of_what_was_kept_are_named(dense, text, tmp_path, refusal, monkeypatch):
+    command = prune(dense, text, tmp_path, "--resume")
+    stopped_after(2, command, monkeypatch)
+    (entry,) = (tmp_path / "out.resume").glob("*.pt")
+    for path in (entry, tmp_path / "out.resume" / "run.json"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert f"{path} is damaged (" in (said := refusal(command)) and "remove the folder" in said
+    shutil.rmtree(tmp_path / "out.resume")
+    (tmp_path / "out.resume").touch()
+    assert "out.resume, where finished blocks belong, is a file: remove it, or give" in refusal(command)
 
 
 def test_prune_does_not_go_on_with_another_run(dense, text, tmp_path, capsys, monkeypatch):

@@ -140,4 +140,5 @@ def test_options_that_do_not_go_together_are_refused(dense, packed, text, tmp_pa
         arguments(packed, dense, text, output, "--minutes", 1)
     )
     assert "is not pruned" in refusal(arguments(dense, dense, text, output))
+    assert "there is no folder" in refusal(arguments(packed, tmp_path / "no", text, output))
     assert not list(tmp_path.iterdir())

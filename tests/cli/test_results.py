@@ -31,6 +31,14 @@ def test_an_older_file_is_replaced_and_keeps_its_mode(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "link.json"]
 
 
+def test_what_a_command_reads_is_not_written_over(dense, text, tmp_path, refusal):
+    (tmp_path / "link.json").symlink_to(text)
+    before = text.read_text()
+    for path in (text, tmp_path / "link.json"):
+        assert "is a file that this command reads" in refusal(["evaluate", dense, "--text", text, "--json", path])
+    assert text.read_text() == before
+
+
 def test_a_failure_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "figures.json"
     path.write_text("old")

@@ -59,7 +59,7 @@ def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator
         final = _free_name(place, name)
     check_space(place, size)
     with _signals_raise():
-        partial = Path(tempfile.mkdtemp(prefix=partial_prefix(name), dir=place))
+        partial = _hidden_folder(place, name)
         try:
             with marked(partial):
                 yield partial
@@ -72,6 +72,14 @@ def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator
         _publish_or_keep(partial, final)
     if final != destination and final.exists():
         raise FileExistsError(f"{destination} already holds a model and was left alone; the new one is in {final}")
+
+
+def _hidden_folder(place: Path, name: str) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=partial_prefix(name), dir=place))
+    except OSError as error:
+        reason = f"nothing can be written to {place} ({error.strerror}); name a folder elsewhere"
+        raise OSError(error.errno or errno.EIO, reason) from error
 
 
 def resolved(destination: Path) -> Path:

@@ -17,6 +17,8 @@ def check_destination(destination: str | Path, dense_bytes: int, beside: int = 0
 
     The run writes so many bytes `beside` it, too, before it writes the model.
     """
+    if not str(destination):
+        raise NotADirectoryError("the output folder is an empty text: name a folder to save to")
     destination = resolved(Path(destination))
     parent = next(folder for folder in (destination, *destination.parents) if folder.exists())
     if not parent.is_dir():

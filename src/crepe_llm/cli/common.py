@@ -195,16 +195,12 @@ class Model:
         """
         import torch
 
-        from crepe_llm.checkpoints.complete import load_complete
+        from crepe_llm.models.classes import load_whole
 
         placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}
-        with _named_code(self.name):
-            return load_complete(
-                self.name,
-                dtype=self.options.dtype,
-                trust_remote_code=self.options.trust_remote_code,
-                **placement,
-            )
+        options = {"dtype": self.options.dtype, "trust_remote_code": self.options.trust_remote_code, **placement}
+        with _named_code(self.name, self.config):
+            return load_whole(self.name, self.config, **options)
 
 
 def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
@@ -216,11 +212,14 @@ def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    from crepe_llm.models.classes import auto_class
+
     name = model_folder(options.model)
-    _check_config(name, dense)
+    check_model(name, dense)
     trust = options.trust_remote_code
     with _named_code(name):
         config = _config(AutoConfig, name, trust)
+        auto_class(config)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         except Exception as error:
@@ -290,13 +289,21 @@ def check_new_file(path: Path | None, option: str) -> None:
         raise PermissionError(f"{option} {path} cannot be written: name another file")
 
 
-def _check_config(name: str, dense: bool) -> None:
+def check_model(name: str, dense: bool) -> None:
     """Raise if there is no model of that name, or its config.json says that it is quantized."""
     from transformers import PreTrainedConfig
 
+    from crepe_llm.checkpoints.reading import (
+        OLD_QUANTIZATION,
+        check_plain,
+        check_unquantized,
+        find_quantization,
+        read_folder,
+    )
+
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{name} has no config.json: name the folder of a Hugging Face model")
+        raise FileNotFoundError(f"{name} has no config.json{_what_else(path)}")
     if path.is_file():
         raise NotADirectoryError(f"{name} is a file: name the folder of a Hugging Face model")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -308,25 +315,37 @@ def _check_config(name: str, dense: bool) -> None:
     except Exception as error:
         what = "could not be read" if path.is_dir() else "is no folder here, and no model that the hub could give"
         raise ValueError(f"{name} {what}: {_first_line(error)}") from error
-    quantization = content.get("quantization_config")
+    _check_dtype(name, content)
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name} holds an adapter (PEFT) beside the model, which transformers would load into it: merge it "
+            "(merge_and_unload), or move adapter_config.json elsewhere"
+        )
+    place, quantization = find_quantization(content)
     _check_generation_config(path / "generation_config.json")
     if any(path.glob("*.safetensors")):
-        from crepe_llm.checkpoints.reading import check_plain, read_folder
-
         checkpoint = read_folder(path)  # names a file that is cut off or missing
-        if quantization is None:
+        if quantization is None or place == OLD_QUANTIZATION:  # of which transformers reads nothing
             check_plain(checkpoint)
+            check_unquantized(checkpoint, content)
     if quantization is None:
         return
     if not isinstance(quantization, dict):
-        raise ValueError(
-            f"{name}/config.json: quantization_config is {quantization!r}, which is no object: the file is damaged"
-        )
+        raise ValueError(f"{name}/config.json: {place} is {quantization!r}, which is no object: the file is damaged")
     method = quantization.get("quant_method", "an unnamed method")
     if dense and (method != "compressed-tensors" or quantization.get("config_groups")):
         raise ValueError(
             f"{name} is quantized ({method}): pruning starts from the full-precision model that it was made from"
         )
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without a model is, as far as its files tell, and what to give instead."""
+    if (folder / "adapter_config.json").is_file():
+        return ", it is an adapter (PEFT): merge it into its base model (merge_and_unload), and name that folder"
+    if any(folder.glob("*.gguf")):
+        return " but GGUF files, which are not read here: name the Hugging Face model that they were made from"
+    return ": name the folder of a Hugging Face model"
 
 
 def _check_generation_config(path: Path) -> None:
@@ -342,8 +361,9 @@ def _check_generation_config(path: Path) -> None:
 
 
 @contextmanager
-def _named_code(name: str) -> Iterator[None]:
-    """Have what transformers says of code that is not trusted, or of weights that do not fit, name the cure."""
+def _named_code(name: str, config: Any = None) -> Iterator[None]:
+    """Have what transformers says of code that is not trusted, of weights that do not fit, or of a config that no model
+    can be made of, name the cure."""
     try:
         yield
     except RuntimeError as error:
@@ -352,7 +372,11 @@ def _named_code(name: str) -> Iterator[None]:
         raise ValueError(
             f"the weights of {name} have other shapes than its config.json says: the folder mixes files of two models"
         ) from error
-    except (IndexError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        if config is not None:
+            _check_builds(name, config)
+        if isinstance(error, AssertionError | AttributeError | TypeError):
+            raise
         raise ValueError(
             f"the weights of {name} cannot be read ({type(error).__name__}: {_first_line(error)}): the files are "
             "damaged; fetch or export them again"
@@ -363,6 +387,45 @@ def _named_code(name: str) -> Iterator[None]:
         raise ValueError(
             f"{name} brings code of its own, which has to run to load it: read that code, then give --trust-remote-code"
         ) from error
+
+
+def _check_builds(name: str, config: Any) -> None:
+    """Raise ValueError, with the field if it can be told, if transformers can make no model of a config."""
+    import torch
+
+    from crepe_llm.models.classes import auto_class
+
+    try:
+        with torch.device("meta"):
+            auto_class(config).from_config(config)
+    except Exception as error:
+        value = error.args[0] if error.args else None
+        field = next((key for key, found in _fields(config.to_dict()) if found == value), None)
+        why = (
+            f"{type(error).__name__}: {_first_line(error)}" if field is None else f"{field} is {value!r}, unknown here"
+        )
+        raise ValueError(f"{name}: config.json is wrong: {why}") from error
+
+
+def _fields(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The names and values of a config's fields, those of its parts included."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", found) for inner, found in _fields(value))
+        else:
+            yield key, value
+
+
+def _check_dtype(name: str, content: dict[str, Any]) -> None:
+    """Raise ValueError if config.json's dtype is none that weights are loaded in."""
+    import torch
+
+    for key in ("dtype", "torch_dtype"):
+        value = content.get(key)
+        dtype = getattr(torch, value, None) if isinstance(value, str) else None
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        if value not in (None, "auto") and not floating:
+            raise ValueError(f"{name}/config.json: {key} is {value!r}: write bfloat16, float16 or float32")
 
 
 def _is_installed(package: str) -> bool:

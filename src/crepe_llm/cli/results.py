@@ -20,8 +20,14 @@ def add_json(parser: Any) -> None:
 
 
 def check_json(options: argparse.Namespace) -> None:
-    """Raise OSError if the file cannot be written."""
+    """Raise OSError if the file cannot be written, or is one that the command reads."""
     check_new_file(options.json, "--json")
+    if options.json is None or not options.json.exists():
+        return
+    for name, value in vars(options).items():
+        read = name != "json" and isinstance(value, str | Path) and os.path.isfile(value)
+        if read and os.path.samefile(value, options.json):
+            raise FileExistsError(f"--json {options.json} is a file that this command reads: name another file")
 
 
 def write_json(options: argparse.Namespace, figures: dict[str, Any]) -> None:

@@ -1,0 +1,81 @@
+"""Models loaded whole: with all their parts, and no weight that the checkpoint does not hold."""
+
+import logging
+from typing import Any
+
+__all__ = ["auto_class", "load_whole"]
+
+_logger = logging.getLogger(__name__)
+
+
+def load_whole(name: str, config: Any, **options: Any) -> Any:
+    """Load a causal language model by transformers' class for all of it.
+
+    What the checkpoint holds beyond the model is left out, with a warning.
+
+    Args:
+        name: a folder or an id.
+        config: transformers' config of the model.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, which transformers would make up, or as :func:`auto_class`.
+    """
+    loaded: Any = auto_class(config).from_pretrained(name, config=config, output_loading_info=True, **options)
+    model, found = loaded
+    missing, unknown = (sorted(found[kind]) for kind in ("missing_keys", "unexpected_keys"))
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise ValueError(
+            f"the weights of {name} lack {missing[0]}{more}, which would get random values: fetch or export the model "
+            "again"
+        )
+    if unknown:
+        _logger.warning(
+            f"{name} holds {len(unknown)} tensors that {type(model).__name__} has no place for, such as {unknown[0]}: "
+            "they are left out, and out of what is made of this model, too"
+        )
+    return model
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that loads a causal language model with all its parts, a vision or audio tower included.
+
+    AutoModelForCausalLM knows no class for many models of images and text, and takes only a part of others, such as the
+    language model of a Llama 4.
+
+    Args:
+        config: transformers' config of the model.
+
+    Raises:
+        ValueError: the model has an encoder beside its decoder, or transformers has no causal language model of its
+            type.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    if getattr(config, "auto_map", None):  # code of its own
+        return AutoModelForCausalLM
+    named = set(getattr(config, "architectures", None) or ())
+    known = {kind: _class_names(kind, config) for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM)}
+    if getattr(config, "is_encoder_decoder", False) and not named & known[AutoModelForCausalLM]:
+        raise ValueError(
+            f"a model of type {config.model_type} has an encoder and a decoder, which a text alone does not run: in "
+            f"Python, load it with its own class{', ' + min(named) if named else ''}, and give that to "
+            "llmcompressor.oneshot with data and a data_collator that give `decoder_input_ids`, too"
+        )
+    for kind, names in known.items():
+        if named & names:
+            return kind
+    for kind, names in known.items():
+        if names:
+            return kind
+    raise ValueError(
+        f"transformers has no causal language model of type {config.model_type} ({type(config).__name__}): give a "
+        "model that predicts the next token"
+    )
+
+
+def _class_names(kind: Any, config: Any) -> set[str]:
+    """The names of the classes that an auto class has for a config."""
+    found = kind._model_mapping.get(type(config), ())
+    return {each.__name__ for each in (found if isinstance(found, tuple) else (found,))}
