@@ -173,6 +173,23 @@ def test_conv1d_is_said_and_recorded_to_be_saved_dense(tiny_model_folder, calibr
     assert sum("8 Conv1D layers such as transformer.h.0.attn.c_attn" in line for line in messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("Qwen2MLP", r"match model\.layers\.0\.mlp, a Qwen2MLP, which is no linear layer"),
+        ("model.embed_tokens", r"match model\.embed_tokens, an embedding, which is no linear layer"),
+    ],
+)
+def test_targets_that_are_no_linear_layers_are_named(target, message, tiny_model_folder, calibration_data):
+    with pytest.raises(ValueError, match=message):
+        run(load(tiny_model_folder("qwen2")), [crepe(targets=[target])], calibration_data)
+
+
+def test_a_head_that_is_pruned_is_said_to_be_saved_dense(tiny_model_folder, calibration_data, messages):
+    run(load(tiny_model_folder("qwen2")), [crepe(targets=["lm_head"], ignore=[])], calibration_data)
+    assert any("1 output heads such as lm_head are pruned" in line and "saved dense" in line for line in messages)
+
+
 @pytest.mark.parametrize("targets", ["Linear", ["Linear"], "re:.*_proj"])
 def test_targets_may_be_one_text(targets, tiny_model_folder, calibration_data):
     model = run(load(tiny_model_folder("llama")), [crepe(targets=targets, ignore="lm_head")], calibration_data)
@@ -239,6 +256,36 @@ def test_quantized_weights_are_refused_by_name(tiny_model_folder, calibration_da
     batch = {"input_ids": torch.tensor([[5, 6]])}
     with pytest.raises(ValueError, match=r"weight of model\.layers\.1\.mlp\.up_proj is int8: the model is quantized"):
         crepe(targets=["re:.*up_proj"]).on_initialize(State(model=model), calib_data=[batch])
+
+
+def test_layers_that_an_adapter_wraps_are_refused(tiny_model_folder, calibration_data):
+    peft = pytest.importorskip("peft")
+    for wrap in (lambda model, lora: peft.get_peft_model(model, lora), lambda model, lora: model.add_adapter(lora)):
+        model = load(tiny_model_folder("llama"))
+        model = wrap(model, peft.LoraConfig(target_modules=["q_proj"])) or model
+        with pytest.raises(ValueError, match=r"2 layers such as \S+q_proj are wrapped by an adapter \(PEFT\)"):
+            run(model, "crepe_2of4", calibration_data, processor=words(tiny_model_folder("llama")))
+        # The wrapped model cannot be traced, which leaves nothing patched: other models still run, caches included.
+        assert load(tiny_model_folder("llama"))(torch.arange(3, 9)[None]).past_key_values is not None
+
+
+def test_what_could_not_be_saved_or_read_again_costs_no_work(tiny_model_folder, calibration_data):
+    model = load(tiny_model_folder("llama"), torch.bfloat16)
+    model.model.norm.half()
+    with pytest.raises(ValueError, match=r"norm\.weight is float16 and \S+ is bfloat16: .* cast the model first"):
+        run(model, "crepe_2of4", calibration_data)
+    model = load(tiny_model_folder("llama"))
+    with pytest.raises(NotADirectoryError, match="an empty text: name a folder"):
+        run(model, "crepe_2of4", calibration_data, output_dir="")
+    loader = DataLoader([torch.tensor([5, 6, 7])] * 4)
+    with pytest.raises(ValueError, match=r"batch of the calibration data is of the class Tensor: batches are dict"):
+        oneshot(model=model, recipe="crepe_2of4", dataset=loader)
+    assert not any(pruned(module) for module in linears(model).values())
+
+
+def test_weights_that_no_packed_format_holds_are_said_to_be_saved_dense(tiny_model_folder, calibration_data, messages):
+    run(load(tiny_model_folder("llama"), torch.float64), "crepe_2of4", calibration_data)
+    assert sum("14 layers of float64 such as model.layers.0.self_attn.q_proj" in line for line in messages) == 1
 
 
 def low_level(model, given, fed):

@@ -59,6 +59,8 @@ def test_stages_targets_as_text_and_modifiers_without_fields():
         ("s_stage:\n  s_modifiers:\n    row: 1\n", r"no modifier is called row"),
         ("s_stage:\n  other: {}\n", r"names no modifiers: modifiers go under `NAME_stage:`"),
         ("CRePEModifier: {}\n", r"nothing reads CRePEModifier at the top: "),
+        (f"{START}      row: 1\n      row: 7\n", r"the recipe, line 5: row stands twice, .* leave one out"),
+        (f"{START}      row: 1\n    CRePEModifier:\n", r"CRePEModifier stands twice.*another `NAME_modifiers:`"),
         (f"{START}second:\n  s_modifiers:\n    ADMMModifier: {{}}\n", r"nothing reads ADMMModifier under second and s"),
         ("\n# only a comment\n", r"the recipe is empty: modifiers go under"),
         ("a: b: c", r"is no YAML"),
@@ -78,3 +80,34 @@ def test_files_are_named(tmp_path):
     path.write_text(f"{START}      mask_structure: 2:4\n")
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*quote it"):
         read_recipe(path)
+
+
+def test_dictionaries_and_modifiers_are_recipes():
+    fields = {"mask_structure": "2:4"}
+    given = {"s_stage": {"p_modifiers": {"CRePEModifier": fields, "SparseCheckpointModifier": None}}}
+    crepe, saves = CRePEModifier(**fields), SparseCheckpointModifier()
+    for recipe in (given, [crepe, saves], (crepe, saves), [[crepe], saves], read_recipe(given)):
+        assert [type(modifier) for modifier in read_recipe(recipe).modifiers] == [type(crepe), type(saves)]
+    assert read_recipe(crepe).modifiers == [crepe]
+    assert given["s_stage"]["p_modifiers"]["SparseCheckpointModifier"] is None  # the caller's own is left as it was
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            {"s_stage": {"p_modifiers": {"CrepeModifier": {}}}},
+            r"no modifier is called CrepeModifier: did you",
+        ),
+        ({"s_stage": {"p_modifiers": {"CRePEModifier": {"row": -1}}}}, r"the recipe: CRePEModifier: row=-1: "),
+        ({"CRePEModifier": {}}, r"the recipe: nothing reads CRePEModifier at the top"),
+        ({}, r"the recipe names no modifiers"),
+        (5, r"the recipe is int: give a shipped recipe's name"),
+        ([CRePEModifier], r"the recipe is a list with CRePEModifier: give"),
+        (["crepe_2of4"], r"the recipe is a list with str: give"),
+        ([read_recipe("crepe_2of4")], r"the recipe is a list with Recipe: give"),
+    ],
+)
+def test_what_is_no_recipe_is_named(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(recipe)

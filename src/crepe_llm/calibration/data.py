@@ -97,7 +97,13 @@ def uncalled_layers(model: torch.nn.Module, data: Any) -> set[torch.nn.Module]:
 def first_tokens(data: Any) -> dict[str, Any]:
     """The first batch of calibration data; of text only the first few tokens of the first row."""
     with torch.random.fork_rng(devices=[]):
-        batch = dict(next(iter(data), {}))
+        first = next(iter(data), {})
+    if not hasattr(first, "keys"):
+        raise ValueError(
+            f"a batch of the calibration data is of the class {type(first).__name__}: batches are dictionaries of what "
+            "the model takes, such as {'input_ids': ...}"
+        )
+    batch = dict(first)
     if not batch:
         raise ValueError("the calibration data has no batch")
     if batch.keys() <= _TEXT:

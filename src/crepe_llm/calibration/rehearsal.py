@@ -1,20 +1,44 @@
 """A short run of llm-compressor's sequential pipeline, which tells before the calibration whether a model fits it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from compressed_tensors.utils import get_execution_device
+from compressed_tensors.utils import get_execution_device, patch_attr
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
+from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from llmcompressor.utils import calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 
 from crepe_llm.calibration.data import first_tokens
 from crepe_llm.models.blocks import find_blocks
 
-__all__ = ["must_run_whole", "whole_pipeline"]
+__all__ = ["must_run_whole", "tracing_is_undone", "whole_pipeline"]
+
+
+@contextmanager
+def tracing_is_undone() -> Iterator[None]:
+    """Have what llm-compressor patches in torch and transformers while it traces a model undone when that fails, too.
+
+    llm-compressor 0.14 leaves the patches in place then, with which no model runs any more in this process.
+    """
+    patching = HFTracer.patch_for_tracing
+
+    @contextmanager
+    def patch_and_undo(self: HFTracer, root: Any) -> Iterator[None]:
+        patched = patching(self, root)
+        patched.__enter__()
+        try:
+            yield
+        finally:
+            patched.__exit__(None, None, None)
+
+    with patch_attr(HFTracer, "patch_for_tracing", patch_and_undo):
+        yield
 
 
 def must_run_whole(model: Any, data: Any, arguments: Any) -> bool:

@@ -92,6 +92,8 @@ class LayerModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the layers, and refuse what cannot work before any time is spent."""
         order.check(self)
+        _refuse_adapters(state.model)
+        _refuse_two_halves(state.model)
         self._refuse_quantized(state.model)
         self.take_data(state, **kwargs)
         self._layers = self.find_layers(state.model)
@@ -144,11 +146,15 @@ class LayerModifier(Modifier):
 
     def _left_dense(self, model: torch.nn.Module, matched: Mapping[str, torch.nn.Module]) -> dict[str, str]:
         """Of the matched layers those that stay dense, with what they are; not those that a target names."""
-        found = {n: m for n, m in matched.items() if not any(match_name(n, target) for target in self.targets)}
+        found = {
+            name: module
+            for name, module in matched.items()
+            if hasattr(module, "weight") and not any(match_name(name, target) for target in self.targets)
+        }
         with disable_onloading():
             dense = dense_by_default(found, (name for name, _ in model.named_modules()))
         unreached = "layers that this calibration data does not reach"
-        head = model.get_output_embeddings() if _HEAD in self.ignore and isinstance(model, PreTrainedModel) else None
+        head = _head_of(model) if _HEAD in self.ignore else None
         return (
             {name: unreached for name, module in found.items() if module in self.uncalled}
             | dense
@@ -169,6 +175,8 @@ class LayerModifier(Modifier):
         weight, kind = getattr(module, "weight", None), type(module).__name__
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is no linear layer")
+        if isinstance(module, torch.nn.Embedding):
+            raise ValueError(f"targets={self.targets} match {name}, an embedding, which is no linear layer")
         if id(weight) in tables:
             raise ValueError(
                 f"{name} shares its weight with the embedding {tables[id(weight)]}, which would change too: "
@@ -183,6 +191,11 @@ class LayerModifier(Modifier):
             logger.warning(f"Left dense are {what}: {listed}. To prune them, name them in `targets`")
         for what, names in (
             ("Conv1D layers", [name for module, name in self._layers.items() if is_transposed(module)]),
+            ("output heads", [name for module, name in self._layers.items() if module is _head_of(model)]),
+            (
+                "layers of float64",
+                [name for module, name in self._layers.items() if module.weight.dtype == torch.float64],
+            ),
             (
                 "layers of experts",
                 [name for name in self._layers.values() if ".experts." in name and saves_whole_experts(model)],
@@ -193,6 +206,32 @@ class LayerModifier(Modifier):
                     f"{len(names)} {what} such as {names[0]} are pruned along their input channels and saved dense, as "
                     "no sparse format holds them: they will be no smaller and no faster"
                 )
+
+
+def _refuse_two_halves(model: torch.nn.Module) -> None:
+    """Raise ValueError if a model has weights of both 16-bit floats, which readers of packed checkpoints take for a
+    damaged label."""
+    with disable_onloading():
+        names = {parameter.dtype: name for name, parameter in model.named_parameters()}
+    if {torch.float16, torch.bfloat16} <= names.keys():
+        raise ValueError(
+            f"{names[torch.float16]} is float16 and {names[torch.bfloat16]} is bfloat16: a packed checkpoint has one "
+            "of the two; cast the model first, such as by model.to(torch.bfloat16)"
+        )
+
+
+def _head_of(model: torch.nn.Module) -> torch.nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
+def _refuse_adapters(model: torch.nn.Module) -> None:
+    """Raise ValueError if layers are wrapped by adapters: pruned apart, the two would not be what is merged later."""
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if wrapped:
+        raise ValueError(
+            f"{len(wrapped)} layers such as {wrapped[0]} are wrapped by an adapter (PEFT): merge it into the model "
+            "(merge_and_unload), and prune what that returns"
+        )
 
 
 def save_sparse(model: Any, finish: Callable[[Path], None] | None = None) -> None:

@@ -2,8 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from compressed_tensors.utils import patch_attr
@@ -12,12 +11,13 @@ from llmcompressor.recipe import Recipe
 from loguru import logger
 
 from crepe_llm import processes
+from crepe_llm.calibration.arguments import check_arguments
 from crepe_llm.calibration.attention_masks import masks_are_made
-from crepe_llm.calibration.rehearsal import must_run_whole, whole_pipeline
+from crepe_llm.calibration.rehearsal import must_run_whole, tracing_is_undone, whole_pipeline
 from crepe_llm.calibration.shares import own_share
 from crepe_llm.calibration.windows import full_windows
-from crepe_llm.checkpoints.complete import load_complete
 from crepe_llm.checkpoints.space import check_destination
+from crepe_llm.models.classes import load_whole
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.experts import take_llama4_apart
 from crepe_llm.oneshot.recipes import read_recipe
@@ -39,23 +39,27 @@ def register() -> None:
         __doc__ = original.__doc__
         recipe: Any
 
-        def __init__(self, **arguments: Any) -> None:
-            if arguments.get("recipe"):
-                arguments["recipe"] = read_recipe(arguments["recipe"], arguments.get("stage"))
-            with _complete_models() if _is_ours(arguments.get("recipe")) else nullcontext():
-                super().__init__(**arguments)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            if kwargs.get("recipe"):  # before a model is loaded by its name
+                kwargs["recipe"] = read_recipe(kwargs["recipe"], kwargs.get("stage"))
+            with ExitStack() as stack:
+                if _is_ours(kwargs.get("recipe")):
+                    stack.enter_context(_whole_models())
+                super().__init__(*args, **kwargs)
 
         def __call__(self) -> None:
             if _is_ours(self.recipe):
                 check_versions("transformers", "compressed-tensors", "llmcompressor")
                 processes.require_group()
                 order.check_processes(self.recipe.modifiers)
+                check_arguments(self.dataset_args, self.processor)
                 if self.output_dir is not None:
                     check_destination(self.output_dir, self.model.get_memory_footprint(return_buffers=False))
             with ExitStack() as stack:
                 if _is_ours(self.recipe):
                     stack.enter_context(_whole_data())
                     stack.enter_context(masks_are_made())
+                    stack.enter_context(tracing_is_undone())
                 super().__call__()
             processes.wait()  # until the first has saved
 
@@ -82,12 +86,18 @@ def register() -> None:
     module.Oneshot = Oneshot  # type: ignore[attr-defined]
 
 
+class _WholeModels:
+    """What stands for AutoModelForCausalLM."""
+
+    @staticmethod
+    def from_pretrained(name: str, *, config: Any, **options: Any) -> Any:
+        return load_whole(name, config, **options)
+
+
 @contextmanager
-def _complete_models() -> Iterator[None]:
-    """Have llm-compressor refuse a model whose files lack a tensor."""
-    module = importlib.import_module("llmcompressor.entrypoints.utils")
-    loader = SimpleNamespace(from_pretrained=load_complete)
-    with patch_attr(module, "AutoModelForCausalLM", loader):
+def _whole_models() -> Iterator[None]:
+    """Have llm-compressor load a model by its name with all its parts, and refuse one that lacks weights."""
+    with patch_attr(importlib.import_module("llmcompressor.entrypoints.utils"), "AutoModelForCausalLM", _WholeModels):
         yield
 
 

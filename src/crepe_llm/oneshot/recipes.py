@@ -1,5 +1,6 @@
 """Reading recipes, such that whatever is wrong with one is said in a line that names the place and the cure."""
 
+import copy
 import difflib
 import os
 import re
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from llmcompressor.modifiers import ModifierFactory
+from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.recipe import Recipe
 from llmcompressor.recipe.utils import filter_dict
 from pydantic import ValidationError
+from torch.utils._pytree import tree_leaves
 
 from crepe_llm.recipe_files import recipe_path
 
@@ -26,26 +28,47 @@ def read_recipe(recipe: Any, stage: str | None = None) -> Recipe:
     """A recipe as llm-compressor reads it, from a shipped recipe's name, too.
 
     Args:
-        recipe: a shipped recipe's name, a file, YAML or JSON text, or what else llm-compressor takes.
+        recipe: a shipped recipe's name, a file, YAML or JSON text, a dictionary of the same, a modifier, modifiers in
+            order, or a recipe as llm-compressor reads it.
         stage: take only the stages whose names begin so.
 
     Raises:
         ValueError: it is none of these, or something in it is wrong.
     """
+    if isinstance(recipe, dict):
+        return _made(copy.deepcopy(recipe), "the recipe", stage)
     if not isinstance(recipe, str | Path):
-        return Recipe.create_instance(recipe, target_stage=stage)
+        _check_kind(recipe)
+        return Recipe.create_instance(list(recipe) if isinstance(recipe, tuple) else recipe, target_stage=stage)
     text, source = str(recipe), "the recipe"
     if Path(text).suffix == ".md":
         return Recipe.create_instance(text, target_stage=stage)
     if os.path.isfile(text) or not any(mark in text for mark in "\n:"):
         path = recipe_path(text)
         text, source = _text(path), str(path)
-    content = _parse(text, source)
+    return _made(_parse(text, source), source, stage)
+
+
+def _made(content: dict[str, Any], source: str, stage: str | None) -> Recipe:
+    """The recipe of what a file or text holds."""
     _check(content, source)
     try:
         return Recipe.from_dict(filter_dict(content, target_stage=stage))
     except ValidationError as error:
         raise ValueError(f"{source}: {_plain(error)}") from error
+
+
+def _check_kind(recipe: Any) -> None:
+    """Raise ValueError if what is no text and no dictionary holds no modifiers either."""
+    inside = tree_leaves(recipe) if isinstance(recipe, list | tuple) else [recipe]
+    wrong = [each for each in inside if not isinstance(each, Modifier | Recipe)]
+    if wrong or (isinstance(recipe, list | tuple) and any(isinstance(each, Recipe) for each in inside)):
+        kind = wrong[0].__name__ if wrong and isinstance(wrong[0], type) else type((wrong or inside)[0]).__name__
+        place = "the recipe is a list with" if isinstance(recipe, list | tuple) else "the recipe is"
+        raise ValueError(
+            f"{place} {kind}: give a shipped recipe's name, a YAML file or text, a dictionary, or modifiers in order, "
+            "such as [CRePEModifier(mask_structure='2:4')]"
+        )
 
 
 def _text(path: Path) -> str:
@@ -56,9 +79,30 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is no UTF-8 text: byte {error.start} is 0x{byte:02x}; save it as UTF-8") from error
 
 
+class _DoubleKeyError(ValueError):
+    """A key stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of plain values, in which each key stands once: of two, YAML would drop the first in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise _DoubleKeyError(
+                    f"line {key.start_mark.line + 1}: {key.value} stands twice, and the last alone would count: leave "
+                    "one out, or put a second modifier of its kind under another `NAME_modifiers:`"
+                )
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
+    except _DoubleKeyError as error:
+        raise ValueError(f"{source}, {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
