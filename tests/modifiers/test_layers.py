@@ -149,6 +149,16 @@ def test_routers_gates_and_narrow_layers_stay_dense(tiny_model_folder, calibrati
     assert all(pruned(m) for n, m in linears(named).items())
 
 
+def test_layers_that_blocks_share_are_pruned_with_the_first(tiny_model_folder, calibration_data):
+    model, alone = load(tiny_model_folder("llama")), load(tiny_model_folder("llama"))
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    for each in (model, alone):
+        run(each, "crepe_2of4", calibration_data)
+    assert all(pruned(module) for module in linears(model).values())
+    for one, other in zip(model.model.layers[1].mlp.parameters(), alone.model.layers[0].mlp.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_weights_that_mamba_reads_stay_dense(tiny_model_folder, calibration_data, tmp_path, messages):
     torch.manual_seed(0)
     config = t.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=8)

@@ -115,7 +115,9 @@ class Observer:
         self._running.clear()
 
     def _update(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        inputs, wanted = args[0], self._wanted[module]
+        inputs, wanted = args[0], self._wanted.get(module)
+        if wanted is None:  # of a layer that several blocks share: it is calibrated and pruned with the first of them
+            return
         if module not in self._statistics:
             self._statistics[module] = self._none_yet(module)
         weights = None if wanted.token_weights is None else wanted.token_weights(module, inputs)
