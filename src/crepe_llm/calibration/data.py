@@ -97,7 +97,7 @@ def uncalled_layers(model: torch.nn.Module, data: Any) -> set[torch.nn.Module]:
 def first_tokens(data: Any) -> dict[str, Any]:
     """The first batch of calibration data; of text only the first few tokens of the first row."""
     with torch.random.fork_rng(devices=[]):
-        first = next(iter(data), {})
+        first: Any = next(iter(data), {})
     if not hasattr(first, "keys"):
         raise ValueError(
             f"a batch of the calibration data is of the class {type(first).__name__}: batches are dictionaries of what "
