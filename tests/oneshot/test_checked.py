@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,3 +25,13 @@ def test_a_whole_folder_is_pruned_by_its_name(tiny_model_folder, calibration_dat
     run(str(tiny_model_folder("llama")), "crepe_2of4", calibration_data, output_dir=str(tmp_path / "saved"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert (model.model.layers[0].mlp.up_proj.weight.view(-1, 4).count_nonzero(dim=1) == 2).all()
+
+
+def test_a_folder_that_holds_a_model_is_refused_before_the_work(tiny_model_folder, calibration_data, tmp_path):
+    taken = shutil.copytree(tiny_model_folder("llama"), tmp_path / "taken")
+    model = AutoModelForCausalLM.from_pretrained(taken)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(FileExistsError, match=f"{taken} already holds a model: name another folder"):
+        run(model, "crepe_2of4", calibration_data, output_dir=str(taken))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not (tmp_path / "taken-1").exists()

@@ -15,7 +15,7 @@ from types import FrameType
 from crepe_llm.checkpoints.leftovers import MARKER, marked, partial_prefix, remove_leftovers
 from crepe_llm.checkpoints.reading import CONFIG, INDEX
 
-__all__ = ["NoRoomError", "building_place", "check_space", "is_empty", "new_folder", "resolved"]
+__all__ = ["NoRoomError", "building_place", "check_space", "holds_model", "is_empty", "new_folder", "resolved"]
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator
         remove_leftovers(folder, name)
     place = building_place(destination)
     final = destination
-    if _holds_model(destination):
+    if holds_model(destination):
         if not keep:
             raise FileExistsError(f"{destination} already holds a model; name another folder, or remove it first")
         final = _free_name(place, name)
@@ -121,7 +121,8 @@ def _make_parents(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _holds_model(folder: Path) -> bool:
+def holds_model(folder: Path) -> bool:
+    """Whether a place is a folder with a model in it, or with a part of one."""
     return folder.is_dir() and any(
         path.name == CONFIG or path.suffix in (".safetensors", ".bin") or path.name == INDEX
         for path in folder.iterdir()

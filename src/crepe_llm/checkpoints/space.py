@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from crepe_llm.checkpoints.folders import check_space, resolved
+from crepe_llm.checkpoints.folders import check_space, holds_model, resolved
 
 __all__ = ["check_destination"]
 
@@ -13,13 +13,16 @@ _PACKED = 0.6
 
 
 def check_destination(destination: str | Path, dense_bytes: int, beside: int = 0) -> None:
-    """Raise OSError if no model of `dense_bytes` can be written to a folder: no folder, no permission, no space.
+    """Raise OSError if no model of `dense_bytes` can be written to a folder: no folder, no permission, no space, or one
+    that holds a model.
 
     The run writes so many bytes `beside` it, too, before it writes the model.
     """
     if not str(destination):
         raise NotADirectoryError("the output folder is an empty text: name a folder to save to")
     destination = resolved(Path(destination))
+    if holds_model(destination):
+        raise FileExistsError(f"{destination} already holds a model: name another folder, or remove it first")
     parent = next(folder for folder in (destination, *destination.parents) if folder.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"{parent} is a file: name a folder to save to")
