@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from crepe_llm import processes
-from crepe_llm.functional.admm import admm
+from crepe_llm.functional.admm import ADMMOptions, admm
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.pruning.block_pass import shared_out
@@ -90,8 +90,8 @@ def steps() -> tuple[Mask, Refit]:
         return crepe_scores(weight, found.norm, **COEFFICIENTS)
 
     def solve(layer: Layer, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        options = {"rounds": ROUNDS, "iterations": ITERATIONS, "refinement": REFINEMENT}
-        found = admm(target, layer.gram, lambda weight: scores(weight, layer.statistics), keep, **options)
+        options = ADMMOptions(rounds=ROUNDS, iterations=ITERATIONS, refinement=REFINEMENT)
+        found = admm(target, layer.gram, lambda weight: scores(weight, layer.statistics), keep, options)
         return found.keep, found.weight
 
     return Mask(lambda name, *of: scores(*of), lambda name, scores: keep(scores)), Refit(solve)

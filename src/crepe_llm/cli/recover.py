@@ -159,10 +159,10 @@ def run(options: argparse.Namespace) -> None:
         check_report("recover --report")
         if not (options.text or options.dataset or options.sample):
             raise ValueError("--report has no text to measure on: give --text, --dataset or --sample as well")
-    if options.teacher is not None:
-        check_model(model_folder(options.teacher), dense=True)
     given |= {name: getattr(options, name) for name in _WITH_EITHER if hasattr(options, name)}
     with quiet("recover", options.verbose, own=("training", "recovering")) as progress:
+        if options.teacher is not None:
+            check_model(model_folder(options.teacher), dense=True)
         progress.tell("model", str(options.model))
         if options.teacher is not None:
             progress.tell("teacher", options.teacher)
