@@ -96,7 +96,9 @@ def shapes_of(config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
         model = AutoModelForCausalLM.from_config(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    stored = revert_weight_conversion(model, state)
+    # In the model's own order, as random weights depend on it; what a checkpoint names otherwise comes last.
+    return {name: tuple(stored[name].shape) for name in dict.fromkeys([*(n for n in state if n in stored), *stored])}
 
 
 def _quantize(weight: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:
