@@ -1,6 +1,7 @@
 """Embeddings and output heads in INT8: saved by a recipe, loaded by transformers and served by vLLM."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,18 @@ def test_missing_and_wrong_parts_are_named(part, made, tmp_path):
         if part == "weight_scale":
             with pytest.raises((ValueError, AssertionError, RuntimeError)):
                 generate(target)
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape"])
+def test_vllm_refuses_parts_of_other_dtypes(part, made, tmp_path):
+    _, folder, kind = made
+    name = f"{'model.embed_tokens' if kind == 'tied' else 'lm_head'}.{part}"
+    target = shutil.copytree(folder, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].to(torch.uint8)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"damaged checkpoint: .*{part} holds torch.uint8 where"):
+        generate(target)
 
 
 def test_the_shipped_recipe(tmp_path, tiny_model_folder):

@@ -1,5 +1,7 @@
 """Embeddings and output heads beside sparse layers: dense, of the model's dtype or of INT8."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 
 from crepe_llm import kernels
 from crepe_llm.kernels.memory import on_huge_pages
-from crepe_llm.vllm_plugin.linear import return_freed_memory
+from crepe_llm.vllm_plugin.linear import FLOATS, return_freed_memory
 
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
 # pack-quantized stores a value as it is plus 128, four to a word.
@@ -92,11 +94,30 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         packed = {"output_dim": 0, "input_dim": 1, "packed_dim": 1, "packed_factor": _PER_WORD}
         scale = torch.empty(rows, 1, dtype=params_dtype)
         shape = torch.empty(2, dtype=torch.int64)
-        layer.register_parameter("weight_packed", PackedvLLMParameter(data=words, weight_loader=loader, **packed))
+        load = functools.partial(self._checked, loader)
         layer.register_parameter(
-            "weight_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
+            "weight_packed", PackedvLLMParameter(data=words, weight_loader=load("weight_packed", torch.int32), **packed)
         )
-        layer.register_parameter("weight_shape", BasevLLMParameter(data=shape, weight_loader=loader))
+        layer.register_parameter(
+            "weight_scale",
+            ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load("weight_scale", *FLOATS)),
+        )
+        layer.register_parameter(
+            "weight_shape", BasevLLMParameter(data=shape, weight_loader=load("weight_shape", torch.int64, torch.int32))
+        )
+
+    def _checked(self, loader: Callable[..., None], kind: str, *dtypes: torch.dtype) -> Callable[..., None]:
+        """vLLM's loader of one tensor, which would convert any dtype, for these dtypes alone."""
+
+        def load(param: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+            if loaded.dtype not in dtypes:
+                raise ValueError(
+                    f"damaged checkpoint: {self.name}.{kind} holds {loaded.dtype} where "
+                    f"{' or '.join(str(dtype) for dtype in dtypes)} is needed; export it again"
+                )
+            loader(param, loaded)
+
+        return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
         words, scale, columns = layer.weight_packed.data, layer.weight_scale.data, layer.embedding_dim
