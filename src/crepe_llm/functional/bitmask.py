@@ -6,6 +6,8 @@ compressed-tensors' `sparse-24-bitmask`.
 
 import torch
 
+from crepe_llm.functional.rows import row_blocks
+
 __all__ = ["RECORDED", "kept_columns", "pack_bits", "unpack_bits", "wrong_byte", "zero_pruned_"]
 
 # The attribute of a module in which its mask is kept, 1 bit a weight, from the step that makes it, or the file that has
@@ -56,10 +58,9 @@ def zero_pruned_(weight: torch.Tensor, bitmask: torch.Tensor) -> None:
         return
     # As integers, so that one "and" clears an entry whatever it is; block by block, so that masks stay in the caches.
     integers = weight.view(_INTEGERS[weight.element_size()])
-    step = max(1, (_BLOCK_ENTRIES if weight.device.type == "cpu" else _BLOCK_ENTRIES << 10) // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        keep = unpack_bits(bitmask[start : start + step], weight.shape[1]).view(torch.int8)
-        integers[start : start + step].bitwise_and_(keep.neg_().to(integers.dtype))
+    for rows in row_blocks(weight, _BLOCK_ENTRIES if weight.device.type == "cpu" else _BLOCK_ENTRIES << 10):
+        keep = unpack_bits(bitmask[rows], weight.shape[1]).view(torch.int8)
+        integers[rows].bitwise_and_(keep.neg_().to(integers.dtype))
 
 
 def kept_columns(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
@@ -68,13 +69,12 @@ def kept_columns(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
     `bitmask` is uint8 [rows, ceil(columns / 8)], `columns` a multiple of 4. The result is uint8 [rows, columns / 4, 2],
     ascending, each 0 to 3. The bitmask is not checked: see :func:`wrong_byte`.
     """
-    rows, of_nibble = bitmask.shape[0], _COLUMNS.to(bitmask.device)
-    found = torch.empty(rows, columns // 4, 2, dtype=torch.uint8, device=bitmask.device)
-    step = max(1, _BLOCK_BYTES // max(1, 8 * bitmask.shape[1]))
-    for start in range(0, rows, step):
-        block = bitmask[start : start + step]
+    of_nibble = _COLUMNS.to(bitmask.device)
+    found = torch.empty(bitmask.shape[0], columns // 4, 2, dtype=torch.uint8, device=bitmask.device)
+    for rows in row_blocks(bitmask, _BLOCK_BYTES // 8):
+        block = bitmask[rows]
         nibbles = torch.stack((block & 15, block >> 4), dim=-1).view(len(block), -1)[:, : columns // 4]
-        found[start : start + step] = of_nibble[nibbles.int()]
+        found[rows] = of_nibble[nibbles.int()]
     return found
 
 
@@ -90,11 +90,10 @@ def wrong_byte(bitmask: torch.Tensor, columns: int) -> tuple[int, int] | None:
     )
     good = (counts == 2).all(0)
     good_last = (counts[0] == 2) & (counts[1] == 0) if columns % 8 else good
-    step = max(1, _BLOCK_BYTES // max(1, bitmask.shape[1]))
-    for start in range(0, bitmask.shape[0], step):
-        block = bitmask[start : start + step].int()
+    for rows in row_blocks(bitmask, _BLOCK_BYTES):
+        block = bitmask[rows].int()
         wrong = torch.cat((~good[block[:, :-1]], ~good_last[block[:, -1:]]), dim=1)
         if wrong.any():
             row, index = wrong.nonzero()[0].tolist()
-            return start + row, index
+            return rows.start + row, index
     return None
