@@ -15,7 +15,7 @@ from types import FrameType
 from crepe_llm.checkpoints.leftovers import MARKER, marked, partial_prefix, remove_leftovers
 from crepe_llm.checkpoints.reading import CONFIG, INDEX
 
-__all__ = ["NoRoomError", "building_place", "check_space", "holds_model", "is_empty", "new_folder", "resolved"]
+__all__ = ["NoRoomError", "building_place", "check_space", "is_empty", "new_folder", "refuse_model", "resolved"]
 
 _logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator
         remove_leftovers(folder, name)
     place = building_place(destination)
     final = destination
-    if holds_model(destination):
-        if not keep:
-            raise FileExistsError(f"{destination} already holds a model; name another folder, or remove it first")
+    if not keep:
+        refuse_model(destination)
+    elif _holds_model(destination):
         final = _free_name(place, name)
     check_space(place, size)
     with _signals_raise():
@@ -121,8 +121,13 @@ def _make_parents(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def holds_model(folder: Path) -> bool:
-    """Whether a place is a folder with a model in it, or with a part of one."""
+def refuse_model(destination: Path) -> None:
+    """Raise FileExistsError if a resolved destination is a folder with a model in it, or with a part of one."""
+    if _holds_model(destination):
+        raise FileExistsError(f"{destination} already holds a model: name another folder, or remove it first")
+
+
+def _holds_model(folder: Path) -> bool:
     return folder.is_dir() and any(
         path.name == CONFIG or path.suffix in (".safetensors", ".bin") or path.name == INDEX
         for path in folder.iterdir()

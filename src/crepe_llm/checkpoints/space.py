@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from crepe_llm.checkpoints.folders import check_space, holds_model, resolved
+from crepe_llm.checkpoints.folders import check_space, refuse_model, resolved
 
 __all__ = ["check_destination"]
 
@@ -21,8 +21,7 @@ def check_destination(destination: str | Path, dense_bytes: int, beside: int = 0
     if not str(destination):
         raise NotADirectoryError("the output folder is an empty text: name a folder to save to")
     destination = resolved(Path(destination))
-    if holds_model(destination):
-        raise FileExistsError(f"{destination} already holds a model: name another folder, or remove it first")
+    refuse_model(destination)
     parent = next(folder for folder in (destination, *destination.parents) if folder.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"{parent} is a file: name a folder to save to")
