@@ -45,6 +45,23 @@ def test_counts_start_at_one(field, value, tiny_model_folder, calibration_data):
     refused(load(tiny_model_folder("llama")), "crepe_2of4", calibration_data, message, **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "dataset",
+            "a/folder",
+            r"dataset='a/folder' is unknown: give one of .*c4.* what datasets\.load_dataset reads",
+        ),
+        ("pipeline", "layerwise", "pipeline='layerwise' is unknown: give one of .*sequential"),
+    ],
+)
+def test_unknown_names_are_told(field, value, message, tiny_model_folder, calibration_data):
+    options = {"dataset": calibration_data, "num_calibration_samples": 8} | {field: value}
+    with pytest.raises(ValueError, match=message):
+        oneshot(model=load(tiny_model_folder("llama")), recipe="crepe_2of4", **options)
+
+
 def test_what_can_be_read_is_read(tiny_model_folder):
     """Other columns, another name of the text, a split of several, a loader, a collator of the user's own."""
     texts = [" ".join(f"w{3 + (7 * row + place) % 90}" for place in range(24)) for row in range(8)]

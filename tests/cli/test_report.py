@@ -94,6 +94,18 @@ def test_a_browser_shows_the_page_without_a_complaint(page, tmp_path):
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line], done.stderr
 
 
+def test_another_model_is_not_the_dense_one(pruned, dense, text, tmp_path, refusal):
+    other = tmp_path / "other"
+    shutil.copytree(dense, other)
+    config = json.loads((other / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (other / "config.json").write_text(json.dumps(config))
+    page = tmp_path / "page.html"
+    said = refusal(report(pruned, text, "--dense", other, "--output", page))
+    assert f"--dense {other} is not the parent of {pruned}: its num_hidden_layers is" in said
+    assert not page.exists()
+
+
 def test_mistakes_are_told_in_one_line(pruned, text, tmp_path, refusal):
     assert "is no folder" in refusal(report(tmp_path / "absent", text))
     assert "does not exist" in refusal(report(pruned, text, "--output", tmp_path / "no" / "page.html"))

@@ -35,3 +35,14 @@ def test_a_folder_that_holds_a_model_is_refused_before_the_work(tiny_model_folde
         run(model, "crepe_2of4", calibration_data, output_dir=str(taken))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not (tmp_path / "taken-1").exists()
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_compiled_model_is_refused(part, tiny_model_folder, calibration_data):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
+    message = "the model is compiled by torch.compile: give the model that is not"
+    if part:
+        model.model.layers[1].compile()
+        message = "the part model.layers.1 of the model is compiled"
+    with pytest.raises(ValueError, match=message):
+        run(model if part else torch.compile(model), "crepe_2of4", calibration_data)

@@ -4,7 +4,10 @@ from typing import Any
 
 import pyarrow.compute
 import pyarrow.types
+from compressed_tensors.registry.registry import standardize_lookup_name
 from datasets import Dataset, DatasetDict
+from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.transformers.data import TextGenerationDataset
 from torch.utils.data import DataLoader
 
 __all__ = ["check_arguments"]
@@ -23,7 +26,12 @@ def check_arguments(arguments: Any, processor: Any) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    _check_name("pipeline", arguments.pipeline, CalibrationPipeline)
     data = arguments.dataset
+    if isinstance(data, str):
+        _check_name(
+            "dataset", data, TextGenerationDataset, ", or what datasets.load_dataset reads"
+        )
     if data is None or isinstance(data, str | DataLoader):
         return
     if not isinstance(data, Dataset | DatasetDict):
@@ -40,6 +48,13 @@ def check_arguments(arguments: Any, processor: Any) -> None:
             _check_ids(rows)
         elif arguments.preprocessing_func is None:
             _check_text(rows, arguments.text_column, processor)
+
+
+def _check_name(field: str, name: str | None, registry: Any, otherwise: str = "") -> None:
+    """Raise ValueError if a name is in no registry of llm-compressor, which takes it with `-` or `_`, in any case."""
+    known = [*registry.registered_names(), *registry.registered_aliases()]
+    if name is not None and standardize_lookup_name(name) not in map(standardize_lookup_name, known):
+        raise ValueError(f"{field}={name!r} is unknown: give one of {', '.join(sorted(known))}{otherwise}")
 
 
 def _check_ids(rows: Dataset) -> None:

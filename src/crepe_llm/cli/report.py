@@ -125,19 +125,23 @@ def make_report(options: argparse.Namespace, folder: Path, dense: str | None, te
     from crepe_llm.evaluation.report import Report, gram_errors, read_curve
 
     curve = read_curve(folder)
+    if dense is not None:
+        _check_parent(options, folder, dense)
     pruned = _measured(options, str(folder), test)
     beside = None if dense is None else _measured(options, dense, test)
-    if beside is not None and (beside.perplexity.tokens, beside.perplexity.windows) != (
-        pruned.perplexity.tokens,
-        pruned.perplexity.windows,
-    ):
-        raise ValueError(
-            f"--dense {dense} cuts the text into other tokens than {folder}: give the model it was made of"
-        )
     write_report(folder, Report(pruned, beside, curve), page)
     values = [model.perplexity.perplexity for model in (pruned, beside) if model is not None]
     errors = {} if beside is None else gram_errors(beside.grams, pruned.grams)
     return {"perplexity": dict(zip(("pruned", "dense"), values, strict=False)), "output_errors": errors}
+
+
+def _check_parent(options: argparse.Namespace, folder: Path, dense: str) -> None:
+    """Raise ValueError if a folder's model was not made of the dense one, as far as their files say."""
+    from crepe_llm.models.parent import check_config, check_tokenizers
+
+    ours, theirs = (open_model(argparse.Namespace(**{**vars(options), "model": name})) for name in (str(folder), dense))
+    check_config(ours.config, theirs.config, folder, f"--dense {dense}")
+    check_tokenizers(ours.tokenizer, theirs.tokenizer, folder, f"--dense {dense}")
 
 
 def _measured(options: argparse.Namespace, name: str, test: Test) -> "Measured":

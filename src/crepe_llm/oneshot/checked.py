@@ -9,6 +9,7 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
 from loguru import logger
+from torch._dynamo import OptimizedModule
 
 from crepe_llm import processes
 from crepe_llm.calibration.arguments import check_arguments
@@ -52,6 +53,7 @@ def register() -> None:
                 check_versions("transformers", "compressed-tensors", "llmcompressor")
                 processes.require_group()
                 order.check_processes(self.recipe.modifiers)
+                _check_not_compiled(self.model)
                 check_arguments(self.dataset_args, self.processor)
                 if self.output_dir is not None:
                     check_destination(self.output_dir, self.model.get_memory_footprint(return_buffers=False))
@@ -84,6 +86,16 @@ def register() -> None:
                 super().apply_recipe_modifiers(calibration_dataloader, recipe_stage)
 
     module.Oneshot = Oneshot  # type: ignore[attr-defined]
+
+
+def _check_not_compiled(model: Any) -> None:
+    """Raise ValueError if torch.compile runs a model or a part of it: its blocks cannot be traced, nor hooks be set."""
+    for name, module in model.named_modules():
+        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{f'the part {name} of the model' if name else 'the model'} is compiled by torch.compile: give the "
+                "model that is not, and compile what comes out"
+            )
 
 
 class _WholeModels:

@@ -28,6 +28,7 @@ from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import auto_class
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.models.losses import check_tokens
+from crepe_llm.models.parent import check_config, check_embeddings, check_tokenizers
 from crepe_llm.training.callback import KeepMasksCallback
 from crepe_llm.training.loop import (
     DivergedError,
@@ -42,14 +43,7 @@ from crepe_llm.training.loop import (
 from crepe_llm.training.lora import add_updates, merge_updates
 from crepe_llm.training.masked import find_masks, keep_masks
 from crepe_llm.training.targets import Head, Predictions, Target, find_head, mean_loss
-from crepe_llm.training.teacher import (
-    Teacher,
-    check_config,
-    check_embeddings,
-    check_tokenizers,
-    keep_predictions,
-    sample_windows,
-)
+from crepe_llm.training.teacher import Teacher, keep_predictions, sample_windows
 
 __all__ = ["DistillationSettings", "Distilled", "distill", "is_structural"]
 
@@ -224,10 +218,11 @@ class _Run:
         # Every process needs the weights, to find their masks; accelerate's option leaves them empty in all but one.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         _refuse_quantized(source)
-        check_config(source, teacher)
+        config, dense = (AutoConfig.from_pretrained(name) for name in (source, teacher))
+        check_config(config, dense, source, f"teacher={teacher}")
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
         self.tokenizer = AutoTokenizer.from_pretrained(source)
-        check_tokenizers(self.tokenizer, AutoTokenizer.from_pretrained(teacher), (source, teacher))
+        check_tokenizers(self.tokenizer, AutoTokenizer.from_pretrained(teacher), source, f"teacher={teacher}")
         self.process = PartialState(cpu=not torch.cuda.is_available())
         together = self.micro_batch * self.process.num_processes
         if settings.batch % together:
@@ -259,7 +254,7 @@ class _Run:
         self.student = load_pruned(self.source, torch.float32)
         self.masks = _masks_of(self.student, self.source)
         dense = _load(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32)
-        check_embeddings(self.student, dense, (self.source, self.teacher_name))
+        check_embeddings(self.student, dense, self.source, f"teacher={self.teacher_name}")
         if ids is not None:
             check_tokens(self.student, ids)
             self._split(ids)

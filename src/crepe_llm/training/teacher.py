@@ -1,4 +1,4 @@
-"""The dense model that a pruned one learns from: whether it is the parent, what it predicts, what it writes."""
+"""The dense model that a pruned one learns from: what it predicts, what it writes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,77 +7,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from crepe_llm.training.targets import Predictions, TopK, Whole, find_head, keep_top
 
-__all__ = ["Teacher", "check_config", "check_embeddings", "check_tokenizers", "keep_predictions", "sample_windows"]
+__all__ = ["Teacher", "keep_predictions", "sample_windows"]
 
-# What a parent shares with a pruned model of it; FFN widths differ after structured pruning.
-_SHARED = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-# Embeddings are compared by the inner products of so many of their rows, which permuted channels do not change.
-_ROWS = 512
-# The largest relative difference of the inner products. Quantization to 4 bit makes one of about 0.02; unrelated
-# embeddings one of 1.4.
-_MOST_DIFFERENT = 0.3
 _GENERATED_AT_ONCE = 32
-
-
-def check_config(student: Path, teacher: str | Path) -> None:
-    """Raise ValueError if a teacher's config.json says that it is not the parent of a student.
-
-    Layers of their own width and what a pruned model adds to its config do not count.
-    """
-    configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (student, teacher)]
-    for field in _SHARED:
-        ours, theirs = (getattr(config, field, None) for config in configs)
-        if field == "model_type":  # of a model with layers of their own width, the family is the first word
-            ours, theirs = (str(name).split()[0] for name in (ours, theirs))
-        if ours != theirs:
-            raise ValueError(
-                f"teacher={teacher} is not the parent of {student}: its {field} is {theirs}, the model's is {ours}. "
-                "Give the dense model that was pruned"
-            )
-
-
-def check_tokenizers(student: Any, teacher: Any, names: tuple[Any, Any]) -> None:
-    """Raise ValueError if two tokenizers have different vocabularies or cut a text differently."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        token = min(dict(ours.items() ^ theirs.items()), key=str)
-        raise ValueError(
-            f"teacher={names[1]} has another vocabulary than {names[0]}: {len(theirs)} tokens, not {len(ours)}; "
-            f"{token!r} is {theirs.get(token)} there and {ours.get(token)} here. Give the dense model that was pruned"
-        )
-    text = "The first of 12,345 lines;\n\tthe second: naïve — 3.14."
-    if student(text)["input_ids"] != teacher(text)["input_ids"]:
-        raise ValueError(
-            f"teacher={names[1]} has another tokenizer than {names[0]}: they cut the same text differently. Give the "
-            "dense model that was pruned, with its own tokenizer"
-        )
-
-
-@torch.no_grad()
-def check_embeddings(student: Any, teacher: Any, names: tuple[Any, Any]) -> None:
-    """Raise ValueError if a student's embeddings, which pruning leaves alone, are nothing like the teacher's.
-
-    Permuted channels are the same embeddings: the inner products of some rows are compared.
-    """
-    tables = [model.get_input_embeddings().weight for model in (student, teacher)]
-    if tables[0].shape[0] != tables[1].shape[0]:
-        raise ValueError(
-            f"teacher={names[1]} has {tables[1].shape[0]} embeddings, {names[0]} has {tables[0].shape[0]}: it has "
-            "another vocabulary. Give the dense model that was pruned"
-        )
-    rows = torch.linspace(0, tables[0].shape[0] - 1, min(_ROWS, tables[0].shape[0])).long()
-    chosen = [table[rows.to(table.device)].float().cpu() for table in tables]
-    ours, theirs = (part @ part.T for part in chosen)
-    difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
-    if not difference <= _MOST_DIFFERENT:
-        raise ValueError(
-            f"teacher={names[1]} is not the parent of {names[0]}: inner products of embeddings, which pruning leaves "
-            f"alone, differ by {difference:.0%}. Give the dense model that was pruned"
-        )
 
 
 class Teacher:
