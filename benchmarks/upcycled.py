@@ -12,7 +12,8 @@ figures compare ways to prune this model, and say nothing of its quality.
 
 2:4 masks are those of the recipe crepe_2of4. What differs is which tokens count in an expert's input norms:
 routed: those that the router sends to it; all: every token, as llm-compressor calibrates by default; shrunk: both, each
-token a quarter and those of the expert one more, which is a weight of n_e / (n_e + n / 4) on its own mean square.
+token a quarter and those of the expert one more, which is a weight of n_e / (n_e + n / 4) on its own mean square;
+default: routed, and others a thousandth, as this package does it.
 Every run is a row of --results, with the loss of each window of the test: ways are compared window by window.
 """
 
@@ -20,8 +21,6 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +28,20 @@ import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
-from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from crepe_llm import samples
 from crepe_llm.evaluation.perplexity import perplexity
-from crepe_llm.modifiers.pruning_pass import PruningPass
-from crepe_llm.pruning.block_pass import Wanted
+from crepe_llm.modifiers import routing
 from records import RESULTS, Row, append, is_done, read
 
 # Raised by every change of a default or of how something is measured.
 PROTOCOL = 1
 RECIPE = "crepe_2of4"
 CHOSEN = 2
-# How much a token counts for an expert: if it is routed there, and in any case.
-WAYS = {"routed": (1.0, 0.0), "all": (0.0, 1.0), "shrunk": (1.0, 0.25)}
+# How much a token counts for an expert that it is not routed to, beside 1 for the expert's own.
+WAYS = {"routed": 0.0, "all": 1.0, "shrunk": 0.2, "default": routing.UNROUTED}
 
 
 @torch.no_grad()
@@ -164,41 +161,11 @@ def _windows(tokenizer: Any, count: int, length: int, seed: int) -> torch.Tensor
     return torch.tensor(data["input_ids"])
 
 
-@contextmanager
-def counting(own: float, anyhow: float) -> Iterator[None]:
-    """In experts that run on every token, let each count `anyhow` and those that are routed there `own` more.
-
-    oneshot must take the experts apart inside of this: their forward functions are bound to them then.
-    """
-    routed: dict[torch.nn.Module, tuple[LinearExperts2D, int]] = {}
-    chosen: dict[LinearExperts2D, torch.Tensor] = {}
-    forward, wanted = LinearExperts2D.forward, PruningPass.wanted
-
-    def watched(self: LinearExperts2D, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
-        for expert in range(self.num_experts):
-            routed.update(dict.fromkeys(self[expert].children(), (self, expert)))
-        chosen[self] = index
-        return forward(self, hidden, index, weights)
-
-    def token_weights(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        if module not in routed:
-            return torch.ones(inputs.shape[:-1])
-        experts, number = routed[module]
-        return (chosen[experts] == number).any(-1).view(inputs.shape[:-1]) * own + anyhow
-
-    def weighted(self: PruningPass, module: torch.nn.Module) -> Wanted:
-        found = wanted(self, module)
-        return Wanted(found.name, found.gram, token_weights)
-
-    with patch_attr(LinearExperts2D, "forward", watched), patch_attr(PruningPass, "wanted", weighted):
-        yield
-
-
 def prune(folder: Path, way: str, data: Any) -> Any:
     """The model of a folder, pruned by the recipe with tokens that count in one of the WAYS."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     reset_session()
-    with counting(*WAYS[way]):
+    with patch_attr(routing, "UNROUTED", WAYS[way]):
         oneshot(
             model=model,
             tokenizer=AutoTokenizer.from_pretrained(folder),
@@ -267,7 +234,7 @@ def _differences(pruned: list[Row]) -> list[str]:
     test's windows; and the same over the seeds' means."""
     losses = {(row["way"], row["seed"]): row["losses"] for row in pruned if "losses" in row}
     lines = []
-    for way in ("all", "shrunk"):
+    for way in (way for way in WAYS if way != "routed"):
         seeds = sorted(seed for other, seed in losses if other == way and ("routed", seed) in losses)
         means = []
         for seed in seeds:

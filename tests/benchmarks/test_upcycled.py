@@ -1,11 +1,9 @@
-"""The benchmark of experts' statistics: the mixture is the dense model, and tokens count as they are said to."""
+"""The benchmark of experts' statistics: the mixture is the dense model, and ways are compared as they are said to."""
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import upcycled
-from crepe_llm.pruning.layer import recorded_masks
-from modifier_helpers import crepe, load, run
+from modifier_helpers import load
 
 
 def test_an_upcycled_model_gives_what_the_dense_one_gives(tiny_model_folder):
@@ -18,27 +16,6 @@ def test_an_upcycled_model_gives_what_the_dense_one_gives(tiny_model_folder):
     assert losses[-1] < losses[0]
     assert not torch.equal(mixture.model.layers[0].mlp.experts.down_proj, before)
     assert upcycled._apart(mixture.model.layers[0].mlp.experts.down_proj) > 0
-
-
-def masks(folder, data, way=None):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    recipe = [crepe(uncalibrated="dense", ignore=["lm_head", "re:.*gate$"])]
-    if way is None:
-        run(model, recipe, data, moe_calibrate_all_experts=False)
-    else:
-        with upcycled.counting(*upcycled.WAYS[way]):
-            run(model, recipe, data, moe_calibrate_all_experts=True)
-    return recorded_masks(model)
-
-
-def test_tokens_that_do_not_count_change_no_mask(tiny_model_folder, calibration_data):
-    """Without padding, which experts that only run on their own tokens cannot tell."""
-    calibration_data = calibration_data.remove_columns("attention_mask")
-    folder = tiny_model_folder("mixtral")
-    expected, routed, every = (masks(folder, calibration_data, way) for way in (None, "routed", "all"))
-    experts = [name for name in expected if ".experts." in name and "layers.0" in name]
-    assert experts and all(torch.equal(routed[name], expected[name]) for name in experts)
-    assert any(not torch.equal(every[name], expected[name]) for name in experts)
 
 
 def test_ways_are_compared_window_by_window():

@@ -1,6 +1,8 @@
 """Mixtures of experts after oneshot: what is saved is what transformers reads, whatever oneshot makes of experts."""
 
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from safetensors.torch import load_file
 from crepe_llm.checkpoints import read_folder
 from crepe_llm.functional.bitmask import RECORDED, unpack_bits
 from crepe_llm.functional.compensation import conjugate_gradients
-from crepe_llm.modifiers import DSnoTModifier, SparseCheckpointModifier, WeightCorrectionModifier
+from crepe_llm.modifiers import DSnoTModifier, SparseCheckpointModifier, WeightCorrectionModifier, routing
 from crepe_llm.modifiers.experts import check_experts
-from modifier_helpers import SMALL, crepe, load, run, save
+from modifier_helpers import SMALL, crepe, linears, load, run, save
 
 TWO = {"num_experts_per_tok": 2}
 MODELS = {
@@ -104,6 +106,50 @@ def test_experts_are_read_back(family, recipe, folder_of, calibration_data, tmp_
     ]
     assert routers and all(torch.equal(checkpoint.load(name), before.load(name)) for name in routers)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "llama4_text", "gpt_oss"])
+@pytest.mark.parametrize("recipe", ["crepe", "pcg", "relative"])
+def test_what_counts_for_an_expert_are_its_own_tokens(family, recipe, folder_of, calibration_data, monkeypatch):
+    """Where others count nothing, every token in every expert comes to the same as each in its own experts alone."""
+    data = calibration_data.remove_columns("attention_mask")  # which experts do not see with their own tokens alone
+    refitting = {"asymmetric_calibration": 0.0, "true_sequential": True}
+    weighting = "relative" if recipe == "relative" else "uniform"
+    recipes = [crepe(uncalibrated="dense")]
+    if recipe != "crepe":
+        recipes.append(WeightCorrectionModifier(method="pcg", token_weighting=weighting, **refitting))
+    alone = run(load(folder_of(family)), copy.deepcopy(recipes), data, moe_calibrate_all_experts=False)
+    by_default = run(load(folder_of(family)), copy.deepcopy(recipes), data)
+    monkeypatch.setattr(routing, "UNROUTED", 0.0)
+    own = run(load(folder_of(family)), copy.deepcopy(recipes), data)
+    monkeypatch.setattr(routing, "UNROUTED", 1.0)
+    every = run(load(folder_of(family)), copy.deepcopy(recipes), data)
+    first, default, second, third = map(first_products, (alone, by_default, own, every))
+    assert torch.equal(first == 0, second == 0)
+    torch.testing.assert_close(second, first, rtol=0, atol=5e-3)  # sums in another order, which pcg makes more of
+    if family != "llama4_text" or recipe != "crepe":  # there each token is another for each expert
+        assert float((third - first).norm()) > 2 * float((default - first).norm())
+
+
+def first_products(model):
+    """The weights of the experts of the first layer that are given what the router is given."""
+    found = [
+        tensor.detach().flatten()
+        for name, tensor in model.named_parameters()
+        if ".layers.0." in name and ".experts." in name and re.search(r"(gate|up)_proj(\.weight)?$", name)
+    ]
+    return torch.cat(found)
+
+
+def test_an_expert_without_tokens_is_calibrated_on_those_of_others(folder_of, calibration_data):
+    model = load(folder_of("mixtral"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[2:] = 0
+            layer.mlp.gate.weight[:2] = 10 * torch.tensor([[1.0], [-1.0]])
+    pruned = run(model, [crepe()], calibration_data)
+    weights = [module.weight for name, module in linears(pruned).items() if ".experts." in name]
+    assert weights and all(bool(((weight.view(-1, 4) != 0).sum(1) == 2).all()) for weight in weights)
 
 
 def test_experts_are_corrected_by_the_gram_matrices_of_their_own_tokens(folder_of, calibration_data):

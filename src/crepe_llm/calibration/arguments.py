@@ -29,9 +29,7 @@ def check_arguments(arguments: Any, processor: Any) -> None:
     _check_name("pipeline", arguments.pipeline, CalibrationPipeline)
     data = arguments.dataset
     if isinstance(data, str):
-        _check_name(
-            "dataset", data, TextGenerationDataset, ", or what datasets.load_dataset reads"
-        )
+        _check_name("dataset", data, TextGenerationDataset, ", or what datasets.load_dataset reads")
     if data is None or isinstance(data, str | DataLoader):
         return
     if not isinstance(data, Dataset | DatasetDict):

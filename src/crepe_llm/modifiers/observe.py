@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from llmcompressor.modifiers import Modifier
 
 from crepe_llm import processes
 from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.modifiers.routing import Routing
 from crepe_llm.pruning.block_pass import Wanted, mask_for
 from crepe_llm.pruning.layer import input_channels, weight_matrix
 
@@ -24,7 +26,7 @@ class Observer:
 
     Padding is left out, except by experts that only some tokens are routed to: the toolkit does not name their tokens.
     Attention masks tell it: those that the model is called with or, where a pipeline runs it in parts, those that
-    iterating the data has recorded.
+    iterating the data has recorded. What counts for an expert are the tokens that are routed to it (:class:`Routing`).
 
     Args:
         owner: the modifier that the hooks belong to.
@@ -36,7 +38,9 @@ class Observer:
     def __init__(
         self, owner: Modifier, model: torch.nn.Module, dataloader: Any, wanted: dict[torch.nn.Module, Wanted]
     ) -> None:
-        self._owner, self._model, self._dataloader, self._wanted = owner, model, dataloader, dict(wanted)
+        self._owner, self._model, self._dataloader = owner, model, dataloader
+        self._routing = Routing(model)
+        self._wanted = {module: self.counting(module, each) for module, each in wanted.items()}
         self._statistics: dict[torch.nn.Module, InputStatistics] = {}
         self._running: list[torch.Tensor | None] = []  # the mask of the call of the whole model that is under way
         self._watching = True
@@ -45,6 +49,10 @@ class Observer:
         owner.register_hook(model, self._end, "forward")  # type: ignore[arg-type]
         for module in wanted:
             owner.register_hook(module, self._update, "forward_pre")  # type: ignore[arg-type]
+
+    def counting(self, module: torch.nn.Module, wanted: Wanted) -> Wanted:
+        """What is wanted of a layer, from the tokens that its router sends to it."""
+        return replace(wanted, token_weights=self._routing.token_weights(module, wanted.token_weights))
 
     def watch_block(self, block: torch.nn.Module, see: Callable[..., None], when: str) -> None:
         """Call `see(block, args, kwargs[, output])` whenever the block runs; `when` is "forward_pre" or "forward"."""
@@ -101,6 +109,7 @@ class Observer:
         if self._watching:
             self._watching = False
             self._owner.remove_hooks()
+            self._routing.stop()
             _stop_recording(self._dataloader)
 
     def _none_yet(self, module: torch.nn.Module) -> InputStatistics:
@@ -120,7 +129,7 @@ class Observer:
             return
         if module not in self._statistics:
             self._statistics[module] = self._none_yet(module)
-        weights = None if wanted.token_weights is None else wanted.token_weights(module, inputs)
+        weights = None if wanted.token_weights is None else wanted.token_weights(inputs)
         self._statistics[module].update(inputs, self.mask(inputs), weights)
 
 

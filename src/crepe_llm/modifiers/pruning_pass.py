@@ -44,8 +44,7 @@ class PruningModifier(LayerModifier):
         """How the modifier wants layers to be calibrated."""
         return Calibration()
 
-    @property
-    def token_weights(self) -> TokenWeights | None:
+    def token_weights(self, module: torch.nn.Module) -> TokenWeights | None:
         """How much each token of a layer's inputs counts; None where all count alike."""
         return None
 
@@ -292,7 +291,7 @@ class PruningPass:
     def wanted(self, module: torch.nn.Module) -> Wanted:
         """What is gathered for a layer. At most one modifier refits, as each starts from the dense weights."""
         fitting = [m for m in self._modifiers if m.step.needs_gram and module in m.layers]
-        return Wanted(self._left[module], bool(fitting), fitting[0].token_weights if fitting else None)
+        return Wanted(self._left[module], bool(fitting), fitting[0].token_weights(module) if fitting else None)
 
     def _capture(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._observer is not None
@@ -304,7 +303,9 @@ class PruningPass:
         batches.append(batch.sharing_with(batches[-1]) if batches else batch)
 
     def _prune_block(self, block: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
-        self._run_dense(block, self._captured.pop(block), {module: self.wanted(module) for module in layers})
+        assert self._observer is not None
+        wanted = {module: self._observer.counting(module, self.wanted(module)) for module in layers}
+        self._run_dense(block, self._captured.pop(block), wanted)
         for module in layers:
             self._left.pop(module, None)
 

@@ -1,5 +1,6 @@
 """What the modifiers that give pruned layers other weights share: how layers are calibrated, and what is reported."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -76,10 +77,10 @@ class RefittingModifier(PruningModifier):
         in_turn = self._by_default if self.true_sequential is None else self.true_sequential
         return Calibration(in_turn, cross=self._share > 0)
 
-    @property
-    def token_weights(self) -> TokenWeights | None:
+    def token_weights(self, module: torch.nn.Module) -> TokenWeights | None:
         by_default = "relative" if self._by_default and self._normalises_outputs else "uniform"
-        return _relative_to_outputs if (self.token_weighting or by_default) == "relative" else None
+        relative = (self.token_weighting or by_default) == "relative"
+        return partial(_relative_to_outputs, module) if relative else None
 
     @property
     def errors(self) -> dict[str, tuple[float, float]]:

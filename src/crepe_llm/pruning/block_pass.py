@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -29,8 +29,9 @@ __all__ = [
 ]
 
 Call = tuple[torch.nn.Module, torch.Tensor]
-TokenWeights = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
-"""Of a layer and its inputs [..., d_in], how much each token [...] counts."""
+TokenWeights = Callable[[torch.Tensor], torch.Tensor]
+"""Of a layer's inputs [..., d_in], how much each token [...] counts. Layers with the same inputs that have the same
+object for it share statistics."""
 
 
 @dataclass
@@ -187,20 +188,20 @@ class _Gathered:
     statistics: InputStatistics
     cross: torch.Tensor | None = None
     routed: bool = False
+    counted: list[torch.Tensor | None] = field(default_factory=list)  # how much tokens count, by call of the last batch
 
-    def update(self, module: torch.nn.Module, batch: Batch, given: list[torch.Tensor]) -> None:
-        for inputs in given:
-            self.statistics.update(inputs, batch.mask_of(inputs), self._weights(module, inputs))
+    def update(self, batch: Batch, given: list[torch.Tensor]) -> None:
+        count = self.wanted.token_weights
+        self.counted = [None if count is None else count(inputs) for inputs in given]
+        for inputs, weights in zip(given, self.counted, strict=True):
+            self.statistics.update(inputs, batch.mask_of(inputs), weights)
 
-    def update_cross(
-        self, module: torch.nn.Module, batch: Batch, given: list[torch.Tensor], dense: list[torch.Tensor]
-    ) -> None:
+    def update_cross(self, batch: Batch, given: list[torch.Tensor], dense: list[torch.Tensor]) -> None:
         self.routed |= len(given) != len(dense)
-        for inputs, beside in zip(given, dense, strict=False):
+        for inputs, weights, beside in zip(given, self.counted, dense, strict=False):
             if beside.shape != inputs.shape or inputs.shape[:-1].numel() != batch.tokens:
                 self.routed = True
                 continue
-            weights = self._weights(module, inputs)
             product = token_products(beside, inputs, batch.mask_of(inputs), weights)
             self.cross = product if self.cross is None else self.cross.add_(product)
 
@@ -218,9 +219,6 @@ class _Gathered:
             width = self.statistics.channels
             self.cross = torch.zeros(width, width, device=self.statistics.sum.device)
         processes.add_up(self.cross)
-
-    def _weights(self, module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
-        return None if self.wanted.token_weights is None else self.wanted.token_weights(module, inputs)
 
 
 class _ReachedError(Exception):
@@ -282,7 +280,7 @@ class _Runs:
         for batch in tqdm(self._batches, desc="Calibrating a group of layers", leave=False):
             given = _by_layer(self._run(batch, list(wanted))[0] if wanted else [], wanted)
             for module, gathered in found.items():
-                gathered.update(module, batch, given[module])
+                gathered.update(batch, given[module])
             if self._calibration.cross:
                 self._gather_cross(batch, found, given, last)
             for module in wanted:
@@ -297,13 +295,13 @@ class _Runs:
         return {module: found[source[module]] for module in wanted}
 
     def _sources(self, wanted: dict[torch.nn.Module, Wanted]) -> dict[torch.nn.Module, torch.nn.Module]:
-        """For each layer the one whose statistics it shares; weighted tokens count differently in every layer."""
-        return {
-            module: self._sharing.get(module, module)
-            if options.token_weights is None and self._sharing.get(module, module) in wanted
-            else module
-            for module, options in wanted.items()
-        }
+        """For each layer the one whose statistics it shares: with the same inputs, whose tokens count as much."""
+        sources = {}
+        for module, options in wanted.items():
+            source = self._sharing.get(module, module)
+            alike = source in wanted and wanted[source].token_weights is options.token_weights
+            sources[module] = source if alike else module
+        return sources
 
     def _gather_cross(
         self,
@@ -321,7 +319,7 @@ class _Runs:
         if differs:
             beside = _by_layer(calls, found)
             for module, gathered in found.items():
-                gathered.update_cross(module, batch, given[module], beside[module])
+                gathered.update_cross(batch, given[module], beside[module])
         if last:
             batch.dense = block_outputs(output).to(block_inputs(batch.args, batch.kwargs).device)
 
