@@ -24,7 +24,7 @@ Uncalibrated = Literal["error", "dense"]
 class Observer:
     """Watches what layers are given during a calibration epoch.
 
-    Padding is left out, except by experts that only some tokens are routed to: the toolkit does not name their tokens.
+    Padding is left out, except by experts that are given their own tokens alone: the toolkit does not name these.
     Attention masks tell it: those that the model is called with or, where a pipeline runs it in parts, those that
     iterating the data has recorded. What counts for an expert are the tokens that are routed to it (:class:`Routing`).
 
