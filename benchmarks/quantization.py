@@ -33,8 +33,9 @@ from records import RESULTS, Row, append, is_done, read
 from recover import keys_of, mean_of
 from recovered_models import CORPORA, RELATIVE_RATE, TRAINING, add_model_options, measure, pruned, recovered
 
-# Raised by every change of a default or of how something is measured. 1: CRePE's mask alone, one seed, one corpus.
-PROTOCOL = 2
+# Raised by every change of a default or of how something is measured. 1: CRePE's mask alone, one seed, one corpus. 2:
+# scales of INT4 up to the largest weight of a group.
+PROTOCOL = 3
 
 BEST = "CRePE + permutation + admm"
 QUANTIZATIONS = {
