@@ -108,7 +108,15 @@ def t5():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [whisper, t5])
+def marian():
+    """Like mBART and Pegasus it adds a bias to its head's outputs."""
+    half = {"d_model": 32, "max_position_embeddings": 64, "vocab_size": VOCABULARY, "pad_token_id": 2}
+    for side in ("encoder", "decoder"):
+        half |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    return t.MarianMTModel(t.MarianConfig(**half, decoder_start_token_id=2, eos_token_id=1, forced_eos_token_id=1))
+
+
+@pytest.mark.parametrize("make", [whisper, t5, marian])
 @pytest.mark.parametrize("second", [[], [ADMMModifier]])
 def test_encoders_are_pruned_with_their_decoders(make, second, tiny_model_folder, tmp_path):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from torch._dynamo import OptimizedModule
 from crepe_llm import processes
 from crepe_llm.calibration.arguments import check_arguments
 from crepe_llm.calibration.attention_masks import masks_are_made
+from crepe_llm.calibration.heads import head_is_calculated
 from crepe_llm.calibration.rehearsal import must_run_whole, tracing_is_undone, whole_pipeline
 from crepe_llm.calibration.shares import own_share
 from crepe_llm.calibration.windows import full_windows
@@ -66,6 +67,10 @@ def register() -> None:
             processes.wait()  # until the first has saved
 
         def apply_recipe_modifiers(self, calibration_dataloader: Any, recipe_stage: str | None = None) -> None:
+            with head_is_calculated(self.model):
+                self._apply_recipe_modifiers(calibration_dataloader, recipe_stage)
+
+        def _apply_recipe_modifiers(self, calibration_dataloader: Any, recipe_stage: str | None) -> None:
             whole = False
             if _is_ours(self.recipe):
                 tokenizer = getattr(self.processor, "tokenizer", self.processor)
