@@ -141,6 +141,28 @@ def test_encoders_are_pruned_with_their_decoders(make, second, tiny_model_folder
     assert all(pruned(module) for module in layers.values())
 
 
+def test_an_encoder_with_experts_is_run_whole(tiny_model_folder, tmp_path, messages):
+    """Tracing Switch Transformers, which llm-compressor's pipeline does, did not end in minutes."""
+    torch.manual_seed(0)
+    config = t.SwitchTransformersConfig(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4,
+        num_experts=2, decoder_start_token_id=2, pad_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    folder = save(t.SwitchTransformersForConditionalGeneration(config), tmp_path / "model", tiny_model_folder("llama"))
+    model = t.SwitchTransformersForConditionalGeneration.from_pretrained(folder)
+    ids = torch.randint(3, 90, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    oneshot(
+        model=model,
+        processor=words(folder),
+        recipe=[crepe(ignore=["re:.*lm_head"])],
+        dataset=Dataset.from_dict({"input_ids": ids, "decoder_input_ids": ids}),
+        data_collator=lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]},
+        num_calibration_samples=8,
+    )
+    assert any("is run as a whole" in line for line in messages)
+    assert sum(pruned(module) for module in linears(model).values()) > 24
+
+
 def test_routers_gates_and_narrow_layers_stay_dense(tiny_model_folder, calibration_data, tmp_path, messages):
     torch.manual_seed(0)
     config = t.Qwen2MoeConfig(

@@ -57,6 +57,10 @@ def must_run_whole(model: Any, data: Any, arguments: Any) -> bool:
     plain = not towers and type(model).__module__.startswith("transformers.")
     if plain or data is None or arguments.pipeline not in (None, "independent", "sequential"):
         return False
+    if getattr(config, "is_encoder_decoder", False) and any(
+        name.endswith("experts") for name, _ in model.named_modules()
+    ):
+        return True  # tracing Switch Transformers does not end
     targets = cast(list[str], infer_sequential_targets(model, arguments.sequential_targets))
     batch = first_tokens(data)
     try:
