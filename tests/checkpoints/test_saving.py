@@ -13,6 +13,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.transformers.compression import compressed_tensors_utils
 from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, LlamaConfig
@@ -255,6 +256,21 @@ def test_offloaded_weights(dense_folder, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded(IDS).logits, logits)
     assert torch.equal(model(IDS).logits, logits)
+
+
+def test_a_model_that_cannot_be_taken_back_costs_no_folder(dense_folder, tmp_path, monkeypatch):
+    """After the files are written, llm-compressor undoes its offloading to accelerate, which has been seen to fail."""
+    model, _ = pruned(dense_folder)
+    attach(model)
+
+    def fails(model):
+        raise RuntimeError("cannot take it back")
+
+    monkeypatch.setattr(compressed_tensors_utils, "from_accelerate", fails)
+    with pytest.raises(RuntimeError, match="cannot take it back"):
+        model.save_pretrained(tmp_path / "out")
+    assert read_folder(tmp_path / "out").layers
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, model(IDS).logits)
 
 
 def test_existing_folders(dense_folder, tmp_path):

@@ -5,12 +5,14 @@ absent.
 """
 
 import functools
+import importlib
 import json
 import logging
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -125,7 +127,8 @@ def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..
             raise ValueError("push_to_hub is not supported here: save to a folder, then upload that")
         if kwargs.get("variant"):
             raise ValueError(f"variant={kwargs['variant']!r} is not supported here: packed files have no variants")
-        with new_folder(Path(save_directory), keep=True, size=_least_bytes(model())) as folder:
+        size = _least_bytes(model())
+        with _taken_back_afterwards(), new_folder(Path(save_directory), keep=True, size=size) as folder:
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
@@ -139,6 +142,22 @@ def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..
 
     save_pretrained._additions = additions  # type: ignore[attr-defined]
     return save_pretrained
+
+
+@contextmanager
+def _taken_back_afterwards() -> Iterator[None]:
+    """Have llm-compressor undo what it does to a model to save it when the folder is there: if that fails, it stays."""
+    from compressed_tensors.utils import patch_attr
+
+    module = importlib.import_module("llmcompressor.transformers.compression.compressed_tensors_utils")
+    take_back = module.from_accelerate
+    saved: list[Any] = []
+    try:
+        with patch_attr(module, "from_accelerate", saved.append):
+            yield
+    finally:
+        for model in saved:
+            take_back(model)
 
 
 def _list_unquantized(folder: Path, model: Any) -> None:
