@@ -128,10 +128,11 @@ def permuted(method: Method) -> Method:
     return lambda structure: {"ChannelPermutationModifier": {}} | method(structure) if ":" in structure else None
 
 
-def allocated(method: Method, by: str, *, gently: bool = False) -> Method:
+def allocated(method: Method, by: str, *, gently: bool = False, measured: bool = False) -> Method:
     """A method after an allocation of sparsity to blocks; 2:4 has no freedom for one.
 
-    `gently` takes an eighth of atp's largest spread: the best one measured where the remaining weights are refitted.
+    `gently` takes an eighth of atp's largest spread: the best one measured where the remaining weights are refitted;
+    `measured` has atp's spread measured on the model.
     """
 
     def modifiers(structure: str) -> Modifiers | None:
@@ -144,7 +145,9 @@ def allocated(method: Method, by: str, *, gently: bool = False) -> Method:
             name: fields | {"sparsity": None} if name in ("CRePEModifier", "SparseGPTModifier") else fields
             for name, fields in first.items()
         }
-        spread = {"spread": round(min(sparsity, 1 - sparsity) / 8, 6)} if gently else {}
+        spread: dict[str, Any] = {"spread": round(min(sparsity, 1 - sparsity) / 8, 6)} if gently else {}
+        if measured:
+            spread = {"spread": "measured"}
         return {"SparsityAllocationModifier": {"method": by, "sparsity": sparsity} | spread} | first
 
     return modifiers
@@ -194,6 +197,9 @@ METHODS: dict[str, Method | None] = {
     **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by, gently=by == "atp") for by in ALLOCATIONS},
+    "CRePE + measured atp": allocated(crepe, "atp", measured=True),
+    "CRePE + measured atp + pcg": allocated(with_pcg(crepe), "atp", measured=True),
+    "CRePE + measured atp + admm": allocated(with_admm(crepe), "atp", measured=True),
     "SparseGPT + atp + pcg": allocated(with_pcg(sparsegpt, SYMMETRIC), "atp"),
     # What weights of tokens, asymmetric calibration and calibrating layer after layer are worth.
     "CRePE + sparsegpt, other weighting": with_sparsegpt(crepe, REWEIGHTED),

@@ -1,10 +1,12 @@
 """SparsityAllocationModifier through llm-compressor's own oneshot, against numbers computed from captured inputs."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -434,3 +436,54 @@ def test_damaged_weights_are_refused_by_layer(tiny_model_folder, calibration_dat
 def test_bad_fields_are_refused_with_the_field_and_the_fix(fields, message):
     with pytest.raises(ValueError, match=message):
         allocation(**fields)
+
+
+@pytest.fixture(scope="module")
+def data_of_windows():
+    """Thirty-two windows of 32 tokens."""
+    ids = torch.randint(3, 95, (32, 32), generator=torch.Generator().manual_seed(1))
+    return Dataset.from_dict({"input_ids": ids.tolist()})
+
+
+def divergence(model, folder, data):
+    """How far the pruned model's predictions are from the dense one's, in nats a token."""
+    ids = torch.tensor(data["input_ids"])
+    with torch.no_grad():
+        dense, pruned = (torch.log_softmax(each(ids).logits, -1) for each in (load(folder), model))
+    return float((dense.exp() * (dense - pruned)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("more", [[], [WeightCorrectionModifier(method="pcg")]], ids=["alone", "pcg"])
+def test_a_measured_spread_is_one_that_is_better(more, llama_of, data_of_windows, tmp_path, messages):
+    """In this model the first blocks matter most: their outputs are all that the others add little to."""
+    folder = llama_of(4)
+    model = load(folder)
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            for name in ("o_proj", "down_proj"):
+                for module_name, module in linears(layer).items():
+                    if module_name.endswith(name):
+                        module.weight.mul_(4.0 if number < 2 else 0.1)
+    model.save_pretrained(tmp_path / "dense")
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "dense")
+    pruned = {}
+    for spread in (0.0, "measured"):
+        recipe = [allocation("atp", 0.5, spread=spread), crepe(), *copy.deepcopy(more)]
+        model = load(tmp_path / "dense")
+        pruned[spread] = divergence(run(model, recipe, data_of_windows), tmp_path / "dense", data_of_windows)
+    measured = recipe[0].chosen
+    assert list(measured.values()) == sorted(measured.values()) and measured["model.layers.0"] < 0.5
+    assert sum(measured.values()) / 4 == pytest.approx(0.5)
+    assert pruned["measured"] < pruned[0.0]
+    assert any("ATP: a spread of" in line for line in messages)
+    saved = yaml.safe_dump(recipe[0].model_dump())
+    assert "measured" in saved and yaml.safe_load(saved)["found"] == measured
+
+
+def test_measuring_needs_a_crepe_modifier_and_atp(tiny_model_folder, calibration_data):
+    model = load(tiny_model_folder("llama"))
+    message = "spread=measured prunes by a CRePEModifier to measure, not by WandaPruningModifier"
+    refused(model, [allocation("atp", spread="measured"), wanda()], calibration_data, message)
+    for fields in ({"method": "owl"}, {"method": "atp", "slope": 0.1}):
+        with pytest.raises(ValueError, match="spread=measured is for method: atp without slope"):
+            allocation(**fields, spread="measured")

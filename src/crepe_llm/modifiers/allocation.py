@@ -22,19 +22,28 @@ from pydantic import (
 )
 
 from crepe_llm import processes
+from crepe_llm.calibration.shares import give_all, give_share
 from crepe_llm.functional.allocation import Allocation, Method, fraction_of, plot_allocation
 from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.scores import wanda_scores
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.judging import as_it_predicts, pruning_of, texts_in
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer
 from crepe_llm.pruning.block_pass import Wanted
 from crepe_llm.pruning.layer import weight_matrix
+from crepe_llm.search.choice import choose
+from crepe_llm.search.halves import Halves
+from crepe_llm.search.rehearsal import Pruning, own_weights
 
 __all__ = ["SparsityAllocationModifier"]
 
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+MEASURED: Literal["measured"] = "measured"
+# Of the largest spread that is possible, those that are tried.
+_TRIED = (0.0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 
 
 class SparsityAllocationModifier(LayerModifier):
@@ -73,6 +82,12 @@ class SparsityAllocationModifier(LayerModifier):
     `owl` and `dlp` look at the dense model, so they need a calibration epoch of their own, as oneshot's default
     pipeline gives them. Beside the inputs' norms they hold the scores of one block at a time.
 
+    `atp` with `spread: measured` needs one, too. The whole model is pruned with five spreads and with none, by the
+    CRePEModifier after it, and judged by how far its predictions are from the dense model's; the best two are pruned
+    once more as the recipe prunes. No spread is used unless one is clearly better on the calibration text, each half of
+    which judges what the other half has calibrated. That takes as long as about twenty calibrations (ours; the paper
+    searches by perplexity).
+
     Lifecycle:
 
     - on_initialize
@@ -84,6 +99,7 @@ class SparsityAllocationModifier(LayerModifier):
         - `owl`, `dlp`: reduce the scores of the block to one number
     - on_calibration_end
         - `owl`, `dlp`: remove_hooks(), hand the sparsities over
+        - `spread: measured`: prune the model for a while with each spread, hand the best one's sparsities over
     - on_finalize
         - nothing is left to do
 
@@ -91,7 +107,8 @@ class SparsityAllocationModifier(LayerModifier):
     :param sparsity: fraction to prune of all weights of the layers that the modifier after it prunes
     :param threshold: for `owl`, M of the paper: an outlier is above so many times the mean score; 5 where left out
     :param spread: for `owl` (lambda, 0.08 where left out), `dlp` (alpha, 0.15) and `atp` (half of what is possible),
-        half of the range of the sparsities; for `alphapruning` (epsilon, 0.3) the same, relative to their mean
+        half of the range of the sparsities; for `alphapruning` (epsilon, 0.3) the same, relative to their mean. For
+        `atp` also `measured`
     :param statistic: for `dlp`, the typical score: `median` (the paper's text; where left out) or `mean` (its code)
     :param tail: for `alphapruning`, where the tail of a spectrum begins: `peak` (where left out) or `middle`
     :param slope: for `atp`, in the place of `spread`, beta of the paper: how much more each block is pruned than the
@@ -107,7 +124,7 @@ class SparsityAllocationModifier(LayerModifier):
     method: Method
     sparsity: float
     threshold: Positive | None = None
-    spread: Positive | None = None
+    spread: Positive | Literal["measured"] | None = None
     statistic: Literal["median", "mean"] | None = None
     tail: Literal["peak", "middle"] | None = None
     slope: Positive | None = None
@@ -123,11 +140,12 @@ class SparsityAllocationModifier(LayerModifier):
     _sizes: dict[str, int] = PrivateAttr(default_factory=dict)
     _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _measures: dict[str, float] = PrivateAttr(default_factory=dict)
+    _spread: float = PrivateAttr(default=0.0)
 
     @property
     def _allocation(self) -> Allocation:
-        names = [field.name for field in dataclasses.fields(Allocation)]
-        return Allocation(**{name: getattr(self, name) for name in names})
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Allocation)}
+        return Allocation(**fields | ({"spread": self._spread} if self.spread == MEASURED else {}))
 
     @property
     def measures(self) -> dict[str, float]:
@@ -151,7 +169,10 @@ class SparsityAllocationModifier(LayerModifier):
 
     @model_validator(mode="after")
     def _check_fields(self) -> "SparsityAllocationModifier":
-        self.requires_calibration_data = self.found is None and self._allocation.needs_data
+        if self.spread == MEASURED and (self.method != "atp" or self.slope is not None):
+            raise ValueError("spread=measured is for method: atp without slope: give a number, or leave it out")
+        needs_data = self._allocation.needs_data or self.spread == MEASURED
+        self.requires_calibration_data = self.found is None and needs_data
         if not 0 <= self.low <= self.sparsity <= self.high < 1:
             raise ValueError(
                 f"low={self.low}, sparsity={self.sparsity} and high={self.high} must ascend between 0 and 1"
@@ -172,6 +193,11 @@ class SparsityAllocationModifier(LayerModifier):
             m for m in order.modifiers_after(self) if isinstance(m, CRePEModifier | SparsityModifierBase)
         )
         self._check_contradictions()
+        if self.spread == MEASURED and not isinstance(self._pruning, CRePEModifier):
+            raise ValueError(
+                f"spread=measured prunes by a CRePEModifier to measure, not by {type(self._pruning).__name__}: use a "
+                "CRePEModifier, or give a number"
+            )
         self._group = self._wanted_group()
         self.take_data(state, **kwargs)
         self._find_blocks(state.model, kwargs.get("sequential_targets"))
@@ -197,6 +223,8 @@ class SparsityAllocationModifier(LayerModifier):
                 f"{type(self._pruning).__name__} prunes, so each needs a calibration epoch of its own: leave out "
                 'pipeline=, or give oneshot pipeline="independent" (alphapruning and atp need no epoch)'
             )
+        if self.spread == MEASURED:
+            give_all(self._dataloader)
         wanted = {module: Wanted(name) for module, name in self._layers.items()}
         self._observer = Observer(self, state.model, self._dataloader, wanted)
 
@@ -207,6 +235,10 @@ class SparsityAllocationModifier(LayerModifier):
         if self._observer is None:
             return
         uncalibrated = getattr(self._pruning, "uncalibrated", self.uncalibrated)
+        if self.spread == MEASURED:  # what matters here is that layers are calibrated at all
+            with processes.alone():
+                list(self._observer.ended(modules, uncalibrated))
+            return
         for module, _, statistics in self._observer.ended(modules, uncalibrated):
             self._norms[module] = statistics.norm
         unseen = set(self._observer.unseen)
@@ -218,12 +250,47 @@ class SparsityAllocationModifier(LayerModifier):
         if self._observer is None:
             return
         self.stop_watching()
+        if self.spread == MEASURED:
+            self._search(state.model)
+            self._conclude(state.model)
+            return
         for block in self._blocks:
             if block not in self._measures:
                 raise ValueError(
                     f"no calibration token reached the layers of {block}: calibrate with more or other text"
                 )
         self._conclude(state.model)
+
+    def _search(self, model: torch.nn.Module) -> None:
+        """Find the spread of ATP's line by what the whole model loses."""
+        crepe = self._pruning
+        assert isinstance(crepe, CRePEModifier)  # checked when the recipe started
+        sequences = texts_in(self._dataloader, "SparsityAllocationModifier with spread: measured")
+        give_share(self._dataloader)
+
+        def pruning(spread: float, masks_alone: bool) -> Pruning:
+            self._spread = spread
+            self._use(self._allocated())
+            return pruning_of(crepe, masks_alone)
+
+        spreads = [share * min(self.sparsity, 1 - self.sparsity) for share in _TRIED]
+        logger.info(f"ATP: measuring {len(spreads)} spreads on {len(sequences)} sequences")
+        with own_weights(self._layers), as_it_predicts(model):
+            choice = choose(Halves(model, sequences, spreads[0], pruning), spreads)
+        crepe.pruning_pass.forget()
+        self._spread = choice.chosen
+        lines = ["spread  better by, nats a token  as the recipe prunes"]
+        for spread in spreads:
+            gains = [found.get(spread) for found in (choice.first, choice.last)]
+            shown = ["" if pair is None else f"{pair[0]:+.4f} +- {pair[1]:.4f}" for pair in gains]
+            lines.append(f"{spread:6.4f}  {shown[0]:<25}  {shown[1]}".rstrip())
+        logger.info(f"ATP: a spread of {choice.chosen:.4f}, beside none at all:\n" + "\n".join(lines))
+
+    def _allocated(self) -> dict[str, float | str]:
+        """What each block gets by the method."""
+        measures, sizes = list(self.measures.values()), list(self._sizes.values())
+        chosen = self._allocation.choose(measures, sizes, self.sparsity, self._group)
+        return dict(zip(self._blocks, chosen, strict=True))
 
     def _set_sparsity(self, sparsity: Any) -> None:
         if isinstance(self._pruning, CRePEModifier):
@@ -346,9 +413,7 @@ class SparsityAllocationModifier(LayerModifier):
                 mine = {block: layers for block, layers in self._blocks.items() if owners[block] == processes.rank()}
                 self._measures = {block: self._tail(layers) for block, layers in mine.items()}
                 processes.merge(self._measures, self._blocks)
-            measures, sizes = list(self.measures.values()), list(self._sizes.values())
-            chosen = self._allocation.choose(measures, sizes, self.sparsity, self._group)
-            self._chosen = processes.from_first(dict(zip(self._blocks, chosen, strict=True)))
+            self._chosen = processes.from_first(self._allocated())
         self._hand_over(model)
         logger.info(self._table())
         if self.plot is not None and processes.is_first():
@@ -368,13 +433,7 @@ class SparsityAllocationModifier(LayerModifier):
 
     def _hand_over(self, model: torch.nn.Module) -> None:
         if isinstance(self._pruning, CRePEModifier):
-            mapping: dict[str, Any] = {
-                f"re:{re.escape(block)}(\\.|$)": chosen for block, chosen in self._chosen.items()
-            }
-            if self._group is None:
-                self._pruning.use(sparsity=mapping)
-            else:
-                self._pruning.use(mask_structure=mapping, sparsity=None)
+            self._use(self._chosen)
             return
         owner = {module: block for block, layers in self._blocks.items() for module in layers}
         sparsities = []
@@ -388,6 +447,15 @@ class SparsityAllocationModifier(LayerModifier):
             # A module whose layers are all ignored is not pruned, but is counted.
             sparsities.append(float(self._chosen[blocks.pop()]) if blocks else self.sparsity)
         self._set_sparsity(sparsities)
+
+    def _use(self, chosen: dict[str, float | str]) -> None:
+        """Have the CRePEModifier prune each block by its sparsity."""
+        assert isinstance(self._pruning, CRePEModifier)
+        mapping: dict[str, Any] = {f"re:{re.escape(block)}(\\.|$)": each for block, each in chosen.items()}
+        if self._group is None:
+            self._pruning.use(sparsity=mapping)
+        else:
+            self._pruning.use(mask_structure=mapping, sparsity=None)
 
     def _table(self) -> str:
         width = max(map(len, self._blocks))

@@ -1,19 +1,14 @@
 """The search for CRePE's coefficients as a modifier."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State, active_session
-from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from pydantic import (
     Field,
@@ -31,10 +26,11 @@ from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.fields import MaskStructure
+from crepe_llm.modifiers.judging import as_it_predicts, if_usable, pruning_of, texts_in
 from crepe_llm.modifiers.layers import LayerModifier
-from crepe_llm.modifiers.observe import Observer, Uncalibrated, is_usable
+from crepe_llm.modifiers.observe import Observer, Uncalibrated
 from crepe_llm.pruning.block_pass import Calibration, Wanted
-from crepe_llm.pruning.layer import Layer, weight_matrix
+from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
 from crepe_llm.search.halves import Halves
 from crepe_llm.search.known import known_points
@@ -266,13 +262,8 @@ class PHOSearchModifier(LayerModifier):
         if self._observer is None:
             return
         self.stop_watching()
-        sequences = list(self._sequences())
+        sequences = texts_in(self._dataloader, "PHOSearchModifier")
         give_share(self._dataloader)
-        if len(sequences) < 2:
-            raise ValueError(
-                f"PHOSearchModifier judges by one half of the calibration text what the other half prunes, and there "
-                f"are {len(sequences)} sequences of at least two tokens: calibrate with two at least, better with 16"
-            )
         study = processes.from_first(self._new_study(sequences))
         path = Path(self.record) if self.record is not None else study.default_path()
         self._result = study
@@ -281,7 +272,7 @@ class PHOSearchModifier(LayerModifier):
         try:
             if self._source is None:
                 self._search(study, path)
-            with own_weights(self._layers), _as_it_predicts(state.model):
+            with own_weights(self._layers), as_it_predicts(state.model):
                 self._judge(state.model, study, path, sequences, started)
         except KeyboardInterrupt:
             logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
@@ -395,22 +386,10 @@ class PHOSearchModifier(LayerModifier):
         if not self._prunes_as_crepe:
             step = mask_step(coefficients, self._mask)
             wanted = {module: Wanted(name) for module, name in self._layers.items()}
-            return Pruning(wanted, Calibration(), lambda layer: self._if_usable(layer, self.uncalibrated, step))
-        crepe = self._crepe
-        assert crepe is not None
-        crepe.use(**dataclasses.asdict(coefficients))
-        run = crepe.pruning_pass
-        run.forget()
-        if masks_alone:
-            wanted = {module: Wanted(name) for module, name in crepe.layers.items()}
-            return Pruning(wanted, Calibration(), lambda layer: self._if_usable(layer, crepe.uncalibrated, crepe.step))
-        wanted = {module: run.wanted(module) for module in crepe.layers}
-        return Pruning(wanted, run.calibration, lambda layer: self._if_usable(layer, crepe.uncalibrated, run.run_steps))
-
-    @staticmethod
-    def _if_usable(layer: Layer, uncalibrated: Uncalibrated, run: Any) -> None:
-        if is_usable(layer.name, layer.module, layer.statistics, uncalibrated):
-            run(layer)
+            return Pruning(wanted, Calibration(), lambda layer: if_usable(layer, self.uncalibrated, step))
+        assert self._crepe is not None
+        self._crepe.use(**dataclasses.asdict(coefficients))
+        return pruning_of(self._crepe, masks_alone)
 
     def _starts(self) -> list[Coefficients]:
         """What the first stage measures beside the incumbent in any case."""
@@ -442,15 +421,6 @@ class PHOSearchModifier(LayerModifier):
             assert self._crepe is not None
             self._crepe.pruning_pass.forget()
         self._hand_over(winner.coefficients)
-
-    def _sequences(self) -> Iterator[torch.Tensor]:
-        for batch in self._dataloader:
-            masks = batch.get("attention_mask")
-            masks = torch.ones_like(batch["input_ids"]) if masks is None else masks
-            for ids, mask in zip(batch["input_ids"], masks, strict=True):
-                real = ids[mask.bool()]
-                if len(real) > 1:
-                    yield real
 
     def _hand_over(self, coefficients: Coefficients) -> None:
         self._chosen = coefficients
@@ -524,26 +494,3 @@ def _progress(stage: Stage) -> None:
         f"PHO: {stage.name}: {len(stage.trials)} candidates, the best so far diverges by {best.loss:.4f} nats a token: "
         f"{best.coefficients}"
     )
-
-
-@contextmanager
-def _as_it_predicts(model: Any) -> Iterator[None]:
-    """Have a model predict meanwhile as it does outside of a calibration: no hooks, no dropout, its own head."""
-    training = model.training
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(HooksMixin.disable_hooks())
-        stack.enter_context(_working_head(model))
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)
-
-
-@contextmanager
-def _working_head(model: Any) -> Iterator[None]:
-    """Undo, meanwhile, that the toolkit replaces the head's forward during calibration."""
-    head = model.get_output_embeddings()
-    with patch_attr(head, "forward", functools.partial(type(head).forward, head)):
-        yield

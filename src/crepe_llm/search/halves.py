@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from compressed_tensors.utils import get_execution_device
@@ -16,8 +16,7 @@ from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.search.divergence import Divergence, cut_windows
 from crepe_llm.search.rehearsal import Pruning, input_statistics, pruned, rehearsed, remembering
-from crepe_llm.search.space import Coefficients
-from crepe_llm.search.stages import WINDOW, Measure
+from crepe_llm.search.stages import WINDOW, Candidate, Measure
 
 __all__ = ["Halves"]
 
@@ -25,16 +24,16 @@ __all__ = ["Halves"]
 _JUDGED_TOKENS, _CALIBRATING_TOKENS = 8192, 16384
 
 
-class Halves:
+class Halves(Generic[Candidate]):
     """How far a model is from its dense self when it is pruned with a candidate, in two ways.
 
     The text is cut in two: every second sequence is of the second half. Masks that are judged on one half are by
     statistics of the other, so that no mask is judged on the text that its statistics are from, and all text judges.
 
     The last stage prunes block by block as the recipe does. The first stage makes masks alone, by the statistics that
-    layers have when other coefficients prune the model block by block, the same for all candidates. So a candidate
-    costs two prunings and one forward pass for each window. These coefficients have an advantage over all others there,
-    and those that prune alike; they should be a good guess.
+    layers have when one candidate prunes the model block by block, the same for all candidates. So a candidate costs
+    two prunings and one forward pass for each window. The one candidate has an advantage over all others there, and
+    those that prune alike; it should be a good guess.
 
     Of several processes each judges candidates alone, on a model of its own. They share out only the dense model's
     predictions and, in :meth:`prepare`, the statistics.
@@ -42,8 +41,8 @@ class Halves:
     Args:
         model: a transformers causal language model, dense.
         sequences: the text, int64 [any] each, two at least.
-        guess: the coefficients whose statistics the first stage takes.
-        pruning: of coefficients, and of whether masks alone are made, how layers are pruned.
+        guess: the candidate whose statistics the first stage takes.
+        pruning: of a candidate, and of whether masks alone are made, how layers are pruned.
 
     Attributes:
         tokens: of each window, how many tokens are predicted; windows of the halves take turns.
@@ -54,8 +53,8 @@ class Halves:
         self,
         model: Any,
         sequences: Sequence[torch.Tensor],
-        guess: Coefficients,
-        pruning: Callable[[Coefficients, bool], Pruning],
+        guess: Candidate,
+        pruning: Callable[[Candidate, bool], Pruning],
     ) -> None:
         self._model, self._guess, self._pruning = model, guess, pruning
         halves = sequences[::2], sequences[1::2]
@@ -75,7 +74,7 @@ class Halves:
         else:
             self._has_blocks = True
 
-    def measures(self) -> tuple[Measure, Measure]:
+    def measures(self) -> tuple[Measure[Candidate], Measure[Candidate]]:
         """Those of the first stage and of the last."""
         last = self._as_the_recipe if self._has_blocks else self._by_statistics
         return (
@@ -103,24 +102,24 @@ class Halves:
 
     def _losses(
         self,
-        coefficients: Coefficients,
+        candidate: Candidate,
         windows: range,
-        meanwhile: Callable[[Coefficients, int], AbstractContextManager[None]] | None = None,
+        meanwhile: Callable[[Candidate, int], AbstractContextManager[None]] | None = None,
     ) -> list[float]:
         """The divergence on each window of the model pruned by the half that the window is not of."""
         losses: dict[int, float] = {}
         for half in (0, 1):
             mine = [window for window in windows if window % 2 == half]
             if mine:
-                with (meanwhile or self._by_statistics)(coefficients, half):
+                with (meanwhile or self._by_statistics)(candidate, half):
                     losses |= {window: self._divergence(window) for window in mine}
         return [losses[window] for window in windows]
 
     @contextmanager
-    def _as_the_recipe(self, coefficients: Coefficients, half: int) -> Iterator[None]:
-        pruning = self._pruning(coefficients, False)
+    def _as_the_recipe(self, candidate: Candidate, half: int) -> Iterator[None]:
+        pruning = self._pruning(candidate, False)
         found: dict[torch.nn.Module, InputStatistics] = {}
-        if coefficients == self._guess and half not in self._statistics:
+        if candidate == self._guess and half not in self._statistics:
             pruning = remembering(pruning, found)
         with rehearsed(self._model, self._calibrating[half], pruning):
             if found:
@@ -128,10 +127,10 @@ class Halves:
             yield
 
     @contextmanager
-    def _by_statistics(self, coefficients: Coefficients, half: int) -> Iterator[None]:
+    def _by_statistics(self, candidate: Candidate, half: int) -> Iterator[None]:
         if half not in self._statistics:
             self._gather(half)
-        with pruned(self._statistics[half], self._pruning(coefficients, True)):
+        with pruned(self._statistics[half], self._pruning(candidate, True)):
             yield
 
     def _gather(self, half: int) -> None:

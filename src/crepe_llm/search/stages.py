@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -36,8 +37,11 @@ _FEWEST = ((12, 2), (4, 8))
 _BY_PROXY, _AT_ONCE = 16, 4
 
 
+Candidate = TypeVar("Candidate")
+
+
 @dataclasses.dataclass(frozen=True)
-class Measure:
+class Measure(Generic[Candidate]):
     """One way to measure candidates.
 
     Attributes:
@@ -49,8 +53,11 @@ class Measure:
 
     name: str
     tokens: tuple[int, ...]
-    losses: Callable[[Coefficients, range], list[float]]
+    losses: Callable[[Candidate, range], list[float]]
     prepare: Callable[[], None] = lambda: None
+
+
+CoefficientMeasure = Measure[Coefficients]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +144,7 @@ def _scaled(factor: float, windows: Sequence[int]) -> tuple[Round, ...]:
 def judge(
     study: Study,
     others: Sequence[Coefficients],
-    measures: tuple[Measure, Measure],
+    measures: tuple[CoefficientMeasure, CoefficientMeasure],
     plan: Callable[[float], Plan],
     path: Path,
     progress: Callable[[Stage], None] = lambda stage: None,
@@ -181,7 +188,11 @@ def judge(
 
 
 def run_last_stage(
-    study: Study, candidates: Sequence[Coefficients], real: Measure, path: Path, progress: Callable[[Stage], None]
+    study: Study,
+    candidates: Sequence[Coefficients],
+    real: CoefficientMeasure,
+    path: Path,
+    progress: Callable[[Stage], None],
 ) -> None:
     """Have the last stage alone choose among candidates, the incumbent first; for what another study found."""
     recorder, last = _Recorder(study, path, progress), Stage(real.name)
@@ -210,7 +221,7 @@ def _finalists(study: Study, stage: Stage, count: int) -> tuple[tuple[int, int] 
 
 
 def _first_stage(
-    study: Study, stage: Stage, recorder: "_Recorder", quick: Measure, others: Sequence[Coefficients]
+    study: Study, stage: Stage, recorder: "_Recorder", quick: CoefficientMeasure, others: Sequence[Coefficients]
 ) -> None:
     """What is measured in any case, some candidates by proxy, then those that a surrogate of the losses proposes.
 
@@ -247,7 +258,7 @@ class _Recorder:
             for trial in stage.trials:
                 self._remember(stage.name, trial)
 
-    def measure(self, stage: Stage, measure: Measure, pool: Sequence[Coefficients], windows: int) -> None:
+    def measure(self, stage: Stage, measure: CoefficientMeasure, pool: Sequence[Coefficients], windows: int) -> None:
         """Add the trials of a pool, which is the same in all processes, to a stage."""
         left = [c for c in pool if len(self._losses(stage, c)) < windows]
         new = set(left)
@@ -263,7 +274,7 @@ class _Recorder:
                 self._save(stage)
                 self._progress(stage)
 
-    def _complete(self, stage: Stage, measure: Measure, turn: Sequence[Coefficients], windows: int) -> None:
+    def _complete(self, stage: Stage, measure: CoefficientMeasure, turn: Sequence[Coefficients], windows: int) -> None:
         """Measure some candidates on the windows that they have not been measured on."""
         measure.prepare()
         shares = [(c, part) for c in turn for part in _parts(range(len(self._losses(stage, c)), windows))]

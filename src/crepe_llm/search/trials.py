@@ -8,7 +8,7 @@ from scipy.stats import t as student_t
 
 from crepe_llm.search.space import Coefficients
 
-__all__ = ["CONFIDENCE", "Plan", "Round", "Stage", "Trial"]
+__all__ = ["CONFIDENCE", "Plan", "Round", "Stage", "Trial", "gain_over", "is_clear"]
 
 CONFIDENCE = 0.975
 """A gain counts from this quantile of Student's t distribution on, in standard errors: 2.4 for 8 windows, 2 for 60."""
@@ -52,13 +52,7 @@ class Trial:
         """
         if self.tokens != other.tokens:
             raise ValueError(f"trials on {len(self.tokens)} and {len(other.tokens)} windows cannot be compared")
-        windows, tokens = len(self.losses), sum(self.tokens)
-        gains = [theirs - own for own, theirs in zip(self.losses, other.losses, strict=True)]
-        gain = math.fsum(gains) / tokens
-        if windows < 2:
-            return gain, math.inf
-        squares = math.fsum((g - gain * n) ** 2 for g, n in zip(gains, self.tokens, strict=True))
-        return gain, math.sqrt(squares * windows / (windows - 1)) / tokens
+        return gain_over(self.losses, other.losses, self.tokens)
 
     def clearly_better(self, other: "Trial") -> bool:
         """Whether the gain is more than its standard error times the quantile of :data:`CONFIDENCE`."""
@@ -68,6 +62,23 @@ class Trial:
         """The same on some of its windows."""
         losses = tuple(self.losses[window] for window in windows)
         return Trial(self.coefficients, losses, tuple(self.tokens[window] for window in windows), self.seconds)
+
+
+def gain_over(losses: Sequence[float], others: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    """By how many nats a token less is lost than by another on the same windows, and the standard error of that.
+
+    Args:
+        losses: of each window, the loss summed over its tokens, in nats.
+        others: the other's.
+        tokens: of each window, how many were predicted.
+    """
+    windows, total = len(losses), sum(tokens)
+    gains = [theirs - own for own, theirs in zip(losses, others, strict=True)]
+    gain = math.fsum(gains) / total
+    if windows < 2:
+        return gain, math.inf
+    squares = math.fsum((g - gain * n) ** 2 for g, n in zip(gains, tokens, strict=True))
+    return gain, math.sqrt(squares * windows / (windows - 1)) / total
 
 
 def is_clear(gain: float, error: float, windows: int) -> bool:

@@ -1,0 +1,83 @@
+"""What modifiers share that prune the whole model with candidates, and judge them before any weight is changed."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+
+from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.observe import Uncalibrated, is_usable
+from crepe_llm.pruning.block_pass import Calibration, Wanted
+from crepe_llm.pruning.layer import Layer
+from crepe_llm.search.rehearsal import Pruning
+
+__all__ = ["as_it_predicts", "if_usable", "pruning_of", "texts_in"]
+
+
+def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
+    """The sequences of calibration data without padding, int64 [any] each, of two tokens at least.
+
+    Args:
+        dataloader: what is iterated.
+        modifier: what needs them.
+
+    Raises:
+        ValueError: there are fewer than two, so that none is left to judge what the other calibrates.
+    """
+    found = []
+    for batch in dataloader:
+        masks = batch.get("attention_mask")
+        masks = torch.ones_like(batch["input_ids"]) if masks is None else masks
+        for ids, mask in zip(batch["input_ids"], masks, strict=True):
+            if int(mask.bool().sum()) > 1:
+                found.append(ids[mask.bool()])
+    if len(found) < 2:
+        raise ValueError(
+            f"{modifier} judges by one half of the calibration text what the other half prunes, and there are "
+            f"{len(found)} sequences of at least two tokens: calibrate with two at least, better with 16"
+        )
+    return found
+
+
+def pruning_of(crepe: CRePEModifier, masks_alone: bool) -> Pruning:
+    """How a CRePEModifier and the modifiers of its pass prune, as they are now, or its masks alone."""
+    run = crepe.pruning_pass
+    run.forget()
+    if masks_alone:
+        wanted = {module: Wanted(name) for module, name in crepe.layers.items()}
+        return Pruning(wanted, Calibration(), lambda layer: if_usable(layer, crepe.uncalibrated, crepe.step))
+    wanted = {module: run.wanted(module) for module in crepe.layers}
+    return Pruning(wanted, run.calibration, lambda layer: if_usable(layer, crepe.uncalibrated, run.run_steps))
+
+
+def if_usable(layer: Layer, uncalibrated: Uncalibrated, run: Any) -> None:
+    """Run a step on a layer that was calibrated."""
+    if is_usable(layer.name, layer.module, layer.statistics, uncalibrated):
+        run(layer)
+
+
+@contextmanager
+def as_it_predicts(model: Any) -> Iterator[None]:
+    """Have a model predict meanwhile as it does outside of a calibration: no hooks, no dropout, its own head."""
+    training = model.training
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(HooksMixin.disable_hooks())
+        stack.enter_context(_working_head(model))
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+
+@contextmanager
+def _working_head(model: Any) -> Iterator[None]:
+    """Undo, meanwhile, that the toolkit replaces the head's forward during calibration."""
+    head = model.get_output_embeddings()
+    with patch_attr(head, "forward", functools.partial(type(head).forward, head)):
+        yield
