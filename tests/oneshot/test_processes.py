@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", [*NAMES, "experts", "half", "shuffled"])
+@pytest.mark.parametrize("name", [*NAMES, "experts", "all experts", "measured", "half", "shuffled"])
 def test_two_processes_prune_as_one(name, folders):
     one, two = (torch.load(folder / f"{name}.pt") for folder in folders)
     assert bool(one["masks"]) == (name != "cfsp_20") and one["masks"].keys() == two["masks"].keys()

@@ -21,6 +21,12 @@ from leaving import leave
 VOCABULARY, ROWS, LENGTH = 96, 64, 32
 # What searches in two processes is in tests/modifiers/test_pho_processes.py, with a small budget.
 SHIPPED = [name for name in shipped_recipes() if name != "crepe_2of4_pho"]
+MEASURED = """
+a_stage:
+  pruning_modifiers:
+    SparsityAllocationModifier: {method: atp, sparsity: 0.6, spread: measured}
+    CRePEModifier: {comparison_group: row}
+"""
 REFUSED = {
     "sparsegpt": "a_stage:\n  pruning_modifiers:\n    SparseGPTModifier: {sparsity: 0.5, targets: [Linear]}\n"
     "    SparseCheckpointModifier: {}\n",
@@ -49,6 +55,8 @@ def runs():
     found = {name: ("llama", name, {}) for name in SHIPPED}
     leaving = recipe_path("crepe_2of4_dsnot").read_text().replace("row: 1.0", "uncalibrated: dense\n      row: 1.0")
     found["experts"] = ("mixtral", leaving, {"moe_calibrate_all_experts": False})
+    found["all experts"] = ("mixtral", "crepe_2of4", {})
+    found["measured"] = ("llama", MEASURED, {})
     found["half"] = ("llama", "crepe_2of4", {"rows": ROWS // 2})
     found["shuffled"] = ("llama", "wanda_2of4", {"shuffle_calibration_samples": True})
     return found
