@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 from crepe_llm import samples
 from crepe_llm.checkpoints import attach, is_2of4, read_folder
+from crepe_llm.pruning.layer import mask_of
 from crepe_llm.recipe_files import recipe_path
 from method_recipes import MODELS
 from records import RESULTS, Row, append, is_done, read
@@ -107,20 +108,20 @@ def quantize(key: Row, source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def linear_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a model's linear layers but the head, by name; quantized ones as the numbers they stand for."""
+def linear_layers(folder: Path) -> dict[str, torch.nn.Linear]:
+    """A model's linear layers but the head, by name; quantized weights as the numbers they stand for."""
     quantized = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     says = "quantization_config" in json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **(quantized if says else {}))
     head = model.get_output_embeddings()
-    return {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
 
 
 def check_masks(source: Path, target: Path) -> None:
     """Raise RuntimeError where a quantized model has a weight that the mask removed."""
-    before = linear_weights(source)
-    for name, weight in linear_weights(target).items():
-        if not is_2of4(weight) or weight[before[name] == 0].any():
+    before = linear_layers(source)
+    for name, layer in linear_layers(target).items():
+        if not is_2of4(layer.weight) or layer.weight[~mask_of(before[name])].any():
             raise RuntimeError(f"{target}: {name} left the mask of {source}")
 
 

@@ -69,7 +69,7 @@ def test_masks_are_compared_in_the_numbers_that_codes_stand_for(tmp_path):
     attach(model)
     model.save_pretrained(tmp_path / "int4")
     quantization.check_masks(tmp_path / "plain", tmp_path / "int4")
-    weights = quantization.linear_weights(tmp_path / "int4")
+    weights = {name: layer.weight for name, layer in quantization.linear_layers(tmp_path / "int4").items()}
     assert all(not weight.view(-1, 4)[:, 2:].any() and weight.any() for weight in weights.values())
 
 
