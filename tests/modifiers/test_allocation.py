@@ -480,6 +480,13 @@ def test_a_measured_spread_is_one_that_is_better(more, llama_of, data_of_windows
     assert "measured" in saved and yaml.safe_load(saved)["found"] == measured
 
 
+def test_nothing_is_measured_where_nothing_is_pruned(tiny_model_folder, calibration_data):
+    folder = tiny_model_folder("llama")
+    model = run(load(folder), [allocation("atp", 0.0, spread="measured"), crepe()], calibration_data)
+    for name, module in linears(load(folder)).items():
+        assert torch.equal(linears(model)[name].weight, module.weight), name
+
+
 def test_measuring_needs_a_crepe_modifier_and_atp(tiny_model_folder, calibration_data):
     model = load(tiny_model_folder("llama"))
     message = "spread=measured prunes by a CRePEModifier to measure, not by WandaPruningModifier"

@@ -274,6 +274,8 @@ class SparsityAllocationModifier(LayerModifier):
             return pruning_of(crepe, masks_alone)
 
         spreads = [share * min(self.sparsity, 1 - self.sparsity) for share in _TRIED]
+        if spreads[-1] == 0:
+            return
         logger.info(f"ATP: measuring {len(spreads)} spreads on {len(sequences)} sequences")
         with own_weights(self._layers), as_it_predicts(model):
             choice = choose(Halves(model, sequences, spreads[0], pruning), spreads)

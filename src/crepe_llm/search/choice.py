@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
+from tqdm import tqdm
+
 from crepe_llm import processes
 from crepe_llm.search.halves import Halves
 from crepe_llm.search.stages import Candidate
@@ -43,18 +45,26 @@ def choose(halves: Halves[Candidate], candidates: Sequence[Candidate]) -> Choice
     quick, real = halves.measures()
     few = next((n for n in range(1, len(quick.tokens)) if sum(quick.tokens[:n]) >= _FIRST_TOKENS), len(quick.tokens))
     quick.prepare()
-    first = _gains(candidates, quick.tokens[:few], lambda one: quick.losses(one, range(few)))
+    first = _gains("Masks alone", candidates, quick.tokens[:few], lambda one: quick.losses(one, range(few)))
     ranked = sorted(candidates[1:], key=lambda one: -first[one][0])
     finalists = [candidates[0], *ranked[:_FINALISTS]]
-    last = _gains(finalists, real.tokens, lambda one: real.losses(one, range(len(real.tokens))))
+    whole = range(len(real.tokens))
+    last = _gains("As the recipe prunes", finalists, real.tokens, lambda one: real.losses(one, whole))
     clear = [one for one in finalists[1:] if is_clear(*last[one], len(real.tokens))]
     chosen = max(clear, key=lambda one: last[one][0], default=candidates[0])
     return processes.from_first(Choice(chosen, first, last))
 
 
 def _gains(
-    candidates: Sequence[Candidate], tokens: tuple[int, ...], losses: Callable[[Candidate], list[float]]
+    said: str, candidates: Sequence[Candidate], tokens: tuple[int, ...], losses: Callable[[Candidate], list[float]]
 ) -> dict[Candidate, tuple[float, float]]:
-    """By candidate the gain over the first one, and its standard error."""
-    found = processes.spread(candidates, losses)
+    """By candidate the gain over the first one, and its standard error; a bar shows what this process has done."""
+    with tqdm(total=-(-len(candidates) // processes.count()), desc=said, unit=" candidates") as bar:
+
+        def counted(one: Candidate) -> list[float]:
+            found = losses(one)
+            bar.update()
+            return found
+
+        found = processes.spread(candidates, counted)
     return {one: gain_over(own, found[0], tokens) for one, own in zip(candidates, found, strict=True)}
