@@ -27,7 +27,7 @@ from crepe_llm.modifiers import (
     SparsityAllocationModifier,
     WeightCorrectionModifier,
 )
-from crepe_llm.modifiers.pho import _working_head
+from crepe_llm.modifiers.judging import working_head
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, refused, run, save
 
 FAMILIES = [name for name, family in families.FAMILIES.items() if family.axes]
@@ -153,7 +153,7 @@ class Watched(ChannelPermutationModifier):
     def _look(self, model):
         # The wrapper that makes attention and norms fp64 serves no other model.
         fp64 = Fp64() if model.dtype == torch.float64 else nullcontext()
-        with HooksMixin.disable_hooks(), _working_head(model), torch.no_grad(), fp64:
+        with HooksMixin.disable_hooks(), working_head(model), torch.no_grad(), fp64:
             return {"logits": model(input_ids=IDS).logits} | {
                 n: m.weight.detach().clone() for n, m in linears(model).items()
             }

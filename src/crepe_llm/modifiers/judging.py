@@ -15,7 +15,7 @@ from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import Layer
 from crepe_llm.search.rehearsal import Pruning
 
-__all__ = ["as_it_predicts", "if_usable", "pruning_of", "texts_in"]
+__all__ = ["as_it_predicts", "if_usable", "pruning_of", "texts_in", "working_head"]
 
 
 def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
@@ -67,7 +67,7 @@ def as_it_predicts(model: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(HooksMixin.disable_hooks())
-        stack.enter_context(_working_head(model))
+        stack.enter_context(working_head(model))
         model.eval()
         try:
             yield
@@ -76,7 +76,7 @@ def as_it_predicts(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _working_head(model: Any) -> Iterator[None]:
+def working_head(model: Any) -> Iterator[None]:
     """Undo, meanwhile, that the toolkit replaces the head's forward during calibration."""
     head = model.get_output_embeddings()
     with patch_attr(head, "forward", functools.partial(type(head).forward, head)):
