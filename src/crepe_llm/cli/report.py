@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from crepe_llm.cli.common import (
     HelpFormatter,
+    Model,
     add_loading,
     check_new_file,
-    model_folder,
     open_model,
     require,
     weight_bytes,
@@ -123,34 +123,31 @@ def make_report(options: argparse.Namespace, folder: Path, dense: str | None, te
     """
     from crepe_llm.evaluation.page import write_report
     from crepe_llm.evaluation.report import Report, gram_errors, read_curve
+    from crepe_llm.models.parent import check_config, check_tokenizers
 
     curve = read_curve(folder)
+    sources = [
+        open_model(argparse.Namespace(**{**vars(options), "model": name}))
+        for name in (str(folder), *([] if dense is None else [dense]))
+    ]
     if dense is not None:
-        _check_parent(options, folder, dense)
-    pruned = _measured(options, str(folder), test)
-    beside = None if dense is None else _measured(options, dense, test)
+        ours, theirs = sources
+        check_config(ours.config, theirs.config, folder, f"--dense {dense}")
+        check_tokenizers(ours.tokenizer, theirs.tokenizer, folder, f"--dense {dense}")
+    pruned, *others = (_measured(source, test) for source in sources)
+    beside = others[0] if others else None
     write_report(folder, Report(pruned, beside, curve), page)
     values = [model.perplexity.perplexity for model in (pruned, beside) if model is not None]
     errors = {} if beside is None else gram_errors(beside.grams, pruned.grams)
     return {"perplexity": dict(zip(("pruned", "dense"), values, strict=False)), "output_errors": errors}
 
 
-def _check_parent(options: argparse.Namespace, folder: Path, dense: str) -> None:
-    """Raise ValueError if a folder's model was not made of the dense one, as far as their files say."""
-    from crepe_llm.models.parent import check_config, check_tokenizers
-
-    ours, theirs = (open_model(argparse.Namespace(**{**vars(options), "model": name})) for name in (str(folder), dense))
-    check_config(ours.config, theirs.config, folder, f"--dense {dense}")
-    check_tokenizers(ours.tokenizer, theirs.tokenizer, folder, f"--dense {dense}")
-
-
-def _measured(options: argparse.Namespace, name: str, test: Test) -> "Measured":
+def _measured(source: Model, test: Test) -> "Measured":
     from crepe_llm import samples
     from crepe_llm.evaluation.report import measure
 
-    source = open_model(argparse.Namespace(**{**vars(options), "model": name}))
     length = window_of(test.window, source.config)
     windows = samples.token_windows(source.tokenizer, test.texts, length, tokens=test.tokens)
-    folder = Path(model_folder(name))
-    shown, size = (folder.resolve().name, weight_bytes(folder)) if folder.is_dir() else (name, None)
+    folder = Path(source.name)
+    shown, size = (folder.resolve().name, weight_bytes(folder)) if folder.is_dir() else (source.name, None)
     return measure(shown, source.load(on_device=True), source.tokenizer, windows, test.corpus, size)
