@@ -62,15 +62,12 @@ def register() -> None:
                 if _is_ours(self.recipe):
                     stack.enter_context(_whole_data())
                     stack.enter_context(masks_are_made())
+                    stack.enter_context(head_is_calculated(self.model))
                     stack.enter_context(tracing_is_undone())
                 super().__call__()
             processes.wait()  # until the first has saved
 
         def apply_recipe_modifiers(self, calibration_dataloader: Any, recipe_stage: str | None = None) -> None:
-            with head_is_calculated(self.model):
-                self._apply_recipe_modifiers(calibration_dataloader, recipe_stage)
-
-        def _apply_recipe_modifiers(self, calibration_dataloader: Any, recipe_stage: str | None) -> None:
             whole = False
             if _is_ours(self.recipe):
                 tokenizer = getattr(self.processor, "tokenizer", self.processor)
