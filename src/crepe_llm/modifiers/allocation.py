@@ -221,7 +221,8 @@ class SparsityAllocationModifier(LayerModifier):
             raise ValueError(
                 f"SparsityAllocationModifier with method: {self.method} must have seen the whole dense model before "
                 f"{type(self._pruning).__name__} prunes, so each needs a calibration epoch of its own: leave out "
-                'pipeline=, or give oneshot pipeline="independent" (alphapruning and atp need no epoch)'
+                'pipeline=, or give oneshot pipeline="independent" (alphapruning, and atp with a given spread, need no '
+                "epoch)"
             )
         if self.spread == MEASURED:
             give_all(self._dataloader)

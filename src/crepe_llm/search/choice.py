@@ -8,13 +8,13 @@ from tqdm import tqdm
 
 from crepe_llm import processes
 from crepe_llm.search.halves import Halves
-from crepe_llm.search.stages import Candidate
+from crepe_llm.search.stages import DEFAULT_ROUNDS, Candidate
 from crepe_llm.search.trials import gain_over, is_clear
 
 __all__ = ["Choice", "choose"]
 
-# So many tokens of the text judge all candidates; the whole text judges so many of them beside the first.
-_FIRST_TOKENS, _FINALISTS = 8192, 2
+# As many tokens judge all candidates as in a search; the whole text judges so many of them beside the first.
+_FIRST_TOKENS, _FINALISTS = DEFAULT_ROUNDS[0][1], 2
 
 
 @dataclass(frozen=True)
