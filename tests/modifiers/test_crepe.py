@@ -1,5 +1,6 @@
 """CRePEModifier through llm-compressor's own oneshot, checked against computations that share no code with it."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -328,6 +329,19 @@ def test_overflowing_activations_are_refused_by_layer(tiny_model_folder, calibra
     model.model.layers[0].post_attention_layernorm.weight.data[4] = float("inf")
     with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.mlp\.\w+ are NaN or infinite.*first \[4\]"):
         run(model, [crepe()], calibration_data)
+
+
+def test_all_layers_of_a_part_are_looked_at_before_one_changes(tiny_model_folder, calibration_data):
+    """Another process may write a layer's weight while this one looks at it, where they share the memory."""
+    model = load(tiny_model_folder("llama"))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"weight of model\.layers\.0\.mlp\.down_proj contains NaN"):
+        run(model, [crepe()], calibration_data)
+    for name, module in linears(model).items():
+        if not name.endswith("0.mlp.down_proj"):
+            assert torch.equal(module.weight, before[f"{name}.weight"]), name
 
 
 def test_dead_channels_rows_and_columns_prune_cleanly(tiny_model_folder, calibration_data):

@@ -14,8 +14,17 @@ from safetensors.torch import load_file
 from crepe_llm.checkpoints import read_folder
 from crepe_llm.functional.bitmask import RECORDED, unpack_bits
 from crepe_llm.functional.compensation import conjugate_gradients
-from crepe_llm.modifiers import DSnoTModifier, SparseCheckpointModifier, WeightCorrectionModifier, routing
+from crepe_llm.modifiers import (
+    CRePEModifier,
+    DSnoTModifier,
+    PHOSearchModifier,
+    SparseCheckpointModifier,
+    SparsityAllocationModifier,
+    WeightCorrectionModifier,
+    routing,
+)
 from crepe_llm.modifiers.experts import check_experts
+from crepe_llm.search.study import Study
 from modifier_helpers import SMALL, crepe, linears, load, run, save
 
 TWO = {"num_experts_per_tok": 2}
@@ -129,6 +138,29 @@ def test_what_counts_for_an_expert_are_its_own_tokens(family, recipe, folder_of,
     torch.testing.assert_close(second, first, rtol=0, atol=5e-3)  # sums in another order, which pcg makes more of
     if family != "llama4_text" or recipe != "crepe":  # there each token is another for each expert
         assert float((third - first).norm()) > 2 * float((default - first).norm())
+
+
+@pytest.mark.parametrize("searches", ["atp", "pho"])
+def test_trials_count_for_an_expert_what_the_recipe_counts(
+    searches, folder_of, calibration_data, tmp_path, monkeypatch, messages
+):
+    found = []
+    for unrouted in (routing.UNROUTED, 1.0):
+        monkeypatch.setattr(routing, "UNROUTED", unrouted)
+        if searches == "atp":
+            allocation = SparsityAllocationModifier(method="atp", sparsity=0.5, spread="measured")
+            recipe = [allocation, CRePEModifier(comparison_group="row")]
+        else:
+            record = tmp_path / f"{unrouted}.json"
+            fields = {"candidates": 2, "tokens": 800, "rows": 16, "layers_per_kind": 1, "starts": []}
+            recipe = [PHOSearchModifier(**fields, record=str(record)), crepe()]
+        messages.clear()
+        run(load(folder_of("mixtral")), recipe, calibration_data)
+        if searches == "atp":
+            found.append([line.split("|")[-1] for line in messages if "a spread of" in line])
+        else:
+            found.append(Study.load(record).stages[-1].trials[0].losses)
+    assert found[0] != found[1]
 
 
 def first_products(model):

@@ -91,7 +91,8 @@ def test_input_statistics_are_those_of_what_is_run_meanwhile(tiny_model_folder, 
     expected = inputs_of(model, data)
     layers = layers_of(model)
     unreached = torch.nn.Linear(3, 3)
-    with input_statistics([*layers, unreached]) as found, torch.no_grad():
+    wanted = {module: Wanted(name) for module, name in layers.items()} | {unreached: Wanted("unreached")}
+    with input_statistics(wanted) as found, torch.no_grad():
         for ids in data["input_ids"]:
             model(input_ids=torch.tensor([ids]))
     with torch.no_grad():

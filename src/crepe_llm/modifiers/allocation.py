@@ -269,16 +269,17 @@ class SparsityAllocationModifier(LayerModifier):
         sequences = texts_in(self._dataloader, "SparsityAllocationModifier with spread: measured")
         give_share(self._dataloader)
 
-        def pruning(spread: float, masks_alone: bool) -> Pruning:
-            self._spread = spread
-            self._use(self._allocated())
-            return pruning_of(crepe, masks_alone)
-
         spreads = [share * min(self.sparsity, 1 - self.sparsity) for share in _TRIED]
         if spreads[-1] == 0:
             return
         logger.info(f"ATP: measuring {len(spreads)} spreads on {len(sequences)} sequences")
-        with own_weights(self._layers), as_it_predicts(model):
+        with own_weights(self._layers), as_it_predicts(model) as routing:
+
+            def pruning(spread: float, masks_alone: bool) -> Pruning:
+                self._spread = spread
+                self._use(self._allocated())
+                return pruning_of(crepe, masks_alone, routing)
+
             choice = choose(Halves(model, sequences, spreads[0], pruning), spreads)
         crepe.pruning_pass.forget()
         self._spread = choice.chosen

@@ -11,6 +11,7 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.observe import Uncalibrated, is_usable
+from crepe_llm.modifiers.routing import Routing
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import Layer
 from crepe_llm.search.rehearsal import Pruning
@@ -43,14 +44,20 @@ def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
     return found
 
 
-def pruning_of(crepe: CRePEModifier, masks_alone: bool) -> Pruning:
-    """How a CRePEModifier and the modifiers of its pass prune, as they are now, or its masks alone."""
+def pruning_of(crepe: CRePEModifier, masks_alone: bool, routing: Routing) -> Pruning:
+    """How a CRePEModifier and the modifiers of its pass prune, as they are now, or its masks alone.
+
+    Args:
+        crepe: the modifier.
+        masks_alone: whether none of the steps after its own is run.
+        routing: sees which tokens count for experts, as the recipe's own pass does.
+    """
     run = crepe.pruning_pass
     run.forget()
     if masks_alone:
-        wanted = {module: Wanted(name) for module, name in crepe.layers.items()}
+        wanted = {module: routing.counting(module, Wanted(name)) for module, name in crepe.layers.items()}
         return Pruning(wanted, Calibration(), lambda layer: if_usable(layer, crepe.uncalibrated, crepe.step))
-    wanted = {module: run.wanted(module) for module in crepe.layers}
+    wanted = {module: routing.counting(module, run.wanted(module)) for module in crepe.layers}
     return Pruning(wanted, run.calibration, lambda layer: if_usable(layer, crepe.uncalibrated, run.run_steps))
 
 
@@ -61,17 +68,21 @@ def if_usable(layer: Layer, uncalibrated: Uncalibrated, run: Any) -> None:
 
 
 @contextmanager
-def as_it_predicts(model: Any) -> Iterator[None]:
-    """Have a model predict meanwhile as it does outside of a calibration: no hooks, no dropout, its own head."""
-    training = model.training
+def as_it_predicts(model: Any) -> Iterator[Routing]:
+    """Have a model predict meanwhile as it does outside of a calibration: no hooks, no dropout, its own head.
+
+    Gives what sees which tokens its routers send to which experts meanwhile.
+    """
+    training, routing = model.training, Routing(model)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(working_head(model))
         model.eval()
         try:
-            yield
+            yield routing
         finally:
+            routing.stop()
             model.train(training)
 
 

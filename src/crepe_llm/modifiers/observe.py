@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -52,7 +51,7 @@ class Observer:
 
     def counting(self, module: torch.nn.Module, wanted: Wanted) -> Wanted:
         """What is wanted of a layer, from the tokens that its router sends to it."""
-        return replace(wanted, token_weights=self._routing.token_weights(module, wanted.token_weights))
+        return self._routing.counting(module, wanted)
 
     def watch_block(self, block: torch.nn.Module, see: Callable[..., None], when: str) -> None:
         """Call `see(block, args, kwargs[, output])` whenever the block runs; `when` is "forward_pre" or "forward"."""
@@ -84,10 +83,14 @@ class Observer:
         """Those of :meth:`ending` that are usable, with names and statistics, weights on the device."""
         taken = {module: self.take(module) for module in self.ending(modules)}
         for module in list(taken):
+            with torch.no_grad(), align_module_device(module):
+                if not is_usable(self._wanted[module].name, module, taken[module], uncalibrated):
+                    del taken[module], self._wanted[module]
+        processes.wait()  # until all have looked: another may write a weight that lies in memory that they share
+        for module in list(taken):
             name, statistics = self._wanted.pop(module).name, taken.pop(module)
             with torch.no_grad(), align_module_device(module):
-                if is_usable(name, module, statistics, uncalibrated):
-                    yield module, name, statistics
+                yield module, name, statistics
 
     def mask(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """The attention mask of the running batch for hidden states [..., d_in]; None where all tokens count."""

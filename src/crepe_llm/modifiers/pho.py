@@ -1,6 +1,7 @@
 """The search for CRePE's coefficients as a modifier."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -29,6 +30,7 @@ from crepe_llm.modifiers.fields import MaskStructure
 from crepe_llm.modifiers.judging import as_it_predicts, if_usable, pruning_of, texts_in
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
+from crepe_llm.modifiers.routing import Routing
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
@@ -272,8 +274,10 @@ class PHOSearchModifier(LayerModifier):
         try:
             if self._source is None:
                 self._search(study, path)
-            with own_weights(self._layers), as_it_predicts(state.model):
-                self._judge(state.model, study, path, sequences, started)
+            with own_weights(self._layers), as_it_predicts(state.model) as routing:
+                pruning = functools.partial(self._pruning, routing)
+                guess = (*self._starts(), self._own())[0]
+                self._judge(Halves(state.model, sequences, guess, pruning), study, path, started)
         except KeyboardInterrupt:
             logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
             raise
@@ -328,10 +332,9 @@ class PHOSearchModifier(LayerModifier):
             ),
         )
 
-    def _judge(self, model: Any, study: Study, path: Path, sequences: list[torch.Tensor], started: float) -> None:
+    def _judge(self, halves: Halves[Coefficients], study: Study, path: Path, started: float) -> None:
         """Measure candidates on the pruned model, until the last stage says what to use."""
         own, starts = self._own(), self._starts()
-        halves = Halves(model, sequences, (*starts, own)[0], self._pruning)
         quick, last = halves.measures()
         if self._source is not None:
             take_record(study, path)
@@ -381,15 +384,15 @@ class PHOSearchModifier(LayerModifier):
             or parse_mask_structure(crepe.value("mask_structure")) is not None
         )
 
-    def _pruning(self, coefficients: Coefficients, masks_alone: bool) -> Pruning:
+    def _pruning(self, routing: Routing, coefficients: Coefficients, masks_alone: bool) -> Pruning:
         """How the recipe's modifiers prune with these coefficients, or their masks alone."""
         if not self._prunes_as_crepe:
             step = mask_step(coefficients, self._mask)
-            wanted = {module: Wanted(name) for module, name in self._layers.items()}
+            wanted = {module: routing.counting(module, Wanted(name)) for module, name in self._layers.items()}
             return Pruning(wanted, Calibration(), lambda layer: if_usable(layer, self.uncalibrated, step))
         assert self._crepe is not None
         self._crepe.use(**dataclasses.asdict(coefficients))
-        return pruning_of(self._crepe, masks_alone)
+        return pruning_of(self._crepe, masks_alone, routing)
 
     def _starts(self) -> list[Coefficients]:
         """What the first stage measures beside the incumbent in any case."""

@@ -4,6 +4,7 @@ llm-compressor calibrates with every token in every expert (`moe_calibrate_all_e
 uses its own alone. Scores from all tokens are those of other inputs. docs/notes/experts.md has the measurement.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 
-from crepe_llm.pruning.block_pass import TokenWeights
+from crepe_llm.pruning.block_pass import TokenWeights, Wanted
 
 __all__ = ["UNROUTED", "Routing"]
 
@@ -37,17 +38,12 @@ class Routing:
                 count = partial(self._count, experts, number)
                 self._counts.update(dict.fromkeys(expert.modules(), count))
 
-    def token_weights(self, module: torch.nn.Module, weights: TokenWeights | None) -> TokenWeights | None:
-        """How much each token counts for a layer, beside what other weights say; those themselves outside of experts.
-
-        Args:
-            module: the layer.
-            weights: those other weights, or None.
-        """
-        count = self._counts.get(module)
-        if count is None or weights is None:
-            return count or weights
-        return partial(_both, count, weights)
+    def counting(self, module: torch.nn.Module, wanted: Wanted) -> Wanted:
+        """What is wanted of a layer, from the tokens that its router sends to it; the same outside of experts."""
+        count, weights = self._counts.get(module), wanted.token_weights
+        if count is None:
+            return wanted
+        return replace(wanted, token_weights=count if weights is None else partial(_both, count, weights))
 
     def stop(self) -> None:
         """Remove the hooks. Idempotent."""

@@ -138,9 +138,9 @@ class Halves(Generic[Candidate]):
         if self._has_blocks:
             with self._as_the_recipe(self._guess, half):
                 return
-        layers = self._pruning(self._guess, True).wanted
+        wanted = self._pruning(self._guess, True).wanted
         device = self._model.get_input_embeddings().weight.device
-        with torch.no_grad(), input_statistics(layers) as found:
+        with torch.no_grad(), input_statistics(wanted) as found:
             for sequence in self._calibrating[half]:
                 self._model.base_model(input_ids=sequence[None].to(device), use_cache=False)
         self._statistics[half] = found

@@ -67,20 +67,21 @@ def _is_on_device(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def input_statistics(
-    layers: Iterable[torch.nn.Module],
+    wanted: Mapping[torch.nn.Module, Wanted],
 ) -> Iterator[dict[torch.nn.Module, InputStatistics]]:
     """Statistics of layers' inputs over all that a model is run on meanwhile, without padding.
 
-    Gives a dictionary that fills while the model runs; layers that no token reached are not in it.
+    Gives a dictionary that fills while the model runs; layers that no token reached are not in it. No Gram matrices.
     """
     statistics: dict[torch.nn.Module, InputStatistics] = {}
 
     def see(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if module not in statistics:
             statistics[module] = InputStatistics(input_channels(module), device=get_execution_device(module))
-        statistics[module].update(args[0])
+        count = wanted[module].token_weights
+        statistics[module].update(args[0], None, None if count is None else count(args[0]))
 
-    handles = [module.register_forward_pre_hook(see) for module in layers]
+    handles = [module.register_forward_pre_hook(see) for module in wanted]
     try:
         yield statistics
     finally:
