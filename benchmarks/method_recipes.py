@@ -24,7 +24,7 @@ STRUCTURES = {
 STUDY = "{studies}/methods/{model}-{structure}-seed{seed}.json"
 BY_PROXY = STUDY.replace(".json", "-proxy.json")
 # Of PHO in stages, from the recipe's coefficients and from RIA's ("ria"), alone and under ADMM ("admm").
-STAGED = STUDY.replace(".json", "-halves.json")
+STAGED = STUDY.replace(".json", "-whole.json")
 # The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
 WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
 RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}
@@ -220,6 +220,9 @@ METHODS: dict[str, Method | None] = {
     "CRePE + steep atp + admm, symmetric": allocated(with_admm(crepe, SYMMETRIC), "atp"),
 }
 
+# How measured spreads are judged. Rows without it: each half of the text judged what the other half pruned.
+JUDGING = "all text"
+
 # PHO as it was until it judged on the whole model (a2f28ac): rows are on record, and only that revision makes new ones.
 EARLIER = {name for name in METHODS if name.endswith((" PHO", "not verified"))}
 
@@ -267,6 +270,8 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                         names["studies"] = "{studies}"  # a folder of this machine's, which is no part of the record
                         modifiers = filled(modifiers, **names, **WEIGHTINGS[model])
                         key |= {"recipe": {"methods_stage": {"pruning_modifiers": modifiers}}}
+                        if "measured" in method:
+                            key |= {"judging": JUDGING}
                     if key not in runs:
                         runs.append(key)
     return runs

@@ -22,7 +22,6 @@ import torch
 
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, evaluate
-from crepe_llm.search.halves import Halves
 from crepe_llm.search.known import known_points
 from crepe_llm.search.optimisers import OPTIMISERS
 from crepe_llm.search.rehearsal import Pruning, mask_step
@@ -31,6 +30,7 @@ from crepe_llm.search.space import RIA, WANDA, Coefficients, Mask
 from crepe_llm.search.stages import DEFAULT_ROUNDS, WINDOW, Cost, Measure, choose_rounds, judge
 from crepe_llm.search.study import Study
 from crepe_llm.search.trials import Plan, Stage
+from crepe_llm.search.whole_model import WholeModel
 from hill_climb import hill_climb as by_hill_climbing
 from pho_common import LAYERS_PER_KIND, MODELS, ROWS, Bench, parse_mask
 from records import RESULTS, Row, append
@@ -38,8 +38,9 @@ from studies import studies_folder
 
 # Raised by every change of a default or of how something is measured.
 # 1: by the proxy alone. 2: in three stages, the first two by masks from the dense model's statistics. 3: both stages
-# block by block, each judged on half of the text.
-PROTOCOL = 4
+# block by block, each judged on half of the text. 4: masks judged on the half that did not prune. 5: all text prunes
+# and judges.
+PROTOCOL = 5
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 LLAMA_BLOCKS, LLAMA_VOCABULARY = 32, 32000
@@ -48,8 +49,8 @@ LLAMA_BLOCKS, LLAMA_VOCABULARY = 32, 32000
 GPU_FLOPS, GPU_SHARE, GPU_BYTES, LINK_BYTES = 312e12, 0.4, 1.5e12, 25e9
 # Scoring and masking read and write a weight in fp32 about so many times.
 PRUNING_TOUCHES = 40
-# Calibration texts, in tokens, and of each half those that calibrate (crepe_llm.search.halves).
-SEQUENCE, CALIBRATING = 2048, 16384
+# Calibration texts, in tokens, and those that calibrate (crepe_llm.search.whole_model).
+SEQUENCE, CALIBRATING = 2048, 32768
 PROXY = PROXIES[DEFAULT_PROXY]
 
 Perplexity = Callable[[Coefficients, list[str]], float]
@@ -87,18 +88,18 @@ def searched(bench: Bench, mask: Mask, options: argparse.Namespace, path: Path) 
     )
     wanted = {module: Wanted(layer) for layer, module in bench.layers.items()}
     starts = () if options.without_starts else known_points(mask)
-    halves = Halves(
+    pruned = WholeModel(
         bench.model,
         bench.calibration.unbind(),
         (*starts, RIA)[0],
         lambda coefficients, masks_alone: Pruning(wanted, Calibration(), mask_step(coefficients, mask)),
     )
-    quick, last = halves.measures()
+    quick, last = pruned.measures()
 
     def plan(seconds: float) -> Plan:
-        halves.prepare()
-        cost = Cost(timed(quick, range(2)), halves.seconds, seconds)
-        rounds = choose_rounds(halves.tokens, cost, tokens=options.search_tokens)
+        pruned.prepare()
+        cost = Cost(timed(quick, range(2)), pruned.seconds, seconds)
+        rounds = choose_rounds(pruned.tokens, cost, tokens=options.search_tokens)
         return Plan(f"tokens={options.search_tokens}", rounds, cost.of(rounds) if rounds else 0.0)
 
     def progress(stage: Stage) -> None:
@@ -135,11 +136,11 @@ def gpu_projection() -> None:
     """Say what the default search on LLaMA-2-7B would take on one GPU, by counting; nothing is measured."""
     weights = LLAMA_BLOCKS * sum(d_out * d_in * count for (d_out, d_in), count in LLAMA_2_7B.items())
     (many, little), (few, much) = DEFAULT_ROUNDS
-    # Pruned block by block are the guess and the finalists, each by both halves of the text, in three passes.
-    calibrated = (1 + few) * 2 * 3 * CALIBRATING
+    # Pruned block by block are the guess and the finalists, in three passes.
+    calibrated = (1 + few) * 3 * CALIBRATING
     judged = many * little + few * much + much
     passes = calibrated / SEQUENCE + judged / WINDOW
-    prunings = 2 * (many + few + 2)
+    prunings = many + few + 2
     flops = 2 * (weights + LLAMA_VOCABULARY * 4096) * (calibrated + judged)
     proxy = 2 * 200 * sum(LAYERS_PER_KIND * ROWS * d_in**2 * count for (_, d_in), count in LLAMA_2_7B.items())
     seconds = {
@@ -228,7 +229,7 @@ def main() -> None:
 
     settings = f"{options.search_tokens}{'-bare' * options.without_starts}"
     name = f"{options.model}-{options.mask.replace(':', '-')}-seed{options.seed}-{settings}.json"
-    study = searched(bench, mask, options, studies_folder() / "halves" / name)
+    study = searched(bench, mask, options, studies_folder() / "whole" / name)
     print(f"\nsearch: {study}\n\nperplexity on {options.tokens} test tokens of {bench.corpus.name}, windows of 512:")
     tested = {}
     for name, coefficients in (("found", study.recommended), ("RIA", RIA), ("Wanda", WANDA)):

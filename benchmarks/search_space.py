@@ -6,10 +6,10 @@
 From the recipe's coefficients, every change is one step: column and neighbourhood three times or a third of what they
 are, the exponent 0.2 more or less, for all layers or for one kind of layer alone; unstructured, ATP's line of
 sparsities over the blocks, and moves of sparsity between a group of blocks and all others, as EvoPress makes them. Each
-change is judged as the first stage of the search judges: by the divergence from the dense model, each half of the text
-pruned by the statistics of the other. In each family of changes the best change of each part is taken, if its gain is
-above its standard error. What is taken together is pruned as the recipe prunes, judged as the last stage judges, and on
-test text. What one half of the windows would take is judged on the other half, which it was not chosen on.
+change is judged as the first stage of the search judges: by the divergence from the dense model. In each family of
+changes the best change of each part is taken, if its gain is above its standard error. What is taken together is pruned
+as the recipe prunes, judged as the last stage judges, and on test text. What one half of the windows would take is
+judged on the other half, which it was not chosen on.
 
 Rows are appended to --results as they are measured, and not measured again.
 """
@@ -32,16 +32,17 @@ from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.models.blocks import block_of, find_blocks
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.steps import Mask as MaskStep
-from crepe_llm.search.halves import Halves
 from crepe_llm.search.rehearsal import Pruning, rehearsed
 from crepe_llm.search.space import Coefficients
 from crepe_llm.search.trials import Trial
+from crepe_llm.search.whole_model import WholeModel
 from method_recipes import crepe
 from pho_common import MODELS, WINDOW
 from records import RESULTS, Row, append, is_done, read
 
-# Raised by every change of a default or of how something is measured.
-PROTOCOL = 1
+# Raised by every change of a default or of how something is measured. 1: each half of the text pruned what the other
+# judged.
+PROTOCOL = 2
 STRUCTURES = ("2:4", "50%", "60%", "70%")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The steps: factors of column and neighbourhood, differences of the exponent.
@@ -179,8 +180,8 @@ class Bench:
         own = Coefficients(**{name: self._fields[name] for name in names})
         flat = () if self.sparsity is None else (self.sparsity,) * len(self._blocks)
         self.base = Setting((own,) * len(KINDS), flat)
-        self._halves = Halves(self._model, self._sequences, self.base, self._pruning)
-        self._quick, self._last = self._halves.measures()
+        self._whole = WholeModel(self._model, self._sequences, self.base, self._pruning)
+        self._quick, self._last = self._whole.measures()
 
     @property
     def blocks(self) -> int:

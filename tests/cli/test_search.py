@@ -21,7 +21,7 @@ def test_the_state_of_a_study_and_the_time_that_is_left():
     study = Study("m", Mask("2:4", 0.5), "balanced_reconstruction", False)
     study.candidates = [Candidate(RIA, 1.0, 0.1, -1), Candidate(WANDA, 1.0, 0.1, 0)]
     assert state_in_words(study, None, 65) == "1 of 200 candidates by proxy, 01:05 so far"
-    first, last = Stage("first stage: pruned by masks alone"), Stage("last stage: pruned as the recipe prunes")
+    first, last = Stage("first stage: masks alone"), Stage("last stage: what the recipe makes")
     study.stages, last.trials = [last], trials(1, 30.0)
     assert state_in_words(study, 50, 65) == "the model is pruned with the recipe's own coefficients, 01:05 so far"
     # 40 candidates in 200 s, and three of the last four in 90 s, of which the recipe's own are measured already.

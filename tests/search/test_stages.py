@@ -46,10 +46,10 @@ def test_costs_add_up():
     rounds = (Round(40, 8), Round(4, 32))
     assert COST.of(rounds) == 40 * (2 + 8 * 0.5) + 3 * 30
     assert COST.limit(rounds, 200) == 200 - 3 * 30
-    # Two processes halve it; three of the eight halves of four candidates are left for one of three processes.
+    # Of three finalists one process has two; of each four candidates one of three processes has two.
     two, three = (dataclasses.replace(COST, processes=count) for count in (2, 3))
-    assert two.of(rounds) == COST.of(rounds) / 2 and two.limit(rounds, 200) == 2 * (200 - 1.5 * 30)
-    assert three.of(rounds) == (11 / 2 + 6 * 3 / 2) * 6 + 2 / 2 * 30
+    assert two.of(rounds) == 20 * 6 + 2 * 30 and two.limit(rounds, 200) == 2 * (200 - 2 * 30)
+    assert three.of(rounds) == (6 + 6 * 2) * 6 + 30
 
 
 class Model:

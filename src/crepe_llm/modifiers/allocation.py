@@ -34,8 +34,8 @@ from crepe_llm.modifiers.observe import Observer
 from crepe_llm.pruning.block_pass import Wanted
 from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.search.choice import choose
-from crepe_llm.search.halves import Halves
 from crepe_llm.search.rehearsal import Pruning, own_weights
+from crepe_llm.search.whole_model import WholeModel
 
 __all__ = ["SparsityAllocationModifier"]
 
@@ -280,7 +280,7 @@ class SparsityAllocationModifier(LayerModifier):
                 self._use(self._allocated())
                 return pruning_of(crepe, masks_alone, routing)
 
-            choice = choose(Halves(model, sequences, spreads[0], pruning), spreads)
+            choice = choose(WholeModel(model, sequences, spreads[0], pruning), spreads)
         crepe.pruning_pass.forget()
         self._spread = choice.chosen
         lines = ["spread  better by, nats a token  as the recipe prunes"]

@@ -27,7 +27,7 @@ def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
         modifier: what needs them.
 
     Raises:
-        ValueError: there are fewer than two, so that none is left to judge what the other calibrates.
+        ValueError: there are fewer than two, so that none is left to judge what the other chooses.
     """
     found = []
     for batch in dataloader:
@@ -38,7 +38,7 @@ def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
                 found.append(ids[mask.bool()])
     if len(found) < 2:
         raise ValueError(
-            f"{modifier} judges by one half of the calibration text what the other half prunes, and there are "
+            f"{modifier} judges on one half of the calibration text what the other half chose, and there are "
             f"{len(found)} sequences of at least two tokens: calibrate with two at least, better with 16"
         )
     return found

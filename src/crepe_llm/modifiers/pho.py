@@ -34,7 +34,6 @@ from crepe_llm.modifiers.routing import Routing
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
-from crepe_llm.search.halves import Halves
 from crepe_llm.search.known import known_points
 from crepe_llm.search.rehearsal import Pruning, mask_step, own_weights
 from crepe_llm.search.search import search, take_record
@@ -42,6 +41,7 @@ from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.stages import Cost, choose_rounds, judge, run_last_stage
 from crepe_llm.search.study import Study
 from crepe_llm.search.trials import Plan, Stage
+from crepe_llm.search.whole_model import WholeModel
 
 __all__ = ["PHOSearchModifier"]
 
@@ -277,7 +277,7 @@ class PHOSearchModifier(LayerModifier):
             with own_weights(self._layers), as_it_predicts(state.model) as routing:
                 pruning = functools.partial(self._pruning, routing)
                 guess = (*self._starts(), self._own())[0]
-                self._judge(Halves(state.model, sequences, guess, pruning), study, path, started)
+                self._judge(WholeModel(state.model, sequences, guess, pruning), study, path, started)
         except KeyboardInterrupt:
             logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
             raise
@@ -332,10 +332,10 @@ class PHOSearchModifier(LayerModifier):
             ),
         )
 
-    def _judge(self, halves: Halves[Coefficients], study: Study, path: Path, started: float) -> None:
+    def _judge(self, pruned: WholeModel[Coefficients], study: Study, path: Path, started: float) -> None:
         """Measure candidates on the pruned model, until the last stage says what to use."""
         own, starts = self._own(), self._starts()
-        quick, last = halves.measures()
+        quick, last = pruned.measures()
         if self._source is not None:
             take_record(study, path)
             run_last_stage(study, [own, *self._source.challengers], last, path, _progress)
@@ -345,12 +345,12 @@ class PHOSearchModifier(LayerModifier):
             known = study.plan
             if known is not None and known.budget == self._budget and len(known.rounds) == 2:
                 return known
-            halves.prepare()
+            pruned.prepare()
             before = time.perf_counter()
             with processes.alone():
                 quick.losses(own, range(2))
-            cost = Cost(time.perf_counter() - before, halves.seconds, seconds, processes.count())
-            return self._plan(cost, halves.tokens, time.perf_counter() - started)
+            cost = Cost(time.perf_counter() - before, pruned.seconds, seconds, processes.count())
+            return self._plan(cost, pruned.tokens, time.perf_counter() - started)
 
         judge(study, [own, *starts], (quick, last), plan, path, _progress)
 

@@ -7,9 +7,9 @@ from typing import Generic
 from tqdm import tqdm
 
 from crepe_llm import processes
-from crepe_llm.search.halves import Halves
 from crepe_llm.search.stages import DEFAULT_ROUNDS, Candidate
 from crepe_llm.search.trials import gain_over, is_clear
+from crepe_llm.search.whole_model import WholeModel
 
 __all__ = ["Choice", "choose"]
 
@@ -33,16 +33,16 @@ class Choice(Generic[Candidate]):
     last: dict[Candidate, tuple[float, float]]
 
 
-def choose(halves: Halves[Candidate], candidates: Sequence[Candidate]) -> Choice[Candidate]:
+def choose(pruned: WholeModel[Candidate], candidates: Sequence[Candidate]) -> Choice[Candidate]:
     """Judge candidates by masks alone, and the best two of them as the recipe prunes, beside the first one.
 
     All processes call it together, and share the candidates out.
 
     Args:
-        halves: the model and the text.
+        pruned: the model and the text.
         candidates: two at least, the first of which the others must beat.
     """
-    quick, real = halves.measures()
+    quick, real = pruned.measures()
     few = next((n for n in range(1, len(quick.tokens)) if sum(quick.tokens[:n]) >= _FIRST_TOKENS), len(quick.tokens))
     quick.prepare()
     first = _gains("Masks alone", candidates, quick.tokens[:few], lambda one: quick.losses(one, range(few)))

@@ -3,7 +3,7 @@
 A study's stages are measured in the order of its plan, and saved trial by trial. What is on record is not measured
 again, so that a search that was killed at any moment ends as if it had not been.
 
-Several processes share out candidates and the halves of the text, and all have the same results; the first one saves.
+Several processes share the candidates out, and all have the same results; the first one saves.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Cost:
         pruning: one process, for a candidate's pruning in the first stage.
         window: one process, for a window there.
         last: one process, for a candidate of the last stage.
-        processes: how many share candidates and halves of the text.
+        processes: how many share candidates.
     """
 
     pruning: float
@@ -95,8 +95,8 @@ class Cost:
         return self._turns(round_.candidates - 1) * self.last
 
     def _turns(self, candidates: int) -> float:
-        """How many candidates the busiest process has of these, halves of the text counted apart."""
-        return math.ceil(2 * candidates / self.processes) / 2
+        """How many candidates the busiest process has of these."""
+        return math.ceil(candidates / self.processes)
 
 
 def choose_rounds(
@@ -262,12 +262,10 @@ class _Recorder:
         """Add the trials of a pool, which is the same in all processes, to a stage."""
         left = [c for c in pool if len(self._losses(stage, c)) < windows]
         new = set(left)
-        # So many that each process has one half of the windows of one of them, or as many as any other process.
-        at_once = processes.count() // math.gcd(processes.count(), 2)
         for coefficients in pool:
             if coefficients in left[:1]:
-                self._complete(stage, measure, left[:at_once], windows)
-                left = left[at_once:]
+                self._complete(stage, measure, left[: processes.count()], windows)
+                left = left[processes.count() :]
             known = self._known[stage.name, coefficients]
             stage.trials.append(Trial(coefficients, known.losses[:windows], measure.tokens[:windows], known.seconds))
             if coefficients in new and processes.is_first():
@@ -277,23 +275,17 @@ class _Recorder:
     def _complete(self, stage: Stage, measure: CoefficientMeasure, turn: Sequence[Coefficients], windows: int) -> None:
         """Measure some candidates on the windows that they have not been measured on."""
         measure.prepare()
-        shares = [(c, part) for c in turn for part in _parts(range(len(self._losses(stage, c)), windows))]
 
-        def timed(share: tuple[Coefficients, range]) -> tuple[list[float], float]:
+        def timed(coefficients: Coefficients) -> tuple[list[float], float]:
             started = time.perf_counter()
-            return measure.losses(*share), time.perf_counter() - started
+            found = measure.losses(coefficients, range(len(self._losses(stage, coefficients)), windows))
+            return found, time.perf_counter() - started
 
-        found = processes.spread(shares, timed)
-        for coefficients in turn:
-            losses = dict(enumerate(self._losses(stage, coefficients)))
+        for coefficients, (found, taken) in zip(turn, processes.spread(turn, timed), strict=True):
             known = self._known.get((stage.name, coefficients))
-            seconds = 0.0 if known is None else known.seconds
-            for (whose, part), (values, taken) in zip(shares, found, strict=True):
-                if whose == coefficients:
-                    losses |= zip(part, values, strict=True)
-                    seconds += taken
-            ordered = tuple(losses[window] for window in range(windows))
-            self._remember(stage.name, Trial(coefficients, ordered, measure.tokens[:windows], seconds))
+            seconds = taken + (0.0 if known is None else known.seconds)
+            losses = (*self._losses(stage, coefficients), *found)
+            self._remember(stage.name, Trial(coefficients, losses, measure.tokens[:windows], seconds))
 
     def _losses(self, stage: Stage, coefficients: Coefficients) -> tuple[float, ...]:
         """What is on record of a candidate."""
@@ -315,11 +307,3 @@ class _Recorder:
         known = self._known.get((way, trial.coefficients))
         if known is None or len(known.losses) < len(trial.losses):
             self._known[way, trial.coefficients] = trial
-
-
-def _parts(windows: range) -> list[range]:
-    """Windows that follow each other; for several processes those of each half of the text apart."""
-    if processes.count() == 1:
-        return [windows]
-    parts = [range(windows.start + (half - windows.start) % 2, windows.stop, 2) for half in (0, 1)]
-    return [part for part in parts if part]

@@ -1,4 +1,4 @@
-"""Candidates measured on the whole model: pruned by one half of the text, judged on the other, and the other way."""
+"""Candidates measured on the whole model, which is pruned for a while as the recipe will prune it."""
 
 import copy
 import itertools
@@ -18,22 +18,25 @@ from crepe_llm.search.divergence import Divergence, cut_windows
 from crepe_llm.search.rehearsal import Pruning, input_statistics, pruned, rehearsed, remembering
 from crepe_llm.search.stages import WINDOW, Candidate, Measure
 
-__all__ = ["Halves"]
+__all__ = ["WholeModel"]
 
-# Of each half candidates are judged on so many tokens at most, and calibrated on so many.
-_JUDGED_TOKENS, _CALIBRATING_TOKENS = 8192, 16384
+# Candidates are judged on so many tokens at most, and calibrated on so many.
+_JUDGED_TOKENS, _CALIBRATING_TOKENS = 16384, 32768
 
 
-class Halves(Generic[Candidate]):
+class WholeModel(Generic[Candidate]):
     """How far a model is from its dense self when it is pruned with a candidate, in two ways.
 
-    The text is cut in two: every second sequence is of the second half. Masks that are judged on one half are by
-    statistics of the other, so that no mask is judged on the text that its statistics are from, and all text judges.
+    The last stage prunes block by block as the recipe does, on the same text, and judges on that text: where the text
+    is no longer than the limits here, what is judged are the very weights that the recipe will make. Other text would
+    make other ones, which differ in loss by more than good candidates do (docs/pho.md).
 
-    The last stage prunes block by block as the recipe does. The first stage makes masks alone, by the statistics that
-    layers have when one candidate prunes the model block by block, the same for all candidates. So a candidate costs
-    two prunings and one forward pass for each window. The one candidate has an advantage over all others there, and
-    those that prune alike; it should be a good guess.
+    The first stage makes masks alone, by the statistics that layers have when one candidate prunes the model block by
+    block, the same for all candidates. So a candidate costs a pruning and one forward pass for each window. The one
+    candidate has an advantage over all others there, and those that prune alike; it should be a good guess.
+
+    Every second sequence is of the text's second half, and windows of the halves take turns, so that what is chosen by
+    one half can be judged on the other.
 
     Of several processes each judges candidates alone, on a model of its own. They share out only the dense model's
     predictions and, in :meth:`prepare`, the statistics.
@@ -45,7 +48,7 @@ class Halves(Generic[Candidate]):
         pruning: of a candidate, and of whether masks alone are made, how layers are pruned.
 
     Attributes:
-        tokens: of each window, how many tokens are predicted; windows of the halves take turns.
+        tokens: of each window, how many tokens are predicted.
         seconds: what a forward pass of a window has taken, and comparing its predictions.
     """
 
@@ -57,14 +60,13 @@ class Halves(Generic[Candidate]):
         pruning: Callable[[Candidate, bool], Pruning],
     ) -> None:
         self._model, self._guess, self._pruning = model, guess, pruning
-        halves = sequences[::2], sequences[1::2]
-        windows = [_up_to(_in_turn(half), _JUDGED_TOKENS) for half in halves]
+        halves = [_up_to(_in_turn(half), _JUDGED_TOKENS // 2) for half in (sequences[::2], sequences[1::2])]
         before = time.perf_counter()
-        self._divergence = Divergence(model, [window for pair in zip(*windows, strict=False) for window in pair])
+        self._divergence = Divergence(model, [window for pair in zip(*halves, strict=False) for window in pair])
         own = -(-len(self._divergence.tokens) // processes.count())
         self.seconds = (time.perf_counter() - before) / own
-        self._calibrating = [_up_to(half, _CALIBRATING_TOKENS) for half in reversed(halves)]
-        self._statistics: dict[int, dict[torch.nn.Module, InputStatistics]] = {}
+        self._calibrating = _up_to(sequences, _CALIBRATING_TOKENS)
+        self._statistics: dict[torch.nn.Module, InputStatistics] = {}
         self.tokens = self._divergence.tokens
         try:
             find_blocks(model)
@@ -78,72 +80,65 @@ class Halves(Generic[Candidate]):
         """Those of the first stage and of the last."""
         last = self._as_the_recipe if self._has_blocks else self._by_statistics
         return (
-            Measure("first stage: pruned by masks alone", self.tokens, self._losses, self.prepare),
-            Measure("last stage: pruned as the recipe prunes", self.tokens, lambda c, w: self._losses(c, w, last)),
+            Measure("first stage: masks alone", self.tokens, self._losses, self.prepare),
+            Measure("last stage: what the recipe makes", self.tokens, lambda c, w: self._losses(c, w, last)),
         )
 
     def prepare(self) -> None:
         """Gather the statistics that the first stage needs, if they are not there; all processes call it together."""
-        if all(processes.gather(len(self._statistics) == 2)):
+        if all(processes.gather(bool(self._statistics))):
             return
         layers = {wanted.name: module for module, wanted in self._pruning(self._guess, True).wanted.items()}
-        for half, found in enumerate(processes.spread((0, 1), self._by_name)):
-            self._statistics[half] = {
-                layers[name]: _moved(statistics, get_execution_device(layers[name]))
-                for name, statistics in found.items()
-            }
+        self._statistics = {
+            layers[name]: _moved(statistics, get_execution_device(layers[name]))
+            for name, statistics in processes.by_first(self._by_name).items()
+        }
 
-    def _by_name(self, half: int) -> dict[str, InputStatistics]:
-        """What masks are made by that are judged on a half, for each layer by its name, on the CPU."""
-        if half not in self._statistics:
-            self._gather(half)
+    def _by_name(self) -> dict[str, InputStatistics]:
+        """What masks are made by, for each layer by its name, on the CPU."""
+        if not self._statistics:
+            self._gather()
         wanted = self._pruning(self._guess, True).wanted
-        return {wanted[module].name: _moved(found, "cpu") for module, found in self._statistics[half].items()}
+        return {wanted[module].name: _moved(found, "cpu") for module, found in self._statistics.items()}
 
     def _losses(
         self,
         candidate: Candidate,
         windows: range,
-        meanwhile: Callable[[Candidate, int], AbstractContextManager[None]] | None = None,
+        meanwhile: Callable[[Candidate], AbstractContextManager[None]] | None = None,
     ) -> list[float]:
-        """The divergence on each window of the model pruned by the half that the window is not of."""
-        losses: dict[int, float] = {}
-        for half in (0, 1):
-            mine = [window for window in windows if window % 2 == half]
-            if mine:
-                with (meanwhile or self._by_statistics)(candidate, half):
-                    losses |= {window: self._divergence(window) for window in mine}
-        return [losses[window] for window in windows]
+        """The divergence of the pruned model on each window."""
+        with (meanwhile or self._by_statistics)(candidate):
+            return [self._divergence(window) for window in windows]
 
     @contextmanager
-    def _as_the_recipe(self, candidate: Candidate, half: int) -> Iterator[None]:
+    def _as_the_recipe(self, candidate: Candidate) -> Iterator[None]:
         pruning = self._pruning(candidate, False)
         found: dict[torch.nn.Module, InputStatistics] = {}
-        if candidate == self._guess and half not in self._statistics:
+        if candidate == self._guess and not self._statistics:
             pruning = remembering(pruning, found)
-        with rehearsed(self._model, self._calibrating[half], pruning):
-            if found:
-                self._statistics[half] = found
+        with rehearsed(self._model, self._calibrating, pruning):
+            self._statistics = found or self._statistics
             yield
 
     @contextmanager
-    def _by_statistics(self, candidate: Candidate, half: int) -> Iterator[None]:
-        if half not in self._statistics:
-            self._gather(half)
-        with pruned(self._statistics[half], self._pruning(candidate, True)):
+    def _by_statistics(self, candidate: Candidate) -> Iterator[None]:
+        if not self._statistics:
+            self._gather()
+        with pruned(self._statistics, self._pruning(candidate, True)):
             yield
 
-    def _gather(self, half: int) -> None:
+    def _gather(self) -> None:
         """The statistics that the first stage makes masks by; the dense model's where there are no blocks."""
         if self._has_blocks:
-            with self._as_the_recipe(self._guess, half):
+            with self._as_the_recipe(self._guess):
                 return
         wanted = self._pruning(self._guess, True).wanted
         device = self._model.get_input_embeddings().weight.device
         with torch.no_grad(), input_statistics(wanted) as found:
-            for sequence in self._calibrating[half]:
+            for sequence in self._calibrating:
                 self._model.base_model(input_ids=sequence[None].to(device), use_cache=False)
-        self._statistics[half] = found
+        self._statistics = found
 
 
 def _moved(statistics: InputStatistics, device: Any) -> InputStatistics:
