@@ -72,13 +72,18 @@ def read(folder: Path) -> Any:
     return made
 
 
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     from vllm import LLM
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
     with one_collection():
-        return LLM(str(folder), skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=16 << 20)
+        return LLM(str(folder), skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=16 << 20, **options)
+
+
+def test_random_weights_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="load_format=dummy gives every tensor random values"):
+        start(write_random_model(llama(), tmp_path, sparse=True), monkeypatch, load_format="dummy")
 
 
 def test_registering_again_changes_nothing() -> None:

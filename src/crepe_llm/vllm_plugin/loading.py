@@ -122,6 +122,11 @@ def install() -> None:
         config = vllm_config.quant_config
         if not isinstance(config, Sparse24Config):
             return original(self, vllm_config, model_config, prefix)
+        if self.load_config.load_format == "dummy":
+            raise ValueError(
+                "load_format=dummy gives every tensor random values, and random masks and shapes describe no 2:4 "
+                f"weights: leave load_format out for {model_config.model}, or time a dense model's dummy weights"
+            )
         config.begin_model(get_model_cls(model_config))
         model = original(self, vllm_config, model_config, prefix)
         config.finish_model(model)
