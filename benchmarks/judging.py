@@ -32,7 +32,7 @@ from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import Layer
 from crepe_llm.search.divergence import Divergence
 from crepe_llm.search.known import known_points
-from crepe_llm.search.rehearsal import Pruning, mask_step, rehearsed
+from crepe_llm.search.rehearsal import Pruning, calls_of, mask_step, rehearsed
 from crepe_llm.search.space import RIA, WANDA, Coefficients
 from pho_common import MODELS, WINDOW, parse_mask
 from records import RESULTS, Row, append, is_done, read
@@ -84,9 +84,9 @@ class Bench:
         own = self._places["itself"]
         halves: list[float] = []
         for half in (0, 1):
-            with rehearsed(self._model, self._text[1 - half :: 2], pruning):
+            with rehearsed(calls_of(self._model, self._text[1 - half :: 2]), pruning):
                 halves += [self._divergence(window) for window in own[half::2]]
-        with rehearsed(self._model, self._text, pruning):
+        with rehearsed(calls_of(self._model, self._text), pruning):
             losses = {way: [self._divergence(window) for window in place] for way, place in self._places.items()}
             found = perplexity(self._model, self._test, corpus="test", progress=False).perplexity
         losses["halves"] = halves

@@ -32,7 +32,7 @@ from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.models.blocks import block_of, find_blocks
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.steps import Mask as MaskStep
-from crepe_llm.search.rehearsal import Pruning, rehearsed
+from crepe_llm.search.rehearsal import Pruning, calls_of, rehearsed
 from crepe_llm.search.space import Coefficients
 from crepe_llm.search.trials import Trial
 from crepe_llm.search.whole_model import WholeModel
@@ -212,7 +212,7 @@ class Bench:
         if row is None:
             corpus, started = samples.wikipedia(), time.perf_counter()
             windows = samples.token_windows(self._tokenizer, corpus.test, WINDOW, tokens=TEST_TOKENS)
-            with rehearsed(self._model, self._sequences, self._pruning(self._together(taken), False)):
+            with rehearsed(calls_of(self._model, self._sequences), self._pruning(self._together(taken), False)):
                 found = perplexity(self._model, windows, corpus=corpus.name, progress=False).perplexity
             row = self._append(key | {"perplexity": found, "seconds": round(time.perf_counter() - started, 1)})
         return row["perplexity"]

@@ -1,5 +1,6 @@
 """PHOSearchModifier through llm-compressor's own oneshot."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
@@ -20,7 +22,7 @@ from crepe_llm.search.fitness import PROXIES
 from crepe_llm.search.space import RIA, Coefficients, Mask
 from crepe_llm.search.study import Study, StudyError
 from crepe_llm.search.whole_model import WholeModel
-from modifier_helpers import load, run
+from modifier_helpers import linears, load, run
 from tiny_models import FAMILIES
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "crepe_2of4_pho.yaml"
@@ -270,6 +272,32 @@ def test_the_last_stage_prunes_as_the_recipe_does(tiny_model_folder, calibration
     # The first stage prunes by masks alone.
     quick = pho.result.stages[0].trials[0].losses
     assert quick != losses[: len(quick)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_is_judged_are_the_weights_that_the_recipe_makes(
+    tiny_model_folder, calibration_data, pair, monkeypatch, family, batch_size
+):
+    """Bit for bit, in 16-bit floats and with padding, where attention with and without a mask differ."""
+    from crepe_llm.search.divergence import Divergence
+
+    found, measure = [], Divergence.__call__
+
+    def seen(self, window):
+        found.append({name: module.weight.clone() for name, module in linears(self._model).items()})
+        return measure(self, window)
+
+    monkeypatch.setattr(Divergence, "__call__", seen)
+    folder = tiny_model_folder(family)
+    pho, crepe = pair()
+    more = [WeightCorrectionModifier(method="pcg")]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    run(model, [pho, crepe, *copy.deepcopy(more)], calibration_data, batch_size=batch_size)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    run(model, [CRePEModifier(mask_structure="2:4"), *more], calibration_data, batch_size=batch_size)
+    for name, module in linears(model).items():
+        assert torch.equal(found[0][name], module.weight), name
 
 
 def test_known_points_are_tried(tiny_model_folder, calibration_data, pair):

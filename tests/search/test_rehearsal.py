@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from crepe_llm.modifiers import CRePEModifier
 from crepe_llm.pruning.block_pass import Calibration, Wanted
-from crepe_llm.search.rehearsal import Pruning, input_statistics, mask_step, pruned, rehearsed, remembering
+from crepe_llm.search.rehearsal import Pruning, calls_of, input_statistics, mask_step, pruned, rehearsed, remembering
 from crepe_llm.search.space import RIA, WANDA, Mask
 from modifier_helpers import inputs_of, linears, load, matrix, run
 from tiny_models import FAMILIES, save_model
@@ -24,7 +24,7 @@ def test_a_rehearsal_prunes_as_oneshot_does(tiny_model_folder, calibration_data,
     data = calibration_data.select([1, 2, 4, 5])  # without padding
     step = mask_step(RIA, TWO_OF_FOUR)
     wanted = {module: Wanted(name) for module, name in layers_of(model).items()}
-    with rehearsed(model, torch.tensor(data["input_ids"]).unbind(), Pruning(wanted, Calibration(), step)):
+    with rehearsed(calls_of(model, torch.tensor(data["input_ids"]).unbind()), Pruning(wanted, Calibration(), step)):
         during = {name: matrix(module).clone() for name, module in linears(model).items()}
     assert all(torch.equal(before[name], matrix(module)) for name, module in linears(model).items())
     recipe = [CRePEModifier(mask_structure="2:4", **vars(RIA))]
@@ -44,7 +44,7 @@ def test_a_rehearsal_has_the_attention_masks_of_the_model(calibration_data, tmp_
     found = {}
     wanted = {module: Wanted(name) for module, name in layers_of(model).items()}
     look = Pruning(wanted, Calibration(), lambda layer: found.update({layer.module: layer.statistics.norm}))
-    with rehearsed(model, sequences.unbind(), look):
+    with rehearsed(calls_of(model, sequences.unbind()), look):
         pass
     with input_statistics(wanted) as expected, torch.no_grad():
         model(input_ids=sequences)
@@ -60,7 +60,7 @@ def test_pruning_by_statistics_of_a_rehearsal_is_the_rehearsal_s(tiny_model_fold
     dense = {name: matrix(module).clone() for name, module in linears(model).items()}
     wanted = {module: Wanted(name, gram=True) for module, name in layers_of(model).items()}
     pruning, statistics = Pruning(wanted, Calibration(), mask_step(RIA, TWO_OF_FOUR)), {}
-    with rehearsed(model, sequences, remembering(pruning, statistics)):
+    with rehearsed(calls_of(model, sequences), remembering(pruning, statistics)):
         rehearsal = {name: matrix(module).clone() for name, module in linears(model).items()}
     assert statistics.keys() == wanted.keys()
     assert all(found.gram is None for found in statistics.values())
@@ -79,7 +79,7 @@ def test_models_are_restored_when_a_measurement_fails(tiny_model_folder):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wanted = {module: Wanted(name) for module, name in layers_of(model).items()}
     pruning = Pruning(wanted, Calibration(), mask_step(RIA, TWO_OF_FOUR))
-    with pytest.raises(KeyboardInterrupt), rehearsed(model, [torch.arange(3, 20)], pruning):
+    with pytest.raises(KeyboardInterrupt), rehearsed(calls_of(model, [torch.arange(3, 20)]), pruning):
         assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -5,7 +5,7 @@ import torch
 
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.search.divergence import Divergence
-from crepe_llm.search.rehearsal import Pruning, mask_step, pruned, rehearsed, remembering
+from crepe_llm.search.rehearsal import Pruning, calls_of, mask_step, pruned, rehearsed, remembering
 from crepe_llm.search.space import RIA, WANDA, Mask
 from crepe_llm.search.whole_model import WholeModel, _in_turn
 from modifier_helpers import linears, load
@@ -35,7 +35,7 @@ def test_stages_prune_and_judge_by_all_text(model, texts):
     divergence = Divergence(model, texts[:4])
     expected, statistics = {}, {}
     for coefficients in (WANDA, RIA):
-        with rehearsed(model, texts, remembering(pruning(coefficients, False), statistics)):
+        with rehearsed(calls_of(model, texts), remembering(pruning(coefficients, False), statistics)):
             expected[coefficients] = [divergence(window) for window in range(4)]
     with pruned(statistics, pruning(WANDA, True)):
         expected["cheap"] = [divergence(window) for window in range(4)]
@@ -67,7 +67,7 @@ def test_windows_of_many_sequences_come_first():
 def test_without_blocks_statistics_are_the_dense_model_s(model, texts):
     pruning, statistics = pruning_of(model), {}
     dense = Pruning(pruning(RIA, True).wanted, Calibration(), lambda layer: None)
-    with rehearsed(model, texts, remembering(dense, statistics)):
+    with rehearsed(calls_of(model, texts), remembering(dense, statistics)):
         pass
     model.model.others = torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(2)])
     whole = WholeModel(model, texts, RIA, pruning)

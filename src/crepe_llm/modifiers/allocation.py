@@ -28,13 +28,13 @@ from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.scores import wanda_scores
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.modifiers.judging import as_it_predicts, pruning_of, texts_in
+from crepe_llm.modifiers.judging import as_it_predicts, pruning_of, texts_in, watch_calls
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer
 from crepe_llm.pruning.block_pass import Wanted
 from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.search.choice import choose
-from crepe_llm.search.rehearsal import Pruning, own_weights
+from crepe_llm.search.rehearsal import Calls, Pruning, own_weights
 from crepe_llm.search.whole_model import WholeModel
 
 __all__ = ["SparsityAllocationModifier"]
@@ -140,6 +140,7 @@ class SparsityAllocationModifier(LayerModifier):
     _sizes: dict[str, int] = PrivateAttr(default_factory=dict)
     _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _measures: dict[str, float] = PrivateAttr(default_factory=dict)
+    _calls: Calls | None = PrivateAttr(default=None)
     _spread: float = PrivateAttr(default=0.0)
 
     @property
@@ -228,6 +229,8 @@ class SparsityAllocationModifier(LayerModifier):
             give_all(self._dataloader)
         wanted = {module: Wanted(name) for module, name in self._layers.items()}
         self._observer = Observer(self, state.model, self._dataloader, wanted)
+        if self.spread == MEASURED:
+            self._calls = watch_calls(self._observer, state.model)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
@@ -280,8 +283,9 @@ class SparsityAllocationModifier(LayerModifier):
                 self._use(self._allocated())
                 return pruning_of(crepe, masks_alone, routing)
 
-            choice = choose(WholeModel(model, sequences, spreads[0], pruning), spreads)
+            choice = choose(WholeModel(model, sequences, spreads[0], pruning, self._calls), spreads)
         crepe.pruning_pass.forget()
+        self._calls = None
         self._spread = choice.chosen
         lines = ["spread  better by, nats a token  as the recipe prunes"]
         for spread in spreads:

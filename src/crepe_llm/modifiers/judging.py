@@ -9,14 +9,16 @@ import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 
+from crepe_llm.models.blocks import find_blocks
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.modifiers.observe import Uncalibrated, is_usable
+from crepe_llm.modifiers.observe import Observer, Uncalibrated, is_usable
 from crepe_llm.modifiers.routing import Routing
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import Layer
-from crepe_llm.search.rehearsal import Pruning
+from crepe_llm.search.rehearsal import Calls, Pruning
+from crepe_llm.search.whole_model import CALIBRATING_TOKENS
 
-__all__ = ["as_it_predicts", "if_usable", "pruning_of", "texts_in", "working_head"]
+__all__ = ["as_it_predicts", "if_usable", "pruning_of", "texts_in", "watch_calls", "working_head"]
 
 
 def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
@@ -42,6 +44,21 @@ def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
             f"{len(found)} sequences of at least two tokens: calibrate with two at least, better with 16"
         )
     return found
+
+
+def watch_calls(observer: Observer, model: torch.nn.Module) -> Calls | None:
+    """What decoder blocks will have been called with when the calibration has ended; None where they are not found."""
+    try:
+        calls = Calls(find_blocks(model).values(), CALIBRATING_TOKENS)
+    except ValueError:
+        return None
+
+    def see(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.see(block, args, kwargs, observer.batch_mask())
+
+    for block in calls.blocks:
+        observer.watch_block(block, see, "forward_pre")
+    return calls
 
 
 def pruning_of(crepe: CRePEModifier, masks_alone: bool, routing: Routing) -> Pruning:

@@ -27,7 +27,7 @@ from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.fields import MaskStructure
-from crepe_llm.modifiers.judging import as_it_predicts, if_usable, pruning_of, texts_in
+from crepe_llm.modifiers.judging import as_it_predicts, if_usable, pruning_of, texts_in, watch_calls
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
 from crepe_llm.modifiers.routing import Routing
@@ -35,7 +35,7 @@ from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
 from crepe_llm.search.known import known_points
-from crepe_llm.search.rehearsal import Pruning, mask_step, own_weights
+from crepe_llm.search.rehearsal import Calls, Pruning, mask_step, own_weights
 from crepe_llm.search.search import search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.stages import Cost, choose_rounds, judge, run_last_stage
@@ -149,6 +149,7 @@ class PHOSearchModifier(LayerModifier):
     _model_name: str = PrivateAttr(default="")
     _sampled: set[str] = PrivateAttr(default_factory=set)
     _samples: list[LayerSample] = PrivateAttr(default_factory=list)
+    _calls: Calls | None = PrivateAttr(default=None)
     _tokens: int = PrivateAttr(default=0)
     _digest: Any = PrivateAttr(default_factory=hashlib.sha256)
     _source: Study | None = PrivateAttr(default=None)
@@ -231,6 +232,7 @@ class PHOSearchModifier(LayerModifier):
         wanted = {module: Wanted(name, gram and name in self._sampled) for module, name in self._layers.items()}
         give_all(self._dataloader)
         self._observer = Observer(self, state.model, self._dataloader, wanted)
+        self._calls = watch_calls(self._observer, state.model)
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         return super().find_layers(model) if self._crepe is None else self._crepe.find_layers(model)
@@ -277,12 +279,14 @@ class PHOSearchModifier(LayerModifier):
             with own_weights(self._layers), as_it_predicts(state.model) as routing:
                 pruning = functools.partial(self._pruning, routing)
                 guess = (*self._starts(), self._own())[0]
-                self._judge(WholeModel(state.model, sequences, guess, pruning), study, path, started)
+                pruned = WholeModel(state.model, sequences, guess, pruning, self._calls)
+                self._judge(pruned, study, path, started)
         except KeyboardInterrupt:
             logger.warning(f"PHO: interrupted; the study is kept in {path}, and the same run resumes it")
             raise
         self._conclude(study)
         self._samples.clear()
+        self._calls = None
 
     def _new_study(self, sequences: list[torch.Tensor]) -> Study:
         """The settings of a study, before anything is measured."""

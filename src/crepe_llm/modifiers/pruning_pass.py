@@ -4,12 +4,10 @@ from collections.abc import Collection
 from typing import Any, cast
 
 import torch
-from accelerate.utils import send_to_device
 from compressed_tensors.utils import align_module_device
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from pydantic import PrivateAttr
-from transformers.cache_utils import Cache
 
 from crepe_llm import journal, processes
 from crepe_llm.functional.bitmask import RECORDED
@@ -296,10 +294,7 @@ class PruningPass:
     def _capture(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._observer is not None
         batches = self._captured.setdefault(block, [])
-        # A cache would grow with every run of the block.
-        args = tuple(None if isinstance(value, Cache) else value for value in args)
-        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        batch = Batch(send_to_device(args, "cpu"), send_to_device(kwargs, "cpu"), self._observer.batch_mask())
+        batch = Batch.of(args, kwargs, self._observer.batch_mask())
         batches.append(batch.sharing_with(batches[-1]) if batches else batch)
 
     def _prune_block(self, block: torch.nn.Module, layers: list[torch.nn.Module]) -> None:

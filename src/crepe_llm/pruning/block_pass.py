@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from compressed_tensors.utils import get_execution_device, patch_attr
 from tqdm import tqdm
+from transformers.cache_utils import Cache
 
 from crepe_llm import processes
 from crepe_llm.functional.statistics import InputStatistics, token_products
@@ -48,6 +49,13 @@ class Batch:
     kwargs: dict[str, Any]
     mask: torch.Tensor | None = None
     dense: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], mask: torch.Tensor | None = None) -> "Batch":
+        """A call as a hook sees it, on the CPU and without a cache, which would grow with every run of the block."""
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        return cls(send_to_device(args, "cpu"), send_to_device(kwargs, "cpu"), mask)
 
     def on(self, device: torch.device, hidden: torch.Tensor | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments on a device, with other hidden states if some are given."""

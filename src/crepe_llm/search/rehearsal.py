@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from compressed_tensors.offload.cache import CPUCache, OffloadCache
 from compressed_tensors.utils import align_module_device, get_execution_device, get_offloaded_device
 
@@ -21,7 +20,17 @@ from crepe_llm.pruning.layer import Layer, input_channels, set_weight_matrix, we
 from crepe_llm.pruning.steps import Mask as MaskStep
 from crepe_llm.search.space import Coefficients, Mask
 
-__all__ = ["Pruning", "input_statistics", "mask_step", "own_weights", "pruned", "rehearsed", "remembering"]
+__all__ = [
+    "Calls",
+    "Pruning",
+    "calls_of",
+    "input_statistics",
+    "mask_step",
+    "own_weights",
+    "pruned",
+    "rehearsed",
+    "remembering",
+]
 
 
 @contextmanager
@@ -149,27 +158,82 @@ def remembering(pruning: Pruning, statistics: dict[torch.nn.Module, InputStatist
     return dataclasses.replace(pruning, run=run)
 
 
+class Calls:
+    """What a dense model calls its decoder blocks with, for some batches of text; on the CPU.
+
+    Args:
+        blocks: the model's, in order.
+        tokens: after so many, padding included, no more batches are kept; None for all.
+    """
+
+    def __init__(self, blocks: Iterable[torch.nn.Module], tokens: int | None = None) -> None:
+        self._batches: dict[torch.nn.Module, list[Batch]] = {block: [] for block in blocks}
+        self._first = next(iter(self._batches))
+        self._tokens = tokens
+
+    def see(
+        self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mask: torch.Tensor | None = None
+    ) -> None:
+        """Keep a block's next call; blocks see batches in the same order, the first block before the others."""
+        mine, first = self._batches[block], self._batches[self._first]
+        if block is self._first:
+            if self._tokens is not None and sum(batch.tokens for batch in mine) >= self._tokens:
+                return
+            batch = Batch.of(args, kwargs, mask)
+        elif len(mine) == len(first):
+            return
+        else:
+            batch = _with_hidden(Batch.of(args, kwargs, mask), None)
+        alike = mine[-1:] or [other[-1] for other in self._batches.values() if other][-1:]
+        mine.append(batch.sharing_with(alike[0]) if alike else batch)
+
+    def of(self, block: torch.nn.Module) -> list[Batch]:
+        """A block's calls; hidden states are in the first block's only."""
+        return [dataclasses.replace(batch) for batch in self._batches[block]]
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The model's blocks, in order."""
+        return list(self._batches)
+
+
+def calls_of(model: Any, sequences: Sequence[torch.Tensor]) -> Calls:
+    """What a model calls its blocks with when it is run on sequences, int64 [any] each, one at a time.
+
+    Raises:
+        ValueError: the model has no list of decoder blocks.
+    """
+    calls = Calls(find_blocks(model).values())
+    handles = [block.register_forward_pre_hook(calls.see, with_kwargs=True) for block in calls.blocks]
+    device = model.get_input_embeddings().weight.device
+    try:
+        with torch.no_grad():
+            for sequence in sequences:
+                getattr(model, "base_model", model)(input_ids=sequence[None].to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
 @contextmanager
-def rehearsed(model: Any, sequences: Sequence[torch.Tensor], pruning: Pruning) -> Iterator[None]:
+def rehearsed(calls: Calls, pruning: Pruning) -> Iterator[None]:
     """Prune a model meanwhile, block by block, each calibrated on what the pruned blocks before it give; restore it.
 
     Layers outside of decoder blocks stay dense.
 
     Args:
-        model: a transformers causal language model.
-        sequences: what it is calibrated on, int64 [any] each.
+        calls: what it is calibrated on. Those of a recipe's pipeline make the weights that the recipe makes; others
+            with the same text do not, quite: attention takes another way where it is given a mask, in 16-bit floats a
+            few masks in a thousand fall the other way then, and with what follows from that perplexity moves by some
+            per cent.
         pruning: how.
-
-    Raises:
-        ValueError: the model has no list of decoder blocks.
     """
-    blocks = list(find_blocks(model).values())
-    captured = _captured(model, blocks, sequences)
     hidden: list[torch.Tensor] = []
     dense: list[torch.Tensor | None] = []
     with ExitStack() as stack, torch.no_grad():
-        for block in blocks:
-            batches = captured.pop(block)
+        for block in calls.blocks:
+            batches = calls.of(block)
             if hidden:
                 batches = [_with_hidden(batch, states) for batch, states in zip(batches, hidden, strict=True)]
             for batch, beside in zip(batches, dense, strict=False):
@@ -180,31 +244,6 @@ def rehearsed(model: Any, sequences: Sequence[torch.Tensor], pruning: Pruning) -
             hidden, dense = [_outputs(block, batch) for batch in batches], [batch.dense for batch in batches]
         del hidden, dense
         yield
-
-
-def _captured(
-    model: Any, blocks: Sequence[torch.nn.Module], sequences: Sequence[torch.Tensor]
-) -> dict[torch.nn.Module, list[Batch]]:
-    """The calls of every block, one for each sequence; hidden states of the first block's only."""
-    captured: dict[torch.nn.Module, list[Batch]] = {block: [] for block in blocks}
-
-    def see(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch = Batch(send_to_device(args, "cpu"), send_to_device(kwargs, "cpu"))
-        if block is not blocks[0]:
-            batch = _with_hidden(batch, None)
-        alike = captured[block][-1:] or [other[-1] for other in captured.values() if other][-1:]
-        captured[block].append(batch.sharing_with(alike[0]) if alike else batch)
-
-    handles = [block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks]
-    device = model.get_input_embeddings().weight.device
-    try:
-        with torch.no_grad():
-            for sequence in sequences:
-                getattr(model, "base_model", model)(input_ids=sequence[None].to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return captured
 
 
 def _with_hidden(batch: Batch, hidden: torch.Tensor | None) -> Batch:

@@ -13,23 +13,23 @@ from loguru import logger
 
 from crepe_llm import processes
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.blocks import find_blocks
 from crepe_llm.search.divergence import Divergence, cut_windows
-from crepe_llm.search.rehearsal import Pruning, input_statistics, pruned, rehearsed, remembering
+from crepe_llm.search.rehearsal import Calls, Pruning, calls_of, input_statistics, pruned, rehearsed, remembering
 from crepe_llm.search.stages import WINDOW, Candidate, Measure
 
-__all__ = ["WholeModel"]
+__all__ = ["CALIBRATING_TOKENS", "WholeModel"]
 
-# Candidates are judged on so many tokens at most, and calibrated on so many.
-_JUDGED_TOKENS, _CALIBRATING_TOKENS = 16384, 32768
+CALIBRATING_TOKENS = 32768
+"""Candidates are calibrated on so many tokens at most."""
+_JUDGED_TOKENS = 16384
 
 
 class WholeModel(Generic[Candidate]):
     """How far a model is from its dense self when it is pruned with a candidate, in two ways.
 
-    The last stage prunes block by block as the recipe does, on the same text, and judges on that text: where the text
-    is no longer than the limits here, what is judged are the very weights that the recipe will make. Other text would
-    make other ones, which differ in loss by more than good candidates do (docs/pho.md).
+    The last stage prunes block by block as the recipe does, on the same calls of the blocks, and judges on that text:
+    where the text is no longer than the limits here, what is judged are the very weights that the recipe will make.
+    Other text would make other ones, which differ in loss by more than good candidates do (docs/pho.md).
 
     The first stage makes masks alone, by the statistics that layers have when one candidate prunes the model block by
     block, the same for all candidates. So a candidate costs a pruning and one forward pass for each window. The one
@@ -46,6 +46,7 @@ class WholeModel(Generic[Candidate]):
         sequences: the text, int64 [any] each, two at least.
         guess: the candidate whose statistics the first stage takes.
         pruning: of a candidate, and of whether masks alone are made, how layers are pruned.
+        calls: what the model calls its blocks with where the recipe calibrates; None to run it on the text here.
 
     Attributes:
         tokens: of each window, how many tokens are predicted.
@@ -58,6 +59,7 @@ class WholeModel(Generic[Candidate]):
         sequences: Sequence[torch.Tensor],
         guess: Candidate,
         pruning: Callable[[Candidate, bool], Pruning],
+        calls: Calls | None = None,
     ) -> None:
         self._model, self._guess, self._pruning = model, guess, pruning
         halves = [_up_to(_in_turn(half), _JUDGED_TOKENS // 2) for half in (sequences[::2], sequences[1::2])]
@@ -65,20 +67,19 @@ class WholeModel(Generic[Candidate]):
         self._divergence = Divergence(model, [window for pair in zip(*halves, strict=False) for window in pair])
         own = -(-len(self._divergence.tokens) // processes.count())
         self.seconds = (time.perf_counter() - before) / own
-        self._calibrating = _up_to(sequences, _CALIBRATING_TOKENS)
+        self._calibrating = _up_to(sequences, CALIBRATING_TOKENS)
         self._statistics: dict[torch.nn.Module, InputStatistics] = {}
         self.tokens = self._divergence.tokens
-        try:
-            find_blocks(model)
-        except ValueError as error:
-            logger.warning(f"PHO: candidates are pruned by the dense model's statistics, as {error}")
-            self._has_blocks = False
-        else:
-            self._has_blocks = True
+        self._calls = calls
+        if calls is None:
+            try:
+                self._calls = calls_of(model, self._calibrating)
+            except ValueError as error:
+                logger.warning(f"Candidates are pruned by the dense model's statistics, as {error}")
 
     def measures(self) -> tuple[Measure[Candidate], Measure[Candidate]]:
         """Those of the first stage and of the last."""
-        last = self._as_the_recipe if self._has_blocks else self._by_statistics
+        last = self._by_statistics if self._calls is None else self._as_the_recipe
         return (
             Measure("first stage: masks alone", self.tokens, self._losses, self.prepare),
             Measure("last stage: what the recipe makes", self.tokens, lambda c, w: self._losses(c, w, last)),
@@ -117,7 +118,8 @@ class WholeModel(Generic[Candidate]):
         found: dict[torch.nn.Module, InputStatistics] = {}
         if candidate == self._guess and not self._statistics:
             pruning = remembering(pruning, found)
-        with rehearsed(self._model, self._calibrating, pruning):
+        assert self._calls is not None
+        with rehearsed(self._calls, pruning):
             self._statistics = found or self._statistics
             yield
 
@@ -130,7 +132,7 @@ class WholeModel(Generic[Candidate]):
 
     def _gather(self) -> None:
         """The statistics that the first stage makes masks by; the dense model's where there are no blocks."""
-        if self._has_blocks:
+        if self._calls is not None:
             with self._as_the_recipe(self._guess):
                 return
         wanted = self._pruning(self._guess, True).wanted
