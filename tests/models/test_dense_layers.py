@@ -12,11 +12,14 @@ def test_routers_and_gates_of_experts():
     shapes = {
         "model.layers.0.mlp.gate": (64, 128),
         "model.layers.0.mlp.shared_expert_gate": (16, 128),
+        "model.layers.2.mlp.gate.wg": (16, 128),  # HunYuan's
         "model.layers.0.block_sparse_moe.router.layer": (64, 128),
         "model.layers.0.mlp.experts.0.gate_proj": (256, 128),
         "model.layers.1.mlp.gate": (256, 128),  # a dense FFN's
     }
-    assert found(shapes, ["model.layers.0.mlp.experts"]) == dict.fromkeys(list(shapes)[:3], ROUTER)
+    assert found(shapes, ["model.layers.0.mlp.experts", "model.layers.2.mlp.experts"]) == dict.fromkeys(
+        list(shapes)[:4], ROUTER
+    )
 
 
 def test_weights_that_are_read_and_narrow_layers():

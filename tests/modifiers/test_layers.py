@@ -9,8 +9,10 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import Event, EventType, State
 from llmcompressor.modifiers.pruning import WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 
+from crepe_llm.checkpoints import read_folder
 from crepe_llm.modifiers import (
     ADMMModifier,
     CFSPModifier,
@@ -173,7 +175,7 @@ def test_routers_gates_and_narrow_layers_stay_dense(tiny_model_folder, calibrati
     gates = [module for name, module in linears(model).items() if name.endswith("shared_expert_gate")]
     assert len(gates) == 2 and not any(map(pruned, gates))
     assert all(pruned(m) for n, m in linears(model).items() if not n.endswith("shared_expert_gate"))
-    (line,) = [line for line in messages if "Left dense are routers and gates" in line]
+    (line,) = [line for line in messages if "Not pruned are routers and gates" in line]
     assert "2 x model.layers.*.mlp.shared_expert_gate" in line
     named = run(load(folder), [crepe(targets=["Linear", "re:.*shared_expert_gate"])], calibration_data)
     assert all(pruned(m) for n, m in linears(named).items())
@@ -362,3 +364,50 @@ def test_what_is_missing_without_data(tiny_model_folder):
     state = State(model=load(tiny_model_folder("llama")))
     with pytest.raises(ValueError, match=r"CRePEModifier needs calibration data, and was given none.*state\.update"):
         crepe().initialize(state)
+
+
+def test_patterns_that_match_nothing_are_named(tiny_model_folder, calibration_data, messages):
+    recipe = [
+        crepe(targets=["re:.*q_proj", "re:.*k_porj"], ignore=["re:.*dwon_proj", "lm_head"]),
+        QuantizationModifier(targets="Lineer", scheme="FP8_DYNAMIC"),
+    ]
+    run(load(tiny_model_folder("llama")), recipe, calibration_data)
+    said = [line for line in messages if "matches no module of LlamaForCausalLM" in line]
+    for field, pattern in (("targets", "re:.*k_porj"), ("ignore", "re:.*dwon_proj"), ("targets", "Lineer")):
+        assert any(f"{field} has {pattern!r}" in line for line in said)
+    assert len(said) == 3
+
+
+def test_weights_that_no_layer_holds_are_named(tiny_model_folder, calibration_data, tmp_path, messages):
+    torch.manual_seed(0)
+    model = t.DbrxForCausalLM(
+        t.DbrxConfig(
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=64,
+            vocab_size=96,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        )
+    )
+    folder = save(model, tmp_path / "model", tiny_model_folder("llama"))
+    run(load(folder), "crepe_2of4", calibration_data, output_dir=str(tmp_path / "out"))
+    (line,) = [line for line in messages if "which no linear layer holds" in line]
+    assert "2 x transformer.blocks.*.ffn.experts.mlp.w1" in line
+    packed = read_folder(tmp_path / "out").layers
+    assert set(packed) == {
+        f"transformer.blocks.{block}.norm_attn_norm.attn.{name}" for block in (0, 1) for name in ("Wqkv", "out_proj")
+    }
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (torch.zeros(0, dtype=torch.long), "batch 0 of the calibration data has no token: leave empty rows out"),
+        (torch.tensor([3.0, 4.0]), "input_ids of batch 0 of the calibration data are torch.float32"),
+    ],
+)
+def test_batches_of_a_user_s_loader_are_checked(ids, said, tiny_model_folder):
+    with pytest.raises(ValueError, match=said):
+        oneshot(model=load(tiny_model_folder("llama")), recipe=[crepe()], dataset=DataLoader([{"input_ids": ids}]))

@@ -43,6 +43,7 @@ def test_stages_targets_as_text_and_modifiers_without_fields():
         (f"{START}      mask_structure: 16:32\n", r'quote it, mask_structure: "16:32"'),
         (f"{START}      mask_structure: {{'re:.*': 4:8}}\n", r'quote it, mask_structure: "4:8"'),
         (f"{GROUP}    PHOSearchModifier:\n      mask_structure: 2:4\n", r'quote it.*"2:4"'),
+        (f"{GROUP}    WandaPruningModifier:\n      mask_structure: 2:4\n", r'WandaPruningModifier: .*quote it.*"2:4"'),
         (f"{GROUP}   CRePEModifier:\n      row: 1\n     column: 3\n", r"the recipe, line 5 is no YAML.*indentation"),
         (f'{START}      mask_structure: "2:4\n', r"is no YAML.*quotes"),
         (f"{START}    mask_structure: '2:4'\n", r"mask_structure stands beside CRePEModifier.*indent it"),

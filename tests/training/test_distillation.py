@@ -1,7 +1,9 @@
 """Recovery by distillation: masks bit for bit, a loss that falls, the same result after a kill, and what is refused."""
 
 import itertools
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -131,6 +133,24 @@ def test_kept_weights_learn_and_masks_stay_bit_for_bit(method, precision, dense,
     assert {"recipe.yaml", "tokenizer.json", "generation_config.json"} <= {path.name for path in out.iterdir()}
     assert (out / "tokenizer.json").read_bytes() == (packed / "tokenizer.json").read_bytes()
     assert not (tmp_path / "out-work").exists()
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_mended(dense, packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "packed")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))
+    run(folder, dense(), tmp_path, method="full")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["do_sample"]) == (0.6, True)
+
+
+def test_the_pruned_model_is_no_teacher_and_needs_a_tokenizer(dense, packed, tmp_path):
+    with pytest.raises(ValueError, match="is the pruned model itself: give the dense model"):
+        run(packed, packed, tmp_path)
+    folder = shutil.copytree(packed, tmp_path / "packed")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"packed has no tokenizer that transformers can load .*: put the files"):
+        run(folder, dense(), tmp_path)
 
 
 def test_the_state_that_is_written_is_the_best(dense, packed, tmp_path):

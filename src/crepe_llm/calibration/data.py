@@ -130,10 +130,19 @@ def _extents(data: Any) -> Iterator[tuple[int, int, int]]:
     """Length, lowest and highest token id of batches of text; of a data set those of all rows, as any may be drawn."""
     dataset = getattr(data, "dataset", None)
     if not isinstance(dataset, Dataset) or not set(dataset.column_names) <= _TEXT:
-        for batch in data:
+        for number, batch in enumerate(data):
             ids = batch.get("input_ids") if hasattr(batch, "keys") and batch.keys() <= _TEXT else None
-            if ids is not None and ids.numel():
-                yield ids.shape[-1], int(ids.min()), int(ids.max())
+            if ids is None:
+                continue
+            if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+                kind = str(ids.dtype) if isinstance(ids, torch.Tensor) else type(ids).__name__
+                raise ValueError(
+                    f"input_ids of batch {number} of the calibration data are {kind}: give tensors of whole numbers, "
+                    "[batch, length]"
+                )
+            if not ids.numel():
+                raise ValueError(f"batch {number} of the calibration data has no token: leave empty rows out")
+            yield ids.shape[-1], int(ids.min()), int(ids.max())
         return
     column = _ids_column(dataset)
     length = getattr(data.collate_fn, "max_seq_length", None)

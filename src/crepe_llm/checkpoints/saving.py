@@ -53,7 +53,7 @@ SPARSITY = "sparsity_config"
 # Two-dimensional weights that are not those of a linear layer, or of all experts in one: never packed, whatever their
 # zeros. The output head shares its weight with the embedding where tied.
 _NOT_LINEAR = re.compile(
-    r"(^|\.)(lm_head|embed_out|output_embedding\w*|\w*embed\w*|wte|wpe|\w*norm\w*|experts(?!\.\d+\.)|router)(\.|$)",
+    r"(^|\.)((lm_head|embed_out|wte|wpe|experts(?!\.\d+\.)|router)\.|\w*(embed|norm)\w*(\.\d+)?\.weight$)",
     re.IGNORECASE,
 )
 _QUANTIZATION_SUFFIXES = ("_scale", "_zero_point", "_global_scale", "_g_idx", "_shape")

@@ -32,7 +32,8 @@ def dense_by_default(layers: Mapping[str, torch.nn.Module], modules: Iterable[st
 def _kind_of(name: str, weight: torch.Tensor, with_experts: set[tuple[str, ...]]) -> str:
     parts = name.split(".")
     routes = any("router" in part for part in parts)
-    if routes or (_GATE.fullmatch(parts[-1]) and tuple(parts[:-1]) in with_experts):
+    gates = (place for place, part in enumerate(parts) if _GATE.fullmatch(part))
+    if routes or any(tuple(parts[:place]) in with_experts for place in gates):
         return ROUTER
     if parts[-1] in _READ_WITHOUT_A_CALL:
         return READ

@@ -15,6 +15,7 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from crepe_llm.calibration.data import calibration_data, uncalled_layers
 from crepe_llm.checkpoints import attach
@@ -111,6 +112,9 @@ class LayerModifier(Modifier):
         if order.first(self, LayerModifier) is self:
             check_experts(state.model, [m for m in order.modifiers_after(self) if order.role_of(m) == "quantizes"])
             self._say_what_stays_dense(state.model)
+            self._say_what_no_layer_holds(state.model)
+            for modifier in (*order.modifiers_before(self), self, *order.modifiers_after(self)):
+                _say_what_matches_nothing(modifier, state.model)
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -183,12 +187,28 @@ class LayerModifier(Modifier):
                 f"add {name} to `ignore`, or load the model with tie_word_embeddings=False"
             )
 
+    def _say_what_no_layer_holds(self, model: torch.nn.Module) -> None:
+        """Name matrices that are no layer's weight, such as those of experts in a form that nothing takes apart."""
+        others = (torch.nn.Linear, Conv1D, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
+        with disable_onloading():
+            sizes = {
+                f"{name}.{own}": parameter.numel()
+                for name, module in model.named_modules()
+                if not isinstance(module, others) and module not in self._layers
+                for own, parameter in module.named_parameters(recurse=False)
+                if parameter.dim() > 1 and not re.search(r"router|gate(\.|$)|embed", f"{name}.{own}")
+            }
+            share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
+        if share > 0.01:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(map(kind_of, sizes)).items())
+            logger.warning(f"Not pruned is {share:.0%} of the model's weights, which no linear layer holds: {kinds}")
+
     def _say_what_stays_dense(self, model: torch.nn.Module) -> None:
         dense = self._left_dense(model, dict(match_named_modules(model, self.targets, self.ignore)))
         for what in dict.fromkeys(dense.values()):
             kinds = Counter(kind_of(name) for name, found in dense.items() if found == what)
             listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-            logger.warning(f"Left dense are {what}: {listed}. To prune them, name them in `targets`")
+            logger.warning(f"Not pruned are {what}: {listed}. To prune them, name them in `targets`")
         for what, names in (
             ("Conv1D layers", [name for module, name in self._layers.items() if is_transposed(module)]),
             ("output heads", [name for module, name in self._layers.items() if module is _head_of(model)]),
@@ -206,6 +226,22 @@ class LayerModifier(Modifier):
                     f"{len(names)} {what} such as {names[0]} are pruned along their input channels and saved dense, as "
                     "no sparse format holds them: they will be no smaller and no faster"
                 )
+
+
+def _say_what_matches_nothing(modifier: Modifier, model: torch.nn.Module) -> None:
+    """Name the patterns that a recipe gives a modifier and that match no module; other models may have those of heads.
+
+    Where all targets match nothing, llm-compressor's own modifiers do nothing at all, and say nothing.
+    """
+    for field in ("targets", "ignore"):
+        given = getattr(modifier, field, None) if field in modifier.model_fields_set else None
+        for pattern in [given] if isinstance(given, str) else given or []:
+            if "head" in pattern or next(iter(match_named_modules(model, [pattern])), None) is not None:
+                continue
+            logger.warning(
+                f"{type(modifier).__name__}: {field} has {pattern!r}, which matches no module of "
+                f"{type(model).__name__}: look at its spelling, or leave it out"
+            )
 
 
 def _refuse_two_halves(model: torch.nn.Module) -> None:

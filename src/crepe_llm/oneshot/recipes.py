@@ -15,6 +15,7 @@ from llmcompressor.recipe.utils import filter_dict
 from pydantic import ValidationError
 from torch.utils._pytree import tree_leaves
 
+from crepe_llm.modifiers.fields import unquoted
 from crepe_llm.recipe_files import recipe_path
 
 __all__ = ["read_recipe"]
@@ -141,6 +142,15 @@ def _check(content: dict[str, Any], source: str) -> None:
                 raise ValueError(f"{source}: {name} has {fields!r} where its fields go, such as `targets: [Linear]`")
             else:
                 _check_patterns(name, fields, source)
+                _check_quotes(name, fields, source)
+
+
+def _check_quotes(modifier: str, fields: dict[str, Any], source: str) -> None:
+    """Raise ValueError if a mask structure without quotation marks has become a number."""
+    try:
+        unquoted(fields.get("mask_structure", ""))
+    except ValueError as error:
+        raise ValueError(f"{source}: {modifier}: {error}") from None
 
 
 def _check_patterns(modifier: str, fields: dict[str, Any], source: str) -> None:

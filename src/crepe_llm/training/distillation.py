@@ -27,6 +27,7 @@ from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import auto_class
 from crepe_llm.models.ffn import is_transposed
+from crepe_llm.models.generation import repair_generation_config
 from crepe_llm.models.losses import check_tokens
 from crepe_llm.models.parent import check_config, check_embeddings, check_tokenizers
 from crepe_llm.training.callback import KeepMasksCallback
@@ -221,8 +222,12 @@ class _Run:
         config, dense = (AutoConfig.from_pretrained(name) for name in (source, teacher))
         check_config(config, dense, source, f"teacher={teacher}")
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        check_tokenizers(self.tokenizer, AutoTokenizer.from_pretrained(teacher), source, f"teacher={teacher}")
+        if Path(teacher).resolve() == source.resolve():
+            raise ValueError(
+                f"teacher={teacher} is the pruned model itself: give the dense model that it was made from"
+            )
+        self.tokenizer = _tokenizer_of(source)
+        check_tokenizers(self.tokenizer, _tokenizer_of(teacher), source, f"teacher={teacher}")
         self.process = PartialState(cpu=not torch.cuda.is_available())
         together = self.micro_batch * self.process.num_processes
         if settings.batch % together:
@@ -467,10 +472,21 @@ class _Loss:
 def load_pruned(source: Path, dtype: torch.dtype | str) -> Any:
     """A pruned model as an ordinary one with its zeros in place; packed layers have their masks recorded."""
     model = _load(source, dtype)
+    repair_generation_config(model)  # or transformers would refuse to save it after the training
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
     return model
+
+
+def _tokenizer_of(name: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"{name} has no tokenizer that transformers can load ({str(error).splitlines()[0]}): put the files of its "
+            "base model's tokenizer into the folder (tokenizer.json, tokenizer_config.json)"
+        ) from error
 
 
 def _load(name: str | Path, dtype: torch.dtype | str) -> Any:
