@@ -169,7 +169,10 @@ def test_recipes_are_refused_in_one_line_before_the_model_is_loaded(dense, text,
     recipe = tmp_path / "mine.yaml"
     start = "s_stage:\n  p_modifiers:\n"
     for content, wanted in (
-        (f"{start}    CRePEModifier:\n      mask_structure: 2:4\n", f"{recipe}: mask_structure is the number 124"),
+        (
+            f"{start}    CRePEModifier:\n      mask_structure: 2:4\n",
+            f"{recipe}: CRePEModifier: mask_structure is the number 124",
+        ),
         (f"{start}   CRePEModifier:\n      row: 1\n     column: 3\n", f"{recipe}, line 5 is no YAML"),
         (f"{start}    CrepeModifier:\n      row: 1\n", "did you mean CRePEModifier?"),
         (f"{start}    CRePEModifier:\n    row: 1\n", "row stands beside CRePEModifier"),

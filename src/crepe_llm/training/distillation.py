@@ -222,10 +222,6 @@ class _Run:
         config, dense = (AutoConfig.from_pretrained(name) for name in (source, teacher))
         check_config(config, dense, source, f"teacher={teacher}")
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
-        if Path(teacher).resolve() == source.resolve():
-            raise ValueError(
-                f"teacher={teacher} is the pruned model itself: give the dense model that it was made from"
-            )
         self.tokenizer = _tokenizer_of(source)
         check_tokenizers(self.tokenizer, _tokenizer_of(teacher), source, f"teacher={teacher}")
         self.process = PartialState(cpu=not torch.cuda.is_available())
@@ -258,6 +254,10 @@ class _Run:
             raise ValueError(f"length={settings.length} of self-generated windows, {ids.shape[1]} of the others")
         self.student = load_pruned(self.source, torch.float32)
         self.masks = _masks_of(self.student, self.source)
+        if Path(self.teacher_name).resolve() == self.source.resolve():
+            raise ValueError(
+                f"teacher={self.teacher_name} is the pruned model itself: give the dense model that it was made from"
+            )
         dense = _load(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32)
         check_embeddings(self.student, dense, self.source, f"teacher={self.teacher_name}")
         if ids is not None:
