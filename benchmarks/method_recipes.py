@@ -24,7 +24,7 @@ STRUCTURES = {
 STUDY = "{studies}/methods/{model}-{structure}-seed{seed}.json"
 BY_PROXY = STUDY.replace(".json", "-proxy.json")
 # Of PHO in stages, from the recipe's coefficients and from RIA's ("ria"), alone and under ADMM ("admm").
-STAGED = STUDY.replace(".json", "-calls.json")
+STAGED = STUDY.replace(".json", "-tried.json")
 # The published methods' own comparison groups: magnitude and RIA one threshold per matrix, Wanda one per row.
 WANDA = {"row": 1.0, "column": 0.0, "neighbourhood": 0.0, "activation_exponent": 1.0, "comparison_group": "row"}
 RIA = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "activation_exponent": 0.5, "comparison_group": "matrix"}

@@ -75,7 +75,7 @@ def test_searches_from_ria_withhold_the_recipes_coefficients():
         fields = modifiers["CRePEModifier"]
         assert [fields[name] for name in ("row", "column", "neighbourhood", "activation_exponent")] == [1, 1, 0, 0.5]
         assert fields["kernel_size"] == 3 and fields["mask_structure"] in ("2:4", "0:0")
-        assert modifiers["PHOSearchModifier"]["record"].endswith("-calls-ria.json")
+        assert modifiers["PHOSearchModifier"]["record"].endswith("-tried-ria.json")
         # Nor do the shipped coefficients come back among the starts, which were best on the other model.
         starts = modifiers["PHOSearchModifier"]["starts"]
         assert len(starts) == 4

@@ -95,6 +95,19 @@ def test_what_is_chosen_on_one_half_is_judged_on_the_other():
         _ = Stage("s", [own]).honest_gain
 
 
+@pytest.mark.parametrize(("tried", "confirmed"), [(0, False), (3, True), (100_000, False)])
+def test_a_winner_that_no_half_would_choose_is_confirmed_by_a_gain_that_is_clear_among_many(tried, confirmed):
+    tokens = (10,) * 8
+    own = Trial(RIA, (20.0,) * 8, tokens, 0.0)
+    winner = Trial(WANDA, tuple(20 - gain for gain in (2.0, 3.0, 2.5, 4.0, 1.5, 3.0, 2.0, 3.5)), tokens, 0.0)
+    poor = Trial(SHIPPED, (20.5, 19.5) * 4, tokens, 0.0)
+    stage = Stage("s", [own, winner, poor], chosen=(2, 2), tried=tried)
+    gain, error = winner.gain_over(own)
+    if tried:
+        assert confirmed == (gain > stats.t(7).ppf(1 - 0.025 / tried) * error)
+    assert stage.winner is winner and stage.is_confirmed == confirmed
+
+
 def test_a_trial_on_some_windows():
     part = Trial(RIA, (1.0, 2.0, 3.0), (4, 5, 6), 7.0).on([0, 2])
     assert (part.losses, part.tokens) == ((1.0, 3.0), (4, 6))

@@ -181,7 +181,7 @@ def judge(
         study.stages.append(last)
         last.trials.clear()
         recorder.measure(last, real, finalists, final.windows)
-        last.chosen = chosen
+        last.chosen, last.tried = chosen, len(stage.trials)
     else:
         study.stages.append(last)
     _finish(study, path)

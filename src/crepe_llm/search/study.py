@@ -318,7 +318,12 @@ def _parsed(content: dict[str, Any]) -> dict[str, Any]:
     if content.get("plan") is not None:
         content["plan"] = Plan(**content["plan"])
     content["stages"] = [
-        Stage(stage["name"], [_with_coefficients(Trial, entry) for entry in stage["trials"]], stage.get("chosen"))
+        Stage(
+            stage["name"],
+            [_with_coefficients(Trial, entry) for entry in stage["trials"]],
+            stage.get("chosen"),
+            stage.get("tried", 0),
+        )
         for stage in content.get("stages", [])
     ]
     values = [candidate.value for candidate in content["candidates"]]

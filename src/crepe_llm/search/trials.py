@@ -86,9 +86,14 @@ def is_clear(gain: float, error: float, windows: int) -> bool:
     return gain > 0 and gain > needed_errors(windows) * error
 
 
-def needed_errors(windows: int) -> float:
-    """How many standard errors a gain on so many windows must exceed; infinite for one window."""
-    return float(student_t.ppf(CONFIDENCE, windows - 1)) if windows > 1 else math.inf
+def needed_errors(windows: int, tried: int = 1) -> float:
+    """How many standard errors a gain on so many windows must exceed; infinite for one window.
+
+    Args:
+        windows: how many.
+        tried: of how many candidates it may be the best.
+    """
+    return float(student_t.ppf(1 - (1 - CONFIDENCE) / tried, windows - 1)) if windows > 1 else math.inf
 
 
 @dataclasses.dataclass
@@ -100,11 +105,13 @@ class Stage:
         trials: the incumbent's first, which the others must beat.
         chosen: for each half of the text, which trial the stage before would have chosen by that half alone; None where
             it does not tell. Windows of the halves take turns: those with even numbers are the first half's.
+        tried: how many candidates the stage before has chosen from; 0 where that is not known.
     """
 
     name: str
     trials: list[Trial] = dataclasses.field(default_factory=list)
     chosen: tuple[int, int] | None = None
+    tried: int = 0
 
     def __post_init__(self) -> None:
         if self.chosen is not None:
@@ -134,15 +141,24 @@ class Stage:
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether choosing is clearly better than the incumbent on text that it has not seen, if the stage can tell.
+        """Whether the winner is better than the incumbent on text that it was not chosen on, if the stage can tell.
 
-        The two halves' gains are not independent: both are large where both halves happen to like the same place. At
-        most they are one and the same, so the standard error counts the square root of 2 times.
+        It is where choosing by one half of the windows is clearly better on the other. The two halves' gains are not
+        independent: both are large where both halves happen to like the same place. At most they are one and the same,
+        so the standard error counts the square root of 2 times.
+
+        What a half alone would choose may be worse than the winner for reasons that are no luck of windows. So it also
+        is where the winner's gain on all windows is clear although it is the best of many: for as many candidates as
+        were tried, the level of the test is divided by their number (Bonferroni).
         """
         if self.chosen is None:
             return True
         gain, error = self.honest_gain
-        return is_clear(gain, math.sqrt(2) * error, len(self.trials[0].losses))
+        windows = len(self.trials[0].losses)
+        if is_clear(gain, math.sqrt(2) * error, windows):
+            return True
+        gain, error = self.winner.gain_over(self.trials[0])
+        return self.tried > 0 and gain > 0 and gain > needed_errors(windows, self.tried) * error
 
     @property
     def winner(self) -> Trial:
