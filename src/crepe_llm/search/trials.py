@@ -81,9 +81,9 @@ def gain_over(losses: Sequence[float], others: Sequence[float], tokens: Sequence
     return gain, math.sqrt(squares * windows / (windows - 1)) / total
 
 
-def is_clear(gain: float, error: float, windows: int) -> bool:
-    """Whether a gain is more than its standard error times the quantile of :data:`CONFIDENCE`."""
-    return gain > 0 and gain > needed_errors(windows) * error
+def is_clear(gain: float, error: float, windows: int, tried: int = 1) -> bool:
+    """Whether a gain is more than its standard error times what :func:`needed_errors` gives."""
+    return gain > 0 and gain > needed_errors(windows, tried) * error
 
 
 def needed_errors(windows: int, tried: int = 1) -> float:
@@ -158,7 +158,7 @@ class Stage:
         if is_clear(gain, math.sqrt(2) * error, windows):
             return True
         gain, error = self.winner.gain_over(self.trials[0])
-        return self.tried > 0 and gain > 0 and gain > needed_errors(windows, self.tried) * error
+        return self.tried > 0 and is_clear(gain, error, windows, self.tried)
 
     @property
     def winner(self) -> Trial:
