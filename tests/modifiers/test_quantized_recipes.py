@@ -5,13 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.utils import match_named_modules
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.pipelines.cache import IntermediatesCache
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from crepe_llm.checkpoints import is_2of4, read_folder
 from crepe_llm.modifiers import MaskedGPTQModifier
+from crepe_llm.oneshot.recipes import read_recipe
 from sparse_models import linears
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -97,6 +108,27 @@ def test_masks_survive_and_the_folder_gives_the_model_back(run, crepe_alone, rec
         assert config["quantization_config"]["format"] == ("float" if "fp8" in recipe else "int") + "-quantized"
         assert f"{next(iter(checkpoint.layers))}.weight_scale" in checkpoint.tensors
     assert (folder / "recipe.yaml").is_file() and (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("recipe", [*QUANTIZED, "crepe_2of4_int8_head"])
+def test_routers_are_not_quantized(recipe):
+    """HunYuan's reads the dtype of its weight, and a token goes astray where a router's products are rounded."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        models = [
+            HunYuanMoEV1ForCausalLM(HunYuanMoEV1Config(**sizes, head_dim=16, num_experts=4, vocab_size=96)),
+            Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts=4, vocab_size=96)),
+            LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96)),
+        ]
+    ignore = read_recipe(recipe).modifiers[-1].ignore
+    left = [{name for name, _ in match_named_modules(model, ["Linear"], ignore)} for model in models]
+    all_linears = [{name for name, _ in match_named_modules(model, ["Linear"])} for model in models]
+    heads = set() if recipe.endswith("head") else {"lm_head"}
+    assert [every - some for every, some in zip(all_linears, left, strict=True)] == [
+        {"model.layers.0.mlp.gate.wg"} | heads,
+        {"model.layers.0.mlp.shared_expert_gate"} | heads,
+        heads,
+    ]
 
 
 CREPE = """

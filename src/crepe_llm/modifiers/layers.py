@@ -229,14 +229,16 @@ class LayerModifier(Modifier):
 
 
 def _say_what_matches_nothing(modifier: Modifier, model: torch.nn.Module) -> None:
-    """Name the patterns that a recipe gives a modifier and that match no module; other models may have those of heads.
+    """Name the patterns that a recipe gives a modifier and that match no module; other models may have the heads and
+    routers that are named.
 
     Where all targets match nothing, llm-compressor's own modifiers do nothing at all, and say nothing.
     """
     for field in ("targets", "ignore"):
         given = getattr(modifier, field, None) if field in modifier.model_fields_set else None
         for pattern in [given] if isinstance(given, str) else given or []:
-            if "head" in pattern or next(iter(match_named_modules(model, [pattern])), None) is not None:
+            of_others = "head" in pattern or "router" in pattern
+            if of_others or next(iter(match_named_modules(model, [pattern])), None) is not None:
                 continue
             logger.warning(
                 f"{type(modifier).__name__}: {field} has {pattern!r}, which matches no module of "
