@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GraniteMoeConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -100,6 +101,19 @@ def granite_moe() -> PretrainedConfig:
         tie_word_embeddings=True,
         num_local_experts=4,
         num_experts_per_tok=2,
+    )
+
+
+def granite_hybrid() -> PretrainedConfig:
+    """vLLM's loader of the hybrid looks for merged experts by the names that it knows."""
+    return GraniteMoeHybridConfig(
+        **{**SIZES, "intermediate_size": 64},
+        architectures=["GraniteMoeHybridForCausalLM"],
+        tie_word_embeddings=True,
+        layer_types=["attention", "attention"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=64,
     )
 
 

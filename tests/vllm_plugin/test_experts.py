@@ -16,6 +16,7 @@ from vllm_runs import (
     assert_same,
     deepseek_moe,
     generate,
+    granite_hybrid,
     granite_moe,
     in_process,
     mixtral,
@@ -40,7 +41,9 @@ def packed_experts(model: torch.nn.Module) -> dict[str, list[tuple[int, str]]]:
     }
 
 
-@pytest.mark.parametrize(("make", "layers"), [(mixtral, 2), (qwen2_moe, 2), (deepseek_moe, 1), (granite_moe, 2)])
+@pytest.mark.parametrize(
+    ("make", "layers"), [(mixtral, 2), (qwen2_moe, 2), (deepseek_moe, 1), (granite_moe, 2), (granite_hybrid, 2)]
+)
 def test_same_tokens_as_dense_experts(
     make: Callable[[], PretrainedConfig],
     layers: int,

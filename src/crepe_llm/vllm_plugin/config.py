@@ -24,7 +24,7 @@ from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_strictly
 from crepe_llm.vllm_plugin import QUANTIZATION
 from crepe_llm.vllm_plugin.embeddings import DenseEmbeddingMethod, Int8EmbeddingMethod, hold_int8
-from crepe_llm.vllm_plugin.experts import ExpertNames, Sparse24ExpertsMethod, why_dense
+from crepe_llm.vllm_plugin.experts import ExpertNames, Sparse24ExpertsMethod, let_loaders_find, why_dense
 from crepe_llm.vllm_plugin.int4 import PACK_QUANTIZED, Int4LinearMethod, Int4Scheme
 from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod, full_rows
 from crepe_llm.vllm_plugin.plain import PLAIN, pack_weights, read_plain, word_shapes
@@ -151,6 +151,7 @@ class Sparse24Config(CompressedTensorsConfig):
         """
         self._sparse, self._dense = set(), {}
         files = [sys.modules[base.__module__] for base in model_class.__mro__]
+        let_loaders_find(files)
         classes = [value for file in files for value in vars(file).values() if isinstance(value, type)]
         mappers = [getattr(cls, "hf_to_vllm_mapper", None) for cls in (model_class, *classes)]
         self._fusions = [mapper.orig_to_new_stacked for mapper in mappers if isinstance(mapper, WeightsMapper)]

@@ -1,6 +1,8 @@
 """The experts of a mixture with 2:4 compressed weights, on a CPU."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +20,31 @@ from crepe_llm.vllm_plugin.linear import FLOATS, Scheme, request_amx, return_fre
 
 # vLLM's names of an expert's matrices, by those of the merged ones: gate and up, and down.
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
+_REMAP = "maybe_remap_moe_expert_param_name"
 # By vLLM's name of an activation that of the kernels.
 _ACTIVATIONS = {MoEActivation.SILU: "silu", MoEActivation.GELU: "gelu", MoEActivation.GELU_TANH: "gelu_tanh"}
+
+
+def let_loaders_find(models: Iterable[ModuleType]) -> None:
+    """Let the models of some of vLLM's files find the parameters of packed experts.
+
+    GraniteMoeHybrid and Llama 4 take `experts.w13_weight` for `experts.routed_experts.w13_weight`, where their experts
+    lie, by a list of the parameters that vLLM itself has.
+    """
+    for file in models:
+        original = getattr(file, _REMAP, None)
+        if original is not None and not hasattr(original, "__wrapped__"):
+            setattr(file, _REMAP, _finding_all(original))
+
+
+def _finding_all(original: Callable[[str, Mapping[str, Any]], str]) -> Callable[[str, Mapping[str, Any]], str]:
+    @functools.wraps(original)
+    def remap(name: str, parameters: Mapping[str, Any]) -> str:
+        found = original(name, parameters)
+        routed = found.replace(".experts.", ".experts.routed_experts.", 1)
+        return routed if found not in parameters and routed in parameters else found
+
+    return remap
 
 
 class ExpertNames:
