@@ -310,6 +310,7 @@ class PruningPass:
         """Run the dense stream through a block that is dense, and prune the layers in it that are wanted."""
         for batch, dense in zip(batches, self._dense_stream, strict=False):
             batch.dense = dense
+        self._dense_stream = []  # so that what the block makes of it takes its place, batch by batch
         with HooksMixin.disable_hooks():
             prune_block(block, batches, wanted or {}, self.calibration, self._prune_if_usable)
         self._dense_stream = [batch.dense for batch in batches]
