@@ -65,25 +65,66 @@ LATENT = {
     **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 64, "first_k_dense_replace": 1},
     **{"num_experts_per_tok": 2, "n_shared_experts": 1, **MULTI_HEAD},
 }
+LATENT_HEADS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+GRANITE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+ROUTED_AND_SHARED = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1},
+    **ONE_GROUP,
+}
+MAMBA_1 = {"state_size": 16, "expand": 2, "time_step_rank": 8}
+MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2}
+GATED_DELTA = {
+    **{**HEADS_OF_32, "layer_types": ["linear_attention", "full_attention"]},
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2},
+    **{"linear_key_head_dim": 32, "linear_value_head_dim": 32},
+}
 GPT = {"n_positions": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 256}
 
 # By transformers' model_type what differs from SIZES.
 FAMILIES: dict[str, dict[str, Any]] = {
+    "afmoe": {**ROUTED, **HEADS_OF_32, "num_dense_layers": 1, "num_shared_experts": 1, **ONE_GROUP},
     "apertus": {},
     "arcee": {},
+    "bamba": {**MAMBA_2, "attn_layer_indices": [1]},
+    "bitnet": {},
     "bloom": {"n_layer": 2, "n_head": 4},
     "cohere": {},
     "cohere2": {},
+    "dbrx": {
+        **{"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
+        "ffn_config": {"hidden_size": 128, "ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+    },
     "deepseek_v2": LATENT,
     "deepseek_v3": {**LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # as published; vLLM reads them
+    "diffllama": MULTI_HEAD,
+    "dots1": {**HEADS_OF_32, **ROUTED_AND_SHARED, "first_k_dense_replace": 1},
     "ernie4_5": HEADS_OF_32,
+    "ernie4_5_moe": {
+        **{**HEADS_OF_32, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64},
+        **{"moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 1},
+    },
     "exaone4": {"sliding_window": 64},
+    "exaone_moe": {
+        **{**HEADS_OF_32, **ROUTED, **ONE_GROUP, "num_shared_experts": 1, "is_moe_layer": [False, True]},
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 512},
+    "falcon_h1": {**HEADS_OF_32, **MAMBA_2, "mamba_d_ssm": 256},
+    "falcon_mamba": MAMBA_1,
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma": HEADS_OF_32,
     "gemma2": HEADS_OF_32,
     "gemma3_text": {**HEADS_OF_32, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+    "gemma3n_text": {
+        **{**HEADS_OF_32, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+        **{"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 0},
+        **{"activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 16},
+    },
     "glm": {**HEADS_OF_32, "pad_token_id": 0},
     "glm4": {**HEADS_OF_32, "pad_token_id": 0},
+    "glm4_moe": {**HEADS_OF_32, **ROUTED_AND_SHARED, "first_k_dense_replace": 1},
     "gpt2": GPT,
     "gpt_bigcode": {**GPT, "num_key_value_heads": 1},  # as it is: queries of several heads, one of keys and values
     "gpt_neox": MULTI_HEAD,
@@ -91,13 +132,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {**GPT, "rotary_dim": 16},
     "granite": {},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": {
+        **GRANITE_EXPERTS,
+        **MAMBA_2,
+        "layer_types": ["mamba", "attention"],
+        "shared_intermediate_size": 64,
+    },
+    "granitemoeshared": {**GRANITE_EXPERTS, "shared_intermediate_size": 64},
     "helium": HEADS_OF_32,
+    "hunyuan_v1_dense": HEADS_OF_32,
+    "hunyuan_v1_moe": {**HEADS_OF_32, "num_experts": 4, "moe_topk": 2, "num_shared_expert": 1},
+    "jamba": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+        **{"mamba_d_state": 16, "mamba_dt_rank": 8},
+    },
+    "jetmoe": {"kv_channels": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**ROUTED, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama": {},
+    "mamba": MAMBA_1,
     "mamba2": {"head_dim": 32, "num_heads": 8, "n_groups": 1, "state_size": 16, "expand": 2},
+    "minicpm3": {**MULTI_HEAD, "kv_lora_rank": 32, "q_lora_rank": 32, **dict.fromkeys(LATENT_HEADS, 32)},
+    "minimax": {**HEADS_OF_32, **GRANITE_EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
+    "ministral": HEADS_OF_32,
     "mistral": HEADS_OF_32,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
     "nemotron": HEADS_OF_32,
+    "nemotron_h": {
+        **{**HEADS_OF_32, "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 32},
+        **{"n_groups": 1, "ssm_state_size": 16, "n_routed_experts": 4},
+    },
     "olmo": {},
     "olmo2": {},
     "olmo3": {"sliding_window": 16},
@@ -110,11 +176,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen2_moe": {**ROUTED, "shared_expert_intermediate_size": 128},
     "qwen3": HEADS_OF_32,
+    "qwen3_5_moe_text": {**ROUTED, **GATED_DELTA, "shared_expert_intermediate_size": 64},
+    "qwen3_5_text": GATED_DELTA,
     "qwen3_moe": {**ROUTED, **HEADS_OF_32},
+    "qwen3_next": {**ROUTED, **GATED_DELTA, "shared_expert_intermediate_size": 64},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 128, "attention_window_size": 64},
     "seed_oss": HEADS_OF_32,
     "smollm3": {},
+    "solar_open": {**HEADS_OF_32, **ROUTED_AND_SHARED},
     "stablelm": {},
     "starcoder2": {},
+    "vaultgemma": HEADS_OF_32,
     "xglm": {"d_model": 128, "ffn_dim": 256, "num_layers": 2, "attention_heads": 4},
 }
 
