@@ -17,6 +17,8 @@ def recipe_path(name: str) -> Path:
         ValueError: `name` is neither.
     """
     shipped = shipped_recipes()
+    if not name:
+        raise ValueError(f"the recipe's name is empty: give a file, or one of the shipped {', '.join(shipped)}")
     if name.removesuffix(".yaml") in shipped and not Path(name).is_file():
         return shipped[name.removesuffix(".yaml")]
     if Path(name).is_file():

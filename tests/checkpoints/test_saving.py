@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -339,6 +340,13 @@ def test_conversions_that_make_no_sense_are_refused(dense_folder, tmp_path):
         decompress_folder(tmp_path / "sparse", tmp_path / "sparse-to-be")
     with pytest.raises(FormatError, match="neither"):
         compress_folder(tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "busy").mkdir()
+    for name in ("sparse", "busy"):
+        (tmp_path / name / "tokenizer.json").write_text(name)
+    with pytest.raises(FileExistsError, match=r"busy already has tokenizer\.json, which .*sparse has, too: name"):
+        decompress_folder(tmp_path / "sparse", tmp_path / "busy")
+    assert names_in(tmp_path / "busy") == ["tokenizer.json"]
+    shutil.rmtree(tmp_path / "busy")
     assert names_in(tmp_path) == ["sparse", "sparse-to-be"]
 
 

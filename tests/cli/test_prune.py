@@ -189,13 +189,16 @@ def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, t
     config = json.loads((dense / "config.json").read_text())
     assert "there is no folder ./absent" in refusal(prune("./absent", text, tmp_path))
     assert "absent/model is no folder here" in refusal(prune("absent/model", text, tmp_path))
+    assert "the model's name is empty" in refusal(prune("", text, tmp_path))
     assert "has no config.json" in refusal(prune(tmp_path, text, tmp_path))
     assert "fox.txt is a file" in refusal(prune(text, text, tmp_path))
     for number, (files, wanted) in enumerate((
         ({"tokenizer": None, "tokenizer_config": None}, "has no tokenizer that transformers can load"),
         ({"config": config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}}, "is quantized (gptq)"),
         ({"config": config | {"quantization_config": 5}}, "quantization_config is 5, which is no object"),
-        ({"config": "{"}, "could not be read"),
+        ({"config": "{"}, "config.json is not JSON: Expecting property name"),
+        ({"config": "[]"}, "config.json is not a JSON object"),
+        ({"model": None, "model.safetensors.index.json": '{"weight_map": {"a": "b.safetensors"}}'}, "does not exist"),
         ({"config": config | {"hidden_size": 64}}, "have other shapes than its config.json says"),
         ({"config": config | {"hidden_size": "x"}}, "config.json is wrong: Validation error for field 'hidden_size'"),
         ({"config": config | {"num_attention_heads": 3}}, "config.json is wrong: "),

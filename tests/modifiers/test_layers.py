@@ -143,6 +143,22 @@ def test_encoders_are_pruned_with_their_decoders(make, second, tiny_model_folder
     assert all(pruned(module) for module in layers.values())
 
 
+@pytest.mark.parametrize("make", [whisper, t5])
+def test_text_alone_is_refused_where_a_model_needs_more(make, tiny_model_folder, tmp_path):
+    folder = save(make(), tmp_path / "model", tiny_model_folder("llama"))
+    model = type(make()).from_pretrained(folder)
+    kind = type(model).__name__
+    with pytest.raises(ValueError, match=rf"{kind} cannot be run on a batch .* which holds input_ids.*: .*; give rows"):
+        oneshot(
+            model=model,
+            processor=words(folder),
+            recipe=[crepe()],
+            dataset=Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 4}),
+            num_calibration_samples=4,
+        )
+    assert not any(pruned(module) for module in linears(model).values())
+
+
 def test_an_encoder_with_experts_is_run_whole(tiny_model_folder, tmp_path, messages):
     """Tracing Switch Transformers, which llm-compressor's pipeline does, did not end in minutes."""
     torch.manual_seed(0)
@@ -364,6 +380,12 @@ def test_what_is_missing_without_data(tiny_model_folder):
     state = State(model=load(tiny_model_folder("llama")))
     with pytest.raises(ValueError, match=r"CRePEModifier needs calibration data, and was given none.*state\.update"):
         crepe().initialize(state)
+
+
+def test_data_that_can_be_read_once_is_refused(tiny_model_folder):
+    state = State(model=load(tiny_model_folder("llama")))
+    with pytest.raises(ValueError, match=r"calib_data is of the class generator, which can be read once.*DataLoader"):
+        crepe().initialize(state, calib_data=(batch for batch in [{"input_ids": torch.tensor([[5, 6]])}]))
 
 
 def test_patterns_that_match_nothing_are_named(tiny_model_folder, calibration_data, messages):

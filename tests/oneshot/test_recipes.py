@@ -11,6 +11,10 @@ from modifier_helpers import linears, load, run
 
 GROUP = "s_stage:\n  p_modifiers:\n"
 START = "s_stage:\n  p_modifiers:\n    CRePEModifier:\n"
+BITS = (
+    f"{GROUP}    QuantizationModifier:\n      config_groups:\n"
+    "        g: {{targets: [Linear], weights: {{num_bits: {}, type: {}}}}}\n"
+)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -66,6 +70,13 @@ def test_stages_targets_as_text_and_modifiers_without_fields():
         ("\n# only a comment\n", r"the recipe is empty: modifiers go under"),
         ("a: b: c", r"is no YAML"),
         ("- CRePEModifier:\n", r"is no mapping but list"),
+        ("", r"the recipe's name is empty"),
+        (f"{GROUP}    QuantizationModifier:\n      scheme: W4A61\n", r"scheme is called W4A61: did you mean W4A16\?"),
+        (f"{GROUP}    GPTQModifier:\n      scheme: {{W9A9x: [Linear]}}\n", r"GPTQModifier: no scheme is called W9A9x"),
+        (BITS.format(9, "int"), r"weights of type int have num_bits=9: give a number from 1 to 8"),
+        (BITS.format(0, "int"), r"num_bits=0: give a number"),
+        (BITS.format(-3, "int"), r"num_bits=-3: give a number"),
+        (BITS.format(5, "float"), r"the recipe: Only num_bits in \(8\) are supported"),
         ("no_such_recipe", r"no recipe 'no_such_recipe': it is neither a file nor one of the shipped .*crepe_2of4"),
         ("no/such/recipe.yaml", r"no recipe 'no/such/recipe\.yaml'"),
     ],
@@ -74,6 +85,24 @@ def test_what_is_wrong_is_said_in_one_line(text, message):
     with pytest.raises(ValueError) as caught:
         read_recipe(text)
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_fields_of_runs_are_not_proposed():
+    with pytest.raises(ValueError, match="there are") as caught:
+        read_recipe(f"{START}      zzz: 3\n")
+    assert "kernel_size" in str(caught.value) and "ended_" not in str(caught.value)
+
+
+def test_markdown_has_its_recipe_between_dashes(tmp_path):
+    path = tmp_path / "card.md"
+    path.write_text(f"\n---\n{START}      mask_structure: '2:4'\n---\n\n# A card\n\nText: with a colon\n")
+    assert [modifier.mask_structure for modifier in read_recipe(str(path)).modifiers] == ["2:4"]
+    path.write_text(f"---\n{START}      row: 1\n      row: 7\n---\n")
+    with pytest.raises(ValueError, match=r"card\.md, line 6: row stands twice"):
+        read_recipe(path)
+    path.write_text("# No recipe\n")
+    with pytest.raises(ValueError, match=r"card\.md has no YAML between two lines of `---`"):
+        read_recipe(path)
 
 
 def test_files_are_named(tmp_path):

@@ -42,8 +42,8 @@ def calibration_data(modifier: Modifier | None, state: State, checked: bool, **k
         kwargs: what the modifier was initialized with.
 
     Raises:
-        ValueError: if it is needed and there is none, the processes of this job have not found each other, the model
-            cannot take these tokens, or transformers would refuse to save it.
+        ValueError: if it is needed and there is none, it can be read only once, the processes of this job have not
+            found each other, the model cannot take these tokens, or transformers would refuse to save it.
     """
     processes.require_group()
     # Not state.data.calib if there is another: that is a deep copy of the loader that the pipelines iterate.
@@ -53,6 +53,11 @@ def calibration_data(modifier: Modifier | None, state: State, checked: bool, **k
         raise ValueError(
             f"{type(modifier).__name__} needs calibration data, and was given none: pass `dataset=` to oneshot (a "
             "name, or a tokenized datasets.Dataset), or `calib_data=` to state.update"
+        )
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"calib_data is of the class {type(data).__name__}, which can be read once, and is read to be checked, "
+            "too: give a torch DataLoader or a list of batches"
         )
     if not checked and hasattr(state.model, "get_decoder"):
         mend_generation_config(state.model)
@@ -79,6 +84,9 @@ def uncalled_layers(model: torch.nn.Module, data: Any) -> set[torch.nn.Module]:
     """The modules with weight matrices that calibration will not reach, such as a vision tower's where all is text.
 
     Found by running the first few tokens. Experts are left out of account, as these tokens may be routed to others.
+
+    Raises:
+        ValueError: if the model cannot be run on what the data holds.
     """
     with disable_onloading():
         matrices = {module for name, module in model.named_modules() if _has_matrix(module) and "expert" not in name}
@@ -88,6 +96,12 @@ def uncalled_layers(model: torch.nn.Module, data: Any) -> set[torch.nn.Module]:
     try:
         with calibration_forward_context(model), HooksMixin.disable_hooks():
             model(**cast(dict[str, Any], tensors_to_device(batch, get_execution_device(model))))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on a batch of the calibration data, which holds {', '.join(batch)}: "
+            f"{' '.join(str(error).split())[:300]}; give rows with all that the model takes, such as a processor makes "
+            "of images or sounds"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from crepe_llm.checkpoints.folders import resolved
+from crepe_llm.checkpoints.folders import refuse_model, resolved
 
 __all__ = ["copy_rest", "two_folders"]
 
@@ -14,10 +14,23 @@ _logger = logging.getLogger(__name__)
 
 
 def two_folders(source: str | Path, destination: str | Path) -> tuple[Path, Path]:
-    """The folder to read and the one to write, which must be another, links followed."""
-    if os.path.realpath(source) == str(resolved(Path(destination))):
+    """The folder to read and the one to write, which must be another, links followed.
+
+    Raises:
+        FileExistsError: they are one, or the second holds a model or a file that would be copied there.
+        NotADirectoryError: the second is a file, or a link that leads nowhere.
+    """
+    source, place = Path(source), resolved(Path(destination))
+    if os.path.realpath(source) == str(place):
         raise FileExistsError(f"{destination} is the folder {source} that is to be read; name another one to write to")
-    return Path(source), Path(destination)
+    refuse_model(place)
+    twice = [path.name for path in _beside_weights(source) if os.path.lexists(place / path.name)]
+    if twice:
+        raise FileExistsError(
+            f"{destination} already has {', '.join(twice)}, which {source} has, too: name another folder, or remove "
+            f"{'them' if len(twice) > 1 else 'it'}"
+        )
+    return source, Path(destination)
 
 
 def copy_rest(source: Path, folder: Path, but: Sequence[str] = ()) -> None:
@@ -28,10 +41,20 @@ def copy_rest(source: Path, folder: Path, but: Sequence[str] = ()) -> None:
     """
     source = Path(os.path.realpath(source))
     roots = [source, source.parents[1] / "blobs"] if source.parent.name == "snapshots" else [source]
-    for path in sorted(source.iterdir()):
-        is_weight = path.name.endswith((".safetensors", ".safetensors.index.json")) or _is_old_weight(path.name)
-        if not path.name.startswith(".") and not is_weight and path.name not in but:
+    for path in _beside_weights(source):
+        if path.name not in but:
             _copy(path, folder / path.name, roots, folder)
+
+
+def _beside_weights(source: Path) -> list[Path]:
+    """What in a folder is neither weights nor their index nor hidden; nothing where there is no folder."""
+    if not source.is_dir():
+        return []
+    return [path for path in sorted(source.iterdir()) if not path.name.startswith(".") and not _is_weight(path.name)]
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json")) or _is_old_weight(name)
 
 
 def _is_old_weight(name: str) -> bool:

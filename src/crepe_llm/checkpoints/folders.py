@@ -129,7 +129,7 @@ def refuse_model(destination: Path) -> None:
 
 def _holds_model(folder: Path) -> bool:
     return folder.is_dir() and any(
-        path.name == CONFIG or path.suffix in (".safetensors", ".bin") or path.name == INDEX
+        path.name in (CONFIG, "generation_config.json") or path.suffix in (".safetensors", ".bin") or path.name == INDEX
         for path in folder.iterdir()
     )
 

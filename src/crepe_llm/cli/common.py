@@ -294,14 +294,18 @@ def check_model(name: str, dense: bool) -> None:
     from transformers import PreTrainedConfig
 
     from crepe_llm.checkpoints.reading import (
+        INDEX,
         OLD_QUANTIZATION,
         check_plain,
         check_unquantized,
         find_quantization,
+        read_config,
         read_folder,
     )
 
     path = Path(name)
+    if not name:
+        raise ValueError("the model's name is empty: give a model's folder, a Hugging Face id, smollm2 or gemma3")
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name} has no config.json{_what_else(path)}")
     if path.is_file():
@@ -310,11 +314,15 @@ def check_model(name: str, dense: bool) -> None:
         raise FileNotFoundError(
             f"there is no folder {name}: give a model's folder, a Hugging Face id, smollm2 or gemma3"
         )
-    try:
-        content, _ = PreTrainedConfig.get_config_dict(name)
-    except Exception as error:
-        what = "could not be read" if path.is_dir() else "is no folder here, and no model that the hub could give"
-        raise ValueError(f"{name} {what}: {_first_line(error)}") from error
+    if path.is_dir():
+        content = read_config(path)
+    else:
+        try:
+            content, _ = PreTrainedConfig.get_config_dict(name)
+        except Exception as error:
+            raise ValueError(
+                f"{name} is no folder here, and no model that the hub could give: {_first_line(error)}"
+            ) from error
     _check_dtype(name, content)
     if (path / "adapter_config.json").is_file():
         raise ValueError(
@@ -323,7 +331,7 @@ def check_model(name: str, dense: bool) -> None:
         )
     place, quantization = find_quantization(content)
     _check_generation_config(path / "generation_config.json")
-    if any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")) or (path / INDEX).is_file():
         checkpoint = read_folder(path)  # names a file that is cut off or missing
         if quantization is None or place == OLD_QUANTIZATION:  # of which transformers reads nothing
             check_plain(checkpoint)

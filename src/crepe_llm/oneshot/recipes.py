@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, is_preset_scheme
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.recipe import Recipe
 from llmcompressor.recipe.utils import filter_dict
@@ -20,6 +21,8 @@ from crepe_llm.recipe_files import recipe_path
 
 __all__ = ["read_recipe"]
 
+# Fields of every modifier of llm-compressor that recipes do not set.
+_OF_RUNS = ("index", "group", "start", "end", "update")
 _PLACE = (
     "modifiers go under `NAME_stage:` and `NAME_modifiers:`, as in the recipe that `crepe recipes crepe_2of4` prints"
 )
@@ -29,8 +32,9 @@ def read_recipe(recipe: Any, stage: str | None = None) -> Recipe:
     """A recipe as llm-compressor reads it, from a shipped recipe's name, too.
 
     Args:
-        recipe: a shipped recipe's name, a file, YAML or JSON text, a dictionary of the same, a modifier, modifiers in
-            order, or a recipe as llm-compressor reads it.
+        recipe: a shipped recipe's name, a file (YAML, JSON, or Markdown that begins with YAML between lines of `---`),
+            YAML or JSON text, a dictionary of the same, a modifier, modifiers in order, or a recipe as llm-compressor
+            reads it.
         stage: take only the stages whose names begin so.
 
     Raises:
@@ -40,13 +44,15 @@ def read_recipe(recipe: Any, stage: str | None = None) -> Recipe:
         return _made(copy.deepcopy(recipe), "the recipe", stage)
     if not isinstance(recipe, str | Path):
         _check_kind(recipe)
-        return Recipe.create_instance(list(recipe) if isinstance(recipe, tuple) else recipe, target_stage=stage)
+        made = Recipe.create_instance(list(recipe) if isinstance(recipe, tuple) else recipe, target_stage=stage)
+        _check_bits(made, "the recipe")
+        return made
     text, source = str(recipe), "the recipe"
-    if Path(text).suffix == ".md":
-        return Recipe.create_instance(text, target_stage=stage)
     if os.path.isfile(text) or not any(mark in text for mark in "\n:"):
         path = recipe_path(text)
         text, source = _text(path), str(path)
+        if path.suffix.lower() == ".md":
+            text = _front_matter(text, source)
     return _made(_parse(text, source), source, stage)
 
 
@@ -54,9 +60,27 @@ def _made(content: dict[str, Any], source: str, stage: str | None) -> Recipe:
     """The recipe of what a file or text holds."""
     _check(content, source)
     try:
-        return Recipe.from_dict(filter_dict(content, target_stage=stage))
+        made = Recipe.from_dict(filter_dict(content, target_stage=stage))
     except ValidationError as error:
         raise ValueError(f"{source}: {_plain(error)}") from error
+    except NotImplementedError as error:  # compressed-tensors', of a kind of number that it does not have
+        raise ValueError(f"{source}: {error}") from error
+    _check_bits(made, source)
+    return made
+
+
+def _check_bits(recipe: Recipe, source: str) -> None:
+    """Raise ValueError if weights are to be quantized to a number of bits that no file holds: compressed-tensors takes
+    any, and writes what no reader gives back."""
+    for modifier in recipe.modifiers:
+        for group in (getattr(modifier, "config_groups", None) or {}).values():
+            weights = group.weights
+            known = (4, 8) if weights is not None and weights.type == "float" else tuple(range(1, 9))
+            if weights is not None and weights.num_bits not in known:
+                raise ValueError(
+                    f"{source}: {type(modifier).__name__}: weights of type {weights.type} have num_bits="
+                    f"{weights.num_bits}: give {'4 or 8' if len(known) == 2 else 'a number from 1 to 8'}"
+                )
 
 
 def _check_kind(recipe: Any) -> None:
@@ -78,6 +102,15 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(f"{path} is no UTF-8 text: byte {error.start} is 0x{byte:02x}; save it as UTF-8") from error
+
+
+def _front_matter(text: str, source: str) -> str:
+    """The YAML between the first two lines of dashes (or plus signs) of a Markdown file; as many lines before it stay,
+    so that errors name the right ones."""
+    found = re.search(r"^(---|\+\+\+)[ \t]*\n(.*?)^(---|\+\+\+)[ \t]*$", text, re.S | re.M)
+    if not found:
+        raise ValueError(f"{source} has no YAML between two lines of `---`, where a Markdown file has its recipe")
+    return "\n" * text.count("\n", 0, found.start(2)) + found.group(2)
 
 
 class _DoubleKeyError(ValueError):
@@ -142,6 +175,7 @@ def _check(content: dict[str, Any], source: str) -> None:
                 raise ValueError(f"{source}: {name} has {fields!r} where its fields go, such as `targets: [Linear]`")
             else:
                 _check_patterns(name, fields, source)
+                _check_scheme(name, fields, source)
                 _check_quotes(name, fields, source)
 
 
@@ -151,6 +185,14 @@ def _check_quotes(modifier: str, fields: dict[str, Any], source: str) -> None:
         unquoted(fields.get("mask_structure", ""))
     except ValueError as error:
         raise ValueError(f"{source}: {modifier}: {error}") from None
+
+
+def _check_scheme(modifier: str, fields: dict[str, Any], source: str) -> None:
+    """Raise ValueError if a scheme of quantization is none that compressed-tensors knows by name."""
+    scheme = fields.get("scheme")
+    for name in scheme if isinstance(scheme, dict) else [scheme] * isinstance(scheme, str):
+        if not is_preset_scheme(str(name)):
+            raise ValueError(f"{source}: {modifier}: no scheme is called {name}{_nearest(str(name), PRESET_SCHEMES)}")
 
 
 def _check_patterns(modifier: str, fields: dict[str, Any], source: str) -> None:
@@ -199,6 +241,11 @@ def _nearest(name: str, known: Any) -> str:
     return f": did you mean {of_lower[close[0]]}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
+def _fields(kind: type[Modifier]) -> list[str]:
+    """A modifier's fields but those in which llm-compressor keeps how far a run is."""
+    return [name for name in kind.model_fields if not name.endswith("_") and name not in _OF_RUNS]
+
+
 def _plain(error: ValidationError) -> str:
     """What pydantic found, the first for each field."""
     said: dict[str, str] = {}
@@ -212,7 +259,7 @@ def _problem(modifier: str, field: str, found: Any) -> str:
     message = found["msg"].removeprefix("Value error, ")
     if found["type"] == "extra_forbidden":
         kind = _known().get(modifier)
-        return f"{modifier} has no field {field}{_nearest(field, kind.model_fields if kind else {})}"
+        return f"{modifier} has no field {field}{_nearest(field, _fields(kind) if kind else {})}"
     if found["type"] == "missing":
         return f"{modifier} needs the field {field}"
     return f"{modifier}: {field}={found['input']!r}: {message}" if field and field not in message else message

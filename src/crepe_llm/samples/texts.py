@@ -203,7 +203,8 @@ def dataset_texts(name: str, *, config: str | None, split: str, characters: int,
         rows = datasets.load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
         for row in rows:
             if not isinstance(row.get("text"), str):
-                raise SampleError(f"the data set {name} has no column `text` of strings; its columns: {', '.join(row)}")
+                kinds = ", ".join(f"{column} ({type(value).__name__})" for column, value in row.items())
+                raise SampleError(f"the data set {name} has no column `text` of strings; its columns: {kinds}")
             texts.append(row["text"])
             read += len(row["text"])
             if read >= characters:
