@@ -5,17 +5,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import (
-    MODEL_HELP,
-    HelpFormatter,
-    add_loading,
-    model_folder,
-    open_model,
-    require,
-    weight_bytes,
-    window_length,
-)
+from crepe_llm.cli.common import HelpFormatter, require
 from crepe_llm.cli.evaluate import add_test_text, texts_of
+from crepe_llm.cli.models import MODEL_HELP, add_loading, model_folder, open_model, weight_bytes, window_length
 from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
 

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import HelpFormatter, weight_bytes
+from crepe_llm.cli.common import HelpFormatter
+from crepe_llm.cli.models import weight_bytes
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 

@@ -5,7 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from crepe_llm.cli.common import MODEL_HELP, HelpFormatter, add_loading, at_least, open_model, require, window_length
+from crepe_llm.cli.common import HelpFormatter, at_least, require
+from crepe_llm.cli.models import MODEL_HELP, add_loading, open_model, window_length
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 

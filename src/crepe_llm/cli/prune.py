@@ -10,22 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crepe_llm.cli.common import (
-    MODEL_HELP,
     HelpFormatter,
-    Model,
     add_calibration,
     add_new_folder,
     add_verbose,
     calibration_texts,
-    copy_processor,
     has_text,
     heard_once,
-    open_model,
     output_folder,
     require,
-    weight_bytes,
-    window_length,
 )
+from crepe_llm.cli.models import MODEL_HELP, Model, copy_processor, open_model, weight_bytes, window_length
 from crepe_llm.cli.plan import (
     device_in_words,
     expected_seconds,

@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from crepe_llm.cli.common import (
-    DTYPES,
-    MODEL_HELP,
     HelpFormatter,
     add_new_folder,
     add_texts,
     add_verbose,
     at_least,
-    check_model,
     chosen_texts,
-    model_folder,
     output_folder,
     require,
-    weight_bytes,
 )
+from crepe_llm.cli.models import DTYPES, MODEL_HELP, check_model, model_folder, weight_bytes
 from crepe_llm.cli.plan import device_in_words, size_in_words
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.report import PAGE, add_report, check_report, make_report, own_test

@@ -5,17 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crepe_llm.cli.common import (
-    HelpFormatter,
-    Model,
-    add_loading,
-    check_new_file,
-    open_model,
-    require,
-    weight_bytes,
-)
-from crepe_llm.cli.common import window_length as window_of
+from crepe_llm.cli.common import HelpFormatter, check_new_file, require
 from crepe_llm.cli.evaluate import add_test_text, texts_of
+from crepe_llm.cli.models import Model, add_loading, open_model, weight_bytes
+from crepe_llm.cli.models import window_length as window_of
 from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crepe_llm.cli.common import (
-    MODEL_HELP,
     HelpFormatter,
     add_calibration,
     add_verbose,
@@ -17,10 +16,9 @@ from crepe_llm.cli.common import (
     calibration_texts,
     check_new_file,
     heard_once,
-    open_model,
     require,
-    window_length,
 )
+from crepe_llm.cli.models import MODEL_HELP, open_model, window_length
 from crepe_llm.cli.plan import device_in_words
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
