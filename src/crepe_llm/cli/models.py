@@ -73,9 +73,9 @@ def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
         ValueError, OSError: there is no such model, it has no tokenizer or code that is not trusted, or it is quantized
             and `dense` asks for one that is not.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from crepe_llm.models.classes import auto_class
+    from crepe_llm.models.classes import auto_class, load_tokenizer
 
     name = model_folder(options.model)
     check_model(name, dense)
@@ -83,15 +83,7 @@ def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
     with _named_code(name):
         config = _config(AutoConfig, name, trust)
         auto_class(config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        except Exception as error:
-            if "trust_remote_code" in str(error):
-                raise
-            raise ValueError(
-                f"{name} has no tokenizer that transformers can load ({_first_line(error)}): put the files of its base "
-                "model's tokenizer into the folder (tokenizer.json, tokenizer_config.json)"
-            ) from error
+        tokenizer = load_tokenizer(name, trust_remote_code=trust)
     return Model(name, config, tokenizer, options)
 
 

@@ -1,9 +1,10 @@
-"""Models loaded whole: with all their parts, and no weight that the checkpoint does not hold."""
+"""Models loaded whole: with all their parts, and no weight that the checkpoint does not hold; and tokenizers."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
-__all__ = ["auto_class", "load_whole"]
+__all__ = ["auto_class", "load_tokenizer", "load_whole"]
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +37,30 @@ def load_whole(name: str, config: Any, **options: Any) -> Any:
             "they are left out, and out of what is made of this model, too"
         )
     return model
+
+
+def load_tokenizer(name: str | Path, **options: Any) -> Any:
+    """A model's tokenizer.
+
+    Args:
+        name: a folder or an id.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: transformers can load none, or code that comes with it is not trusted.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise
+        why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(
+            f"{name} has no tokenizer that transformers can load ({why}): put the files of its base model's tokenizer "
+            "into the folder (tokenizer.json, tokenizer_config.json)"
+        ) from error
 
 
 def auto_class(config: Any) -> Any:

@@ -18,14 +18,14 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 
 from crepe_llm.checkpoints.copying import copy_rest
 from crepe_llm.checkpoints.reading import CONFIG, find_quantization, objects_in, read_config
 from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
-from crepe_llm.models.classes import auto_class
+from crepe_llm.models.classes import auto_class, load_tokenizer
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.models.generation import repair_generation_config
 from crepe_llm.models.losses import check_tokens
@@ -222,8 +222,8 @@ class _Run:
         config, dense = (AutoConfig.from_pretrained(name) for name in (source, teacher))
         check_config(config, dense, source, f"teacher={teacher}")
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
-        self.tokenizer = _tokenizer_of(source)
-        check_tokenizers(self.tokenizer, _tokenizer_of(teacher), source, f"teacher={teacher}")
+        self.tokenizer = load_tokenizer(source)
+        check_tokenizers(self.tokenizer, load_tokenizer(teacher), source, f"teacher={teacher}")
         self.process = PartialState(cpu=not torch.cuda.is_available())
         together = self.micro_batch * self.process.num_processes
         if settings.batch % together:
@@ -477,16 +477,6 @@ def load_pruned(source: Path, dtype: torch.dtype | str) -> Any:
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
     return model
-
-
-def _tokenizer_of(name: str | Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise ValueError(
-            f"{name} has no tokenizer that transformers can load ({str(error).splitlines()[0]}): put the files of its "
-            "base model's tokenizer into the folder (tokenizer.json, tokenizer_config.json)"
-        ) from error
 
 
 def _load(name: str | Path, dtype: torch.dtype | str) -> Any:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from crepe_llm.functional.structured import RankAllocation, recovery_ranks
 from crepe_llm.models.blocks import find_blocks
+from crepe_llm.models.classes import load_tokenizer
 from crepe_llm.models.ffn import is_transposed
 from crepe_llm.training.loop import Plan, fingerprint, resumable, train
 
@@ -104,7 +105,7 @@ def recover(
     settings = settings or RecoverySettings()
     source, destination, work = Path(source), Path(destination), Path(work)
     _refuse_compressed(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     ids = windows(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
     blocks = find_blocks(model)
