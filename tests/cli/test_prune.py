@@ -212,6 +212,7 @@ def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, t
         ({"config": None, "model.gguf": "GGUF"}, "has no config.json but GGUF files, which are not read here"),
         ({"generation_config": "[]"}, "generation_config.json is no JSON object but '[]'; mend or delete it"),
         ({"generation_config": "{"}, "generation_config.json is no JSON: "),
+        ({"generation_config": {"num_return_sequences": 4}}, "generation_config.json is wrong: Greedy methods"),
         ({"model": None, "pytorch_model.bin": "abc"}, "cannot be read (IndexError: "),
     )):  # fmt: skip
         (tmp_path / str(number)).mkdir()

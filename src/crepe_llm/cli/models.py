@@ -199,7 +199,10 @@ def _what_else(folder: Path) -> str:
 
 
 def _check_generation_config(path: Path) -> None:
-    """Raise ValueError if there is such a file and it is no JSON object: transformers would leave it out."""
+    """Raise ValueError if there is such a file and it is no JSON object, which transformers would leave out, or one
+    that transformers loads no model with."""
+    from transformers import GenerationConfig
+
     if not path.is_file():
         return
     try:
@@ -208,6 +211,10 @@ def _check_generation_config(path: Path) -> None:
         raise ValueError(f"{path} is no JSON: {_first_line(error)}; mend or delete it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object but {str(content)[:60]!r}; mend or delete it")
+    try:
+        GenerationConfig.from_dict(content)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is wrong: {' '.join(str(error).split())}; mend or delete it") from error
 
 
 @contextmanager
