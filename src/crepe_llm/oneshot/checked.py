@@ -15,6 +15,7 @@ from crepe_llm import processes
 from crepe_llm.calibration.arguments import check_arguments
 from crepe_llm.calibration.attention_masks import masks_are_made
 from crepe_llm.calibration.heads import head_is_calculated
+from crepe_llm.calibration.kept_values import equal_values_are_held_once
 from crepe_llm.calibration.rehearsal import must_run_whole, tracing_is_undone, whole_pipeline
 from crepe_llm.calibration.shares import own_share
 from crepe_llm.calibration.windows import full_windows
@@ -62,6 +63,7 @@ def register() -> None:
                 if _is_ours(self.recipe):
                     stack.enter_context(_whole_data())
                     stack.enter_context(masks_are_made())
+                    stack.enter_context(equal_values_are_held_once())
                     stack.enter_context(head_is_calculated(self.model))
                     stack.enter_context(tracing_is_undone())
                 super().__call__()
