@@ -43,15 +43,22 @@ QUANTIZATIONS = {
     "none": None,
     "FP8 (W8A8)": "crepe_2of4_fp8",
     "INT8 (W8A8)": "crepe_2of4_int8",
+    "INT8 (W8A8), head INT8": "crepe_2of4_int8_head",
     "INT4 (W4A16), nearest": "crepe_2of4_w4a16",
     "INT4 (W4A16), GPTQ": "crepe_2of4_w4a16_gptq",
 }
 
 
 def quantization_of(name: str, dense: bool) -> str:
-    """A shipped recipe without its pruning, as YAML; for a dense model with llm-compressor's own GPTQ."""
+    """A shipped recipe without its pruning, as YAML; for a dense model with llm-compressor's own GPTQ.
+
+    The models here have no routers: a run by a recipe that does not name them is the same run.
+    """
     (stage,) = yaml.safe_load(recipe_path(name).read_text()).values()
     modifiers = stage["quantization_modifiers"]
+    for fields in modifiers.values():
+        ignored = [pattern for pattern in fields.pop("ignore") if "router" not in pattern]
+        fields |= {"ignore": ignored} if ignored else {}
     if dense:
         modifiers = {name.replace("MaskedGPTQ", "GPTQ"): fields for name, fields in modifiers.items()}
     return yaml.safe_dump({"quantization_stage": {"quantization_modifiers": modifiers}})
