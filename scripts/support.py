@@ -381,7 +381,8 @@ def page(rows: list[Row]) -> str:
         "",
         "Written by `scripts/support.py` from `benchmarks/results/support.jsonl`, never by hand. Each cell is a small",
         "random model of the family, pruned by the shipped recipe, saved and loaded again by transformers with the",
-        "same logits and no tensor missing. What vLLM says is of the packed folder beside its decompressed twin."
+        "same logits and no tensor missing. What vLLM says is of the packed folder beside its decompressed twin. A "
+        "family\nthat it cannot run it could not run dense, either."
         if served
         else "same logits and no tensor missing. None of these was served by vLLM yet; what was is in the tests.",
         "",
