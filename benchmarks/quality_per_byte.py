@@ -5,8 +5,8 @@
 
 Nothing is measured. Bytes are those of the formats that vLLM and this package's kernels multiply by on a CPU: the
 linear layers at so many bits a weight, and the output head in bf16 or, beside 8 and 4 bits, with --int8-head in INT8
-with a scale a row. (INT8 rows of the head change perplexity little, docs/serving.md; quantization.py leaves the head
-alone.) Lines are in the order of bytes, so that a line is worth its bytes where its perplexity is below those above it.
+with a scale a row, of which the perplexities know nothing (what that costs is in quantization.py's own rows). Lines
+are in the order of bytes, so that a line is worth its bytes where its perplexity is below those above it.
 """
 
 import argparse
@@ -15,14 +15,15 @@ from pathlib import Path
 
 from crepe_llm.checkpoints import read_folder
 from method_recipes import MODELS
-from quantization import PROTOCOL, QUANTIZATIONS
+from quantization import HEAD, PROTOCOL, QUANTIZATIONS
 from records import RESULTS, Row, read
 from recover import mean_of
 from recovered_models import CORPORA
 
 # Bits a weight of a linear layer, the scales of groups of 64 columns among them. FP8 is held as bf16 where 2:4.
-DENSE_BITS = dict(zip(QUANTIZATIONS, (16, 8, 8, 4.25, 4.25), strict=True))
-SPARSE_BITS = dict(zip(QUANTIZATIONS, (9, 9, 5, 3.25, 3.25), strict=True))
+OF_LAYERS = [name for name in QUANTIZATIONS if name != HEAD]
+DENSE_BITS = dict(zip(OF_LAYERS, (16, 8, 8, 4.25, 4.25), strict=True))
+SPARSE_BITS = dict(zip(OF_LAYERS, (9, 9, 5, 3.25, 3.25), strict=True))
 
 
 def token_bytes(folder: Path, bits: float, head_bits: float) -> float:
@@ -36,7 +37,7 @@ def token_bytes(folder: Path, bits: float, head_bits: float) -> float:
 def table(rows: list[Row], folders: dict[str, Path], int8_head: bool) -> str:
     """Markdown: a line a model, start and quantization, means over seeds, in the order of bytes."""
     cells: dict[tuple[str, str, int, str], list[Row]] = {}
-    for row in rows:
+    for row in [row for row in rows if row["quantization"] != HEAD]:
         cells.setdefault((row["model"], row["start"], row["tokens"], row["quantization"]), []).append(row)
     lines = []
     for (model, start, tokens, quantization), mine in cells.items():
