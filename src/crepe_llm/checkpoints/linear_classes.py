@@ -1,7 +1,8 @@
-"""Quantized weights of linear layers of a class of their own, such as Falcon's.
+"""Quantized weights of layers and embeddings of a class of their own, such as Falcon's and Gemma's.
 
-compressed-tensors writes and reads the weights of `torch.nn.Linear` itself quantized. Those of a class that is derived
-from it get scales, but stay in full precision in the file, and readers find neither what they look for.
+compressed-tensors chooses the form of a weight by the class of its module. Of one that is derived from
+`torch.nn.Linear` it writes scales beside the weight in full precision, and of one derived from `torch.nn.Embedding`
+codes that nothing unpacks; readers find neither what they look for.
 """
 
 import functools
@@ -14,7 +15,8 @@ __all__ = ["quantize_derived_classes"]
 
 
 def quantize_derived_classes() -> None:
-    """Have compressed-tensors write and read derived classes as `torch.nn.Linear`. Idempotent."""
+    """Have compressed-tensors write and read classes derived from `torch.nn.Linear` and `torch.nn.Embedding`, such as
+    Gemma's scaled embedding, as these. Idempotent."""
     # Both import it by name, and the package has other modules of these names.
     base, form = (import_module(f"compressed_tensors.compressors.{name}") for name in ("base", "format"))
     infer = base.infer_module_format
@@ -23,8 +25,9 @@ def quantize_derived_classes() -> None:
 
     @functools.wraps(infer)
     def infer_module_format(module_type: type, *args: Any, **kwargs: Any) -> Any:
-        derived = issubclass(module_type, torch.nn.Linear) and not module_type.__module__.startswith("compressed_")
-        return infer(torch.nn.Linear if derived else module_type, *args, **kwargs)
+        theirs = module_type.__module__.startswith("compressed_")
+        kinds = (kind for kind in (torch.nn.Linear, torch.nn.Embedding) if issubclass(module_type, kind) and not theirs)
+        return infer(next(kinds, module_type), *args, **kwargs)
 
     infer_module_format._takes_derived = True  # type: ignore[attr-defined]
     for module in (base, form):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
@@ -90,6 +91,23 @@ def register() -> None:
                 super().apply_recipe_modifiers(calibration_dataloader, recipe_stage)
 
     module.Oneshot = Oneshot  # type: ignore[attr-defined]
+    _compare_saved_tensors()
+
+
+def _compare_saved_tensors() -> None:
+    """Have llm-compressor tie an embedding and a head again that are equal in all that is saved of them.
+
+    Before it saves a model it compares all their tensors, also the scale that Gemma's embedding has beside its weight,
+    and would save the quantized table twice.
+    """
+    saving = importlib.import_module("llmcompressor.transformers.compression.compressed_tensors_utils")
+    named = saving._named_tensors
+
+    def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        unsaved = module._non_persistent_buffers_set
+        return {name: tensor for name, tensor in named(module).items() if name not in unsaved}
+
+    saving._named_tensors = saved_tensors  # type: ignore[attr-defined]
 
 
 def _check_not_compiled(model: Any) -> None:
