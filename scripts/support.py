@@ -67,7 +67,7 @@ LATENT = {
     **{"num_experts_per_tok": 2, "n_shared_experts": 1, **MULTI_HEAD},
 }
 LATENT_HEADS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-GRANITE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 ROUTED_AND_SHARED = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1},
@@ -140,14 +140,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**HEADS_OF_32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "gptj": {**GPT, "rotary_dim": 16},
     "granite": {},
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": LOCAL_EXPERTS,
     "granitemoehybrid": {
-        **GRANITE_EXPERTS,
+        **LOCAL_EXPERTS,
         **MAMBA_2,
         "layer_types": ["mamba", "attention"],
         "shared_intermediate_size": 64,
     },
-    "granitemoeshared": {**GRANITE_EXPERTS, "shared_intermediate_size": 64},
+    "granitemoeshared": {**LOCAL_EXPERTS, "shared_intermediate_size": 64},
     "helium": HEADS_OF_32,
     "hunyuan_v1_dense": HEADS_OF_32,
     "hunyuan_v1_moe": {**HEADS_OF_32, "num_experts": 4, "moe_topk": 2, "num_shared_expert": 1},
@@ -156,15 +156,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
         **{"mamba_d_state": 16, "mamba_dt_rank": 8},
     },
-    "jetmoe": {"kv_channels": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "jetmoe": {**LOCAL_EXPERTS, "kv_channels": 32},
     "lfm2": {
         **{"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-        **{
-            "conv_dim": 128,
-            "conv_dim_out": 128,
-            "block_dim": 128,
-            "block_ff_dim": 256,
-        },  # as published; vLLM reads them
+        # As published; vLLM reads them.
+        **{"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256},
         **{"block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0},
     },
     "lfm2_moe": {**ROUTED, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -172,10 +168,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": MAMBA_1,
     "mamba2": {"head_dim": 32, "num_heads": 8, "n_groups": 1, "state_size": 16, "expand": 2},
     "minicpm3": {**MULTI_HEAD, "kv_lora_rank": 32, "q_lora_rank": 32, **dict.fromkeys(LATENT_HEADS, 32)},
-    "minimax": {**HEADS_OF_32, **GRANITE_EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
+    "minimax": {**HEADS_OF_32, **LOCAL_EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
     "ministral": HEADS_OF_32,
     "mistral": HEADS_OF_32,
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": LOCAL_EXPERTS,
     "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
     "nemotron": HEADS_OF_32,
     "nemotron_h": {
@@ -190,7 +186,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "persimmon": MULTI_HEAD,
     "phi": {},
     "phi3": {"original_max_position_embeddings": 512},
-    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": LOCAL_EXPERTS,
     "qwen2": {},
     "qwen2_moe": {**ROUTED, "shared_expert_intermediate_size": 128},
     "qwen3": HEADS_OF_32,

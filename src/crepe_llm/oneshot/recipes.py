@@ -73,13 +73,13 @@ def _check_bits(recipe: Recipe, source: str) -> None:
     """Raise ValueError if weights are to be quantized to a number of bits that no file holds: compressed-tensors takes
     any, and writes what no reader gives back."""
     for modifier in recipe.modifiers:
-        for group in (getattr(modifier, "config_groups", None) or {}).values():
-            weights = group.weights
-            known = (4, 8) if weights is not None and weights.type == "float" else tuple(range(1, 9))
-            if weights is not None and weights.num_bits not in known:
+        groups = (getattr(modifier, "config_groups", None) or {}).values()
+        for weights in filter(None, (group.weights for group in groups)):
+            known, said = ((4, 8), "4 or 8") if weights.type == "float" else (range(1, 9), "a number from 1 to 8")
+            if weights.num_bits not in known:
                 raise ValueError(
                     f"{source}: {type(modifier).__name__}: weights of type {weights.type} have num_bits="
-                    f"{weights.num_bits}: give {'4 or 8' if len(known) == 2 else 'a number from 1 to 8'}"
+                    f"{weights.num_bits}: give {said}"
                 )
 
 
