@@ -181,7 +181,11 @@ def generate(
     from vllm.lora.request import LoRARequest
 
     options = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 64, **options}
-    engine = LLM(str(folder), dtype=dtype, max_model_len=160, skip_tokenizer_init=True, **options)
+    try:
+        engine = LLM(str(folder), dtype=dtype, max_model_len=160, skip_tokenizer_init=True, **options)
+    except BaseException:
+        cleanup_dist_env_and_memory()  # what was begun of a dense model has no group for the experts of the next one
+        raise
     try:
         seen = engine.apply_model(inspect)[0] if inspect else None
         wanted = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
