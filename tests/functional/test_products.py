@@ -1,10 +1,10 @@
-"""Products with a symmetric matrix against those in fp64, whichever library makes them."""
+"""Products with a symmetric matrix against those in fp64, whichever library makes them, and its factors in place."""
 
 import pytest
 import torch
 
 from crepe_llm.functional import products
-from crepe_llm.functional.products import Symmetric
+from crepe_llm.functional.products import Symmetric, cholesky_in_place, inverse_in_place
 
 
 @pytest.mark.parametrize("by_onednn", [False, True])
@@ -24,3 +24,25 @@ def test_products(by_onednn, size, count, monkeypatch):
     torch.testing.assert_close(out.double(), expected + add, rtol=1e-4, atol=1e-3)
     assert torch.equal(matrix, before)
     assert Symmetric(matrix)._matrix.is_mkldnn == (by_onednn and size == 600)
+
+
+@pytest.mark.parametrize("size", [1, 7, 600])
+def test_factors_in_place(size):
+    inputs = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = inputs.T @ inputs
+    for upper in (False, True):
+        work = matrix.clone()
+        factor = cholesky_in_place(work, upper=upper)
+        assert factor.data_ptr() == work.data_ptr()
+        assert torch.equal(factor, torch.linalg.cholesky(matrix, upper=upper))
+    work = matrix.clone()
+    inverse = inverse_in_place(work)
+    assert inverse.data_ptr() == work.data_ptr() and inverse.is_contiguous()
+    assert torch.equal(inverse, inverse.T)
+    torch.testing.assert_close(inverse @ matrix, torch.eye(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("factorise", [cholesky_in_place, inverse_in_place])
+def test_a_matrix_that_has_no_factor(factorise):
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+        factorise(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))

@@ -8,7 +8,7 @@ import torch
 
 from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.functional.masks import keep_unstructured
-from crepe_llm.functional.products import Symmetric
+from crepe_llm.functional.products import Symmetric, inverse_in_place
 from crepe_llm.functional.rows import row_blocks
 
 __all__ = ["ADMMOptions", "Reconstruction", "admm"]
@@ -95,12 +95,11 @@ def admm(
     if dense.dim() != 2 or gram.shape != (dense.shape[1],) * 2:
         raise ValueError(f"gram {list(gram.shape)} must be [d_in, d_in] of a weight [d_out, d_in], {list(dense.shape)}")
 
-    def chosen(weight: torch.Tensor, iteration: int) -> torch.Tensor:
-        found = scores(weight)
+    def chosen(found: torch.Tensor, iteration: int) -> torch.Tensor:
         keep = mask(found)
         return keep if iteration == options.rounds else _in_part(found, keep, 1 - (1 - iteration / options.rounds) ** 3)
 
-    keep, weight = _alternated(dense, gram, chosen, options)
+    keep, weight = _alternated(dense, gram, scores, chosen, options)
     weight = conjugate_gradients(
         dense, keep, gram, start=weight, dampening=options.dampening, iterations=options.refinement
     )
@@ -110,22 +109,24 @@ def admm(
 def _alternated(
     dense: torch.Tensor,
     gram: torch.Tensor,
+    scores: Callable[[torch.Tensor], torch.Tensor],
     chosen: Callable[[torch.Tensor, int], torch.Tensor],
     options: ADMMOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask and the weights before refinement. A function of its own, so that its matrices are gone after it.
 
-    `chosen` gives the mask of a round from W + U in the units of `dense`.
+    `chosen` gives the mask of a round from the scores of W + U in the units of `dense`.
     """
     norms = gram.float().diagonal().sqrt()
     norms = torch.where(norms > 0, norms, 1)  # A channel that is never active; nothing depends on its weights.
     inverse = _penalised_inverse(gram, norms, options)
     total = dense.float() * norms  # W + U
-    # W0 H (H + penalty I)^-1, in one product.
-    target = inverse.times(-total, add=total, out=torch.empty_like(total))
+    target = torch.empty_like(total)  # W0 H (H + penalty I)^-1, in one product
+    for rows in row_blocks(total):
+        inverse.times(-total[rows], add=total[rows], out=target[rows])
     for iteration in range(1, options.iterations + 1):
         if iteration <= options.rounds:
-            keep = chosen(total / norms, iteration)
+            keep = chosen(scores(total / norms), iteration)
         if iteration == options.iterations:
             break
         for rows in row_blocks(total):
@@ -138,12 +139,12 @@ def _alternated(
 
 def _penalised_inverse(gram: torch.Tensor, norms: torch.Tensor, options: ADMMOptions) -> Symmetric:
     """penalty (H + penalty I)^-1 of the normalised and dampened Gram matrix H."""
-    hessian = gram.float() / norms / norms[:, None]
-    hessian.diagonal().fill_(1 + options.dampening + options.penalty)
-    return Symmetric(torch.cholesky_inverse(torch.linalg.cholesky(hessian)).mul_(options.penalty))
+    hessian = gram.float() / norms[:, None]
+    hessian.div_(norms).diagonal().fill_(1 + options.dampening + options.penalty)
+    return Symmetric(inverse_in_place(hessian).mul_(options.penalty))
 
 
 def _in_part(scores: torch.Tensor, keep: torch.Tensor, share: float) -> torch.Tensor:
-    """A mask that prunes only the given share, with the lowest scores, of what `keep` does. Overwrites the scores."""
-    pruned = 1 - keep.count_nonzero().item() / keep.numel()
-    return keep_unstructured(scores.masked_fill_(keep, torch.inf), share * pruned, "matrix")
+    """A mask that prunes only the given share, with the lowest scores, of what `keep` does."""
+    pruned = ~keep
+    return keep.masked_scatter(pruned, keep_unstructured(scores[pruned][None], share, "matrix"))

@@ -9,7 +9,7 @@ Gram matrix X^T X [d_in, d_in] of the layer's inputs, up to a positive factor, o
 
 import torch
 
-from crepe_llm.functional.products import Symmetric
+from crepe_llm.functional.products import Symmetric, cholesky_in_place, inverse_in_place
 from crepe_llm.functional.rows import row_blocks
 
 __all__ = [
@@ -88,9 +88,12 @@ def asymmetric_target(
     _check(dense, dense, gram)
     _check(dense, dense, cross)
     weight = dense.float()
-    factor = torch.linalg.cholesky(_dampened(gram, dampening))
-    shift = torch.cholesky_solve((cross.float() - gram.float()).T @ weight.T, factor).T
-    return weight + share * shift
+    shift = weight @ (cross.float() - gram.float())  # before there is a factor, which is as large as the difference
+    factor = cholesky_in_place(_dampened(gram, dampening))
+    # Not torch.cholesky_solve, which copies the factor.
+    for triangle, upper in ((factor.mT, True), (factor, False)):
+        torch.linalg.solve_triangular(triangle, shift, upper=upper, left=False, out=shift)
+    return shift.mul_(share).add_(weight)
 
 
 def energy_compensation(
@@ -209,8 +212,7 @@ def sparsegpt_update(
     Source: SparseGPT, arXiv 2301.00774, algorithm 1, with the mask given instead of chosen.
     """
     _check(dense, keep, gram)
-    hessian = _dampened(gram, dampening)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    factor = cholesky_in_place(inverse_in_place(_dampened(gram, dampening)), upper=True)
     work = dense.float().clone()
     width = work.shape[1]
     for start in range(0, width, block_size):

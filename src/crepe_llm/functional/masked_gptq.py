@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from crepe_llm.functional.products import cholesky_in_place, inverse_in_place
+
 __all__ = ["masked_gptq"]
 
 
@@ -76,5 +78,6 @@ def _order_and_factor(
     diagonal[diagonal == 0] = 1  # a channel that is never active; nothing depends on its weights
     order = diagonal.argsort(descending=True) if activation_order else torch.arange(len(gram), device=gram.device)
     diagonal += dampening * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    return order, torch.linalg.cholesky(inverse, upper=True)
+    if activation_order:
+        hessian = hessian[order][:, order].contiguous()
+    return order, cholesky_in_place(inverse_in_place(hessian), upper=True)

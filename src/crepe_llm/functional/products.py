@@ -1,11 +1,11 @@
-"""Products with a symmetric matrix, in which solvers spend their time."""
+"""Products with a symmetric matrix, in which solvers spend their time, and its factors, in which they hold memory."""
 
 import functools
 from pathlib import Path
 
 import torch
 
-__all__ = ["Symmetric"]
+__all__ = ["Symmetric", "cholesky_in_place", "inverse_in_place"]
 
 # Fewer channels are multiplied as torch does it: there is nothing to gain.
 _LARGE = 512
@@ -37,6 +37,31 @@ class Symmetric:
         if add is None:
             return torch.mm(rows, self._matrix, out=out)
         return torch.addmm(add, rows, self._matrix, out=out)
+
+
+def cholesky_in_place(matrix: torch.Tensor, *, upper: bool = False) -> torch.Tensor:
+    """The Cholesky factor of a matrix, in the memory of that.
+
+    Args:
+        matrix: [n, n], contiguous, symmetric and positive definite; overwritten.
+        upper: whether the upper factor U, with U^T U the matrix, is wanted, instead of the lower L, with L L^T.
+
+    Returns:
+        [n, n], a view of `matrix`: its transpose, as the routine wants columns in one piece.
+
+    Raises:
+        torch.linalg.LinAlgError: if the matrix is not positive definite.
+    """
+    factor = matrix.mT
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, upper=upper, check_errors=True, out=(factor, info))
+    return factor
+
+
+def inverse_in_place(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of a matrix, in the memory of that; its argument and errors are :func:`cholesky_in_place`'s."""
+    factor = cholesky_in_place(matrix)
+    return torch.cholesky_inverse(factor, out=factor).mT
 
 
 @functools.cache

@@ -243,6 +243,8 @@ class _Runs:
         self.dense: dict[torch.nn.Module, torch.Tensor] = {}
         self._sharing: dict[torch.nn.Module, torch.nn.Module] = {}  # layer -> the first of those with its inputs
         self._called_again = False
+        #: Whether the block is given what the dense model gives it.
+        self._starts_equal = all(batch.dense is None for batch in batches)
 
     def groups(self, layers: list[torch.nn.Module]) -> list[list[torch.nn.Module]]:
         """Layers with the same inputs together, in the order of their calls; all together if none is to wait.
@@ -285,6 +287,8 @@ class _Runs:
             gram = any(wanted[other].gram for other in wanted if source[other] is module)
             statistics = InputStatistics(input_channels(module), gram=gram, device=get_execution_device(module))
             found[module] = _Gathered(wanted[module], statistics)
+        if self._calibration.cross and last:
+            self._reserve_dense()
         for batch in tqdm(self._batches, desc="Calibrating a group of layers", leave=False):
             given = _by_layer(self._run(batch, list(wanted))[0] if wanted else [], wanted)
             for module, gathered in found.items():
@@ -311,6 +315,12 @@ class _Runs:
             sources[module] = source if alike else module
         return sources
 
+    def _reserve_dense(self) -> None:
+        """Make room for the dense stream in one piece: made between a batch's many tensors, it would leave gaps."""
+        if self._starts_equal:
+            for batch in self._batches:
+                batch.dense = torch.empty_like(block_inputs(batch.args, batch.kwargs))
+
     def _gather_cross(
         self,
         batch: Batch,
@@ -319,17 +329,19 @@ class _Runs:
         last: bool,
     ) -> None:
         # The first layers of the first block are given what the dense model gives them.
-        differs = bool(found) and (bool(self.dense) or batch.dense is not None)
+        differs = bool(found) and (bool(self.dense) or not self._starts_equal)
         if not (differs or last):
             return
         with _weights(self.dense):
-            calls, output = self._run(batch, list(found), batch.dense, stop=not last)
+            hidden = None if self._starts_equal else batch.dense
+            calls, output = self._run(batch, list(found), hidden, stop=not last)
         if differs:
             beside = _by_layer(calls, found)
             for module, gathered in found.items():
                 gathered.update_cross(batch, given[module], beside[module])
         if last:
-            batch.dense = block_outputs(output).to(block_inputs(batch.args, batch.kwargs).device)
+            assert batch.dense is not None
+            batch.dense.copy_(block_outputs(output))
 
     def _run(
         self, batch: Batch, layers: list[torch.nn.Module], hidden: torch.Tensor | None = None, stop: bool = True
