@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from crepe_llm.checkpoints.space import check_destination
@@ -19,3 +21,13 @@ def test_places_that_cannot(tmp_path):
     with pytest.raises(OSError, match=r"/proc/crepe/new cannot be written \("):
         check_destination("/proc/crepe/new", 1000)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_shard_is_written_beside_the_others(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=15 * 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="16 GB are to be written"):
+        check_destination(tmp_path, 10**10)
+    check_destination(tmp_path, 10**10, shard_bytes=10**9)
+    with pytest.raises(OSError, match=r"15\.6 GB are to be written"):
+        check_destination(tmp_path, 10**10, 5 * 10**9, shard_bytes=10**9)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import llmcompressor  # noqa: F401  its log must not be bound to a single test's captured stderr
+import psutil
 import pytest
 import torch
 from llmcompressor.core import LifecycleCallbacks
@@ -81,6 +82,43 @@ def test_magnitude_needs_no_text(dense, tmp_path, capsys, refusal):
     assert f"--report {wanted}" in refusal([*command, "--report"])
     command[3] = "crepe_2of4"
     assert f"CRePEModifier {wanted}" in refusal(command)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_wait_on_the_disk(tied, dense, text, tmp_path, capsys):
+    folder = copied(dense, tmp_path)
+    if tied:
+        model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=True)
+        model.save_pretrained(folder)
+    arguments = ["prune", folder, "--recipe", "crepe_2of4_best", "--text", text, "--samples", 4, "--length", 32]
+    printed = []
+    for name, more in (("whole", []), ("waiting", ["--memory", 1e-5])):
+        assert main([str(argument) for argument in [*arguments, *more, "--output", tmp_path / name]]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "memory:" not in printed[0] and "memory:      0.0 MB of weights, the others stay on the disk" in printed[1]
+    layers = [next(line for line in lines.splitlines() if line.startswith("layers:")) for lines in printed]
+    assert layers[0] == layers[1]
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in (tmp_path / "waiting").iterdir()} == names
+    for name in names - {"README.md"}:
+        assert (tmp_path / "waiting" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_model_that_does_not_fit_waits_on_the_disk(dense, text, tmp_path, capsys, monkeypatch):
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=5 * 10**9))
+    output = tmp_path / "pruned"
+    command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32]
+    assert main([str(argument) for argument in [*command, "--output", output]]) == 0
+    assert "of weights, the others stay on the disk" in capsys.readouterr().out
+    assert read_folder(output).layers and not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
+def test_a_limit_that_is_none_is_refused(value, dense, text, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", str(dense), "--recipe", "crepe_2of4", "--output", str(tmp_path / "x"), "--memory", value])
+    assert f"--memory: {value} must be a positive number of GB" in capsys.readouterr().err
 
 
 def test_a_failing_prune_leaves_no_folder(dense, text, tmp_path, refusal):
@@ -303,10 +341,11 @@ def test_mixtures_of_experts(text, tmp_path, capsys):
 def test_prune_in_two_processes_writes_what_one_writes(dense, text, tmp_path, capsys):
     command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32, "--output"]
     assert main([*map(str, command), str(tmp_path / "one")]) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crepe_llm"]
-    two = subprocess.run(
-        [sys.executable, *torchrun, *map(str, command), str(tmp_path / "two")], capture_output=True, text=True
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*torchrun, "-m", "crepe_llm", *map(str, command), str(tmp_path / "two")]
+    limited = subprocess.run([*words, "--memory", "1"], capture_output=True, text=True)
+    assert limited.returncode and "--memory: each of several processes holds all weights" in limited.stderr
+    two = subprocess.run(words, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr[-3000:]
     told = [out.splitlines() for out in (capsys.readouterr().out, two.stdout)]
     assert len(told[1]) == len(told[0]) and "2 processes" in two.stdout

@@ -61,9 +61,30 @@ class Model:
         from crepe_llm.models.classes import load_whole
 
         placement = {"device_map": "auto"} if on_device and torch.cuda.is_available() else {}
-        options = {"dtype": self.options.dtype, "trust_remote_code": self.options.trust_remote_code, **placement}
         with _named_code(self.name, self.config):
-            return load_whole(self.name, self.config, **options)
+            return load_whole(self.name, self.config, **self._loading, **placement)
+
+    def load_within(self, memory: int, folder: Path) -> Any:
+        """Load so many bytes of weights for llm-compressor; the others stay on the disk, and what changes of them goes
+        to a folder. Raises as :meth:`load`."""
+        from crepe_llm.models.classes import load_within
+
+        with _named_code(self.name, self.config):
+            return load_within(self.name, self.config, memory, folder, **self._loading)
+
+    def sizes(self) -> tuple[int, int]:
+        """The bytes of the weights, and the inputs of the widest linear layer."""
+        import torch
+
+        from crepe_llm.models.classes import sizes_of
+
+        dtype = None if self.options.dtype == "auto" else getattr(torch, self.options.dtype)
+        with _named_code(self.name, self.config):
+            return sizes_of(self.config, dtype, trust_remote_code=self.options.trust_remote_code)
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"dtype": self.options.dtype, "trust_remote_code": self.options.trust_remote_code}
 
 
 def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:

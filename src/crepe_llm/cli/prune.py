@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
     from crepe_llm.journal import Journal
 
 
+# Memory that is kept free of weights: for libraries and calibration data, and of a layer's inputs four fp32 matrices.
+_BESIDE = 5 * 10**9
+_MATRICES = 4 * 4
+# Of a file, where weights wait on the disk: transformers holds one file's weights at a time.
+_SHARD_BYTES = 10**9
+
+
 def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "prune",
@@ -69,10 +77,27 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep finished blocks, and go on from those of a run that was killed"
     )
+    parser.add_argument(
+        "--memory",
+        metavar="GB",
+        type=_gigabytes,
+        help="hold at most so many GB of weights in memory and leave the others on the disk (what fits)",
+    )
     add_calibration(parser, required=False)
     add_report(parser)
     add_json(parser)
     parser.set_defaults(run=run)
+
+
+def _gigabytes(text: str) -> int:
+    """Bytes, of a positive number of GB."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a positive number of GB, such as 8")
+    return round(size * 1e9)
 
 
 @dataclass(frozen=True)
@@ -105,6 +130,7 @@ class _Run:
         calibration: the calibration data.
         progress: the plan and the progress line.
         journal: where finished blocks are kept, if they are.
+        memory: how many bytes of weights are held in memory, the others being on the disk; None for all.
     """
 
     options: argparse.Namespace
@@ -113,6 +139,7 @@ class _Run:
     calibration: _Calibration
     progress: Progress
     journal: "Journal | None"
+    memory: int | None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -145,7 +172,7 @@ def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple[
         source = open_model(options, dense=True)
         used = _calibration(options, source, recipe)
         kept = _journal(options, source, path, used.windows) if options.resume else None
-        made = _prune(_Run(options, source, recipe, used, progress, kept), path, folder)
+        made = _prune(_Run(options, source, recipe, used, progress, kept, _memory(options, source)), path, folder)
         if processes.is_first():
             (folder / "README.md").write_text(model_card(made))
     if kept is not None and processes.is_first():
@@ -206,6 +233,32 @@ def _journal(options: argparse.Namespace, source: Model, recipe: Path, windows: 
     return Journal(_kept_beside(options.output), decides | {name: version(name) for name in packages})
 
 
+def _memory(options: argparse.Namespace, source: Model) -> int | None:
+    """How many bytes of a model's weights are held in memory; None for all.
+
+    Raises:
+        ValueError: a limit is given to several processes.
+    """
+    import psutil
+
+    from crepe_llm import processes
+
+    if processes.count() > 1:
+        if options.memory is not None:
+            raise ValueError(
+                "--memory: each of several processes holds all weights; leave it out, or start one process"
+            )
+        return None
+    if options.memory is not None:
+        return options.memory if options.memory < source.sizes()[0] else None
+    try:
+        size, widest = source.sizes()
+    except Exception:  # a class that is not made without weights: loading it shows what there is to say
+        return None
+    free = psutil.virtual_memory().available - _BESIDE - _MATRICES * widest**2
+    return None if size <= free else max(free, 0)
+
+
 def _kept_beside(output: Path) -> Path:
     return output.with_name(f"{output.name}.resume")
 
@@ -224,24 +277,24 @@ def _prune(run: _Run, path: Path, folder: Path) -> "Pruning":
     progress.tell("calibration", run.calibration.words)
     together = f", {processes.count()} processes" * (processes.count() > 1)
     progress.tell("device", device_in_words() + together)
-    model = source.load(on_device=False)
-    dense = linear_zeros(model)
-    blocks = source.config.get_text_config().num_hidden_layers
-    _plan_output(run, model, dense, blocks, folder)
-    with followed(progress, run.recipe.modifiers, blocks), keeping(run.journal):
-        oneshot(
-            model=model,
-            tokenizer=source.tokenizer,
-            recipe=run.recipe,
-            dataset=run.calibration.windows,
-            num_calibration_samples=options.samples,
-            max_seq_length=run.calibration.length or None,
-            shuffle_calibration_samples=False,
-            trust_remote_code_model=options.trust_remote_code,
-        )
-    progress.phase("saving")
-    pruned = linear_zeros(model)
-    model.save_pretrained(folder)
+    with _loaded(run, folder) as model:
+        dense = linear_zeros(model)
+        blocks = source.config.get_text_config().num_hidden_layers
+        _plan_output(run, model, dense, blocks, folder)
+        with followed(progress, run.recipe.modifiers, blocks), keeping(run.journal):
+            oneshot(
+                model=model,
+                tokenizer=source.tokenizer,
+                recipe=run.recipe,
+                dataset=run.calibration.windows,
+                num_calibration_samples=options.samples,
+                max_seq_length=run.calibration.length or None,
+                shuffle_calibration_samples=False,
+                trust_remote_code_model=options.trust_remote_code,
+            )
+        progress.phase("saving")
+        pruned, dtype = linear_zeros(model), str(model.dtype).removeprefix("torch.")
+        model.save_pretrained(folder, **({} if run.memory is None else {"max_shard_size": _SHARD_BYTES}))
     if processes.is_first():
         source.tokenizer.save_pretrained(folder)
         copy_processor(source.name, folder)
@@ -251,26 +304,52 @@ def _prune(run: _Run, path: Path, folder: Path) -> "Pruning":
         dense=dense,
         pruned=pruned,
         calibration=run.calibration.words,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         command=options.command_line,
     )
 
 
+@contextlib.contextmanager
+def _loaded(run: _Run, folder: Path) -> Iterator[Any]:
+    """The model; weights that are not held in memory are in the folder while the block lasts."""
+    if run.memory is None:
+        yield run.source.load(on_device=False)
+        return
+    waiting = folder / ".weights"
+    waiting.mkdir()
+    try:
+        yield run.source.load_within(run.memory, waiting)
+    finally:
+        shutil.rmtree(waiting)
+
+
 def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: Path) -> None:
     """Say how large the model is and where it goes; raise OSError if it does not fit there."""
+    import torch
+
     from crepe_llm import processes
     from crepe_llm.checkpoints.space import check_destination
 
-    size, kept = model.get_memory_footprint(return_buffers=False), run.journal
+    # By name, as tied weights that wait on the disk are no longer one parameter.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    weights = [weight for name, weight in model.named_parameters() if name not in tied]
+    size, kept = sum(weight.nbytes for weight in weights), run.journal
     # A block that is kept takes what it takes dense, and a bit a weight for its mask: at most a sixteenth in 16 bits.
     beside = 0 if kept is None else max(0, size + size // 16 - kept.bytes)
-    check_destination(folder, size, beside)
+    waiting = 0 if run.memory is None else max(0, size - run.memory)  # if all of them change
+    check_destination(folder, size, beside + waiting, **({} if run.memory is None else {"shard_bytes": _SHARD_BYTES}))
     dtype = str(model.dtype).removeprefix("torch.")
     run.progress.tell(
         "layers",
-        f"{len(dense)} linear layers in {blocks} blocks; {model.num_parameters() / 1e6:,.1f} M parameters, "
+        f"{len(dense)} linear layers in {blocks} blocks; {sum(map(torch.numel, weights)) / 1e6:,.1f} M parameters, "
         f"{size_in_words(size)} in {dtype}",
     )
+    if waiting:
+        run.progress.tell(
+            "memory",
+            f"{size_in_words(size - waiting)} of weights, the others stay on the disk; those that change take up to "
+            f"{size_in_words(waiting)} there",
+        )
     free = shutil.disk_usage(folder).free
     run.progress.tell(
         "output",

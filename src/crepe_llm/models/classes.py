@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-__all__ = ["auto_class", "load_tokenizer", "load_whole"]
+__all__ = ["auto_class", "load_tokenizer", "load_whole", "load_within", "sizes_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +37,41 @@ def load_whole(name: str, config: Any, **options: Any) -> Any:
             "they are left out, and out of what is made of this model, too"
         )
     return model
+
+
+def load_within(name: str, config: Any, memory: int, folder: Path, **options: Any) -> Any:
+    """:func:`load_whole` for llm-compressor, with so many bytes of weights in memory: the others stay on the disk.
+
+    They are read whenever they are needed. Those that change are written to `folder`, which exists and has to stay as
+    long as the model does.
+
+    Args:
+        name, config, options: of :func:`load_whole`.
+        memory: bytes of weights that are held on the CPU.
+        folder: for the weights that change, and links to the others.
+    """
+    from compressed_tensors.offload.convert import from_accelerate
+
+    limits = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": str(folder)}
+    model = load_whole(name, config, offload_buffers=True, **limits, **options)
+    from_accelerate(model)
+    return model
+
+
+def sizes_of(config: Any, dtype: Any, **options: Any) -> tuple[int, int]:
+    """The bytes of a model's weights, and the inputs of its widest linear layer; nothing of it is loaded.
+
+    Args:
+        config: transformers' config of the model.
+        dtype: of the weights, a torch dtype; None for the config's, or fp32.
+        options: of `from_config`.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
+    widths = [module.in_features for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return model.get_memory_footprint(return_buffers=False), max(widths, default=0)
 
 
 def load_tokenizer(name: str | Path, **options: Any) -> Any:
