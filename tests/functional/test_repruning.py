@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crepe_llm.functional.masks import keep_n_of_m, keep_unstructured
-from crepe_llm.functional.repruning import dsnot
+from crepe_llm.functional.repruning import DSnoTOptions, dsnot
 from crepe_llm.functional.scores import crepe_scores, wanda_scores
 
 
@@ -25,7 +25,7 @@ def layer(seed=0, rows=8, columns=24, tokens=50):
 def reprune(dense, inputs, keep, weight=None, scores=None, **options):
     scores = wanda_scores(dense, inputs.norm(dim=0)) if scores is None else scores
     weight = dense * keep if weight is None else weight
-    return dsnot(weight, dense, keep, scores, inputs.mean(0), inputs.var(0, correction=0), **options)
+    return dsnot(weight, dense, keep, scores, inputs.mean(0), inputs.var(0, correction=0), DSnoTOptions(**options))
 
 
 def by_loops(weight, dense, keep, scores, mean, variance, group, max_cycles, threshold, exponent):
@@ -199,7 +199,7 @@ def test_arguments_are_left_as_they_were():
     keep = keep_n_of_m(dense.abs(), 2, 4)
     arguments = (dense * keep, dense, keep, dense.abs(), inputs.mean(0), inputs.var(0))
     before = [argument.clone() for argument in arguments]
-    first, second = dsnot(*arguments, group=4), dsnot(*arguments)
+    first, second = dsnot(*arguments, DSnoTOptions(group=4)), dsnot(*arguments)
     assert int(first.swaps.sum()) and int(second.swaps.sum())
     assert all(torch.equal(one, other) for one, other in zip(before, arguments, strict=True))
 
@@ -211,11 +211,7 @@ def test_arguments_are_left_as_they_were():
         ({"scores": torch.ones(24)}, r"scores \[24\] must both be"),
         ({"input_mean": torch.ones(8)}, r"input_mean must have one entry per input channel, \[24\], got \[8\]"),
         ({"input_variance": torch.ones(1, 24)}, "input_variance must have"),
-        ({"group": 5}, "24 input channels cannot be cut into groups of 5"),
-        ({"max_cycles": 0}, "max_cycles=0 must be at least 1"),
-        ({"threshold": -0.1}, r"threshold=-0.1 must be at least 0"),
-        ({"threshold": math.nan}, "threshold=nan"),
-        ({"variance_exponent": -1.0}, "variance_exponent=-1.0"),
+        ({"options": DSnoTOptions(group=5)}, "24 input channels cannot be cut into groups of 5"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
@@ -227,3 +223,17 @@ def test_what_does_not_fit_is_refused(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         dsnot(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_cycles": 0}, "max_cycles=0 must be at least 1"),
+        ({"threshold": -0.1}, r"threshold=-0.1 must be at least 0"),
+        ({"threshold": math.nan}, "threshold=nan"),
+        ({"variance_exponent": -1.0}, "variance_exponent=-1.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DSnoTOptions(**options)

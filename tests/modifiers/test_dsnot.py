@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from crepe_llm.checkpoints import read_folder
 from crepe_llm.functional.compensation import conjugate_gradients
-from crepe_llm.functional.repruning import dsnot
+from crepe_llm.functional.repruning import DSnoTOptions, dsnot
 from crepe_llm.functional.scores import crepe_scores, cvr_scores, wanda_scores
 from crepe_llm.modifiers import DSnoTModifier, WeightCorrectionModifier
 from crepe_llm.pruning.steps import Refit, Reprune
@@ -72,7 +72,7 @@ def test_the_first_block_is_repruned_as_computed_independently(score, pipeline, 
             continue
         dense, masked, x = layer.weight.detach(), linears(pruned)[name].weight.detach(), inputs[name]
         mean, variance = x.mean(0), x.var(0, correction=0)
-        found = dsnot(masked, dense, masked != 0, scores(dense, x), mean, variance, group=4, **fields)
+        found = dsnot(masked, dense, masked != 0, scores(dense, x), mean, variance, DSnoTOptions(group=4, **fields))
         result = repruned[name].weight.detach()
         assert torch.equal(result, dense * found.keep), name
         before, after = (row_errors(x, dense, weight).abs().mean().item() for weight in (masked, result))

@@ -14,15 +14,43 @@ mask, of all it went through, at which \\|e_i\\| was smallest. That may be the f
 Rows keep their number of weights, groups theirs.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["Repruned", "dsnot"]
+__all__ = ["DSnoTOptions", "Repruned", "dsnot"]
 
 _TINY = torch.finfo(torch.float32).tiny
 # Variances below this fraction of their mean count as so large: a channel that hardly varies comes first, but finitely.
 _SMALLEST_VARIANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class DSnoTOptions:
+    """How :func:`dsnot` swaps.
+
+    Attributes:
+        group: M, for N:M masks, or None for unstructured ones.
+        max_cycles: at most so many swaps a row.
+        threshold: a row is done when \\|e_i\\| is at most this fraction of sum_j \\|W_ij m_j\\|.
+        variance_exponent: p; 0 leaves variances out.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    group: int | None = None
+    max_cycles: int = 50
+    threshold: float = 0.01
+    variance_exponent: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_cycles < 1:
+            raise ValueError(f"max_cycles={self.max_cycles} must be at least 1")
+        for name in ("threshold", "variance_exponent"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
 
 
 class Repruned(NamedTuple):
@@ -48,11 +76,7 @@ def dsnot(
     scores: torch.Tensor,
     input_mean: torch.Tensor,
     input_variance: torch.Tensor,
-    *,
-    group: int | None = None,
-    max_cycles: int = 50,
-    threshold: float = 0.01,
-    variance_exponent: float = 1.0,
+    options: DSnoTOptions = DSnoTOptions(),
 ) -> Repruned:
     """Grow pruned weights back and prune kept ones in their place, so that each expected output nears the dense one.
 
@@ -63,13 +87,10 @@ def dsnot(
         scores: [d_out, d_in], larger is more important: the order in which kept weights are pruned.
         input_mean: [d_in], signed mean of each input channel over the calibration tokens.
         input_variance: [d_in], non-negative variance of the same; may have zeros.
-        group: M, for N:M masks, or None for unstructured ones.
-        max_cycles: at most so many swaps a row.
-        threshold: a row is done when \\|e_i\\| is at most this fraction of sum_j \\|W_ij m_j\\|.
-        variance_exponent: p; 0 leaves variances out.
+        options: the mask's structure, and when a row is done.
 
     Raises:
-        ValueError: if shapes do not fit, d_in is not divisible by `group`, or a number is out of its range.
+        ValueError: if shapes do not fit, or d_in is not divisible by the group.
 
     Source: DSnoT, arXiv 2310.08915, and its released code: the orders (with Wanda's scores), one swap a cycle,
     max_cycles and p. Ours: any scores; a threshold relative to the row (the code's 0.1 is absolute, on sums over a
@@ -78,16 +99,17 @@ def dsnot(
     up, and asks no sign of what it prunes under N:M); the best mask on the way (the code takes the last, and under N:M
     stops before the first change of sign).
     """
-    _check_shapes(weight, {"dense": dense, "keep": keep, "scores": scores}, group)
+    _check_shapes(weight, {"dense": dense, "keep": keep, "scores": scores}, options.group)
     _check_channels(weight, {"input_mean": input_mean, "input_variance": input_variance})
-    _check_numbers(max_cycles, {"threshold": threshold, "variance_exponent": variance_exponent})
     mean = input_mean.to(weight.device, torch.float32)
     held, offered = weight.float() * mean, dense.float() * mean
-    limit = threshold * offered.abs().sum(dim=1, dtype=torch.float64)
-    depth = min(max_cycles, weight.shape[1])
-    growth = _growth(offered.masked_fill(keep, 0), input_variance, variance_exponent, depth)
-    pruning = _FromRows(scores, keep, held, depth) if group is None else _FromGroups(scores, keep, group)
-    swaps = _Swaps((offered - held).sum(dim=1, dtype=torch.float64), max_cycles)
+    limit = options.threshold * offered.abs().sum(dim=1, dtype=torch.float64)
+    depth = min(options.max_cycles, weight.shape[1])
+    growth = _growth(offered.masked_fill(keep, 0), input_variance, options.variance_exponent, depth)
+    pruning = (
+        _FromRows(scores, keep, held, depth) if options.group is None else _FromGroups(scores, keep, options.group)
+    )
+    swaps = _Swaps((offered - held).sum(dim=1, dtype=torch.float64), options.max_cycles)
     while swaps.cycle(growth, pruning, held, offered, limit):
         pass
     return swaps.result(keep)
@@ -234,11 +256,3 @@ def _check_channels(weight: torch.Tensor, vectors: dict[str, torch.Tensor]) -> N
     for name, vector in vectors.items():
         if vector.shape != (columns,):
             raise ValueError(f"{name} must have one entry per input channel, [{columns}], got {list(vector.shape)}")
-
-
-def _check_numbers(max_cycles: int, numbers: dict[str, float]) -> None:
-    if max_cycles < 1:
-        raise ValueError(f"max_cycles={max_cycles} must be at least 1")
-    for name, value in numbers.items():
-        if not value >= 0:
-            raise ValueError(f"{name}={value} must be at least 0")

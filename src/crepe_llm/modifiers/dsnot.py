@@ -9,7 +9,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 
 from crepe_llm.functional.masks import parse_mask_structure
-from crepe_llm.functional.repruning import Repruned, dsnot
+from crepe_llm.functional.repruning import DSnoTOptions, Repruned, dsnot
 from crepe_llm.functional.scores import wanda_scores
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
@@ -125,10 +125,12 @@ class DSnoTModifier(PruningModifier):
             scores,
             layer.statistics.mean,
             layer.statistics.variance,
-            group=structure[1] if structure else None,
-            max_cycles=self.max_cycles or max(1, round(_CYCLES_PER_CHANNEL * candidates.shape[1])),
-            threshold=self.threshold,
-            variance_exponent=self.variance_exponent,
+            DSnoTOptions(
+                group=structure[1] if structure else None,
+                max_cycles=self.max_cycles or max(1, round(_CYCLES_PER_CHANNEL * candidates.shape[1])),
+                threshold=self.threshold,
+                variance_exponent=self.variance_exponent,
+            ),
         )
 
     def _pruned_by(self, layer: Layer) -> Any:
