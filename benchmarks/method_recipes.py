@@ -169,6 +169,9 @@ METHODS: dict[str, Method | None] = {
     "RIA's coefficients + PHO in stages, 90,000 tokens": from_ria(
         searched(record=STAGED.replace(".json", "-ria.json"), tokens=90_000)
     ),
+    "RIA's coefficients + measured atp + PHO in stages": from_ria(
+        allocated(searched(record=STAGED.replace(".json", "-ria-atp.json")), "atp", measured=True)
+    ),
     "CRePE + the other model's PHO in stages": searched(
         study=STAGED.replace("{model}", "{other}"), record=STAGED.replace(".json", "-lent.json")
     ),
@@ -197,6 +200,7 @@ METHODS: dict[str, Method | None] = {
     **{f"CRePE + {by}": allocated(crepe, by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + pcg": allocated(with_pcg(crepe), by) for by in ALLOCATIONS},
     **{f"CRePE + {by} + admm": allocated(with_admm(crepe), by, gently=by == "atp") for by in ALLOCATIONS},
+    "RIA's coefficients + measured atp": from_ria(allocated(crepe, "atp", measured=True)),
     "CRePE + measured atp": allocated(crepe, "atp", measured=True),
     "CRePE + measured atp + pcg": allocated(with_pcg(crepe), "atp", measured=True),
     "CRePE + measured atp + admm": allocated(with_admm(crepe), "atp", measured=True),
