@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from crepe_llm.models.linear import is_linear, is_transposed
+
 REPORT_HEADING = "## Report"  # of the section that a report adds to a card, its end
 RECOVERY_FILE = "recovery.json"  # the losses of a recovery, in the folder of its model
 
@@ -32,14 +34,13 @@ def linear_zeros(model: Any) -> list[LayerZeros]:
     layers = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
-        transposed = type(module).__name__ == "Conv1D"
         if name.endswith(".experts"):
             layers.append(_experts_zeros(name, module, model.config.get_text_config().hidden_size))
-        if ".experts." in name or module is head or not (transposed or isinstance(module, torch.nn.Linear)):
+        if ".experts." in name or module is head or not is_linear(module):
             continue
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        rows, columns = weight.T.shape if transposed else weight.shape
+        rows, columns = weight.T.shape if is_transposed(module) else weight.shape
         layers.append(LayerZeros(name, (rows, columns), 1 - weight.count_nonzero().item() / weight.numel()))
     return layers
 

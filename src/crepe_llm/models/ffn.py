@@ -10,8 +10,9 @@ import torch
 
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.families import FAMILIES
+from crepe_llm.models.linear import is_transposed
 
-__all__ = ["FFN", "cut", "find_ffns", "is_transposed"]
+__all__ = ["FFN", "cut", "find_ffns"]
 
 # Those of all families, as models outside the table share them; the gated one is tried first.
 _LAYOUTS = tuple(dict.fromkeys(family.ffn for family in FAMILIES.values()))
@@ -35,11 +36,6 @@ class FFN:
     @property
     def width(self) -> int:
         return _shape(self.output)[1]
-
-
-def is_transposed(module: torch.nn.Module) -> bool:
-    """Whether the module stores its weight as [d_in, d_out], as GPT-2's Conv1D does."""
-    return type(module).__name__ == "Conv1D"
 
 
 def find_ffns(model: Any) -> list[FFN]:

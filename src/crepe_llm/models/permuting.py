@@ -8,7 +8,7 @@ from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device
 
 from crepe_llm import processes
-from crepe_llm.models.ffn import is_transposed
+from crepe_llm.models.linear import is_transposed
 
 __all__ = ["permute_parameters"]
 

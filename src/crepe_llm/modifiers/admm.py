@@ -30,7 +30,7 @@ class ADMMModifier(RefittingModifier):
     ```
 
     Each layer is worked on as soon as it is pruned, in the CRePEModifier's calibration epoch, so that the next block is
-    calibrated on what it will get. In memory are, beside the Gram matrix and two more of its size, at most about ten
+    calibrated on what it will get. In memory are, beside the Gram matrix and two more of its size, at most about seven
     fp32 copies of one layer's weight at a time.
 
     Lifecycle:

@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.utils import align_module_device
 
 from crepe_llm.checkpoints import is_2of4
-from crepe_llm.models.ffn import is_transposed
+from crepe_llm.models.linear import is_transposed
 from crepe_llm.pruning.layer import weight_matrix
 
 __all__ = ["record_conv1d"]

@@ -21,7 +21,7 @@ from crepe_llm.calibration.data import calibration_data, uncalled_layers
 from crepe_llm.checkpoints import attach
 from crepe_llm.models.blocks import block_of, kind_of
 from crepe_llm.models.dense_layers import dense_by_default
-from crepe_llm.models.ffn import is_transposed
+from crepe_llm.models.linear import is_transposed
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.conv1d import record_conv1d
 from crepe_llm.modifiers.experts import check_experts, masks_as_stored, restore_experts, saves_whole_experts

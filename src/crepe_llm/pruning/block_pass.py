@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from crepe_llm import processes
 from crepe_llm.functional.statistics import InputStatistics, token_products
 from crepe_llm.models.blocks import kind_of
-from crepe_llm.models.ffn import is_transposed
+from crepe_llm.models.linear import is_transposed
 from crepe_llm.pruning.layer import Layer, input_channels, share_layer, weight_matrix
 
 __all__ = [

@@ -10,7 +10,7 @@ from crepe_llm import processes
 from crepe_llm.functional.bitmask import RECORDED, pack_bits, unpack_bits
 from crepe_llm.functional.masks import nonzero
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.ffn import is_transposed
+from crepe_llm.models.linear import is_transposed
 
 __all__ = [
     "Layer",

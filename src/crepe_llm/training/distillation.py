@@ -26,8 +26,8 @@ from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import auto_class, load_tokenizer
-from crepe_llm.models.ffn import is_transposed
 from crepe_llm.models.generation import repair_generation_config
+from crepe_llm.models.linear import is_linear
 from crepe_llm.models.losses import check_tokens
 from crepe_llm.models.parent import check_config, check_embeddings, check_tokenizers
 from crepe_llm.training.callback import KeepMasksCallback
@@ -522,7 +522,7 @@ def _linear_layers(model: Any) -> list[str]:
         f"{block}.{name}"
         for block, inside in find_blocks(model).items()
         for name, module in inside.named_modules()
-        if isinstance(module, torch.nn.Linear) or is_transposed(module)
+        if is_linear(module)
     ]
 
 

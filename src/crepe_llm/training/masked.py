@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from crepe_llm.functional.bitmask import pack_bits, unpack_bits, zero_pruned_
 from crepe_llm.functional.masks import nonzero
-from crepe_llm.models.ffn import is_transposed
+from crepe_llm.models.linear import is_transposed
 from crepe_llm.pruning.layer import recorded_mask
 
 __all__ = ["KeptMasks", "find_masks", "held_masks", "keep_masks"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from crepe_llm.functional.structured import RankAllocation, recovery_ranks
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import load_tokenizer
-from crepe_llm.models.ffn import is_transposed
+from crepe_llm.models.linear import is_linear, is_transposed
 from crepe_llm.training.loop import Plan, fingerprint, resumable, train
 
 __all__ = ["Recovered", "RecoverySettings", "recover"]
@@ -224,5 +224,5 @@ def _linear_layers(blocks: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Mod
         f"{block}.{name}": module
         for block, inside in blocks.items()
         for name, module in inside.named_modules()
-        if isinstance(module, torch.nn.Linear) or is_transposed(module)
+        if is_linear(module)
     }
