@@ -9,7 +9,7 @@ import pytest
 import torch
 from llmcompressor.core import LifecycleCallbacks
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from crepe_llm.checkpoints import read_folder
 from crepe_llm.cli.main import main
@@ -84,13 +84,36 @@ def test_magnitude_needs_no_text(dense, tmp_path, capsys, refusal):
     assert f"CRePEModifier {wanted}" in refusal(command)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_that_wait_on_the_disk(tied, dense, text, tmp_path, capsys):
-    folder = copied(dense, tmp_path)
-    if tied:
-        model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=True)
-        model.save_pretrained(folder)
-    arguments = ["prune", folder, "--recipe", "crepe_2of4_best", "--text", text, "--samples", 4, "--length", 32]
+def small(family, dense, folder):
+    """The dense model, the same with its embedding as its head, a GPT-2 (Conv1D) or a Mixtral (experts)."""
+    if family in ("llama", "tied"):
+        model = AutoModelForCausalLM.from_pretrained(dense, tie_word_embeddings=family == "tied")
+    elif family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=96, eos_token_id=1, bos_token_id=0, **sizes))
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        more = {"num_key_value_heads": 1, "num_local_experts": 4, "max_position_embeddings": 64}
+        model = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=96, **sizes, **more))
+    model.save_pretrained(folder)
+    letters_tokenizer(True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("llama", "crepe_2of4_best"),
+        ("tied", "crepe_2of4_best"),
+        ("tied", "crepe_2of4_int8_head"),
+        ("gpt2", "crepe_2of4_admm"),
+        ("gpt2", "crepe_2of4_int8_head"),
+        ("mixtral", "crepe_2of4_fp8"),
+    ],
+)
+def test_weights_that_wait_on_the_disk(family, recipe, dense, text, tmp_path, capsys):
+    folder = small(family, dense, tmp_path / "model")
+    arguments = ["prune", folder, "--recipe", recipe, "--text", text, "--samples", 4, "--length", 32]
     printed = []
     for name, more in (("whole", []), ("waiting", ["--memory", 1e-5])):
         assert main([str(argument) for argument in [*arguments, *more, "--output", tmp_path / name]]) == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from crepe_llm.functional.masks import nonzero
 from crepe_llm.models.linear import is_linear, is_transposed
 
 REPORT_HEADING = "## Report"  # of the section that a report adds to a card, its end
@@ -41,15 +42,15 @@ def linear_zeros(model: Any) -> list[LayerZeros]:
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.T.shape if is_transposed(module) else weight.shape
-        layers.append(LayerZeros(name, (rows, columns), 1 - weight.count_nonzero().item() / weight.numel()))
+        layers.append(LayerZeros(name, (rows, columns), 1 - int(nonzero(weight).sum()) / weight.numel()))
     return layers
 
 
 def _experts_zeros(name: str, experts: torch.nn.Module, columns: int) -> LayerZeros:
     weights = [weight for kind, weight in experts.named_parameters() if weight.dim() > 1 and not kind.endswith("bias")]
     numel = sum(weight.numel() for weight in weights)
-    nonzero = sum(int(weight.count_nonzero()) for weight in weights)
-    return LayerZeros(name, (numel // columns, columns), 1 - nonzero / max(numel, 1))
+    kept = sum(int(nonzero(weight).sum()) for weight in weights)
+    return LayerZeros(name, (numel // columns, columns), 1 - kept / max(numel, 1))
 
 
 def total_zeros(layers: Sequence[LayerZeros]) -> float:

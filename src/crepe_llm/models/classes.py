@@ -55,7 +55,28 @@ def load_within(name: str, config: Any, memory: int, folder: Path, **options: An
     limits = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": str(folder)}
     model = load_whole(name, config, offload_buffers=True, **limits, **options)
     from_accelerate(model)
+    _take_apart(model, folder)
     return model
+
+
+def _take_apart(model: Any, folder: Path) -> None:
+    """Let tied weights that are on the disk be two of the same values.
+
+    llm-compressor takes an embedding and a head apart to quantize them, and deletes the file of both with the first.
+    """
+    import torch
+    from compressed_tensors.offload.cache import DiskCache
+
+    seen: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module._parameters, DiskCache):
+            continue
+        waiting = module._parameters.offloaded_values
+        for name, weight in waiting.items():
+            if weight is not None and id(weight) in seen:
+                waiting[name] = own = torch.nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
+                DiskCache.create_checkpoint_symlink(own, DiskCache.index[weight], folder)
+            seen.add(id(waiting[name]))
 
 
 def sizes_of(config: Any, dtype: Any, **options: Any) -> tuple[int, int]:

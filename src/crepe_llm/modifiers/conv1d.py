@@ -4,34 +4,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from compressed_tensors.utils import align_module_device
-
-from crepe_llm.checkpoints import is_2of4
+from crepe_llm.checkpoints import is_2of4, read_folder
+from crepe_llm.functional.masks import nonzero
 from crepe_llm.models.linear import is_transposed
-from crepe_llm.pruning.layer import weight_matrix
 
 __all__ = ["record_conv1d"]
 
 
-@torch.no_grad()
 def record_conv1d(model: Any, folder: Path) -> None:
-    """Name a saved model's Conv1D layers that are 2:4 along their input channels, as dense 2:4 layers are recorded."""
-    layers = []
-    for name, module in model.named_modules():
-        if is_transposed(module):
-            with align_module_device(module):
-                if is_2of4(weight_matrix(module)):
-                    layers.append(name)
+    """Name a saved model's Conv1D layers that are 2:4 along their input channels, as dense 2:4 layers are recorded.
+
+    The weights are those of the files: a model whose weights wait on the disk has none while it is saved.
+    """
+    names = [name for name, module in model.named_modules() if is_transposed(module)]
+    if not names:
+        return
+    checkpoint = read_folder(folder)
+    stored = [name for name in names if f"{name}.weight" in checkpoint.tensors]
+    layers = [name for name in stored if is_2of4(checkpoint.load(f"{name}.weight").T)]
     if not layers:
         return
-    parameters = list(model.parameters())
-    nonzero = sum(int(parameter.count_nonzero()) for parameter in parameters)
+    total = kept = 0
+    for name in checkpoint.tensors:
+        weight = checkpoint.load(name)
+        total, kept = total + weight.numel(), kept + int(nonzero(weight).sum())
     path = folder / "config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["sparsity_config"] = {
         "format": "dense",
-        "global_sparsity": 1 - nonzero / sum(parameter.numel() for parameter in parameters),
+        "global_sparsity": 1 - kept / total,
         "ignore": [],
         "registry_requires_subclass": False,
         "sparsity_structure": "2:4",

@@ -76,7 +76,8 @@ def weight_matrix(module: torch.nn.Module) -> torch.Tensor:
 
 def set_weight_matrix(module: torch.nn.Module, weight: torch.Tensor) -> None:
     """Overwrite the module's weight, wherever it is kept, with one given as [d_out, d_in]."""
-    update_offload_parameter(module, "weight", weight.T if is_transposed(module) else weight)
+    # On the disk it is kept in one piece only.
+    update_offload_parameter(module, "weight", (weight.T if is_transposed(module) else weight).contiguous())
 
 
 @torch.no_grad()
