@@ -9,7 +9,14 @@ import pytest
 import torch
 from llmcompressor.core import LifecycleCallbacks
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    MixtralConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from crepe_llm.checkpoints import read_folder
 from crepe_llm.cli.main import main
@@ -84,17 +91,30 @@ def test_magnitude_needs_no_text(dense, tmp_path, capsys, refusal):
     assert f"CRePEModifier {wanted}" in refusal(command)
 
 
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
 def small(family, dense, folder):
-    """The dense model, the same with its embedding as its head, a GPT-2 (Conv1D) or a Mixtral (experts)."""
+    """The dense model, the same with its embedding as its head, a Gemma 3, a GPT-2 (Conv1D), or a
+    Mixtral (experts)."""
     if family in ("llama", "tied"):
         model = AutoModelForCausalLM.from_pretrained(dense, tie_word_embeddings=family == "tied")
+    elif family == "gemma3":
+        config = Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=16, layer_types=None, sliding_window=32)
+        model = AutoModelForCausalLM.from_config(config)
     elif family == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
         model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=96, eos_token_id=1, bos_token_id=0, **sizes))
     else:
-        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        more = {"num_key_value_heads": 1, "num_local_experts": 4, "max_position_embeddings": 64}
-        model = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=96, **sizes, **more))
+        config = MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=4)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     letters_tokenizer(True).save_pretrained(folder)
     return folder
@@ -106,6 +126,7 @@ def small(family, dense, folder):
         ("llama", "crepe_2of4_best"),
         ("tied", "crepe_2of4_best"),
         ("tied", "crepe_2of4_int8_head"),
+        ("gemma3", "crepe_2of4_int8_head"),
         ("gpt2", "crepe_2of4_admm"),
         ("gpt2", "crepe_2of4_int8_head"),
         ("mixtral", "crepe_2of4_fp8"),

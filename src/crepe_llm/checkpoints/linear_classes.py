@@ -2,7 +2,8 @@
 
 compressed-tensors chooses the form of a weight by the class of its module. Of one that is derived from
 `torch.nn.Linear` it writes scales beside the weight in full precision, and of one derived from `torch.nn.Embedding`
-codes that nothing unpacks; readers find neither what they look for.
+codes that nothing unpacks; readers find neither what they look for. And of an offloaded module it makes parameters of
+all tensors, which are then saved: also of the factor that Gemma multiplies its embeddings with.
 """
 
 import functools
@@ -29,6 +30,18 @@ def quantize_derived_classes() -> None:
         kinds = (kind for kind in (torch.nn.Linear, torch.nn.Embedding) if issubclass(module_type, kind) and not theirs)
         return infer(next(kinds, module_type), *args, **kwargs)
 
+    replace = base.replace_direct_state_dict
+
+    @functools.wraps(replace)
+    def replace_direct_state_dict(module: torch.nn.Module, *args: Any) -> None:
+        unsaved = module._non_persistent_buffers_set & module._buffers.keys()
+        replace(module, *args)
+        for name in unsaved & module._parameters.keys():
+            value = getattr(module, name).detach()
+            delattr(module, name)
+            module.register_buffer(name, value, persistent=False)
+
+    base.replace_direct_state_dict = replace_direct_state_dict  # type: ignore[attr-defined]
     infer_module_format._takes_derived = True  # type: ignore[attr-defined]
     for module in (base, form):
         vars(module)["infer_module_format"] = infer_module_format
