@@ -171,10 +171,8 @@ every_repruning = pytest.mark.parametrize("reprune", REPRUNINGS.values(), ids=RE
 
 
 def repruned(reprune, dense, keep, seen, structure):
-    return reprune(
-        dense * keep, dense, keep, wanda_scores(dense, seen.norm), seen.mean, seen.variance,
-        group=None if structure == "0:0" else int(structure.split(":")[1]),
-    )  # fmt: skip
+    options = repruning.DSnoTOptions(group=None if structure == "0:0" else int(structure.split(":")[1]))
+    return reprune(dense * keep, dense, keep, wanda_scores(dense, seen.norm), seen.mean, seen.variance, options)
 
 
 def test_every_correction_and_repruning_is_in_a_table():
