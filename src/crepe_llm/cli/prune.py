@@ -326,13 +326,15 @@ def _loaded(run: _Run, folder: Path) -> Iterator[Any]:
 def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: Path) -> None:
     """Say how large the model is and where it goes; raise OSError if it does not fit there."""
     import torch
+    from compressed_tensors.offload import disable_onloading
 
     from crepe_llm import processes
     from crepe_llm.checkpoints.space import check_destination
 
     # By name, as tied weights that wait on the disk are no longer one parameter.
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    weights = [weight for name, weight in model.named_parameters() if name not in tied]
+    with disable_onloading():  # which would hold them all, where their dtype is not the files'
+        weights = [weight for name, weight in model.named_parameters() if name not in tied]
     size, kept = sum(weight.nbytes for weight in weights), run.journal
     # A block that is kept takes what it takes dense, and a bit a weight for its mask: at most a sixteenth in 16 bits.
     beside = 0 if kept is None else max(0, size + size // 16 - kept.bytes)
