@@ -15,13 +15,13 @@ from pathlib import Path
 
 from crepe_llm.checkpoints import read_folder
 from method_recipes import MODELS
-from quantization import HEAD, PROTOCOL, QUANTIZATIONS
+from quantization import OF_SPARSE, PROTOCOL, QUANTIZATIONS
 from records import RESULTS, Row, read
 from recover import mean_of
 from recovered_models import CORPORA
 
 # Bits a weight of a linear layer, the scales of groups of 64 columns among them. FP8 is held as bf16 where 2:4.
-OF_LAYERS = [name for name in QUANTIZATIONS if name != HEAD]
+OF_LAYERS = [name for name in QUANTIZATIONS if name not in OF_SPARSE]
 DENSE_BITS = dict(zip(OF_LAYERS, (16, 8, 8, 4.25, 4.25), strict=True))
 SPARSE_BITS = dict(zip(OF_LAYERS, (9, 9, 5, 3.25, 3.25), strict=True))
 
@@ -37,7 +37,7 @@ def token_bytes(folder: Path, bits: float, head_bits: float) -> float:
 def table(rows: list[Row], folders: dict[str, Path], int8_head: bool) -> str:
     """Markdown: a line a model, start and quantization, means over seeds, in the order of bytes."""
     cells: dict[tuple[str, str, int, str], list[Row]] = {}
-    for row in [row for row in rows if row["quantization"] != HEAD]:
+    for row in [row for row in rows if row["quantization"] not in OF_SPARSE]:
         cells.setdefault((row["model"], row["start"], row["tokens"], row["quantization"]), []).append(row)
     lines = []
     for (model, start, tokens, quantization), mine in cells.items():

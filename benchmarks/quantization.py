@@ -7,7 +7,8 @@
 A start is a method of methods.py, pruned once a seed, or the dense model. With --tokens the best stack is trained as in
 recover.py, whose folders in --folder are used, and made where they are missing. Every quantization starts from that
 folder, and the benchmark stops if a mask changes. What is measured is the folder saved, loaded again: perplexity on the
-test and validation articles and on news. A dense model's INT4 by GPTQ is llm-compressor's own.
+test and validation articles and on news. A dense model's INT4 by GPTQ is llm-compressor's own. "As served" is INT4 with
+the inputs of its layers in int8, 32 columns of a token together, as the vLLM plugin multiplies them.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 from crepe_llm import samples
 from crepe_llm.checkpoints import attach, is_2of4, read_folder
+from crepe_llm.kernels.formats import COLUMN_CHUNK
+from crepe_llm.kernels.reference import quantize_per_chunk
 from crepe_llm.pruning.layer import mask_of
 from crepe_llm.recipe_files import recipe_path
 from method_recipes import MODELS
@@ -40,6 +43,7 @@ PROTOCOL = 3
 
 BEST = "CRePE + permutation + admm"
 HEAD = "INT8 (W8A8), head INT8"
+AS_SERVED = ", as served"
 QUANTIZATIONS = {
     "none": None,
     "FP8 (W8A8)": "crepe_2of4_fp8",
@@ -47,7 +51,10 @@ QUANTIZATIONS = {
     HEAD: "crepe_2of4_int8_head",
     "INT4 (W4A16), nearest": "crepe_2of4_w4a16",
     "INT4 (W4A16), GPTQ": "crepe_2of4_w4a16_gptq",
+    f"INT4 (W4A16), nearest{AS_SERVED}": "crepe_2of4_w4a16",
+    f"INT4 (W4A16), GPTQ{AS_SERVED}": "crepe_2of4_w4a16_gptq",
 }
+OF_SPARSE = {name for name in QUANTIZATIONS if name == HEAD or name.endswith(AS_SERVED)}
 
 
 def quantization_of(name: str, dense: bool) -> str:
@@ -81,8 +88,8 @@ def runs_of(options: argparse.Namespace) -> list[Row]:
         for start in starts_of(options)
         for dense in [start["start"] == "dense"]
         for label, name in QUANTIZATIONS.items()
-        # transformers reads a tied head of codes in this package's folders only.
-        if label in options.quantizations and not (dense and label == HEAD)
+        # transformers reads a tied head of codes in this package's folders only, and the plugin serves sparse layers.
+        if label in options.quantizations and not (dense and label in OF_SPARSE)
     ]
 
 
@@ -134,6 +141,22 @@ def check_masks(source: Path, target: Path) -> None:
             raise RuntimeError(f"{target}: {name} left the mask of {source}")
 
 
+def quantize_inputs(model: torch.nn.Module) -> None:
+    """Round what the quantized linear layers of a model are given to int8 times a scale for 32 columns of a token."""
+
+    def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, *rest = inputs
+        values, scales = quantize_per_chunk(x.flatten(0, -2))
+        of_columns = scales.repeat_interleave(COLUMN_CHUNK, 1)[:, : x.shape[-1]]
+        return (values * of_columns).view(x.shape).to(x.dtype), *rest
+
+    layers = [module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None]
+    if not layers:
+        raise RuntimeError("no layer of the model is quantized")
+    for layer in layers:
+        layer.register_forward_pre_hook(rounded)
+
+
 def row_of(key: Row, folder: Path, scratch: Path) -> Row:
     """Quantize, check and measure."""
     source = start_of(key, folder)
@@ -143,6 +166,8 @@ def row_of(key: Row, folder: Path, scratch: Path) -> Row:
     tokenizer = AutoTokenizer.from_pretrained(scratch)
     model = AutoModelForCausalLM.from_pretrained(scratch, dtype=getattr(torch, key["dtype"])).eval()
     size = sum(path.stat().st_size for path in scratch.glob("*.safetensors"))
+    if key["quantization"].endswith(AS_SERVED):
+        quantize_inputs(model)
     found = measure(model, tokenizer, key["length"], key["measured"])
     return key | found | {"bytes": size, "packed": len(read_folder(scratch).layers)}
 

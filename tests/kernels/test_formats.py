@@ -17,14 +17,16 @@ HEADER = Path(formats.__file__).parent / "cpu" / "weight_formats.h"
 
 def test_the_table_is_the_one_of_the_cpp_kernels():
     text = HEADER.read_text()
-    codes = re.search(r"enum : int32_t \{ (.*), kFormatCount \};", text).group(1).split(", ")
-    rows = re.findall(r'\{"(\w+)", (\d+), (true|false), (\d+)\}', text)
+    codes = re.search(r"enum : int32_t \{\s(.*?),\s*kFormatCount\s\};", text, re.DOTALL).group(1)
+    codes = re.split(r",\s+", codes.strip())
+    rows = re.findall(r'\{"(\w+)", (\d+), (true|false), (\d+), (\d+)\}', text)
     assert [code.lower() for code in codes] == [f"k{name.replace('_', '')}" for name, *_ in rows]
     theirs = [
-        (code, name, int(bits), flag == "true", int(group)) for code, (name, bits, flag, group) in enumerate(rows)
+        (code, name, int(bits), flag == "true", *map(int, groups))
+        for code, (name, bits, flag, *groups) in enumerate(rows)
     ]
     on_cpu = sorted((form for form in FORMATS.values() if form.code is not None), key=lambda form: form.code)
-    ours = [(f.code, f.name, f.bits, f.always_quantizes, f.scale_group or 0) for f in on_cpu]
+    ours = [(f.code, f.name, f.bits, f.always_quantizes, f.scale_group or 0, f.input_group or 0) for f in on_cpu]
     assert ours == theirs
     assert {f.zero_point for f in on_cpu if f.bits == 4} == {int(re.search(r"kZeroPoint = (\d+);", text).group(1))}
     for name in ("kRowBlock", "kColumnChunk"):
@@ -44,6 +46,10 @@ def test_chunk_bytes_and_column_shifts():
         "int4_g32": 192,
         "int4_g64": 192,
         "int4_g128": 192,
+        "int4_a8": 192,
+        "int4_g32_a8": 192,
+        "int4_g64_a8": 192,
+        "int4_g128_a8": 192,
     }
     for group in range(8):
         for value in range(2):
@@ -58,6 +64,8 @@ def test_a_format_is_found_by_dtype_or_refused():
             assert format_of(form.dtype) is form
     for group in (None, 32, 64, 128):
         assert int4_format(group).scale_group == group and int4_format(group).bits == 4
+        quantizing = int4_format(group, quantizes_inputs=True)
+        assert quantizing.unquantized == int4_format(group).name and quantizing.scale_group == group
     with pytest.raises(
         ValueError, match="48 columns share a scale; 4-bit weights have groups of 32, 64, 128, or whole"
     ):

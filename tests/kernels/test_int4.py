@@ -80,6 +80,21 @@ def rounding(x):
     return most.flatten(1)[:, : x.shape[1]]
 
 
+def quantizing(x):
+    """The most that quantizing to int8 changes each activation: half of a 127th of the largest of its 32 columns."""
+    padded = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    return (padded.abs().amax(-1, keepdim=True) * 1.001 / 254).expand_as(padded).flatten(1)[:, : x.shape[1]]
+
+
+def quantized_by_definition(x):
+    """Activations as products with `inputs="group"` take them, fp64."""
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    largest = padded.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
+    values = (padded * inverse).round().clamp(-127, 127)
+    return (values.double() * (largest / 127).double()).flatten(1)[:, : x.shape[1]]
+
+
 def assert_close(y, x, weight, bias=None, isa="exact"):
     """Within the rounding of fp32 sums and of the result, and of the activations where they are rounded."""
     expected, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
@@ -149,6 +164,7 @@ def test_what_is_not_2_of_4_is_refused():
         ({"shape": (6, 30)}, ValueError, "multiple of 4"),
         ({"scale": torch.ones(6, 2)}, ValueError, r"scale has shape \(6, 2\); one for each of \(6, 1\)"),
         ({"zero_point": torch.zeros(2, 1, dtype=torch.int32)}, ValueError, r"zero_point has shape \(2, 1\)"),
+        ({"inputs": "token"}, ValueError, "inputs='token'; of 4-bit weights 'exact' or 'group' is needed"),
         ({"group_size": 16}, ValueError, "groups of 32, 64, 128, or whole rows"),
         ({"weight": torch.zeros(6, 4, dtype=torch.int32, device="meta")}, ValueError, "weight is on meta"),
     ],
@@ -177,6 +193,11 @@ def test_every_code_in_every_pair_of_columns(isa, x_dtype):
         made = Quantized(codes, zero, torch.ones(len(cases), 1), group_size, symmetric=False)
         y = cpu.multiply(x.to(x_dtype), made.packed(), None, isa)
         assert y.flatten().tolist() == expected
+        # 127 times a power of two is the largest, so that whole numbers are quantized to themselves.
+        whole = torch.cat((x * 2, torch.zeros(1, 3), torch.full((1, 1), 127.0)), 1)
+        wide = torch.cat((codes, zero.expand(-1, 4)), 1)
+        y = cpu.multiply(whole.to(x_dtype), made._replace(codes=wide).packed(inputs="group"), None, isa)
+        assert y.flatten().tolist() == [2 * value for value in expected]
     symmetric = [row for row, case in enumerate(cases) if case[3] == 8]
     made = Quantized(codes[symmetric], zero[symmetric], torch.ones(len(symmetric), 1), 64, symmetric=True)
     y = cpu.multiply(x.to(x_dtype), made.packed(), None, isa)
@@ -212,13 +233,22 @@ def test_products(isa, n, quads, m, group_size, symmetric, x_dtype, scale_dtype,
     assert y.shape == (m, n) and y.dtype == x_dtype
     assert_close(y, x, made.dense, bias, isa)
     assert_close(reference.sparse_linear(x, packed, bias), x, made.dense, bias)
+    rounding_inputs = made.packed(inputs="group")
+    assert torch.equal(rounding_inputs.data, packed.data) and rounding_inputs.nbytes == packed.nbytes
+    for y in (cpu.multiply(x, rounding_inputs, bias, isa), reference.sparse_linear(x, rounding_inputs, bias)):
+        assert_close(y, quantized_by_definition(x), made.dense, bias)
+    exact = x.double() @ made.dense.t() + (0 if bias is None else bias.double())
+    most = (quantizing(x) + x.double().abs() * 2.0**-17) @ made.dense.abs().t()
+    most = most + y.double().abs() * torch.finfo(x_dtype).eps + torch.finfo(x_dtype).smallest_normal
+    assert bool(((y.double() - exact).abs() <= most).all())
 
 
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_token_does_not_depend_on_its_batch(isa, group_size):
+@pytest.mark.parametrize("inputs", ["exact", "group"])
+def test_a_token_does_not_depend_on_its_batch(isa, group_size, inputs):
     """Also covers the blocked loops: several tiles, several column blocks, several tasks, weights decoded once."""
-    packed = quantized(300, 2336, group_size, symmetric=group_size != 64).packed()
+    packed = quantized(300, 2336, group_size, symmetric=group_size != 64).packed(inputs=inputs)
     x = torch.randn(70, 2336, generator=torch.Generator().manual_seed(0))
     for x_dtype in (torch.bfloat16, torch.float32):
         together = cpu.multiply(x.to(x_dtype), packed, None, isa)
@@ -238,9 +268,24 @@ def test_infinities_and_nans_reach_exactly_the_outputs_that_keep_their_column(is
     y = cpu.multiply(x.to(x_dtype), made.packed(), None, isa).float()
     expected = torch.zeros(4, 3)
     expected[0, 0], expected[1, 1], expected[2, 2] = torch.inf, -torch.inf, torch.nan
-    if rounds_inputs(isa, x_dtype):
-        expected[:3] = torch.nan  # as with int8
-    torch.testing.assert_close(y, expected, equal_nan=True)
+    rounded = torch.zeros(4, 3)
+    rounded[:3] = torch.nan  # as with int8
+    torch.testing.assert_close(y, rounded if rounds_inputs(isa, x_dtype) else expected, equal_nan=True)
+    packed = made.packed(inputs="group")
+    for y in (cpu.multiply(x.to(x_dtype), packed, None, isa), reference.sparse_linear(x.to(x_dtype), packed, None)):
+        torch.testing.assert_close(y.float(), rounded, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_tiny_activations_are_quantized_or_count_as_zeros(isa):
+    made = quantized(20, 96, 32, symmetric=True)
+    packed = made.packed(inputs="group", scale=torch.ones(20, 3))
+    x = torch.zeros(4, 96)
+    x[0, :32], x[1, 40], x[2, 64:] = 1e-30, 1e-36, 1e-39
+    y = cpu.multiply(x, packed, None, isa)
+    expected = x.double() @ made.differences.double().t()
+    assert bool((expected[:3].abs().amax(1) > 0).all()) and not y[2:].any()
+    torch.testing.assert_close(y[:2].double(), expected[:2], rtol=1e-5, atol=0)
 
 
 @pytest.mark.skipif("avx2" not in ISAS, reason="AVX2 alone rounds activations")

@@ -107,6 +107,21 @@ def test_same_tokens_as_the_decompressed_weights(weights: Weights, source: Path,
     assert_same(served, generate(dequantize(folder, tmp_path / "twin"), dtype="float32"))
 
 
+def test_bf16_activations_are_quantized_unless_vllms_own_variable_says_no(
+    grouped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, layers = generate(grouped, dtype="bfloat16", inspect=packed_formats)
+    assert set(layers.values()) == {"int4_g64_a8"}
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
+    exact, layers = generate(grouped, dtype="bfloat16", inspect=packed_formats)
+    assert set(layers.values()) == {"int4_g64"}
+    assert served != exact
+    for (_, ours), (_, theirs) in zip(served, exact, strict=True):  # a random model's tokens are nearly tied
+        both = ours[0].keys() & theirs[0].keys()
+        assert len(both) > len(theirs[0]) // 2
+        assert max(abs(ours[0][token] - theirs[0][token]) for token in both) < 0.05
+
+
 def test_a_layer_is_packed_and_its_file_form_freed_before_the_last_is_read(
     grouped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

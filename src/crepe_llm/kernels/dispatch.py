@@ -97,19 +97,23 @@ def pack_int4(
     shape: Sequence[int],
     group_size: int | None = None,
     zero_point: torch.Tensor | None = None,
+    inputs: str = "exact",
 ) -> PackedWeight:
     """Packs a 2:4 weight of 4-bit codes as compressed-tensors' ``pack-quantized`` stores it, for the CPU.
 
     ``weight`` is int32 [N, ceil(K / 8)], eight codes a value, the lowest bits first; ``scale`` [N, groups] or, for
     whole rows (``group_size`` None), [N, 1]; ``shape`` the dense (N, K); ``group_size`` 32, 64, 128 or None columns;
     ``zero_point`` int32 [ceil(N / 8), groups], eight rows a value, or None: 8 everywhere. The weight is
-    ``(code - zero point) * scale``, the arithmetic of compressed-tensors; products with it are exact but for fp32 sums
-    and, on AVX2, for bf16 activations' rounding to 16 bits (docs/kernels.md).
+    ``(code - zero point) * scale``, the arithmetic of compressed-tensors. ``inputs`` "exact": products with it are
+    exact but for fp32 sums and, on AVX2, for bf16 activations' rounding to 16 bits; "group": :func:`linear` quantizes
+    activations to int8, symmetrically, one scale for every 32 columns of a token, which is faster (docs/kernels.md).
 
     Raises ValueError when a group of 4 columns holds more than two codes that are not the zero point, when shapes
-    disagree, for another group size, or on another device; TypeError for other dtypes.
+    disagree, for another group size or ``inputs``, or on another device; TypeError for other dtypes.
     """
-    (n, k), form = shape, int4_format(group_size)
+    if inputs not in ("exact", "group"):
+        raise ValueError(f"inputs={inputs!r}; of 4-bit weights 'exact' or 'group' is needed")
+    (n, k), form = shape, int4_format(group_size, inputs == "group")
     if weight.device.type != "cpu":
         raise ValueError(f"weight is on {weight.device}; 4-bit 2:4 weights are multiplied on a CPU: move it there")
     if tuple(scale.shape) != (wanted := (n, form.zero_shape(n, k)[1])):
@@ -220,7 +224,8 @@ def _scheme(form: Format, inputs: str | float | None) -> Inputs | None:
     if form.inputs is None:
         if inputs is None:
             return None
-        known = " and ".join(str(f.dtype).removeprefix("torch.") for f in FORMATS.values() if f.inputs is not None)
+        numbers = [f for f in FORMATS.values() if f.inputs is not None and f.zero_point is None]
+        known = " and ".join(str(f.dtype).removeprefix("torch.") for f in numbers)
         raise ValueError(f"inputs={inputs!r}, but the weight is {form.name}; only {known} quantize inputs")
     if inputs is None:
         return Inputs(form.inputs) if form.always_quantizes else None

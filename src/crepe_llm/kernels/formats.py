@@ -44,6 +44,8 @@ class Format:
       code less its zero point: this one, or the weight's own, one for each scale
     - ``inputs``: the dtype that activations can be quantized to, or None
     - ``always_quantizes``: whether activations are always quantized
+    - ``input_group``: how many columns of a token share a scale of the activations that are always quantized: the
+      columns of a chunk; None: all
     - ``max_columns``: the largest K, or None
     - ``wider``: the name of a format that holds every value of this one exactly, for where this one has no product
     - ``unquantized``: the name of the format that holds the same values, exactly, where a product on a CPU must not
@@ -60,6 +62,7 @@ class Format:
     zero_point: int | None = None
     inputs: torch.dtype | None = None
     always_quantizes: bool = False
+    input_group: int | None = None
     max_columns: int | None = None
     wider: str | None = None
     unquantized: str | None = None
@@ -142,6 +145,28 @@ FORMATS: dict[str, Format] = {
                 ("int4_g128", 8, 128),
             )
         ),
+        # The same weights, for activations that are quantized to int8 (a8).
+        *(
+            Format(
+                name,
+                bits=4,
+                dtype=torch.uint8,
+                code=code,
+                lane=8,
+                scale_group=group,
+                zero_point=8,
+                inputs=torch.int8,
+                always_quantizes=True,
+                input_group=COLUMN_CHUNK,
+                unquantized=exact,
+            )
+            for name, code, group, exact in (
+                ("int4_a8", 9, None, "int4"),
+                ("int4_g32_a8", 10, 32, "int4_g32"),
+                ("int4_g64_a8", 11, 64, "int4_g64"),
+                ("int4_g128_a8", 12, 128, "int4_g128"),
+            )
+        ),
     )
 }
 
@@ -158,14 +183,15 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def int4_format(scale_group: int | None) -> Format:
+def int4_format(scale_group: int | None, quantizes_inputs: bool = False) -> Format:
     """The format of 4-bit codes with a scale for ``scale_group`` columns; None: for the whole row.
 
-    Raises ValueError where there is none.
+    ``quantizes_inputs`` says whether products quantize activations. Raises ValueError where there is none.
     """
-    found = [form for form in FORMATS.values() if form.bits == 4 and form.scale_group == scale_group]
+    of_codes = [form for form in FORMATS.values() if form.bits == 4 and form.always_quantizes == quantizes_inputs]
+    found = [form for form in of_codes if form.scale_group == scale_group]
     if not found:
-        known = ", ".join(str(form.scale_group) for form in FORMATS.values() if form.bits == 4 and form.scale_group)
+        known = ", ".join(str(form.scale_group) for form in of_codes if form.scale_group)
         raise ValueError(f"{scale_group} columns share a scale; 4-bit weights have groups of {known}, or whole rows")
     return found[0]
 

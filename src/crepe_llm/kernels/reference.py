@@ -3,6 +3,7 @@
 import torch
 
 from crepe_llm.kernels import checks
+from crepe_llm.kernels.formats import COLUMN_CHUNK
 from crepe_llm.kernels.packed import Inputs, PackedWeight, column_scales, deinterleave
 
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -23,6 +24,19 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = torch.where((largest > 0) & finite, torch.full_like(largest, 127.0) / largest, 0.0)
     values = torch.nan_to_num(x * inverse[:, None], 0.0, 0.0, 0.0).round().clamp_(-127, 127).to(torch.int8)
     return values, torch.where(finite, largest / 127.0, torch.nan)
+
+
+def quantize_per_chunk(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 quantization of activations [M, K], one scale for every 32 columns of a token, in fp32.
+
+    Returns int8 values [M, K] and scales [M, ceil(K / 32)], as :func:`quantize_per_token` has them of all columns;
+    where 127 / max|x| is beyond fp32, values are zeros.
+    """
+    columns = x.shape[1]
+    chunks = torch.nn.functional.pad(x.float(), (0, -columns % COLUMN_CHUNK)).unflatten(1, (-1, COLUMN_CHUNK))
+    chunks = torch.where(torch.isinf(127.0 / chunks.abs().amax(-1, keepdim=True)), 0.0, chunks)
+    values, scale = quantize_per_token(chunks.flatten(0, 1))
+    return values.view(chunks.shape).flatten(1)[:, :columns], scale.view(chunks.shape[:2])
 
 
 def quantize_inputs(x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -49,14 +63,18 @@ def sparse_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | No
     """
     checks.product(x, packed, bias)
     weight = deinterleave(packed)
-    if packed.format.always_quantizes:
+    if packed.format.scale_group is not None:
+        weight = weight.float() * column_scales(packed)
+    if packed.format.input_group is not None:
+        values, of_chunks = quantize_per_chunk(x)
+        scales = of_chunks.repeat_interleave(packed.format.input_group, 1)[:, : x.shape[1]]
+        y = torch.nn.functional.linear(values.double() * scales.double(), weight.double()).float()
+    elif packed.format.always_quantizes:
         values, token_scale = quantize_per_token(x)
         # Sums stay below 2^53, so that fp64 gives the int32 result exactly.
         y = torch.nn.functional.linear(values.double(), weight.double()).float() * token_scale[:, None]
     else:
-        grouped = packed.format.scale_group is not None
-        weight = weight.float() * column_scales(packed) if grouped else weight.float()
-        y = torch.nn.functional.linear(x.float(), weight)
+        y = torch.nn.functional.linear(x.float(), weight.float())
     if packed.scale is not None and packed.format.scale_group is None:
         y = y * packed.scale
     if bias is not None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs, QuantizationStrategy, QuantizationType
+from vllm import envs
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -21,6 +23,7 @@ from crepe_llm.vllm_plugin.linear import CheckedLinearMethod, keep_shape
 
 PACK_QUANTIZED = "pack-quantized"
 _CODES = 8  # an int32
+_logger = init_logger("vllm.crepe_llm")  # vLLM shows no other logger's information
 _GROUPS = {form.scale_group for form in FORMATS.values() if form.bits == 4}
 
 
@@ -59,6 +62,9 @@ class Int4Scheme:
 class Int4LinearMethod(CheckedLinearMethod):
     """Multiplies by a 2:4 weight of 4 bits that is packed to 3 bits a weight, and scales.
 
+    bf16 activations are quantized to int8, one scale for 32 columns of a token, unless vLLM's VLLM_CPU_INT4_W4A8 is 0:
+    vLLM's own products of 4-bit weights do so by it, on processors for which it has such a kernel.
+
     Args:
         scheme: how weights are quantized.
         layer_name: vLLM's name of the layer, for messages.
@@ -96,6 +102,7 @@ class Int4LinearMethod(CheckedLinearMethod):
         self._check_rows(output_partition_sizes, output_size)
         loader = extra_weight_attrs["weight_loader"]
         layer.sparse_shape = (rows, columns)
+        layer.quantizes_inputs = params_dtype == torch.bfloat16 and envs.VLLM_CPU_INT4_W4A8
 
         def of(kind: str) -> dict[str, Any]:
             shape, dtypes = self.expected(kind, rows, columns)
@@ -149,9 +156,16 @@ class Int4LinearMethod(CheckedLinearMethod):
         scale = layer.weight_scale.data
         self.check_scales("weight_scale", scale)
         zero = None if self.scheme.symmetric else layer.weight_zero_point.data
+        inputs = "exact"
+        if layer.quantizes_inputs:
+            inputs = "group"
+            _logger.info_once(
+                "2:4 weights of 4 bits: activations are quantized to INT8, 32 columns of a token together; "
+                "VLLM_CPU_INT4_W4A8=0 multiplies them as they are"
+            )
         try:
             packed = kernels.pack_int4(
-                layer.weight_packed.data, scale, layer.sparse_shape, self.scheme.group_size, zero
+                layer.weight_packed.data, scale, layer.sparse_shape, self.scheme.group_size, zero, inputs
             )
         except ValueError as error:
             raise ValueError(f"damaged checkpoint: {self.name} ({', '.join(self.parts)}): {error}") from error

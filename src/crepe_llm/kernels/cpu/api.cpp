@@ -102,7 +102,7 @@ bool fits(const Problem& p) {
     int64_t bytes = p.n * p.k * (format.bits / 8);
     if (p.layout == kSparse24) {
         // A sum of K / 2 products of at most 127 * 128 has to stay below 2^31.
-        if (p.k % 4 || (format.quantizes_inputs && p.k > kMostInt8Columns)) return false;
+        if (p.k % 4 || (quantizes_inputs<false>(p) && p.k > kMostInt8Columns)) return false;
         bytes = ceil_div(p.n, kRowBlock) * ceil_div(p.k, kColumnChunk) * chunk_bytes(p.weight_format);
     } else if (!is_float(p.weight_format) && p.weight_format != kInt8) {
         return false;
@@ -113,7 +113,7 @@ bool fits(const Problem& p) {
 // Bytes of a part's converted activations, and of their scales after them; both whole cache lines.
 int64_t activation_memory(const Job& job) { return ceil_div(job.p.m * job.token_bytes + 64, 64) * 64; }
 int64_t scale_memory(const Job& job) {
-    return quantizes_inputs(job.p) ? ceil_div(job.p.m * 4, 64) * 64 : 0;
+    return quantizes_inputs<false>(job.p) ? ceil_div(job.p.m * 4, 64) * 64 : 0;
 }
 
 Part part_of(const Problem& problem, const InstructionSet& set) {

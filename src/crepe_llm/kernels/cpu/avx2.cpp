@@ -9,11 +9,11 @@ struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = true, kCodes16 = true;
     static constexpr int64_t kBlocks = 2, kCodeBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
-    static constexpr bool one_block(Activations, int64_t) { return false; }
+    static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
     static constexpr int dense_rows(int64_t, int64_t) { return 1; }
-    static constexpr int64_t tile(Activations activations) { return activations == kI8 ? 4 : 12; }
+    static constexpr int64_t tile(Activations activations) { return activations == kI8 ? 4 : activations == kGroupedI8 ? 8 : 12; }
 
     // Kept value V of 8 rows from row 8 h of a group's values.
     template <int32_t Format, int V>
@@ -136,7 +136,7 @@ struct Isa {
         if constexpr (First + U < 2 * R) codes_f32<R, U, First + U, T>(codes, tile, chunks, sums, first);
     }
 
-    // What 8 rows of a chunk have for the product with int16 activations: the codes less their zero points, a byte each,
+    // What 8 rows of a chunk have for the product with int8 or int16 activations: the codes less their zero points, a byte each,
     // and the control bytes of vpshufb that pick their activations; of groups 0 and 2, 1 and 3, 4 and 6, 5 and 7.
     struct Eight {
         __m256i value[4], control[4];
@@ -178,10 +178,23 @@ struct Isa {
         return _mm256_add_epi32(_mm256_add_epi32(upper, lower), excess);
     }
 
-    // int4 codes times int16 activations: the sums of a chunk are whole numbers below 2^24, exact in fp32, and so are they
-    // times the chunk's factor.
-    template <int R, int T>
-    static INLINE void codes_i16(const Codes& codes, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+    // The same for int8 activations, which come as x + 128: `excess` is -128 times the sum of each row's values, halved, and
+    // what is left of the sums of four fits 16 bits.
+    static INLINE __m256i product_i8(const Eight& rows, const uint8_t* x, __m256i excess) {
+        __m256i sum = excess;
+        UNROLL for (int i = 0; i < 4; i++) {
+            int64_t activations;
+            std::memcpy(&activations, x + 8 * i, 8);
+            const __m256i chosen = _mm256_shuffle_epi8(_mm256_set1_epi64x(activations), rows.control[i]);
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(chosen, rows.value[i]));
+        }
+        return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+    }
+
+    // int4 codes times int8 or int16 activations: the sums of a chunk are whole numbers below 2^24, exact in fp32; times the
+    // chunk's factor they are exact where that is a power of two, as with int16.
+    template <Activations A, int R, int T>
+    static INLINE void codes_integer(const Codes& codes, const uint8_t* x, int64_t chunks, float* sums, bool first) {
         constexpr int units = 2 * R;  // of 8 rows
         __m256i zero[units];
         __m256 acc[units][T];
@@ -190,18 +203,19 @@ struct Isa {
             zero[u] = _mm256_mullo_epi32(rows, _mm256_set1_epi32(0x01010101));
             UNROLL for (int t = 0; t < T; t++) acc[u][t] = first || codes.scale ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * R * kRowBlock + 8 * u);
         }
-        constexpr int64_t token = kColumnChunk * activation_bytes(kI16);
+        constexpr int64_t token = kColumnChunk * activation_bytes(A);
         for (int64_t c = 0; c < chunks; c++, x += T * token)
             UNROLL for (int u = 0; u < units; u++) {
                 const uint8_t* block = codes.weight + u / 2 * codes.block_stride + c * kCodeBytes;
                 if (u % 2 == 0) prefetch<kCodeBytes, kPrefetchCodes>(block, codes.left - c, (R - 1) * codes.block_stride);
                 const Eight rows = eight_rows(block + 32 * (u % 2), zero[u]);
                 const __m256i all = _mm256_add_epi8(_mm256_add_epi8(rows.value[0], rows.value[1]), _mm256_add_epi8(rows.value[2], rows.value[3]));
-                const __m256i excess = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), all), _mm256_set1_epi16(-32768));
+                const __m256i excess = A == kI16 ? _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), all), _mm256_set1_epi16(-32768))
+                                                 : _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_maddubs_epi16(_mm256_set1_epi8(char(0x80)), all));
                 for (int t = 0; t < T; t++) {
                     float factor;
-                    std::memcpy(&factor, x + t * token + kFactorOffset, sizeof factor);
-                    const __m256 sum = _mm256_cvtepi32_ps(product_i16(rows, x + t * token, excess));
+                    std::memcpy(&factor, x + t * token + factor_offset(A), sizeof factor);
+                    const __m256 sum = _mm256_cvtepi32_ps(A == kI16 ? product_i16(rows, x + t * token, excess) : product_i8(rows, x + t * token, excess));
                     acc[u][t] = _mm256_fmadd_ps(sum, _mm256_set1_ps(factor), acc[u][t]);
                 }
             }
@@ -221,7 +235,8 @@ struct Isa {
 
     template <class K, int R, int T>
     static INLINE void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
-        if constexpr (K::activations == kI16) return codes_i16<R, T>(w, x, chunks, sums, first);
+        if constexpr (K::activations == kI16 || K::activations == kGroupedI8)
+            return codes_integer<K::activations, R, T>(w, x, chunks, sums, first);
         constexpr int units = T == 1 ? 2 * R : T <= 5 ? 2 : 1;  // as in sparse
         codes_f32<R, units, 0, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }

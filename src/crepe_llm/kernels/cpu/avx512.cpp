@@ -24,14 +24,17 @@ struct Isa {
     static constexpr bool kEvenOdd = false, kCodes16 = false;
     static constexpr int64_t kBlocks = 2, kCodeBlocks = CREPE_BF16 ? 4 : 2, kChunkBlock = 32, kDenseTile = 8;
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
-    // single chain of fp32 additions would wait for itself.)
-    static constexpr bool one_block(Activations activations, int64_t tokens) { return activations == kPairsBf16 && tokens <= 4; }
+    // single chain of fp32 additions would wait for itself. The few bytes of narrow formats arrive before the additions of
+    // one row block are done.) Decoded codes and the sums of several tokens fill the registers with one.
+    static constexpr bool one_block(Activations activations, int64_t bits, int64_t tokens) {
+        return activations == kGroupedI8 ? true : activations == kPairsBf16 && bits > 8 && tokens <= 4;
+    }
     static constexpr int64_t kPreparedChunks = 16;
     // The more there is to decode, the sooner it is worth the stores.
     static constexpr int64_t prepared_tiles(int64_t bits) { return bits == 4 ? 5 : bits == 8 ? 8 : 24; }
     // Bytes come faster than one chain of additions can take their columns.
     static constexpr int dense_rows(int64_t tokens, int64_t bytes) { return bytes == 1 && tokens <= 2 ? 4 : bytes > 1 && tokens <= 6 ? 1 : 2; }
-    static constexpr int64_t tile(Activations activations) { return activations == kPairsBf16 ? 12 : activations == kF32 ? 12 : CREPE_VNNI ? 10 : 6; }
+    static constexpr int64_t tile(Activations activations) { return activations == kPairsBf16 ? 12 : activations == kF32 || activations == kGroupedI8 ? 12 : CREPE_VNNI ? 10 : 6; }
 
     // Kept value V of 16 rows of a group.
     template <int32_t Format, int V>
@@ -136,6 +139,83 @@ struct Isa {
                 }
             }
         }
+        store_codes(w, acc, sums, first);
+    }
+
+    // What 16 rows of a chunk have for the product with int8 activations: the codes less their zero points, a byte each, and
+    // the control bytes of vpshufb that pick their activations; of groups 0 and 2, 1 and 3, 4 and 6, 5 and 7. `excess` is
+    // -128 times the sum of each row's values, for activations that come as x + 128 (without VNNI of 16 bits, halved).
+    struct Sixteen {
+        __m512i value[4], control[4], excess;
+    };
+
+    static INLINE Sixteen sixteen_rows(const uint8_t* chunk, __m512i zero) {
+        const __m512i low = _mm512_set1_epi8(15), metadata = load512(chunk);
+        Sixteen out;
+        UNROLL for (int half = 0; half < 2; half++) {
+            const __m512i words = load512(chunk + 64 * (1 + half));
+            out.value[2 * half] = _mm512_sub_epi8(_mm512_and_si512(words, low), zero);
+            out.value[2 * half + 1] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(words, 4), low), zero);
+            // Twice the two bytes of four groups. First values in the lower half, shifted by 2 to where second ones are in
+            // the upper half; 4 is added for the groups whose activations come second.
+            const int first = 0x01000100 + 0x02020202 * half, row = 0x04040404;
+            const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi32(first, first + row, first + 2 * row, first + 3 * row));
+            __m512i columns = _mm512_mullo_epi16(_mm512_shuffle_epi8(metadata, bytes), _mm512_set1_epi32(0x00010004));
+            columns = _mm512_ternarylogic_epi32(columns, _mm512_set1_epi8(char(0xcc)), _mm512_set1_epi32(0x11001100), 0xea);  // (columns & cc) | second
+            out.control[2 * half] = _mm512_srli_epi32(columns, 2);
+            out.control[2 * half + 1] = _mm512_srli_epi32(columns, 6);
+        }
+        const __m512i all = _mm512_add_epi8(_mm512_add_epi8(out.value[0], out.value[1]), _mm512_add_epi8(out.value[2], out.value[3]));
+        const __m512i offset = _mm512_set1_epi8(char(0x80));
+#if CREPE_VNNI
+        out.excess = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_dpbusd_epi32(_mm512_setzero_si512(), offset, all));
+#else
+        out.excess = _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_maddubs_epi16(offset, all));
+#endif
+        return out;
+    }
+
+    // The sums of 16 rows and a token over a chunk: at most 16 * 15 * 127, and of 16 bits, half of that.
+    static INLINE __m512i product_i8(const Sixteen& rows, const uint8_t* x) {
+        __m512i sum = rows.excess;
+        UNROLL for (int i = 0; i < 4; i++) {
+            int64_t activations;
+            std::memcpy(&activations, x + 8 * i, 8);
+            const __m512i chosen = _mm512_shuffle_epi8(_mm512_set1_epi64(activations), rows.control[i]);
+#if CREPE_VNNI
+            sum = _mm512_dpbusd_epi32(sum, chosen, rows.value[i]);
+        }
+        return sum;
+#else
+            sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(chosen, rows.value[i]));
+        }
+        return _mm512_madd_epi16(sum, _mm512_set1_epi16(1));
+#endif
+    }
+
+    // int4 codes times int8 activations: the sums of a chunk are whole numbers, exact in fp32, and then multiplied by the
+    // chunk's factor.
+    template <int R, int T>
+    static INLINE void codes_i8(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
+        __m512i zero[R];
+        __m512 acc[R][T];
+        UNROLL for (int r = 0; r < R; r++) {
+            const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero + r * w.zero_stride)));
+            zero[r] = _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101));
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = first || w.scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
+        }
+        constexpr int64_t token = kColumnChunk * activation_bytes(kGroupedI8);
+        for (int64_t c = 0; c < chunks; c++, x += T * token)
+            UNROLL for (int r = 0; r < R; r++) {
+                const uint8_t* chunk = w.weight + r * w.block_stride + c * kCodeBytes;
+                prefetch<kCodeBytes, kPrefetchCodes>(chunk, w.left - c, (R - 1) * w.block_stride);
+                const Sixteen rows = sixteen_rows(chunk, zero[r]);
+                UNROLL for (int t = 0; t < T; t++) {
+                    float factor;
+                    std::memcpy(&factor, x + t * token + factor_offset(kGroupedI8), sizeof factor);
+                    acc[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product_i8(rows, x + t * token)), _mm512_set1_ps(factor), acc[r][t]);
+                }
+            }
         store_codes(w, acc, sums, first);
     }
 
@@ -404,6 +484,7 @@ struct Isa {
             return codes_bf16<false, R, T>(w, x, chunks, sums, first);
         }
 #endif
+        if constexpr (K::activations == kGroupedI8) codes_i8<R, T>(w, x, chunks, sums, first);
         if constexpr (K::activations == kF32) codes_f32<R, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 

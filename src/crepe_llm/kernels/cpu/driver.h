@@ -8,7 +8,7 @@
 //   kEvenOdd                whether activations of dense bf16 weights come in the order that splits a register of them
 //   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
 //   kCodeBlocks             the same of codes for one token; at least kBlocks
-//   one_block(Activations, T)   whether T tokens are better done one row block at a time
+//   one_block(Activations, bits, T)  whether T tokens of weights of so many bits are better done one row block at a time
 //   kChunkBlock             chunks of columns that stay in cache when there are several tiles
 //   prepared_tiles(bits)    the number of tiles from which on weights of so many bits are decoded once for all (kPairsBf16)
 //   kPreparedChunks         as kChunkBlock, for weights that are decoded once
@@ -32,7 +32,8 @@
 namespace {
 
 Activations activations_of(const Problem& p) {
-    if (quantizes_inputs(p)) return kI8;
+    if (quantizes_inputs<false>(p)) return kI8;
+    if (quantizes_inputs<true>(p)) return kGroupedI8;
     if (Isa::kCodes16 && is_codes(p.weight_format) && p.x_dtype == kBf16) return kI16;
     // bf16 holds every int8 value, and every int4 code.
     const bool bf16 = p.weight_format == kBf16 || p.weight_format >= kInt8;
@@ -148,7 +149,31 @@ void convert_chunk_i16(const X* x, int64_t stride, int64_t valid, uint8_t* out) 
         uint8_t* to = out + 32 * (group / 4) + 16 * (group % 2) + 4 * second + j % 4;
         to[0] = uint8_t(biased >> 8), to[8] = uint8_t(biased);
     }
-    std::memcpy(out + kFactorOffset, &factor, sizeof factor);
+    std::memcpy(out + factor_offset(kI16), &factor, sizeof factor);
+}
+
+// The 32 activations of a chunk as int8 times (their largest magnitude / 127), as reference.quantize_per_chunk; stored as
+// x + 128, in the order of kOrderOfGroups.
+template <class X>
+void convert_chunk_i8(const X* x, int64_t stride, int64_t valid, uint8_t* out) {
+    float value[kColumnChunk] = {};
+    if (valid == kColumnChunk && stride == 1) {
+        for (int64_t j = 0; j < kColumnChunk; j++) value[j] = to_float(x[j]);
+    } else {
+        for (int64_t j = 0; j < valid; j++) value[j] = to_float(x[j * stride]);
+    }
+    float factor;
+    const float inverse = quantizing_factor<1>(value, 1, kColumnChunk, &factor);
+    // Numbers of which 127 / the largest is beyond fp32 count as zeros.
+    const bool usable = inverse > 0 && inverse <= std::numeric_limits<float>::max();
+    uint8_t quantized[kColumnChunk];
+    for (int64_t j = 0; j < kColumnChunk; j++) {
+        float v = usable ? std::nearbyint(value[j] * inverse) : 0.0f;
+        v = v < -127.0f ? -127.0f : v > 127.0f ? 127.0f : v;
+        quantized[j] = uint8_t(int32_t(v) + 128);
+    }
+    UNROLL for (int64_t place = 0; place < 8; place++) std::memcpy(out + 4 * place, quantized + 4 * kOrderOfGroups[place], 4);
+    std::memcpy(out + factor_offset(kGroupedI8), &factor, sizeof factor);
 }
 
 // Writes columns [from, to) of token `t` of a tile, x, as the job's activations say; the tile begins at `out`.
@@ -172,9 +197,12 @@ void convert_token(const Job& job, const X* x, int64_t from, int64_t to, float f
         stride == 1 ? quantize_token<1>(x, 1, p.k, from, to, factor, tokens, t, out)
                     : quantize_token<0>(x, stride, p.k, from, to, factor, tokens, t, out);
     } else {
-        for (int64_t c = from; c < to; c += kColumnChunk)
-            convert_chunk_i16(x + c * stride, stride, p.k - c < kColumnChunk ? p.k - c : kColumnChunk,
-                              out + (c * tokens + t * kColumnChunk) * activation_bytes(kI16));
+        for (int64_t c = from; c < to; c += kColumnChunk) {
+            const int64_t valid = p.k - c < kColumnChunk ? p.k - c : kColumnChunk;
+            uint8_t* chunk = out + (c * tokens + t * kColumnChunk) * activation_bytes(activations);
+            activations == kI16 ? convert_chunk_i16(x + c * stride, stride, valid, chunk)
+                                : convert_chunk_i8(x + c * stride, stride, valid, chunk);
+        }
     }
 }
 
@@ -374,13 +402,12 @@ template <class K>
 int64_t multiply_blocks(const Job& job, const Piece& piece, int64_t block_end, int64_t tile, typename K::Sum* sums) {
     const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, block = piece.block;
     const uint8_t* x = job.activations + begin * job.token_bytes + piece.begin * kColumnChunk * tokens * K::activation_bytes;
-    // The few bytes of narrow formats arrive before the additions of one row block are done: two wait for each other less,
-    // and of codes, one token's kCodeBlocks.
-    const bool alone = kWeightFormats[K::format].bits > 8 && Isa::one_block(K::activations, tokens);
+    const bool alone = Isa::one_block(K::activations, kWeightFormats[K::format].bits, tokens);
     const int64_t left = block_end - block;
+    // Of codes, one token's kCodeBlocks wait for each other less.
     int64_t together = Isa::kBlocks <= left && !alone ? Isa::kBlocks : 1;
     if constexpr (is_codes(K::format) && !K::prepared && Isa::kCodeBlocks > Isa::kBlocks)
-        if (tokens == 1 && left >= Isa::kCodeBlocks) together = Isa::kCodeBlocks;
+        if (!alone && tokens == 1 && left >= Isa::kCodeBlocks) together = Isa::kCodeBlocks;
     if (together > Isa::kBlocks)
         multiply_wide<K>(job, piece, x, sums);
     else if (together == Isa::kBlocks)
@@ -512,6 +539,8 @@ void with_kind(const Job& job, const Run& run) {
         if constexpr (kWeightFormats[Format].quantizes_inputs) {
             run(Kind<Format, kI8>{});
         } else {
+            if constexpr (Format == kInt4)
+                if (activations_of(job.p) == kGroupedI8) return run(Kind<Format, kGroupedI8>{});
             if constexpr (Format == kInt4 && Isa::kCodes16)
                 if (activations_of(job.p) == kI16) return run(Kind<Format, kI16>{});
             if constexpr ((Format == kBf16 || Format > kInt8) && Isa::kBf16Activations)

@@ -93,13 +93,16 @@ inline void from_float(float f, Fp16& out) {
     }
 }
 
-// What activations are converted to: fp32, bf16 (for products of pairs), int8, or int16 times a power of two that the 32
-// columns of a chunk share.
-enum Activations { kF32, kPairsBf16, kI8, kI16 };
+// What activations are converted to: fp32, bf16 (for products of pairs), int8, int8 times a number that the 32 columns of
+// a chunk share, or int16 times a power of two that they share.
+enum Activations { kF32, kPairsBf16, kI8, kGroupedI8, kI16 };
 
-// Bytes of a converted activation. An int16 takes three: a chunk's 64 are followed by its fp32 factor, and filled up.
-constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kPairsBf16 ? 2 : a == kI8 ? 1 : 3; }
-constexpr int64_t kFactorOffset = 64;
+// Bytes of a converted activation. Where the columns of a chunk share a factor, it follows them (fp32), and the bytes are
+// filled up.
+constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kPairsBf16 || a == kGroupedI8 ? 2 : a == kI8 ? 1 : 3; }
+constexpr int64_t factor_offset(Activations a) { return a == kI16 ? 64 : 32; }
+// The order in which the groups of a chunk lie then: an instruction takes the first and the second four of 8 bytes.
+constexpr int64_t kOrderOfGroups[8] = {0, 2, 3, 1, 4, 6, 7, 5};
 
 // The row blocks of int4 codes that an inner kernel does together, from some chunk on.
 struct Codes {

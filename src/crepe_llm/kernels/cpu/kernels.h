@@ -29,8 +29,13 @@ struct Problem {
     int32_t weight_format, x_dtype, scale_dtype, bias_dtype;  // codes of weight_formats.h
 };
 
-// Whether a product quantizes its activations: with 2:4 weights of some formats. Dense weights are exact products.
-static inline bool quantizes_inputs(const Problem& p) { return p.layout == kSparse24 && kWeightFormats[p.weight_format].quantizes_inputs; }
+// Whether a product quantizes its activations, with one scale a token or (`Grouped`) one for each chunk of its columns: 2:4
+// weights of some formats do. Dense weights are exact products.
+template <bool Grouped>
+static inline bool quantizes_inputs(const Problem& p) {
+    const WeightFormat& format = kWeightFormats[p.weight_format];
+    return p.layout == kSparse24 && format.quantizes_inputs && bool(format.input_group) == Grouped;
+}
 
 // A problem cut into tiles of tokens, with the activations converted and reordered for the inner loops.
 struct Job {

@@ -7,7 +7,7 @@ struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = false, kCodes16 = false;
     static constexpr int64_t kBlocks = 1, kCodeBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
-    static constexpr bool one_block(Activations, int64_t) { return false; }
+    static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
     static constexpr int dense_rows(int64_t, int64_t) { return 2; }
@@ -47,7 +47,10 @@ struct Isa {
 
     template <class K, int R, int T>
     static void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
-        portable_codes<T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
+        if constexpr (K::activations == kGroupedI8)
+            portable_grouped_i8<T>(w, x, chunks, sums, first);
+        else
+            portable_codes<T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 
     template <int32_t Format>
