@@ -10,7 +10,6 @@ uses; every record is appended to results/coefficients.jsonl as soon as it is th
 """
 
 import argparse
-import dataclasses
 
 from crepe_llm.search.space import RIA, WANDA, Coefficients
 from pho_common import MODELS, Bench, parse_mask
@@ -41,7 +40,7 @@ def measure(options: argparse.Namespace) -> None:
                     "seed": seed,
                     "mask": mask,
                     "tokens": options.tokens,
-                    "coefficients": dataclasses.asdict(candidate),
+                    "coefficients": candidate.fields,
                 }
                 if is_done(record, records, PROTOCOL):
                     continue

@@ -15,7 +15,6 @@ Rows are appended to --results as they are measured, and not measured again.
 """
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +125,7 @@ def measure(key: Row, path: Path, rows: list[Row]) -> None:
     """All of one model, structure and seed that is not on record."""
     bench = None
     for coefficients in candidates(key):
-        full = key | {"coefficients": dataclasses.asdict(coefficients)}
+        full = key | {"coefficients": coefficients.fields}
         if is_done(full, rows, PROTOCOL):
             continue
         bench = bench or Bench(key)

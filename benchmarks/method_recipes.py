@@ -158,8 +158,12 @@ METHODS: dict[str, Method | None] = {
     "magnitude": None,
     "Wanda": pruned_by(**WANDA),
     "RIA": pruned_by(**RIA),
+    "RIA per row": pruned_by(**RIA | {"comparison_group": "row"}),
     "CVR": pruned_by(score="cvr"),
     "CRePE": crepe,
+    "CRePE per row": lambda structure: {
+        "CRePEModifier": crepe(structure)["CRePEModifier"] | {"comparison_group": "row"}
+    },
     "CRePE + PHO": searched(record=STUDY, verify=True),
     "CRePE + the other model's PHO": searched(study=STUDY.replace("{model}", "{other}")),
     "CRePE + PHO, not verified": searched(record=BY_PROXY),

@@ -11,7 +11,6 @@ RIA and lowers validation perplexity; its study is saved after every candidate.
 """
 
 import argparse
-import dataclasses
 import math
 import statistics
 import time
@@ -238,7 +237,7 @@ def main() -> None:
     row |= {
         "search": study.total_seconds,
         "by_proxy": study.seconds,
-        "found": dataclasses.asdict(study.recommended),
+        "found": study.recommended.fields,
         "perplexity": tested,
     }
     row |= projection(bench, row["candidate"], options.candidates)

@@ -1,6 +1,5 @@
 """What the two PHO benchmarks share: a sample model, its dense input statistics, and the model pruned in place."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -85,9 +84,7 @@ class Bench:
         """The model pruned meanwhile."""
         try:
             for layer, module in self.layers.items():
-                scores = crepe_scores(
-                    self.dense[layer], self.statistics[layer].norm, **dataclasses.asdict(coefficients)
-                )
+                scores = crepe_scores(self.dense[layer], self.statistics[layer].norm, **coefficients.of_score)
                 keep = keep_mask(scores, mask.sparsity, mask.mask_structure, mask.comparison_group)
                 module.weight.data = (self.dense[layer] * keep).bfloat16()
             yield

@@ -10,7 +10,6 @@ correlations with bootstrap confidence intervals; it can be repeated with other 
 """
 
 import argparse
-import dataclasses
 import math
 import random
 from pathlib import Path
@@ -55,7 +54,7 @@ def measure(options: argparse.Namespace) -> None:
                 "mask": mask,
                 "tokens": options.tokens,
                 "calibration_dtype": "bfloat16",
-                "coefficients": dataclasses.asdict(coefficients),
+                "coefficients": coefficients.fields,
             }
             if is_done(key, rows, PROTOCOL):
                 continue
@@ -71,7 +70,7 @@ def measured(model: str, seed: int, mask: str) -> list[Row]:
     """The rows of a model, seed and mask in the order of `configurations`: RIA's, Wanda's, then the random ones'."""
     rows = with_old(read(PATH), read_old(PATH), PROTOCOL, CELL)
     mine = [row for row in rows if (row["model"], row["seed"], row["mask"]) == (model, seed, mask)]
-    return [row for c in configurations(len(mine)) for row in mine if row["coefficients"] == dataclasses.asdict(c)]
+    return [row for c in configurations(len(mine)) for row in mine if row["coefficients"] == c.fields]
 
 
 def interval(values: np.ndarray, perplexities: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:

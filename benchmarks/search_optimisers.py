@@ -12,7 +12,6 @@ search by proxy.
 """
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,8 +65,8 @@ def surface(model: str, mask: str) -> Surface:
 
 def is_inside(coefficients: Coefficients) -> bool:
     """Whether the search space has these coefficients, up to a common factor."""
-    nearest = dataclasses.asdict(SPACE.coefficients(SPACE.point(coefficients)))
-    own, scale = dataclasses.asdict(coefficients), SPACE.row / coefficients.row
+    nearest = SPACE.coefficients(SPACE.point(coefficients)).of_score
+    own, scale = coefficients.of_score, SPACE.row / coefficients.row
     own |= {name: own[name] * scale for name in ("row", "column", "neighbourhood")}
     return all(math.isclose(own[name], nearest[name], rel_tol=1e-6) for name in own)
 

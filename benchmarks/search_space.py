@@ -33,7 +33,7 @@ from crepe_llm.models.blocks import block_of, find_blocks
 from crepe_llm.pruning.block_pass import Calibration, Wanted
 from crepe_llm.pruning.steps import Mask as MaskStep
 from crepe_llm.search.rehearsal import Pruning, calls_of, rehearsed
-from crepe_llm.search.space import Coefficients
+from crepe_llm.search.space import RIA, Coefficients
 from crepe_llm.search.trials import Trial
 from crepe_llm.search.whole_model import WholeModel
 from method_recipes import crepe
@@ -176,7 +176,7 @@ class Bench:
         }
         self._fields = crepe(key["structure"])["CRePEModifier"]
         self.sparsity = None if ":" in key["structure"] else self._fields["sparsity"]
-        names = [field.name for field in dataclasses.fields(Coefficients)]
+        names = list(RIA.of_score)
         own = Coefficients(**{name: self._fields[name] for name in names})
         flat = () if self.sparsity is None else (self.sparsity,) * len(self._blocks)
         self.base = Setting((own,) * len(KINDS), flat)
@@ -252,7 +252,7 @@ class Bench:
 
         def scores(name: str, weight: torch.Tensor, statistics: Any) -> torch.Tensor:
             coefficients = by_kind[name.rpartition(".")[2]]
-            return crepe_scores(weight, statistics.norm, **dataclasses.asdict(coefficients))
+            return crepe_scores(weight, statistics.norm, **coefficients.of_score)
 
         def mask(name: str, found: torch.Tensor) -> torch.Tensor:
             sparsity = setting.sparsities[self._blocks[block_of(name)]] if setting.sparsities else 0.5

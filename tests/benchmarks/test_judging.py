@@ -10,7 +10,7 @@ KEY = {"model": "smollm2", "structure": "2:4", "seed": 0, "windows": 16, "refit"
 
 def row(coefficients, perplexity, **losses):
     divergence = dict.fromkeys(judging.WAYS, perplexity / 100) | losses
-    found = {"divergence": divergence, "perplexity": perplexity, "coefficients": dataclasses.asdict(coefficients)}
+    found = {"divergence": divergence, "perplexity": perplexity, "coefficients": coefficients.fields}
     return KEY | found
 
 

@@ -26,7 +26,7 @@ def options(**fields):
 
 def test_every_start_meets_every_quantization_and_the_best_alone_is_trained():
     runs = quantization.runs_of(options())
-    # The dense model once, but for what is of sparse ones; CRePE, the best stack, and the best stack after training: each with both
+    # The dense model once, but for what is of sparse ones; CRePE, the best stack, and that after training with both
     # seeds.
     assert len(runs) == len(quantization.QUANTIZATIONS) * (1 + 3 * 2) - len(quantization.OF_SPARSE) == 9 * 7 - 3 - 7
     for label in quantization.OF_SPARSE:

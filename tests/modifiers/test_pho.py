@@ -63,10 +63,10 @@ def test_crepe_prunes_with_what_pho_found(tiny_model_folder, calibration_data, p
     assert len(study.candidates) >= 9
     assert len(study.stages) == 2
     chosen = study.recommended
-    assert vars(chosen) == pho.chosen
+    assert chosen.fields == pho.chosen
     assert all(crepe.value(name) == value for name, value in pho.chosen.items())
     # The same coefficients given by hand prune the same, so the search left the weights and the data as they were.
-    by_hand = CRePEModifier(mask_structure="2:4", **vars(chosen))
+    by_hand = CRePEModifier(mask_structure="2:4", **chosen.fields)
     expected = run(load(tiny_model_folder(family)), [by_hand], calibration_data)
     assert same(weights(model), weights(expected))
 
@@ -99,7 +99,7 @@ def test_the_sample_holds_true_statistics(tiny_model_folder, calibration_data, p
     errors = []
     for name, module in layers.items():
         x, weight = torch.cat(inputs[name]).double(), module.weight.detach()
-        scores = crepe_scores(weight, x.norm(dim=0).float(), **vars(RIA))
+        scores = crepe_scores(weight, x.norm(dim=0).float(), **RIA.of_score)
         lost = weight.masked_fill(keep_mask(scores, 0.5, "2:4"), 0).double()
         errors.append(float((x @ lost.T).square().sum() / (x @ weight.double().T).square().sum()))
     run(model, [pho, crepe], calibration_data)
@@ -149,6 +149,42 @@ def test_every_proxy_and_unstructured_group(tiny_model_folder, calibration_data,
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert pho.result.mask == Mask("0:0", 0.6, group)
     assert pho.result.proxy == proxy
+
+
+def test_which_weights_compete_is_searched_for(tiny_model_folder, calibration_data, pair, monkeypatch, tmp_path):
+    """Both groups are tried; what was found prunes so, and is in the saved recipe."""
+    own = Coefficients(1.0, 0.2, 0.06, 19, 1.0, "matrix")
+    fields = own.of_score | {"mask_structure": "0:0", "sparsity": 0.6, "comparison_group": "matrix"}
+    best = dataclasses.replace(own, comparison_group="row")
+    spoilt(monkeypatch, best)
+    pho, crepe = pair({"tokens": 3000}, fields)
+    first = run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data, output_dir=str(tmp_path / "out"))
+    tried = [trial.coefficients for trial in pho.result.stages[0].trials]
+    assert (
+        tried[0] == own
+        and {RIA.of_score["column"]: "matrix", 0.0: "row"}.items()
+        <= {each.column: each.comparison_group for each in tried}.items()
+    )
+    assert {each.coefficients.comparison_group for each in pho.result.candidates[1:]} == {"row", "matrix"}
+    assert pho.chosen == best.of_score | {"comparison_group": "row"}
+    for module in linears(first).values():
+        zeros = (module.weight == 0).sum(1)
+        assert bool((zeros == zeros[0]).all())
+    monkeypatch.undo()
+    again = run(load(tiny_model_folder("llama")), str(tmp_path / "out" / "recipe.yaml"), calibration_data)
+    assert same(weights(first), weights(again))
+
+
+def test_comparison_groups_can_be_kept(tiny_model_folder, calibration_data, pair):
+    pho, crepe = pair({"space": {"comparison_groups": []}}, {"mask_structure": "0:0", "sparsity": 0.6})
+    run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    assert all(trial.coefficients.comparison_group is None for stage in pho.result.stages for trial in stage.trials)
+    assert "comparison_group" not in pho.chosen
+    pho, crepe = pair({"space": {"comparison_groups": ["row", "matrix"]}})
+    with pytest.raises(
+        ValueError, match="in 2:4 masks the weights of a group of M compete: leave comparison_groups out"
+    ):
+        run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
 
 
 def seen(study):
@@ -224,7 +260,7 @@ def test_an_earlier_study_is_judged_by_the_last_stage_alone(tiny_model_folder, c
     own = Coefficients(row=1.0, column=1.0, neighbourhood=1.0, kernel_size=3, activation_exponent=0.5)
     challengers = [each for each in pho.result.challengers if each != own]
     assert [trial.coefficients for trial in stage.trials] == [own, *challengers]
-    assert reused.chosen == vars(stage.winner.coefficients)
+    assert reused.chosen == stage.winner.coefficients.fields
     by_hand = [CRePEModifier(mask_structure="2:4", **reused.chosen), WeightCorrectionModifier()]
     assert same(weights(transferred), weights(run(load(tiny_model_folder("qwen2")), by_hand, calibration_data)))
 
@@ -337,7 +373,7 @@ def test_the_last_stage_decides_and_says_so(
     own = Coefficients(row=1.0, column=2.0, neighbourhood=0.5, kernel_size=5, activation_exponent=0.7)
     good = own if winner == "own" else RIA
     spoilt(monkeypatch, good)
-    pho, crepe = pair({}, vars(own))
+    pho, crepe = pair({}, own.of_score)
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     assert Coefficients(**pho.chosen) == good
     assert any("nothing is clearly better than row 1, column 2" in line for line in messages) == (winner == "own")
@@ -451,7 +487,7 @@ def test_bad_places_in_a_recipe_are_refused(tiny_model_folder, calibration_data,
     pho, crepe = pair({}, {"mask_structure": {"re:.*mlp.*": "5:8", "re:.*": "3:8"}})
     with pytest.raises(ValueError, match=r"mask_structure differs between layers.*give PHOSearchModifier a mask_str"):
         refused([pho, crepe])
-    pho, crepe = pair({"incumbent": vars(RIA)})
+    pho, crepe = pair({"incumbent": RIA.of_score})
     with pytest.raises(ValueError, match="whose own coefficients are to be beaten"):
         refused([pho, crepe])
     pho, crepe = pair({}, {"score": "cvr"})
@@ -512,12 +548,14 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
     assert plot.stat().st_size > 1000
     lines = yaml.safe_load(printed[printed.index("CRePEModifier:") :])["CRePEModifier"]
     chosen = recorded.recommended
-    assert lines == pytest.approx(vars(chosen), rel=1e-3)
+    assert lines.pop("comparison_group") == chosen.comparison_group
+    assert lines == pytest.approx(chosen.of_score, rel=1e-3)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["coefficients"] == vars(chosen) and figures["candidates"] == len(recorded.candidates)
+    assert figures["coefficients"] == chosen.fields and figures["candidates"] == len(recorded.candidates)
     # The shipped coefficients are to be beaten.
     assert recorded.stages[-1].trials[0].coefficients == Coefficients(
-        **{name: SHIPPED["pruning_modifiers"]["CRePEModifier"][name] for name in COEFFICIENTS}
+        **{name: SHIPPED["pruning_modifiers"]["CRePEModifier"][name] for name in COEFFICIENTS},
+        comparison_group="matrix",
     )
     assert "incumbent" in printed
 

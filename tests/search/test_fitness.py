@@ -17,7 +17,7 @@ from searches import COEFFICIENTS, KERNELS, TWO_OF_FOUR, layer, sample
 def test_sampled_scores_are_those_of_the_whole_layer(candidate):
     weight, inputs = layer()
     part = sample(rows=10)
-    whole = crepe_scores(weight, inputs.norm(dim=0), **vars(candidate))
+    whole = crepe_scores(weight, inputs.norm(dim=0), **candidate.of_score)
     torch.testing.assert_close(part.scores(candidate), whole[part.rows], rtol=1e-5, atol=0)
 
 
@@ -87,7 +87,7 @@ def test_layers_are_spread_over_each_kind():
 def test_proxies_against_naive_loops(mask):
     candidate = Coefficients(0.7, 2.0, 0.5, 5, 0.9)
     weight, inputs = layer()
-    scores = crepe_scores(weight, inputs.norm(dim=0), **vars(candidate))
+    scores = crepe_scores(weight, inputs.norm(dim=0), **candidate.of_score)
     keep = keep_mask(scores, mask.sparsity, mask.mask_structure, mask.comparison_group)
     # All rows are sampled, so that the sample's mask is the layer's for every structure.
     [pruned] = prune([sample()], candidate, mask)

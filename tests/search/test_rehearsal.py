@@ -27,7 +27,7 @@ def test_a_rehearsal_prunes_as_oneshot_does(tiny_model_folder, calibration_data,
     with rehearsed(calls_of(model, torch.tensor(data["input_ids"]).unbind()), Pruning(wanted, Calibration(), step)):
         during = {name: matrix(module).clone() for name, module in linears(model).items()}
     assert all(torch.equal(before[name], matrix(module)) for name, module in linears(model).items())
-    recipe = [CRePEModifier(mask_structure="2:4", **vars(RIA))]
+    recipe = [CRePEModifier(mask_structure="2:4", **RIA.of_score)]
     expected = run(load(tiny_model_folder(family)), recipe, data, batch_size=1)
     for name, module in linears(expected).items():
         assert torch.equal(during[name], matrix(module)), name

@@ -65,7 +65,8 @@ def add(subparsers: Any) -> None:
         "--comparison-group",
         choices=("row", "matrix"),
         default="matrix",
-        help="which weights compete in an unstructured mask (%(default)s)",
+        help="which weights compete in an unstructured mask by the coefficients to be beaten (%(default)s); others are "
+        "tried in both ways",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=at_least(1), help="the most tokens that pruned models are judged on (328,000)")
@@ -118,7 +119,7 @@ def _report(options: argparse.Namespace, search: "PHOSearchModifier", progress: 
         progress.tell("chosen", "coefficients that are clearly better than the incumbent's")
     print("CRePEModifier:")
     for name, value in search.chosen.items():
-        print(f"  {name}: {value:.4g}")
+        print(f"  {name}: {value if isinstance(value, str) else f'{value:.4g}'}")
     if options.plot is not None:
         study.plot(options.plot)
     if progress.log is not None:
@@ -156,7 +157,7 @@ def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifi
     masks = (
         options.mask_structure
         if options.sparsity is None
-        else f"{options.sparsity:.0%} of each {search.comparison_group}"
+        else f"{options.sparsity:.0%} of each {search.comparison_group}, or of what is better"
     )
     progress.tell("masks", masks)
     progress.tell("budget", _budget(options))

@@ -202,7 +202,7 @@ class CRePEModifier(PruningModifier):
         """What of a layer is kept by given scores: bool, both [d_out, d_in]."""
         text, structure = self.structure_of(name)
         sparsity = structure[0] / structure[1] if structure else self._sparsity_of(name)
-        return keep_mask(scores, sparsity, text, self.comparison_group)
+        return keep_mask(scores, sparsity, text, self.value("comparison_group"))
 
     def _scores(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
         if self.score == "magnitude":

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from llmcompressor.core import Event, State, active_session
@@ -46,7 +46,7 @@ from crepe_llm.search.whole_model import WholeModel
 __all__ = ["PHOSearchModifier"]
 
 _CANDIDATES = 200
-_NAMES = [field.name for field in dataclasses.fields(Coefficients)]
+_NAMES = list(RIA.of_score)
 # The share of `minutes` that the search by proxy may take.
 _BY_PROXY = 0.25
 # More processes than a generation has candidates have nothing to do in the search by proxy.
@@ -67,6 +67,8 @@ class PHOSearchModifier(LayerModifier):
 
     Several processes, such as torchrun starts, share the candidates out, and find what one would find. Each gathers
     statistics over all of the calibration data.
+
+    Of unstructured masks, which weights compete is searched for, too: those of a row or of the whole matrix.
 
     The CRePEModifier prunes with what was found, and the recipe that is saved with the model has it: as `found` here,
     and as the CRePEModifier's coefficients. So that recipe prunes the same again without searching.
@@ -105,7 +107,7 @@ class PHOSearchModifier(LayerModifier):
     :param minutes: the most that searching and judging may take, calibration aside. Where the incumbent alone takes
         that long, its coefficients are used
     :param space: bounds that differ from `crepe_llm.search.space.SearchSpace`'s, such as `{activation_exponent: [0.2,
-        1.0]}`
+        1.0]}`; `{comparison_groups: []}` keeps the mask's own
     :param seed: of the sample and of the optimiser
     :param layers_per_kind: how many layers of each kind (q_proj, down_proj and so on) are in the sample
     :param rows: how many rows of each sampled layer are
@@ -114,8 +116,9 @@ class PHOSearchModifier(LayerModifier):
     :param study: file of an earlier study, on this or another model. Nothing is searched then: the last stage alone
         judges the two best of the study on this model
     :param incumbent: the coefficients to beat where no CRePEModifier follows; RIA's where it is left out
-    :param starts: coefficients that are tried on the whole model in any case; by default those of the shipped recipes
-        and others that were good on models at hand (`crepe_llm.search.known`)
+    :param starts: coefficients that are tried on the whole model in any case, each with a `comparison_group` or the
+        mask's own; by default those of the shipped recipes and others that were good on models at hand
+        (`crepe_llm.search.known`). The first is tried in both groups
     :param found: the coefficients, in a saved recipe; nothing is searched
     :param mask_structure: as the CRePEModifier's, from which it is taken where there is one
     :param sparsity: likewise
@@ -136,9 +139,9 @@ class PHOSearchModifier(LayerModifier):
     rows: int = Field(default=96, gt=0)
     record: str | None = None
     study: str | None = None
-    incumbent: dict[str, float] | None = None
-    starts: list[dict[str, float]] | None = None
-    found: dict[str, float] | None = None
+    incumbent: dict[str, float | str] | None = None
+    starts: list[dict[str, float | str]] | None = None
+    found: dict[str, float | str] | None = None
     mask_structure: MaskStructure | None = None
     sparsity: float | None = None
     comparison_group: ComparisonGroup | None = None
@@ -159,7 +162,7 @@ class PHOSearchModifier(LayerModifier):
     @property
     def chosen(self) -> dict[str, Any]:
         """The coefficients of the recipe or of the study; empty before they are known."""
-        return {} if self._chosen is None else dataclasses.asdict(self._chosen)
+        return {} if self._chosen is None else self._chosen.fields
 
     @property
     def result(self) -> Study | None:
@@ -175,7 +178,7 @@ class PHOSearchModifier(LayerModifier):
 
     @model_validator(mode="after")
     def _check_search(self) -> "PHOSearchModifier":
-        self._space()
+        self._bounds()
         if self.study is not None and self.study == self.record:
             raise ValueError(
                 f"study={self.study} is read and record={self.record} is written: give record another file"
@@ -303,7 +306,7 @@ class PHOSearchModifier(LayerModifier):
             "fingerprint": fingerprint(self._samples),
             "texts": digest.hexdigest()[:16],
             "recipe": json.loads(json.dumps(self._described_recipe())),
-            "starts": [dataclasses.asdict(each) for each in self._starts()],
+            "starts": [each.fields for each in self._starts()],
         }
         return Study(
             model=self._model_name,
@@ -342,7 +345,8 @@ class PHOSearchModifier(LayerModifier):
         quick, last = pruned.measures()
         if self._source is not None:
             take_record(study, path)
-            run_last_stage(study, [own, *self._source.challengers], last, path, _progress)
+            lent = [study.space.competing(each, self._mask.comparison_group) for each in self._source.challengers]
+            run_last_stage(study, [own, *lent], last, path, _progress)
             return
 
         def plan(seconds: float) -> Plan:
@@ -395,20 +399,27 @@ class PHOSearchModifier(LayerModifier):
             wanted = {module: routing.counting(module, Wanted(name)) for module, name in self._layers.items()}
             return Pruning(wanted, Calibration(), lambda layer: if_usable(layer, self.uncalibrated, step))
         assert self._crepe is not None
-        self._crepe.use(**dataclasses.asdict(coefficients))
+        self._crepe.use(**coefficients.fields)
         return pruning_of(self._crepe, masks_alone, routing)
 
     def _starts(self) -> list[Coefficients]:
         """What the first stage measures beside the incumbent in any case."""
-        if self.starts is None:
-            return list(known_points(self._mask))
-        return [_coefficients("starts", values) for values in self.starts]
+        starts = (
+            list(known_points(self._mask))
+            if self.starts is None
+            else [_coefficients("starts", values) for values in self.starts]
+        )
+        space, own = self._space(), self._mask.comparison_group
+        others = [group for group in space.comparison_groups if group != own]
+        first = [space.competing(each, other) for each in starts[:1] for other in others]
+        return list(dict.fromkeys([*(space.competing(each, own) for each in starts), *first]))
 
     def _own(self) -> Coefficients:
         """The coefficients that others must beat."""
+        own = RIA if self.incumbent is None else _coefficients("incumbent", self.incumbent)
         if self._crepe is not None:
-            return Coefficients(**{name: self._crepe.value(name) for name in _NAMES})
-        return RIA if self.incumbent is None else _coefficients("incumbent", self.incumbent)
+            own = Coefficients(**{name: self._crepe.value(name) for name in _NAMES})
+        return self._space().competing(own, self._mask.comparison_group)
 
     def _conclude(self, study: Study) -> None:
         """Hand over what the last stage says."""
@@ -432,7 +443,7 @@ class PHOSearchModifier(LayerModifier):
     def _hand_over(self, coefficients: Coefficients) -> None:
         self._chosen = coefficients
         if self._crepe is not None:
-            self._crepe.use(**dataclasses.asdict(coefficients))
+            self._crepe.use(**coefficients.fields)
 
     def _searched_for(self) -> CRePEModifier | None:
         """The CRePEModifier after this modifier in the recipe."""
@@ -480,6 +491,20 @@ class PHOSearchModifier(LayerModifier):
         return Mask("0:0", fields["sparsity"], fields["comparison_group"] or "row")
 
     def _space(self) -> SearchSpace:
+        """Where to search: which weights compete, too, where that is a choice and not fixed by `space`."""
+        bounds = self._bounds()
+        if self._mask.mask_structure != "0:0":
+            if bounds.comparison_groups:
+                raise ValueError(
+                    f"space has comparison_groups={bounds.comparison_groups}, and in {self._mask} masks the weights of "
+                    "a group of M compete: leave comparison_groups out"
+                )
+            return bounds
+        if "comparison_groups" in (self.space or {}):
+            return bounds
+        return dataclasses.replace(bounds, comparison_groups=get_args(ComparisonGroup))
+
+    def _bounds(self) -> SearchSpace:
         bounds = self.space or {}
         known = {field.name for field in dataclasses.fields(SearchSpace)}
         for name in bounds:
@@ -488,11 +513,11 @@ class PHOSearchModifier(LayerModifier):
         return SearchSpace(**bounds)
 
 
-def _coefficients(field: str, values: dict[str, float]) -> Coefficients:
+def _coefficients(field: str, values: dict[str, float | str]) -> Coefficients:
     try:
         return Coefficients(**{**values, "kernel_size": int(values["kernel_size"])})  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{field}={values} must hold exactly {', '.join(_NAMES)}") from error
+        raise ValueError(f"{field}={values} must hold exactly {', '.join(_NAMES)}, or comparison_group, too") from error
 
 
 def _progress(stage: Stage) -> None:

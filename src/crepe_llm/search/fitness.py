@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from crepe_llm.functional.gini import gini_index
-from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import magnitude_scores, window_mean
 from crepe_llm.models.blocks import kind_of
 from crepe_llm.search.space import Coefficients, Mask
@@ -187,7 +186,7 @@ def prune(samples: Iterable[LayerSample], coefficients: Coefficients, mask: Mask
     pruned = []
     for layer in samples:
         scores = layer.scores(coefficients)
-        keep = keep_mask(scores, mask.sparsity, mask.mask_structure, mask.comparison_group)
+        keep = mask.keep(scores, coefficients)
         pruned.append(PrunedSample(layer, scores, keep))
     return pruned
 

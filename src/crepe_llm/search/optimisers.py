@@ -24,15 +24,15 @@ def random_search(space: SearchSpace, seed: int) -> Optimiser:
     """Yield candidates drawn evenly from the space, 8 at a time, without end."""
     generator = np.random.default_rng(seed)
     while True:
-        yield [space.coefficients(generator.random(4).tolist()) for _ in range(_GENERATION)]
+        yield [space.coefficients(generator.random(space.axes).tolist()) for _ in range(_GENERATION)]
 
 
 def cma_es(space: SearchSpace, seed: int) -> Optimiser:
     """Yield a look around, then generations of the covariance matrix adaptation evolution strategy, without end.
 
     The look around is 64 points of a scrambled Sobol sequence, spread evenly over the space. The first run starts at
-    the best of them; a run that has converged is followed by one that starts at a random place. The kernel size is an
-    integer variable: cma keeps its spread from falling below one size.
+    the best of them; a run that has converged is followed by one that starts at a random place. The kernel size and the
+    comparison group are integer variables: cma keeps their spread from falling below one step.
 
     Args:
         space: where to search.
@@ -49,11 +49,12 @@ def cma_es(space: SearchSpace, seed: int) -> Optimiser:
         raise ImportError('CMA-ES needs the package cma: pip install "crepe-llm[compress]"') from error
     numpy_state = _NumpyState(seed)
     axes = _Axes(space)
-    spread = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed).draw(LOOKED_AT, dtype=torch.float64).tolist()
+    spread = torch.quasirandom.SobolEngine(space.axes, scramble=True, seed=seed)
+    looked_at = spread.draw(LOOKED_AT, dtype=torch.float64).tolist()
     losses: list[float] = []
     for first in range(0, LOOKED_AT, _GENERATION):
-        losses += yield [space.coefficients(point) for point in spread[first : first + _GENERATION]]
-    start: list[float] = spread[losses.index(min(losses))]
+        losses += yield [space.coefficients(point) for point in looked_at[first : first + _GENERATION]]
+    start: list[float] = looked_at[losses.index(min(losses))]
     while True:
         with numpy_state:
             strategy = cma.CMAEvolutionStrategy(axes.inner(start), 0.25, axes.options())
@@ -67,7 +68,7 @@ def cma_es(space: SearchSpace, seed: int) -> Optimiser:
             with numpy_state:
                 strategy.tell(points, losses)
         with numpy_state:
-            start = np.random.random(4).tolist()
+            start = np.random.random(space.axes).tolist()
 
 
 OPTIMISERS: dict[str, Callable[[SearchSpace, int], Optimiser]] = {"cma": cma_es, "random": random_search}
@@ -77,17 +78,19 @@ OPTIMISERS: dict[str, Callable[[SearchSpace, int], Optimiser]] = {"cma": cma_es,
 class _Axes:
     """The axes of a space that vary, as cma sees them.
 
-    Continuous axes run over [0, 1]; the kernel's over the indices of its sizes, a step of 1 from one to the next.
+    Continuous axes run over [0, 1]; those of sizes and groups over their indices, a step of 1 from one to the next.
     """
 
     def __init__(self, space: SearchSpace) -> None:
         self._axes = space.varying()
-        last_kernel = len(space.kernel_sizes) - 1
-        self._extents = [float(last_kernel) if axis == 3 else 1.0 for axis in self._axes]
+        self._all = space.axes
+        choices = space.choices()
+        self._extents = [float(choices.get(axis, 2) - 1) for axis in self._axes]
+        self._integers = [place for place, axis in enumerate(self._axes) if axis in choices]
 
     def full(self, inner: Sequence[float]) -> list[float]:
-        """The point [4] of the unit cube at a point of cma's."""
-        point = [0.5] * 4
+        """The point [axes] of the unit cube at a point of cma's."""
+        point = [0.5] * self._all
         for axis, extent, value in zip(self._axes, self._extents, inner, strict=True):
             point[axis] = value / extent
         return point
@@ -103,7 +106,7 @@ class _Axes:
             "verbose": -9,
             "bounds": [[0.0] * len(self._axes), self._extents],
             "CMA_stds": self._extents,
-            "integer_variables": [self._axes.index(3)] if 3 in self._axes else [],
+            "integer_variables": self._integers,
         }
 
 

@@ -11,7 +11,6 @@ from compressed_tensors.offload.cache import CPUCache, OffloadCache
 from compressed_tensors.utils import align_module_device, get_execution_device, get_offloaded_device
 
 from crepe_llm import processes
-from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.models.blocks import find_blocks
@@ -119,11 +118,9 @@ def mask_step(coefficients: Coefficients, mask: Mask) -> MaskStep:
     """The step of a recipe that prunes by CRePE's score and does nothing else."""
 
     def scores(name: str, weight: torch.Tensor, statistics: Any) -> torch.Tensor:
-        return crepe_scores(weight, statistics.norm, **dataclasses.asdict(coefficients))
+        return crepe_scores(weight, statistics.norm, **coefficients.of_score)
 
-    return MaskStep(
-        scores, lambda name, found: keep_mask(found, mask.sparsity, mask.mask_structure, mask.comparison_group)
-    )
+    return MaskStep(scores, lambda name, found: mask.keep(found, coefficients))
 
 
 @dataclasses.dataclass(frozen=True)

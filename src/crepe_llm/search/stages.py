@@ -229,7 +229,9 @@ def _first_stage(
     """
     assert study.plan is not None
     round_ = study.plan.rounds[0]
-    shortlist = study.shortlist(_by_proxy(round_), [*others, RIA, WANDA])[: round_.candidates]
+    # As published, where the search chooses who competes: RIA's scores in the whole matrix, Wanda's in each row.
+    published = [study.space.competing(RIA, "matrix"), study.space.competing(WANDA, "row")]
+    shortlist = study.shortlist(_by_proxy(round_), [*others, *published])[: round_.candidates]
     recorder.measure(stage, quick, shortlist, round_.windows)
     limit = math.inf if study.plan.limit is None else study.plan.limit
     while (room := round_.candidates - len(stage.trials)) > 0:

@@ -164,7 +164,8 @@ class Study:
         Raises:
             StudyError: nothing was evaluated yet.
         """
-        chosen = list(dict.fromkeys([*others, self.best.coefficients]))
+        best = self.space.competing(self.best.coefficients, self.mask.comparison_group)
+        chosen = list(dict.fromkeys([*others, best]))
         looked = self.candidates[1 : 1 + LOOKED_AT] if self.optimiser == "cma" else self.candidates
         half = sorted(looked, key=self.loss)[: max(count, len(looked) // 2)]
         left = [c for c in dict.fromkeys(candidate.coefficients for candidate in half) if c not in chosen]

@@ -79,8 +79,8 @@ class Surrogate:
             count: how many, if there are as many.
             seed: of the places that are looked at.
         """
-        drawn = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed).draw(_LOOKED_AT, dtype=torch.float64)
-        places = [self._space.coefficients(place) for place in drawn.tolist()]
+        drawn = torch.quasirandom.SobolEngine(self._space.axes, scramble=True, seed=seed)
+        places = [self._space.coefficients(place) for place in drawn.draw(_LOOKED_AT, dtype=torch.float64).tolist()]
         points = self._points(places)
         mean, deviation = self._predict(points)
         chosen: list[Coefficients] = []
