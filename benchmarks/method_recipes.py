@@ -228,7 +228,8 @@ METHODS: dict[str, Method | None] = {
     "CRePE + steep atp + admm, symmetric": allocated(with_admm(crepe, SYMMETRIC), "atp"),
 }
 
-# How measured spreads are judged. Rows without it: each half of the text judged what the other half pruned.
+# How measured spreads are judged. Rows without it: each half of the text judged what the other half pruned. Likewise rows
+# of searches for unstructured masks without "comparison_groups" are of searches that kept the recipe's.
 JUDGING = "the recipe's own weights"
 
 # PHO as it was until it judged on the whole model (a2f28ac): rows are on record, and only that revision makes new ones.
@@ -273,6 +274,8 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                     else:
                         (other,) = set(MODELS) - {model}
                         name = structure.replace(":", "of").replace("%", "")
+                        chooses = "in stages" in method and ":" not in structure
+                        name += "-groups" * chooses
                         names = {"model": model, "other": other, "structure": name, "seed": seed}
                         names["starts"] = starts_from(other, structure)
                         names["studies"] = "{studies}"  # a folder of this machine's, which is no part of the record
@@ -280,6 +283,8 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                         key |= {"recipe": {"methods_stage": {"pruning_modifiers": modifiers}}}
                         if "measured" in method:
                             key |= {"judging": JUDGING}
+                        if chooses:
+                            key |= {"comparison_groups": "searched"}
                     if key not in runs:
                         runs.append(key)
     return runs
