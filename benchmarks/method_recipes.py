@@ -228,8 +228,8 @@ METHODS: dict[str, Method | None] = {
     "CRePE + steep atp + admm, symmetric": allocated(with_admm(crepe, SYMMETRIC), "atp"),
 }
 
-# How measured spreads are judged. Rows without it: each half of the text judged what the other half pruned. Likewise rows
-# of searches for unstructured masks without "comparison_groups" are of searches that kept the recipe's.
+# How measured spreads are judged. Rows without it: each half of the text judged what the other half pruned. (Likewise,
+# rows of searches for unstructured masks without "comparison_groups" are of searches that kept the recipe's.)
 JUDGING = "the recipe's own weights"
 
 # PHO as it was until it judged on the whole model (a2f28ac): rows are on record, and only that revision makes new ones.

