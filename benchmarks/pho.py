@@ -25,7 +25,7 @@ from crepe_llm.search.known import known_points
 from crepe_llm.search.optimisers import OPTIMISERS
 from crepe_llm.search.rehearsal import Pruning, mask_step
 from crepe_llm.search.search import search
-from crepe_llm.search.space import RIA, WANDA, Coefficients, Mask
+from crepe_llm.search.space import RIA, WANDA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.stages import DEFAULT_ROUNDS, WINDOW, Cost, Measure, choose_rounds, judge
 from crepe_llm.search.study import Study
 from crepe_llm.search.trials import Plan, Stage
@@ -39,7 +39,7 @@ from studies import studies_folder
 # 1: by the proxy alone. 2: in three stages, the first two by masks from the dense model's statistics. 3: both stages
 # block by block, each judged on half of the text. 4: masks judged on the half that did not prune. 5: all text prunes
 # and judges.
-PROTOCOL = 5
+PROTOCOL = 6
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
 LLAMA_BLOCKS, LLAMA_VOCABULARY = 32, 32000
@@ -79,18 +79,20 @@ def costs(bench: Bench, mask: Mask, tokens: int) -> dict[str, float]:
 
 def searched(bench: Bench, mask: Mask, options: argparse.Namespace, path: Path) -> Study:
     """The search by proxy and in stages, from RIA's coefficients; the same one again is read from its study."""
+    space = SearchSpace(comparison_groups=("row", "matrix") if mask.mask_structure == "0:0" else ())
     study = search(
         lambda coefficients: evaluate(bench.samples, coefficients, mask, PROXY),
-        Study(options.model, mask, PROXY.name, PROXY.higher_is_better, seed=options.seed),
+        Study(options.model, mask, PROXY.name, PROXY.higher_is_better, space=space, seed=options.seed),
         candidates=options.candidates,
         path=path,
     )
     wanted = {module: Wanted(layer) for layer, module in bench.layers.items()}
-    starts = () if options.without_starts else known_points(mask)
+    known = [RIA] if options.without_starts else [RIA, *known_points(mask)]
+    own, *starts = (space.competing(each, mask.comparison_group) for each in known)
     pruned = WholeModel(
         bench.model,
         bench.calibration.unbind(),
-        (*starts, RIA)[0],
+        (*starts, own)[0],
         lambda coefficients, masks_alone: Pruning(wanted, Calibration(), mask_step(coefficients, mask)),
     )
     quick, last = pruned.measures()
@@ -104,7 +106,7 @@ def searched(bench: Bench, mask: Mask, options: argparse.Namespace, path: Path) 
     def progress(stage: Stage) -> None:
         print(f"{stage.name}: {stage.trials[-1].loss:.4f} nats a token: {stage.trials[-1].coefficients}", flush=True)
 
-    judge(study, [RIA, *starts], (quick, last), plan, path, progress)
+    judge(study, [own, *starts], (quick, last), plan, path, progress)
     return study
 
 

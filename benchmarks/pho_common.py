@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from crepe_llm import samples
 from crepe_llm.evaluation.perplexity import perplexity
-from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.search.fitness import LayerSample, sample_layers
@@ -85,8 +84,7 @@ class Bench:
         try:
             for layer, module in self.layers.items():
                 scores = crepe_scores(self.dense[layer], self.statistics[layer].norm, **coefficients.of_score)
-                keep = keep_mask(scores, mask.sparsity, mask.mask_structure, mask.comparison_group)
-                module.weight.data = (self.dense[layer] * keep).bfloat16()
+                module.weight.data = (self.dense[layer] * mask.keep(scores, coefficients)).bfloat16()
             yield
         finally:
             for layer, module in self.layers.items():
