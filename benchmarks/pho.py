@@ -38,7 +38,7 @@ from studies import studies_folder
 # Raised by every change of a default or of how something is measured.
 # 1: by the proxy alone. 2: in three stages, the first two by masks from the dense model's statistics. 3: both stages
 # block by block, each judged on half of the text. 4: masks judged on the half that did not prune. 5: all text prunes
-# and judges.
+# and judges. 6: which weights of unstructured masks compete is searched for, too.
 PROTOCOL = 6
 # LLaMA-2-7B's linear layers, from its config: (d_out, d_in) and how many of each kind.
 LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
