@@ -5,6 +5,22 @@
 
 namespace {
 
+// A chunk of codes: of kept value v of group g of row r, its column in the group and the code itself.
+struct CodeChunk {
+    uint32_t words[3][kRowBlock];  // metadata, and the codes of groups 0 to 3 and 4 to 7
+
+    explicit CodeChunk(const uint8_t* chunk) { std::memcpy(words, chunk, sizeof words); }
+    int column(int64_t g, int v, int r) const { return words[0][r] >> (4 * g + 2 * v) & 3; }
+    int code(int64_t g, int v, int r) const { return words[1 + g / 4][r] >> (16 * v + 4 * (g % 4)) & 15; }
+};
+
+// Where the sums of some columns begin: those of a group that has scales by themselves.
+template <int T>
+void start_portable(const Codes& w, float (&acc)[T][kRowBlock], const float* sums, bool first) {
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < kRowBlock; r++) acc[t][r] = first || w.scale ? 0 : sums[t * kRowBlock + r];
+}
+
 // What a group of columns adds to a token's sums: the sums of its codes times its scales, where it has any.
 template <int T>
 void store_portable(const Codes& w, const float (&acc)[T][kRowBlock], float* sums, bool first) {
@@ -25,19 +41,16 @@ template <int T>
 void portable_grouped_i8(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
     constexpr int64_t token = kColumnChunk * activation_bytes(kGroupedI8);
     float acc[T][kRowBlock];
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < kRowBlock; r++) acc[t][r] = first || w.scale ? 0 : sums[t * kRowBlock + r];
-    const uint8_t* chunk = w.weight;
-    for (int64_t c = 0; c < chunks; c++, chunk += kCodeBytes, x += T * token) {
-        uint32_t words[3][kRowBlock];  // metadata, and the codes of groups 0 to 3 and 4 to 7
-        std::memcpy(words, chunk, sizeof words);
+    start_portable(w, acc, sums, first);
+    for (int64_t c = 0; c < chunks; c++, x += T * token) {
+        const CodeChunk chunk(w.weight + c * kCodeBytes);
         int32_t sum[T][kRowBlock] = {};
         for (int place = 0; place < 8; place++)
             for (int v = 0; v < 2; v++)
                 for (int r = 0; r < kRowBlock; r++) {
-                    const int g = int(kOrderOfGroups[place]), column = words[0][r] >> (4 * g + 2 * v) & 3;
-                    const int code = words[1 + g / 4][r] >> (16 * v + 4 * (g % 4)) & 15;
-                    for (int t = 0; t < T; t++) sum[t][r] += (code - w.zero[r]) * (x[t * token + 4 * place + column] - 128);
+                    const int64_t g = kOrderOfGroups[place], column = chunk.column(g, v, r);
+                    const int value = chunk.code(g, v, r) - w.zero[r];
+                    for (int t = 0; t < T; t++) sum[t][r] += value * (x[t * token + 4 * place + column] - 128);
                 }
         for (int t = 0; t < T; t++) {
             float factor;
@@ -51,18 +64,14 @@ void portable_grouped_i8(const Codes& w, const uint8_t* x, int64_t chunks, float
 template <int T>
 void portable_codes(const Codes& w, const float* x, int64_t chunks, float* sums, bool first) {
     float acc[T][kRowBlock];
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < kRowBlock; r++) acc[t][r] = first || w.scale ? 0 : sums[t * kRowBlock + r];
-    const uint8_t* chunk = w.weight;
-    for (int64_t c = 0; c < chunks; c++, chunk += kCodeBytes, x += T * kColumnChunk) {
-        uint32_t words[3][kRowBlock];  // metadata, and the codes of groups 0 to 3 and 4 to 7
-        std::memcpy(words, chunk, sizeof words);
+    start_portable(w, acc, sums, first);
+    for (int64_t c = 0; c < chunks; c++, x += T * kColumnChunk) {
+        const CodeChunk chunk(w.weight + c * kCodeBytes);
         for (int g = 0; g < 8; g++)
             for (int v = 0; v < 2; v++)
                 for (int r = 0; r < kRowBlock; r++) {
-                    const int column = words[0][r] >> (4 * g + 2 * v) & 3;
-                    const int code = words[1 + g / 4][r] >> (16 * v + 4 * (g % 4)) & 15;
-                    const float value = float(code - w.zero[r]);
+                    const int column = chunk.column(g, v, r);
+                    const float value = float(chunk.code(g, v, r) - w.zero[r]);
                     for (int t = 0; t < T; t++) acc[t][r] += value * x[(g * T + t) * 4 + column];
                 }
     }
