@@ -138,7 +138,52 @@ def test_dense_weights(isa, n, k, m, weight_dtype, x_dtype, with_bias, with_scal
     bias = torch.randn(n, generator=generator) if with_bias else None
     scale = torch.rand(n, generator=generator) if with_scale else None
     x = torch.randn(m, k, generator=generator).to(x_dtype)
-    assert_close(cpu.multiply(x, kernels.pack_dense(weight, scale), bias, isa), *naive(x, weight, scale, bias))
+    y = cpu.multiply(x, kernels.pack_dense(weight, scale), bias, isa)
+    if as_int16(isa, weight_dtype, x_dtype):
+        x = of_int16(x)
+    assert_close(y, *naive(x, weight, scale, bias))
+
+
+def as_int16(isa, weight_dtype, x_dtype):
+    """Whether the dense product makes int16 of activations."""
+    return isa == "avx512_vnni" and weight_dtype == torch.int8 and x_dtype == torch.bfloat16
+
+
+def of_int16(x):
+    """What 16 bits leave of activations [tokens, K]: whole numbers times a 32,639th of the largest magnitude."""
+    largest, most = x.float().abs().amax(-1, keepdim=True), torch.tensor(32639.0)
+    factor = most / largest
+    whole = torch.where(factor.isfinite(), (x.float() * factor).round(), 0.0)
+    return whole.clamp(-32639, 32639).double() * (largest / most)
+
+
+def test_dense_int8_weights_of_extreme_values(isa):
+    """Sums of the largest and the smallest weights and activations neither saturate nor overflow."""
+    weight = torch.full((17, 8192), -128, dtype=torch.int8)
+    weight[1], weight[2, ::2] = 127, 127
+    x = torch.ones(10, 8192, dtype=torch.bfloat16)
+    x[1], x[2, ::2], x[3, 1:], x[4, 1:], x[5] = -1, -1, 2.0**-7, 2.0**-9, 0
+    x[6, 5], x[7, 8191], x[8] = float("nan"), float("inf"), 2.0**-126
+    y = cpu.multiply(x.repeat(2, 1), kernels.pack_dense(weight, torch.ones(17)), None, isa)
+    torch.testing.assert_close(y[:10], y[10:], rtol=0, atol=0, equal_nan=True)
+    assert bool(y[6].isnan().all()) and not y[7].isfinite().any()
+    finite = of_int16(x[:6]) if as_int16(isa, torch.int8, torch.bfloat16) else x[:6]
+    assert_close(y[:6], *naive(finite, weight, None, None))
+    assert bool((y[8].double() - naive(x[8:9], weight, None, None)[0]).abs().max() < 1e-30)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16, 30])
+def test_dense_int8_weights_need_no_more_than_16_bits(isa, tokens):
+    """Against float64, on activations of which one column is far larger: less than rounding it to bf16 may change."""
+    generator = torch.Generator().manual_seed(tokens)
+    weight = torch.randint(-128, 128, (40, 2048), generator=generator).to(torch.int8)
+    x = torch.randn(tokens, 2048, generator=generator)
+    x[:, 77] *= 100
+    x = x.to(torch.bfloat16)
+    y = cpu.multiply(x, kernels.pack_dense(weight, torch.full((40,), 0.01)), None, isa)
+    expected, _ = naive(x, weight, torch.full((40,), 0.01), None)
+    most = x.double().abs().amax(-1, keepdim=True) * weight.double().abs().sum(-1) * 0.01 * 2.0**-16
+    assert bool(((y.double() - expected).abs() <= most + expected.abs() * 2.0**-8).all())
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)

@@ -35,6 +35,8 @@ from crepe_llm.kernels.packed import (
 # for fp32 weights, where torch calls MKL. docs/kernels.md has the measurement (benchmarks/kernel.py --dense).
 _DENSE_TOKENS = {"avx512_bf16": 32, "avx512_vnni": 16, "avx512": 16, "avx2": 256, "neon": 4, "portable": 0}
 _DENSE_FP32_TOKENS = 4
+# The same of int8 weights, which torch has to expand first, where they are multiplied by vector instructions of x86.
+_DENSE_INT8_TOKENS = 256
 # Rows of an int8 weight that are expanded together for torch's product.
 _EXPANDED_ROWS = 4096
 
@@ -392,6 +394,8 @@ def _dense_tokens(dtype: torch.dtype) -> int:
     if cpu.library() is None:
         return -1
     tokens = _DENSE_TOKENS[cpu.default_instruction_set() or "portable"]
+    if dtype == torch.int8 and tokens > _DENSE_TOKENS["neon"]:
+        return _DENSE_INT8_TOKENS
     return min(tokens, _DENSE_FP32_TOKENS) if dtype == torch.float32 else tokens
 
 

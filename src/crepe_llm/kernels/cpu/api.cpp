@@ -123,7 +123,7 @@ Part part_of(const Problem& problem, const InstructionSet& set) {
     job.blocks = ceil_div(problem.n, kRowBlock);
     job.chunks = ceil_div(problem.k, kColumnChunk);
     job.tiles = ceil_div(problem.m, set.tile_tokens(problem));
-    job.token_bytes = job.chunks * kColumnChunk * set.activation_bytes(problem);
+    job.token_bytes = set.token_bytes(problem);
     return part;
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr bool kEvenOdd = true, kCodes16 = true;
+    static constexpr bool kEvenOdd = true, kCodes16 = true, kHalves16 = false;
     static constexpr int64_t kBlocks = 2, kCodeBlocks = 2, kChunkBlock = 16, kDenseTile = 6;
     static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
@@ -341,4 +341,4 @@ struct Isa {
 const InstructionSet kAvx2 = {
     "avx2",
     [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")); },
-    tile_tokens, activation_bytes, convert, multiply};
+    tile_tokens, token_bytes, convert, multiply};

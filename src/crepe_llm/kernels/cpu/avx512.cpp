@@ -21,7 +21,7 @@ __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
 struct Isa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
-    static constexpr bool kEvenOdd = false, kCodes16 = false;
+    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = CREPE_VNNI && !CREPE_BF16;
     static constexpr int64_t kBlocks = 2, kCodeBlocks = CREPE_BF16 ? 4 : 2, kChunkBlock = 32, kDenseTile = 8;
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
     // single chain of fp32 additions would wait for itself. The few bytes of narrow formats arrive before the additions of
@@ -527,8 +527,49 @@ struct Isa {
     }
 #endif
 
+#if CREPE_VNNI && !CREPE_BF16
+    // R rows of int8 times T tokens' int16: a register has the upper halves of 32 activations and then the lower ones, and
+    // meets 32 weights twice. vpdpbusd wants one unsigned factor: weights become w + 128, and sums start from -128 times the
+    // sum of the activations.
+    template <int R, int T>
+    static void dense_halves(const int8_t* w, int64_t k, const HalfI16* x, float* sums, int64_t stride) {
+        constexpr int64_t step = kColumnChunk, token = kHalvesBytes;
+        const HalfI16* end = x + (k + step - 1) / step * token * T;
+        const __m512i offset = _mm512_set1_epi8(char(0x80));
+        __m512i acc[R][T];
+        UNROLL for (int t = 0; t < T; t++) {
+            const __m512i start = load512(end + token * t);
+            UNROLL for (int r = 0; r < R; r++) acc[r][t] = start;
+        }
+        const auto add = [&](const __m256i (&rows)[R]) __attribute__((always_inline)) {
+            __m512i value[R];
+            UNROLL for (int r = 0; r < R; r++) value[r] = _mm512_xor_si512(_mm512_broadcast_i64x4(rows[r]), offset);
+            UNROLL for (int t = 0; t < T; t++, x += token) {
+                const __m512i activations = load512(x);
+                UNROLL for (int r = 0; r < R; r++) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], value[r], activations);
+            }
+        };
+        __m256i rows[R];
+        int64_t c = 0;
+        for (; c + step <= k; c += step) {
+            prefetch_rows<R>(w, k, c);
+            UNROLL for (int r = 0; r < R; r++) rows[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + r * k + c));
+            add(rows);
+        }
+        if (c < k) {
+            const __mmask32 valid = __mmask32((1u << (k - c)) - 1);
+            UNROLL for (int r = 0; r < R; r++) rows[r] = _mm256_maskz_loadu_epi8(valid, w + r * k + c);
+            add(rows);
+        }
+        UNROLL for (int t = 0; t < T; t++) {
+            const __m512 factor = _mm512_loadu_ps(end + token * (T + t));
+            UNROLL for (int r = 0; r < R; r++) sums[t * stride + r] = _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][t]), factor));
+        }
+    }
+#endif
+
     template <class W, class X, int R, int T>
-    static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
+    static INLINE void dense_floats(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
         constexpr int64_t step = sizeof(X) == 2 ? 32 : 16;
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
@@ -541,6 +582,16 @@ struct Isa {
         if (c < k) dense_step<R, T>(w + c, k, k - c, x + c / 32 * 32 * T + c % 32, acc);
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) sums[t * stride + r] = _mm512_reduce_add_ps(acc[r][t]);
+    }
+
+    template <class W, class X, int R, int T>
+    static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
+#if CREPE_VNNI && !CREPE_BF16
+        if constexpr (std::is_same_v<X, HalfI16>)
+            dense_halves<R, T>(w, k, x, sums, stride);
+        else
+#endif
+            dense_floats<W, X, R, T>(w, k, x, sums, stride);
     }
 };
 
@@ -558,11 +609,11 @@ bool has_avx512() {
 const InstructionSet kAvx512Bf16 = {
     "avx512_bf16",
     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); },
-    tile_tokens, activation_bytes, convert, multiply};
+    tile_tokens, token_bytes, convert, multiply};
 #elif CREPE_VNNI
 const InstructionSet kAvx512Vnni = {
     "avx512_vnni", [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); },
-    tile_tokens, activation_bytes, convert, multiply};
+    tile_tokens, token_bytes, convert, multiply};
 #else
-const InstructionSet kAvx512 = {"avx512", has_avx512, tile_tokens, activation_bytes, convert, multiply};
+const InstructionSet kAvx512 = {"avx512", has_avx512, tile_tokens, token_bytes, convert, multiply};
 #endif

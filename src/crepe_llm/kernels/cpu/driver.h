@@ -4,6 +4,7 @@
 // `Isa` is a struct with
 //   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
 //   kCodes16                whether int4 codes meet bf16 activations as int16 (else as kBf16Activations says)
+//   kHalves16               whether dense int8 weights meet bf16 activations as int16 (else as kBf16Activations says)
 //   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
 //   kEvenOdd                whether activations of dense bf16 weights come in the order that splits a register of them
 //   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
@@ -34,12 +35,17 @@ namespace {
 Activations activations_of(const Problem& p) {
     if (quantizes_inputs<false>(p)) return kI8;
     if (quantizes_inputs<true>(p)) return kGroupedI8;
+    if (Isa::kHalves16 && p.layout == kDense && p.weight_format == kInt8 && p.x_dtype == kBf16 && p.k <= kMostInt8Columns) return kHalvesI16;
     if (Isa::kCodes16 && is_codes(p.weight_format) && p.x_dtype == kBf16) return kI16;
     // bf16 holds every int8 value, and every int4 code.
     const bool bf16 = p.weight_format == kBf16 || p.weight_format >= kInt8;
     return Isa::kBf16Activations && bf16 && p.x_dtype == kBf16 ? kPairsBf16 : kF32;
 }
-int64_t activation_bytes(const Problem& p) { return activation_bytes(activations_of(p)); }
+int64_t token_bytes(const Problem& p) {
+    const int64_t chunks = (p.k + kColumnChunk - 1) / kColumnChunk;
+    const Activations activations = activations_of(p);
+    return (chunks * kColumnChunk * activation_bytes(activations)) + (activations == kHalvesI16 ? 2 * kHalvesBytes : 0);
+}
 int64_t tile_tokens(const Problem& p) {
     return p.layout == kDense ? Isa::kDenseTile : Isa::tile(activations_of(p));
 }
@@ -206,12 +212,52 @@ void convert_token(const Job& job, const X* x, int64_t from, int64_t to, float f
     }
 }
 
+// Writes all columns of token `t` of a tile as int16 times (their largest magnitude / kMostHalves). After the chunks of the
+// tile's tokens come, 64 bytes a token each, what its sums of (weight + 128) times a half start from, as the lanes of a
+// register of int32 have them, and what they are multiplied by at the end.
+template <int64_t Stride, class X>
+void convert_token_halves(const X* x, int64_t stride, int64_t k, int64_t tokens, int64_t t, uint8_t* out) {
+    constexpr int64_t lanes = kHalvesBytes / 4;
+    float value[kColumnChunk];
+    int32_t start[lanes] = {};
+    float factor[lanes];
+    const float largest = largest_magnitude<Stride>(x, stride, k), most = float(kMostHalves);
+    const bool finite = largest <= std::numeric_limits<float>::max();
+    const float scale = finite ? largest / most : std::numeric_limits<float>::quiet_NaN(), inverse = most / largest;
+    // Numbers of which kMostHalves / the largest is beyond fp32 count as zeros.
+    const bool usable = finite && inverse <= std::numeric_limits<float>::max();
+    for (int64_t lane = 0; lane < lanes; lane++) factor[lane] = lane < lanes / 2 ? 256 * scale : scale;
+    uint8_t* to = out + t * kHalvesBytes;
+    for (int64_t c = 0; c < k; c += kColumnChunk, to += tokens * kHalvesBytes) {
+        int8_t half[kHalvesBytes];
+        const int64_t valid = k - c < kColumnChunk ? k - c : kColumnChunk;
+        for (int64_t j = 0; j < kColumnChunk; j++) value[j] = j < valid ? to_float(x[(c + j) * (Stride ? Stride : stride)]) : 0.0f;
+        for (int64_t j = 0; j < kColumnChunk; j++) {
+            float v = usable ? std::nearbyint(value[j] * inverse) : 0.0f;
+            v = v < -most ? -most : v > most ? most : v;
+            const int32_t whole = int32_t(v), upper = (whole + 128) >> 8;
+            half[j] = int8_t(upper), half[j + kColumnChunk] = int8_t(whole - 256 * upper);
+        }
+        for (int64_t lane = 0; lane < lanes; lane++)
+            start[lane] -= 128 * (half[4 * lane] + half[4 * lane + 1] + half[4 * lane + 2] + half[4 * lane + 3]);
+        std::memcpy(to, half, sizeof half);
+    }
+    std::memcpy(to, start, sizeof start);
+    std::memcpy(to + tokens * kHalvesBytes, factor, sizeof factor);
+}
+
 template <class X>
 void convert_tile(const Job& job, int64_t tile) {
     const Problem& p = job.p;
     const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, padded = job.chunks * kColumnChunk;
     const X* x = static_cast<const X*>(p.x) + begin * p.x_row_stride;
     uint8_t* out = job.activations + begin * job.token_bytes;
+    if (Isa::kHalves16 && activations_of(p) == kHalvesI16) {
+        for (int64_t t = 0; t < tokens; t++, x += p.x_row_stride)
+            p.x_column_stride == 1 ? convert_token_halves<1>(x, 1, p.k, tokens, t, out)
+                                   : convert_token_halves<0>(x, p.x_column_stride, p.k, tokens, t, out);
+        return;
+    }
     float factor[kMaxTile] = {};
     if (activations_of(p) == kI8)
         for (int64_t t = 0; t < tokens; t++) {
@@ -560,6 +606,8 @@ void multiply(const Job& job, int64_t block_begin, int64_t block_end, int64_t ti
         return dense(multiply_dense<Bf16, float>);
     }
     if (job.p.weight_format == kInt8) {
+        if constexpr (Isa::kHalves16)
+            if (activations_of(job.p) == kHalvesI16) return dense(multiply_dense<int8_t, HalfI16>);
         if constexpr (Isa::kBf16Activations)
             if (activations_of(job.p) == kPairsBf16) return dense(multiply_dense<int8_t, Bf16>);
         return dense(multiply_dense<int8_t, float>);

@@ -94,13 +94,20 @@ inline void from_float(float f, Fp16& out) {
 }
 
 // What activations are converted to: fp32, bf16 (for products of pairs), int8, int8 times a number that the 32 columns of
-// a chunk share, or int16 times a power of two that they share.
-enum Activations { kF32, kPairsBf16, kI8, kGroupedI8, kI16 };
+// a chunk share, int16 times a power of two that they share, or, for dense weights, int16 times a number that all columns
+// of a token share, the upper halves of a chunk before the lower ones.
+enum Activations { kF32, kPairsBf16, kI8, kGroupedI8, kI16, kHalvesI16 };
 
 // Bytes of a converted activation. Where the columns of a chunk share a factor, it follows them (fp32), and the bytes are
 // filled up.
-constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kPairsBf16 || a == kGroupedI8 ? 2 : a == kI8 ? 1 : 3; }
+constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kI8 ? 1 : a == kI16 ? 3 : 2; }
 constexpr int64_t factor_offset(Activations a) { return a == kI16 ? 64 : 32; }
+// One of the two halves of an int16, value = 256 * upper + lower.
+struct HalfI16 {
+    int8_t value;
+};
+constexpr int64_t kHalvesBytes = kColumnChunk * activation_bytes(kHalvesI16);  // of a token in a chunk
+constexpr int32_t kMostHalves = 127 * 256 + 127;
 // The order in which the groups of a chunk lie then: an instruction takes the first and the second four of 8 bytes.
 constexpr int64_t kOrderOfGroups[8] = {0, 2, 3, 1, 4, 6, 7, 5};
 

@@ -56,9 +56,9 @@ constexpr int64_t kPrefetchChunks = 14, kPrefetchInt8 = 25;
 struct InstructionSet {
     const char* name;
     bool (*supported)();
-    // Most tokens of a tile, and bytes of one converted activation.
+    // Most tokens of a tile, and bytes of one token's converted activations.
     int64_t (*tile_tokens)(const Problem&);
-    int64_t (*activation_bytes)(const Problem&);
+    int64_t (*token_bytes)(const Problem&);
     // Converts the activations of tiles [begin, end).
     void (*convert)(const Job&, int64_t begin, int64_t end);
     // Computes the outputs of row blocks [block_begin, block_end) for tiles [tile_begin, tile_end).
