@@ -12,7 +12,7 @@ struct Isa {
     static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
-    static constexpr int dense_rows(int64_t, int64_t) { return 1; }
+    static constexpr int dense_rows(int64_t tokens, int64_t) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
     static constexpr int64_t tile(Activations activations) { return activations == kI8 ? 4 : activations == kGroupedI8 ? 8 : 12; }
 
     // Kept value V of 8 rows from row 8 h of a group's values.
