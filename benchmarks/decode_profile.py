@@ -2,15 +2,15 @@
 
     python benchmarks/decode_profile.py                                  # 0.5B, every format of ours, eagerly
     python benchmarks/decode_profile.py --compiled                       # vLLM's default mode
-    python benchmarks/decode_profile.py --engines "vLLM bf16" "2:4 bf16" --models 1b
+    python benchmarks/decode_profile.py --engines "vLLM bf16" "2:4 bf16" --models 1b --streams 8
     OMP_NUM_THREADS=1 python benchmarks/decode_profile.py --cpu-time     # on a machine that does other work, too
 
-One stream decodes, and functions are timed without those that they call; medians over the decoding steps, in ms a
-token. "kernels" is the C++ library, "our Python" the linear and embedding methods, `kernels.linear` and its checks. The
-operator of our 2:4 products is C++, too: its time comes from torch's profiler in a second load. A compiled model is one
-function: there attention comes from the profiler as well, and norms, activations, residual sums and the calls of
-operators are what is left in "model".
-The timers themselves take about 0.1 ms of a token. The models are those of benchmarks/serve.py. Every engine is a
+One stream decodes (or --streams together), and functions are timed without those that they call; medians over the
+decoding steps, in ms a step. "kernels" is the C++ library, "our Python" the linear and embedding methods,
+`kernels.linear` and its checks. The operator of our 2:4 products is C++, too: its time comes from torch's profiler in a
+second load. A compiled model is one function: there attention comes from the profiler as well, and norms, activations,
+residual sums and the calls of operators are what is left in "model".
+The timers themselves take about 0.1 ms of a step. The models are those of benchmarks/serve.py. Every engine is a
 process of its own, and its figures are a row of --results.
 """
 
@@ -33,7 +33,8 @@ from serve_engines import ENGINES, Serving, is_ours
 from serve_models import MODELS, stored
 
 # Raised by every change of a default or of how something is measured.
-PROTOCOL = 3  # 2: --cpu-time is a condition. 3: products of 2:4 INT4 quantize activations
+# 2: --cpu-time is a condition. 3: products of 2:4 INT4 quantize activations. 4: --streams is a condition
+PROTOCOL = 4
 
 KERNELS, OURS = "kernels", "our Python"
 # vLLM's classes of the model's parts.
@@ -134,10 +135,12 @@ def operator_seconds(run: Callable[[], object], steps: int) -> dict[str, float]:
     return found
 
 
-def profile(folder: str, dtype: str, compiled: bool, cpu_time: bool, prompt: int, tokens: int) -> dict[str, Any]:
-    """The medians of a token's seconds by part, ``ms`` and ``total_ms``, in this process."""
+def profile(
+    folder: str, dtype: str, compiled: bool, cpu_time: bool, prompt: int, streams: int, tokens: int
+) -> dict[str, Any]:
+    """The medians of a decoding step's seconds by part, ``ms`` and ``total_ms``, in this process."""
     clock = Clock(time.thread_time if cpu_time else time.perf_counter)
-    case = Case(prompt, 1)
+    case = Case(prompt, streams)
     engine = started(folder, dtype, [case], tokens=tokens, compiled=compiled)
     load = Load(engine.llm_engine, tokens)
     load(case)
@@ -194,7 +197,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="vLLM's default mode; else it runs eagerly")
     parser.add_argument("--cpu-time", action="store_true", help="the calling thread's processor time, not the clock's")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens that are decoded (%(default)s)")
+    parser.add_argument("--streams", type=int, default=1, help="requests that are decoded together (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each that are decoded (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS / "decode_profile.jsonl", help="a row an engine")
     parser.add_argument("--request", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -205,9 +209,10 @@ def main() -> None:
         "compiled": options.compiled,
         "cpu_time": options.cpu_time,
         "prompt": options.prompt,
+        "streams": options.streams,
         "tokens": options.tokens,
     }
-    print(f"{'compiled' if options.compiled else 'eager'}, {torch.get_num_threads()} threads, ms a token, medians\n")
+    print(f"{'compiled' if options.compiled else 'eager'}, {torch.get_num_threads()} threads, ms a step, medians\n")
     print(f"| | all | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|", flush=True)
     for model in options.models:
         for name in options.engines:

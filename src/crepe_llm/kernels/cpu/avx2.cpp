@@ -15,6 +15,18 @@ struct Isa {
     static constexpr int dense_rows(int64_t tokens, int64_t) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
     static constexpr int64_t tile(Activations activations) { return activations == kI8 ? 4 : activations == kGroupedI8 ? 8 : 12; }
 
+    static INLINE void nearest_int8(const float (&value)[16], float factor, uint8_t offset, uint8_t* out) {
+        const __m256 most = _mm256_set1_ps(127), least = _mm256_set1_ps(-127);
+        __m256i whole[2];
+        UNROLL for (int i = 0; i < 2; i++) {
+            const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(value + 8 * i), _mm256_set1_ps(factor));
+            whole[i] = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(product, most), least));
+        }
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole[0], whole[1]), 0xd8);
+        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(bytes, _mm_set1_epi8(char(offset))));
+    }
+
     // Kept value V of 8 rows from row 8 h of a group's values.
     template <int32_t Format, int V>
     static INLINE __m256 kept(const uint8_t* group, int h) {

@@ -20,6 +20,9 @@
 //                           adds to (or, if first, sets) sums [T][16 R]
 //   codes<Kind, R, T>(Codes, activations, chunks, sums, first)
 //                           the same for int4 codes less their zero points, times scales where they are there
+//   nearest_int8(16 floats, factor, offset, out)
+//                           writes the int8 nearest to each times factor, ties to even, at most 127 in magnitude, its bits
+//                           exclusive-or offset; what is no number becomes any
 //   dense<W, X, R, T>(weight, k, activations, sums, stride)
 //                           sets sums [T][R], `stride` apart from token to token
 #pragma once
@@ -99,32 +102,49 @@ float largest_magnitude(const X* x, int64_t stride, int64_t k) {
 }
 
 // Symmetric int8, one scale a token, as reference.quantize_per_token: sets the scale and returns what activations are
-// multiplied by before they are rounded; 0 where they all become zeros.
+// multiplied by before they are rounded; 0 where they all become zeros (also where it would be beyond fp32).
 template <int64_t Stride, class X>
 float quantizing_factor(const X* x, int64_t stride, int64_t k, float* scale) {
     const float largest = largest_magnitude<Stride>(x, stride, k);
     const bool finite = largest <= std::numeric_limits<float>::max();
     *scale = finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
-    return finite && largest > 0 ? 127.0f / largest : 0.0f;
+    const float factor = 127.0f / largest;
+    return finite && factor <= std::numeric_limits<float>::max() ? factor : 0.0f;
 }
 
-// Writes token `t`, columns [begin, end), as int8 in units of 8 columns: round-to-nearest-even of x * factor.
-template <int64_t Stride, class X>
+// Eight numbers as fp32, as one vector: what were stored one by one could not be loaded together without a wait.
+INLINE void eight_floats(const float* x, float* out) { std::memcpy(out, x, 32); }
+INLINE void eight_floats(const Fp16* x, float* out) {
+    for (int64_t j = 0; j < 8; j++) out[j] = to_float(x[j]);
+}
+INLINE void eight_floats(const Bf16* x, float* out) {
+    uint16_t __attribute__((vector_size(16))) halves;
+    std::memcpy(&halves, x, sizeof halves);
+    const auto bits = __builtin_convertvector(halves, uint32_t __attribute__((vector_size(32)))) << 16;
+    std::memcpy(out, &bits, sizeof bits);
+}
+
+// Columns c to c + 16 of a token as fp32, zeros from column k on.
+template <class X>
+INLINE void sixteen_columns(const X* x, int64_t stride, int64_t k, int64_t c, float (&value)[16]) {
+    if (stride == 1 && c + 16 <= k) {
+        eight_floats(x + c, value), eight_floats(x + c + 8, value + 8);
+    } else {
+        for (int64_t j = 0; j < 16; j++) value[j] = c + j < k ? to_float(x[(c + j) * stride]) : 0.0f;
+    }
+}
+
+// Writes token `t`, columns [begin, end), as int8 in units of 8 columns: x * factor, rounded.
+template <class X>
 void quantize_token(const X* x, int64_t stride, int64_t k, int64_t begin, int64_t end, float factor, int64_t tokens, int64_t t, uint8_t* out) {
     constexpr uint8_t offset = Isa::kOffsetInt8 ? 0x80 : 0;
-    for (int64_t c = begin; c < end; c += 8) {
-        float value[8] = {};
-        if (c + 8 <= k) {
-            UNROLL for (int64_t j = 0; j < 8; j++) value[j] = to_float(x[(c + j) * (Stride ? Stride : stride)]);
-        } else {
-            for (int64_t j = 0; c + j < k; j++) value[j] = to_float(x[(c + j) * stride]);
-        }
+    for (int64_t c = begin; c < end; c += 16) {
+        float value[16];
+        uint8_t quantized[16];
+        sixteen_columns(x, stride, k, c, value);
+        Isa::nearest_int8(value, factor, offset, quantized);
         uint8_t* to = out + c * tokens + t * 8;
-        UNROLL for (int64_t j = 0; j < 8; j++) {
-            float v = factor > 0 ? std::nearbyint(value[j] * factor) : 0.0f;
-            v = v < -127.0f ? -127.0f : v > 127.0f ? 127.0f : v;
-            to[j] = uint8_t(int8_t(int32_t(v))) ^ offset;
-        }
+        std::memcpy(to, quantized, 8), std::memcpy(to + 8 * tokens, quantized + 8, 8);
     }
 }
 
@@ -162,22 +182,11 @@ void convert_chunk_i16(const X* x, int64_t stride, int64_t valid, uint8_t* out) 
 // x + 128, in the order of kOrderOfGroups.
 template <class X>
 void convert_chunk_i8(const X* x, int64_t stride, int64_t valid, uint8_t* out) {
-    float value[kColumnChunk] = {};
-    if (valid == kColumnChunk && stride == 1) {
-        for (int64_t j = 0; j < kColumnChunk; j++) value[j] = to_float(x[j]);
-    } else {
-        for (int64_t j = 0; j < valid; j++) value[j] = to_float(x[j * stride]);
-    }
-    float factor;
-    const float inverse = quantizing_factor<1>(value, 1, kColumnChunk, &factor);
-    // Numbers of which 127 / the largest is beyond fp32 count as zeros.
-    const bool usable = inverse > 0 && inverse <= std::numeric_limits<float>::max();
+    float value[2][16], factor;
+    UNROLL for (int half = 0; half < 2; half++) sixteen_columns(x, stride, valid, 16 * half, value[half]);
+    const float inverse = quantizing_factor<1>(value[0], 1, kColumnChunk, &factor);
     uint8_t quantized[kColumnChunk];
-    for (int64_t j = 0; j < kColumnChunk; j++) {
-        float v = usable ? std::nearbyint(value[j] * inverse) : 0.0f;
-        v = v < -127.0f ? -127.0f : v > 127.0f ? 127.0f : v;
-        quantized[j] = uint8_t(int32_t(v) + 128);
-    }
+    UNROLL for (int half = 0; half < 2; half++) Isa::nearest_int8(value[half], inverse, 0x80, quantized + 16 * half);
     UNROLL for (int64_t place = 0; place < 8; place++) std::memcpy(out + 4 * place, quantized + 4 * kOrderOfGroups[place], 4);
     std::memcpy(out + factor_offset(kGroupedI8), &factor, sizeof factor);
 }
@@ -200,8 +209,7 @@ void convert_token(const Job& job, const X* x, int64_t from, int64_t to, float f
     } else if (activations == kPairsBf16) {
         scatter(reinterpret_cast<Bf16*>(out));
     } else if (activations == kI8) {
-        stride == 1 ? quantize_token<1>(x, 1, p.k, from, to, factor, tokens, t, out)
-                    : quantize_token<0>(x, stride, p.k, from, to, factor, tokens, t, out);
+        quantize_token(x, stride, p.k, from, to, factor, tokens, t, out);
     } else {
         for (int64_t c = from; c < to; c += kColumnChunk) {
             const int64_t valid = p.k - c < kColumnChunk ? p.k - c : kColumnChunk;

@@ -1,6 +1,7 @@
 // Number formats and their conversions; all of it internal to each translation unit (see kernels.h).
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -92,6 +93,15 @@ inline void from_float(float f, Fp16& out) {
         value += 0.5f;
         std::memcpy(&magnitude, &value, 4);
         out.bits = uint16_t(sign | (magnitude - 0x3f000000));
+    }
+}
+
+// `Isa::nearest_int8` of driver.h in plain C++.
+inline void nearest_int8_plain(const float (&value)[16], float factor, uint8_t offset, uint8_t* out) {
+    for (int j = 0; j < 16; j++) {
+        float v = std::nearbyint(value[j] * factor);
+        v = v > -127.0f ? v < 127.0f ? v : 127.0f : -127.0f;
+        out[j] = uint8_t(int8_t(v)) ^ offset;
     }
 }
 
