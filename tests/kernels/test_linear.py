@@ -144,6 +144,22 @@ def test_dense_weights(isa, n, k, m, weight_dtype, x_dtype, with_bias, with_scal
     assert_close(y, *naive(x, weight, scale, bias))
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8, torch.float32])
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [2048, 2049, 2111, 6000])
+def test_dense_weights_of_many_columns(isa, weight_dtype, x_dtype, k):
+    """Columns of which several tokens' activations do not fit the first cache; a token does not depend on its batch."""
+    generator = torch.Generator().manual_seed(k)
+    weight = torch.randint(-128, 128, (37, k), generator=generator).to(weight_dtype)
+    scale = torch.full((37,), 0.01)
+    x = torch.randn(21, k, generator=generator).to(x_dtype)
+    packed = kernels.pack_dense(weight, scale)
+    together = cpu.multiply(x, packed, None, isa)
+    assert_close(together, *naive(of_int16(x) if as_int16(isa, weight_dtype, x_dtype) else x, weight, scale, None))
+    for tokens in range(1, 10):
+        assert torch.equal(cpu.multiply(x[:tokens], packed, None, isa), together[:tokens])
+
+
 def as_int16(isa, weight_dtype, x_dtype):
     """Whether the dense product makes int16 of activations."""
     return isa == "avx512_vnni" and weight_dtype == torch.int8 and x_dtype == torch.bfloat16

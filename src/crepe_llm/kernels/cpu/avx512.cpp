@@ -22,7 +22,7 @@ __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 struct Isa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
     static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = CREPE_VNNI && !CREPE_BF16;
-    static constexpr int64_t kBlocks = 2, kCodeBlocks = CREPE_BF16 ? 4 : 2, kChunkBlock = 32, kDenseTile = 8;
+    static constexpr int64_t kBlocks = 2, kCodeBlocks = CREPE_BF16 ? 4 : 2, kChunkBlock = 32, kDenseTile = 8, kDenseCache = 16384;
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
     // single chain of fp32 additions would wait for itself. The few bytes of narrow formats arrive before the additions of
     // one row block are done.) Decoded codes and the sums of several tokens fill the registers with one.
@@ -32,8 +32,8 @@ struct Isa {
     static constexpr int64_t kPreparedChunks = 16;
     // The more there is to decode, the sooner it is worth the stores.
     static constexpr int64_t prepared_tiles(int64_t bits) { return bits == 4 ? 5 : bits == 8 ? 8 : 24; }
-    // Bytes come faster than one chain of additions can take their columns.
-    static constexpr int dense_rows(int64_t tokens, int64_t bytes) { return bytes == 1 && tokens <= 2 ? 4 : bytes > 1 && tokens <= 6 ? 1 : 2; }
+    // Bytes come faster than the chains of additions of one or two rows can take their columns.
+    static constexpr int dense_rows(int64_t tokens, int64_t bytes) { return bytes == 1 && tokens <= 2 ? 4 : 2; }
     static constexpr int64_t tile(Activations activations) { return activations == kPairsBf16 ? 12 : activations == kF32 || activations == kGroupedI8 ? 12 : CREPE_VNNI ? 10 : 6; }
 
     static INLINE void nearest_int8(const float (&value)[16], float factor, uint8_t offset, uint8_t* out) {
@@ -539,15 +539,16 @@ struct Isa {
     // meets 32 weights twice. vpdpbusd wants one unsigned factor: weights become w + 128, and sums start from -128 times the
     // sum of the activations.
     template <int R, int T>
-    static void dense_halves(const int8_t* w, int64_t k, const HalfI16* x, float* sums, int64_t stride) {
+    static void dense_halves(const int8_t* w, const Columns& at, const HalfI16* x, float* sums, int64_t stride) {
+        const int64_t k = at.k;
         constexpr int64_t step = kColumnChunk, token = kHalvesBytes;
         const HalfI16* end = x + (k + step - 1) / step * token * T;
         const __m512i offset = _mm512_set1_epi8(char(0x80));
         __m512i acc[R][T];
-        UNROLL for (int t = 0; t < T; t++) {
-            const __m512i start = load512(end + token * t);
-            UNROLL for (int r = 0; r < R; r++) acc[r][t] = start;
-        }
+        UNROLL for (int t = 0; t < T; t++)
+            UNROLL for (int r = 0; r < R; r++)
+                acc[r][t] = at.from ? load512(at.partial + (r * T + t) * 16) : load512(end + token * t);
+        x += at.from / step * token * T;
         const auto add = [&](const __m256i (&rows)[R]) __attribute__((always_inline)) {
             __m512i value[R];
             UNROLL for (int r = 0; r < R; r++) value[r] = _mm512_xor_si512(_mm512_broadcast_i64x4(rows[r]), offset);
@@ -557,11 +558,17 @@ struct Isa {
             }
         };
         __m256i rows[R];
-        int64_t c = 0;
-        for (; c + step <= k; c += step) {
-            prefetch_rows<R>(w, k, c);
+        int64_t c = at.from;
+        RowsAhead<R, int8_t> ahead(w, at);
+        for (; c + step <= at.to; c += step) {
+            ahead.ask(c);
             UNROLL for (int r = 0; r < R; r++) rows[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + r * k + c));
             add(rows);
+        }
+        if (at.to < k) {
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int t = 0; t < T; t++) _mm512_storeu_si512(at.partial + (r * T + t) * 16, acc[r][t]);
+            return;
         }
         if (c < k) {
             const __mmask32 valid = __mmask32((1u << (k - c)) - 1);
@@ -576,15 +583,22 @@ struct Isa {
 #endif
 
     template <class W, class X, int R, int T>
-    static INLINE void dense_floats(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
+    static INLINE void dense_floats(const W* w, const Columns& at, const X* x, float* sums, int64_t stride) {
         constexpr int64_t step = sizeof(X) == 2 ? 32 : 16;
+        const int64_t k = at.k;
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_ps();
-        int64_t c = 0;
-        for (; c + step <= k; c += step) {
-            prefetch_rows<R>(w, k, c);
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = at.from ? _mm512_loadu_ps(at.partial + (r * T + t) * 16) : _mm512_setzero_ps();
+        int64_t c = at.from;
+        RowsAhead<R, W> ahead(w, at);
+        for (; c + step <= at.to; c += step) {
+            ahead.ask(c);
             dense_step<R, T>(w + c, k, step, x + c / 32 * 32 * T + c % 32, acc);
+        }
+        if (at.to < k) {
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(at.partial + (r * T + t) * 16, acc[r][t]);
+            return;
         }
         if (c < k) dense_step<R, T>(w + c, k, k - c, x + c / 32 * 32 * T + c % 32, acc);
         UNROLL for (int r = 0; r < R; r++)
@@ -592,13 +606,13 @@ struct Isa {
     }
 
     template <class W, class X, int R, int T>
-    static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
+    static void dense(const W* w, const Columns& at, const X* x, float* sums, int64_t stride) {
 #if CREPE_VNNI && !CREPE_BF16
         if constexpr (std::is_same_v<X, HalfI16>)
-            dense_halves<R, T>(w, k, x, sums, stride);
+            dense_halves<R, T>(w, at, x, sums, stride);
         else
 #endif
-            dense_floats<W, X, R, T>(w, k, x, sums, stride);
+            dense_floats<W, X, R, T>(w, at, x, sums, stride);
     }
 };
 

@@ -23,8 +23,9 @@
 //   nearest_int8(16 floats, factor, offset, out)
 //                           writes the int8 nearest to each times factor, ties to even, at most 127 in magnitude, its bits
 //                           exclusive-or offset; what is no number becomes any
-//   dense<W, X, R, T>(weight, k, activations, sums, stride)
-//                           sets sums [T][R], `stride` apart from token to token
+//   dense<W, X, R, T>(weight, Columns, activations, sums, stride)
+//                           sets sums [T][R], `stride` apart from token to token, with the last columns
+//   kDenseCache             bytes of a tile's activations that a block of dense rows meets at a time; 0: all
 #pragma once
 
 #include <cmath>
@@ -557,29 +558,40 @@ void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int
 // Calls dense<R, tokens> with `tokens` as a template argument, R = dense_rows(tokens) or, where there are fewer, 1.
 // Returns R.
 template <class W, class X, int T>
-inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
+inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, const Columns& at, const X* x, float* sums, int64_t stride) {
     if constexpr (T > 0) {
         constexpr int R = Isa::dense_rows(T, sizeof(W));
-        if (tokens != T) return dense_tokens<W, X, T - 1>(tokens, rows, w, k, x, sums, stride);
-        if (rows >= R) return Isa::template dense<W, X, R, T>(w, k, x, sums, stride), R;
-        Isa::template dense<W, X, 1, T>(w, k, x, sums, stride);
+        if (tokens != T) return dense_tokens<W, X, T - 1>(tokens, rows, w, at, x, sums, stride);
+        if (rows >= R) return Isa::template dense<W, X, R, T>(w, at, x, sums, stride), R;
+        Isa::template dense<W, X, 1, T>(w, at, x, sums, stride);
     }
     return 1;
+}
+
+// The columns of a tile's activations that stay in the first-level cache while a block of rows meets them; all of them
+// where they do anyway.
+template <class X>
+int64_t dense_piece(int64_t k, int64_t tokens) {
+    const int64_t bytes = tokens * int64_t(sizeof(X));
+    return Isa::kDenseCache && k * bytes > Isa::kDenseCache * 3 / 2 ? Isa::kDenseCache / bytes / 64 * 64 : k;
 }
 
 template <class W, class X>
 void multiply_dense(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
     const Problem& p = job.p;
+    alignas(64) float partial[kRowBlock * Isa::kDenseTile * 16], sums[kMaxTile * kRowBlock];  // [row][token][lane], [tokens][rows]
     // All tiles meet a block of rows before the next one is read.
     for (int64_t block = block_begin; block < block_end; block++) {
         const int64_t row = block * kRowBlock, rows = p.n - row < kRowBlock ? p.n - row : kRowBlock;
         const W* w = static_cast<const W*>(p.weight) + row * p.k;
         for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-            const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin;
+            const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin, piece = dense_piece<X>(p.k, count);
             const X* x = reinterpret_cast<const X*>(job.activations + begin * job.token_bytes);
-            float sums[kMaxTile * kRowBlock];  // [tokens][rows]
-            for (int64_t r = 0; r < rows;)
-                r += dense_tokens<W, X, Isa::kDenseTile>(count, rows - r, w + r * p.k, p.k, x, sums + r, rows);
+            for (int64_t from = 0; from < p.k; from += piece)
+                for (int64_t r = 0; r < rows;) {
+                    const Columns at{p.k, from, p.k - from < piece ? p.k : from + piece, partial + r * count * 16};
+                    r += dense_tokens<W, X, Isa::kDenseTile>(count, rows - r, w + r * p.k, at, x, sums + r, rows);
+                }
             store(job, row, rows, begin, count, sums);
         }
     }

@@ -34,15 +34,35 @@ inline void prefetch(const uint8_t* chunk, int64_t left, int64_t skip) {
     for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + line, 0, 3);
 }
 
+// Columns [from, to) of dense rows of k. Before the last ones, sums stay in `partial`, 16 lanes for each row and token.
+struct Columns {
+    int64_t k, from, to;
+    float* partial;
+};
+
 // The same for dense rows, which lie one after the other: R of them, done together, ask for the next ones that begin 8 KiB
-// ahead or more. The lines are asked for in the order in which they lie, as one stream, whatever R is.
+// ahead or more. The lines are asked for in the order in which they lie, as one stream, whatever R is; those of a piece of
+// the columns row beside row.
 template <int R, class W>
-INLINE void prefetch_rows(const W* w, int64_t k, int64_t column) {
-    if (column * int64_t(sizeof(W)) % 64) return;
-    const int64_t together = R * k * int64_t(sizeof(W)), ahead = (8191 / together + 1) * together;
-    const char* next = reinterpret_cast<const char*>(w) + ahead + R * column * int64_t(sizeof(W));
-    UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(next + 64 * r, 0, 0);
-}
+class RowsAhead {
+   public:
+    INLINE RowsAhead(const W* w, const Columns& at) {
+        const int64_t row = at.k * int64_t(sizeof(W)), piece = (at.to - at.from) * int64_t(sizeof(W));
+        const bool whole = piece == row;
+        next_ = reinterpret_cast<const char*>(w + at.from) + (8191 / (R * piece) + 1) * R * row;
+        apart_ = whole ? 64 : row, step_ = whole ? 64 * R : 64;
+    }
+    // To be called for every register of columns.
+    INLINE void ask(int64_t column) {
+        if (column * int64_t(sizeof(W)) % 64) return;
+        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(next_ + r * apart_, 0, 0);
+        next_ += step_;
+    }
+
+   private:
+    const char* next_;
+    int64_t apart_, step_;
+};
 
 inline float to_float(float v) { return v; }
 inline float to_float(int8_t v) { return float(v); }

@@ -8,7 +8,7 @@ namespace {
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = false;
-    static constexpr int64_t kBlocks = 1, kCodeBlocks = 1, kChunkBlock = 16, kDenseTile = 4;
+    static constexpr int64_t kBlocks = 1, kCodeBlocks = 1, kChunkBlock = 16, kDenseTile = 4, kDenseCache = 0;
     static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
@@ -126,7 +126,8 @@ struct Isa {
     }
 
     template <class W, class X, int R, int T>
-    static void dense(const W* w, int64_t k, const X* x, float* sums, int64_t stride) {
+    static void dense(const W* w, const Columns& at, const X* x, float* sums, int64_t stride) {
+        const int64_t k = at.k;
         float32x4_t acc[R][T];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = vdupq_n_f32(0);
