@@ -15,7 +15,7 @@ struct Isa {
     static constexpr int dense_rows(int64_t tokens, int64_t) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
     static constexpr int64_t tile(Activations activations) { return activations == kI8 ? 4 : activations == kGroupedI8 ? 8 : 12; }
 
-    static INLINE void nearest_int8(const float (&value)[16], float factor, uint8_t offset, uint8_t* out) {
+    static INLINE void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) {
         const __m256 most = _mm256_set1_ps(127), least = _mm256_set1_ps(-127);
         __m256i whole[2];
         UNROLL for (int i = 0; i < 2; i++) {

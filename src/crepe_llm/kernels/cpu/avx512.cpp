@@ -36,7 +36,7 @@ struct Isa {
     static constexpr int dense_rows(int64_t tokens, int64_t bytes) { return bytes == 1 && tokens <= 2 ? 4 : 2; }
     static constexpr int64_t tile(Activations activations) { return activations == kPairsBf16 ? 12 : activations == kF32 || activations == kGroupedI8 ? 12 : CREPE_VNNI ? 10 : 6; }
 
-    static INLINE void nearest_int8(const float (&value)[16], float factor, uint8_t offset, uint8_t* out) {
+    static INLINE void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) {
         const __m512 most = _mm512_set1_ps(127), least = _mm512_set1_ps(-127);
         const __m512 held = _mm512_max_ps(_mm512_min_ps(_mm512_mul_ps(_mm512_loadu_ps(value), _mm512_set1_ps(factor)), most), least);
         const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(held));

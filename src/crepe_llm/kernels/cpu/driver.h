@@ -48,7 +48,7 @@ Activations activations_of(const Problem& p) {
 int64_t token_bytes(const Problem& p) {
     const int64_t chunks = (p.k + kColumnChunk - 1) / kColumnChunk;
     const Activations activations = activations_of(p);
-    return (chunks * kColumnChunk * activation_bytes(activations)) + (activations == kHalvesI16 ? 2 * kHalvesBytes : 0);
+    return chunks * kColumnChunk * activation_bytes(activations) + (activations == kHalvesI16 ? 2 * kHalvesBytes : 0);
 }
 int64_t tile_tokens(const Problem& p) {
     return p.layout == kDense ? Isa::kDenseTile : Isa::tile(activations_of(p));
@@ -102,14 +102,15 @@ float largest_magnitude(const X* x, int64_t stride, int64_t k) {
     return magnitude;
 }
 
-// Symmetric int8, one scale a token, as reference.quantize_per_token: sets the scale and returns what activations are
-// multiplied by before they are rounded; 0 where they all become zeros (also where it would be beyond fp32).
+// Symmetric whole numbers of at most `most` (127: int8), one scale a token, as reference.quantize_per_token: sets the scale
+// and returns what activations are multiplied by before they are rounded; 0 where they all become zeros (also where it
+// would be beyond fp32).
 template <int64_t Stride, class X>
-float quantizing_factor(const X* x, int64_t stride, int64_t k, float* scale) {
+float quantizing_factor(const X* x, int64_t stride, int64_t k, float most, float* scale) {
     const float largest = largest_magnitude<Stride>(x, stride, k);
     const bool finite = largest <= std::numeric_limits<float>::max();
-    *scale = finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
-    const float factor = 127.0f / largest;
+    *scale = finite ? largest / most : std::numeric_limits<float>::quiet_NaN();
+    const float factor = most / largest;
     return finite && factor <= std::numeric_limits<float>::max() ? factor : 0.0f;
 }
 
@@ -127,7 +128,7 @@ INLINE void eight_floats(const Bf16* x, float* out) {
 
 // Columns c to c + 16 of a token as fp32, zeros from column k on.
 template <class X>
-INLINE void sixteen_columns(const X* x, int64_t stride, int64_t k, int64_t c, float (&value)[16]) {
+INLINE void sixteen_columns(const X* x, int64_t stride, int64_t k, int64_t c, float* value) {
     if (stride == 1 && c + 16 <= k) {
         eight_floats(x + c, value), eight_floats(x + c + 8, value + 8);
     } else {
@@ -183,11 +184,11 @@ void convert_chunk_i16(const X* x, int64_t stride, int64_t valid, uint8_t* out) 
 // x + 128, in the order of kOrderOfGroups.
 template <class X>
 void convert_chunk_i8(const X* x, int64_t stride, int64_t valid, uint8_t* out) {
-    float value[2][16], factor;
-    UNROLL for (int half = 0; half < 2; half++) sixteen_columns(x, stride, valid, 16 * half, value[half]);
-    const float inverse = quantizing_factor<1>(value[0], 1, kColumnChunk, &factor);
+    float value[kColumnChunk], factor;
+    UNROLL for (int j = 0; j < 32; j += 16) sixteen_columns(x, stride, valid, j, value + j);
+    const float inverse = quantizing_factor<1>(value, 1, kColumnChunk, 127, &factor);
     uint8_t quantized[kColumnChunk];
-    UNROLL for (int half = 0; half < 2; half++) Isa::nearest_int8(value[half], inverse, 0x80, quantized + 16 * half);
+    UNROLL for (int j = 0; j < 32; j += 16) Isa::nearest_int8(value + j, inverse, 0x80, quantized + j);
     UNROLL for (int64_t place = 0; place < 8; place++) std::memcpy(out + 4 * place, quantized + 4 * kOrderOfGroups[place], 4);
     std::memcpy(out + factor_offset(kGroupedI8), &factor, sizeof factor);
 }
@@ -230,19 +231,16 @@ void convert_token_halves(const X* x, int64_t stride, int64_t k, int64_t tokens,
     float value[kColumnChunk];
     int32_t start[lanes] = {};
     float factor[lanes];
-    const float largest = largest_magnitude<Stride>(x, stride, k), most = float(kMostHalves);
-    const bool finite = largest <= std::numeric_limits<float>::max();
-    const float scale = finite ? largest / most : std::numeric_limits<float>::quiet_NaN(), inverse = most / largest;
-    // Numbers of which kMostHalves / the largest is beyond fp32 count as zeros.
-    const bool usable = finite && inverse <= std::numeric_limits<float>::max();
+    constexpr float most = float(kMostHalves);
+    float scale;
+    const float inverse = quantizing_factor<Stride>(x, stride, k, most, &scale);
     for (int64_t lane = 0; lane < lanes; lane++) factor[lane] = lane < lanes / 2 ? 256 * scale : scale;
     uint8_t* to = out + t * kHalvesBytes;
     for (int64_t c = 0; c < k; c += kColumnChunk, to += tokens * kHalvesBytes) {
         int8_t half[kHalvesBytes];
-        const int64_t valid = k - c < kColumnChunk ? k - c : kColumnChunk;
-        for (int64_t j = 0; j < kColumnChunk; j++) value[j] = j < valid ? to_float(x[(c + j) * (Stride ? Stride : stride)]) : 0.0f;
+        UNROLL for (int j = 0; j < 32; j += 16) sixteen_columns(x, stride, k, c + j, value + j);
         for (int64_t j = 0; j < kColumnChunk; j++) {
-            float v = usable ? std::nearbyint(value[j] * inverse) : 0.0f;
+            float v = inverse > 0 ? std::nearbyint(value[j] * inverse) : 0.0f;
             v = v < -most ? -most : v > most ? most : v;
             const int32_t whole = int32_t(v), upper = (whole + 128) >> 8;
             half[j] = int8_t(upper), half[j + kColumnChunk] = int8_t(whole - 256 * upper);
@@ -271,8 +269,8 @@ void convert_tile(const Job& job, int64_t tile) {
     if (activations_of(p) == kI8)
         for (int64_t t = 0; t < tokens; t++) {
             float* scale = job.token_scale + begin + t;
-            factor[t] = p.x_column_stride == 1 ? quantizing_factor<1>(x + t * p.x_row_stride, 1, p.k, scale)
-                                               : quantizing_factor<0>(x + t * p.x_row_stride, p.x_column_stride, p.k, scale);
+            factor[t] = p.x_column_stride == 1 ? quantizing_factor<1>(x + t * p.x_row_stride, 1, p.k, 127, scale)
+                                               : quantizing_factor<0>(x + t * p.x_row_stride, p.x_column_stride, p.k, 127, scale);
         }
     for (int64_t from = 0; from < padded; from += kConvertedColumns) {
         const int64_t to = padded - from < kConvertedColumns ? padded : from + kConvertedColumns;

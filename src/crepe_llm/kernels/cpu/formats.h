@@ -117,7 +117,7 @@ inline void from_float(float f, Fp16& out) {
 }
 
 // `Isa::nearest_int8` of driver.h in plain C++.
-inline void nearest_int8_plain(const float (&value)[16], float factor, uint8_t offset, uint8_t* out) {
+inline void nearest_int8_plain(const float* value, float factor, uint8_t offset, uint8_t* out) {
     for (int j = 0; j < 16; j++) {
         float v = std::nearbyint(value[j] * factor);
         v = v > -127.0f ? v < 127.0f ? v : 127.0f : -127.0f;

@@ -13,7 +13,7 @@ struct Isa {
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
     static constexpr int dense_rows(int64_t, int64_t) { return 4; }
-    static void nearest_int8(const float (&value)[16], float factor, uint8_t offset, uint8_t* out) { nearest_int8_plain(value, factor, offset, out); }
+    static void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) { nearest_int8_plain(value, factor, offset, out); }
     static constexpr int64_t tile(Activations) { return 4; }
 
     // Kept value V of 4 rows from row 4 Q of a group's values.
