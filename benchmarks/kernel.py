@@ -3,7 +3,7 @@
     python benchmarks/kernel.py                      # all shapes and token counts: several minutes
     python benchmarks/kernel.py --quick              # two shapes, four token counts
     python benchmarks/kernel.py --dense              # the dense kernel for few tokens (lm_head) instead
-    python benchmarks/kernel.py --dense --dtype int8 # the same with int8 rows
+    python benchmarks/kernel.py --dense --dtype int8 # int8 rows, activations quantized as served
     python benchmarks/kernel.py --dtype bf16 int8_weight_only int4_g64   # several tables
     python benchmarks/kernel.py --shape 16x32 --tokens 1                 # what a call costs
     python benchmarks/kernel.py --dtype int8         # W8A8 2:4 weights
@@ -41,7 +41,8 @@ from crepe_llm.kernels.packed import DenseWeight, PackedWeight, interleave, spli
 from records import RESULTS, append
 
 # Raised by every change of a default or of how something is measured.
-PROTOCOL = 2  # 2: without gradients, as models are served
+# 2: without gradients, as models are served; 3: dense "int8" quantizes activations, "int8_weight_only" does not.
+PROTOCOL = 3
 
 SHAPES = {  # N x K of the linears
     "square": (4096, 4096),
@@ -88,12 +89,11 @@ def random_int4(n: int, k: int, form: Format) -> PackedWeight:
 
 
 def dense_weight(weight: torch.Tensor, dtype: str) -> DenseWeight:
-    """A dense weight as it is, or in int8 with a scale a row."""
-    if dtype != "int8":
+    """A dense weight as it is, or in int8 with a scale a row; "int8" has its activations quantized, as served."""
+    if dtype not in ("int8", "int8_weight_only"):
         return kernels.pack_dense(as_served(weight))
-    return kernels.pack_dense(
-        as_served((weight * 30).clamp(-127, 127).to(torch.int8)), torch.full((len(weight),), 0.03)
-    )
+    rows = as_served((weight * 30).clamp(-127, 127).to(torch.int8))
+    return kernels.pack_dense(rows, torch.full((len(weight),), 0.03), "lanes" if dtype == "int8" else "exact")
 
 
 def as_served(data: torch.Tensor) -> torch.Tensor:

@@ -7,14 +7,16 @@
 A start is a method of methods.py, pruned once a seed, or the dense model. With --tokens the best stack is trained as in
 recover.py, whose folders in --folder are used, and made where they are missing. Every quantization starts from that
 folder, and the benchmark stops if a mask changes. What is measured is the folder saved, loaded again: perplexity on the
-test and validation articles and on news. A dense model's INT4 by GPTQ is llm-compressor's own. "As served" is INT4 with
-the inputs of its layers in int8, 32 columns of a token together, as the vLLM plugin multiplies them.
+test and validation articles and on news. A dense model's INT4 by GPTQ is llm-compressor's own. "As served" is with the
+inputs of INT4 layers in int8, 32 columns of a token together, or those of an INT8 head, 16 columns together, as
+the vLLM plugin multiplies them.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 
 from crepe_llm import samples
 from crepe_llm.checkpoints import attach, is_2of4, read_folder
 from crepe_llm.kernels.formats import COLUMN_CHUNK
-from crepe_llm.kernels.reference import quantize_per_chunk
+from crepe_llm.kernels.reference import quantize_per_chunk, quantize_per_lane
 from crepe_llm.pruning.layer import mask_of
 from crepe_llm.recipe_files import recipe_path
 from method_recipes import MODELS
@@ -51,6 +53,7 @@ QUANTIZATIONS = {
     HEAD: "crepe_2of4_int8_head",
     "INT4 (W4A16), nearest": "crepe_2of4_w4a16",
     "INT4 (W4A16), GPTQ": "crepe_2of4_w4a16_gptq",
+    f"{HEAD}{AS_SERVED}": "crepe_2of4_int8_head",
     f"INT4 (W4A16), nearest{AS_SERVED}": "crepe_2of4_w4a16",
     f"INT4 (W4A16), GPTQ{AS_SERVED}": "crepe_2of4_w4a16_gptq",
 }
@@ -141,20 +144,27 @@ def check_masks(source: Path, target: Path) -> None:
             raise RuntimeError(f"{target}: {name} left the mask of {source}")
 
 
-def quantize_inputs(model: torch.nn.Module) -> None:
-    """Round what the quantized linear layers of a model are given to int8 times a scale for 32 columns of a token."""
+def quantize_inputs(model: PreTrainedModel) -> None:
+    """Round what a model's INT4 layers, or else its head, are given to int8, as the vLLM plugin does."""
 
-    def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x, *rest = inputs
-        values, scales = quantize_per_chunk(x.flatten(0, -2))
-        of_columns = scales.repeat_interleave(COLUMN_CHUNK, 1)[:, : x.shape[-1]]
-        return (values * of_columns).view(x.shape).to(x.dtype), *rest
+    def by_chunk(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scales = quantize_per_chunk(x)
+        return values, scales.repeat_interleave(COLUMN_CHUNK, 1)[:, : x.shape[1]]
 
-    layers = [module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None]
-    if not layers:
-        raise RuntimeError("no layer of the model is quantized")
-    for layer in layers:
-        layer.register_forward_pre_hook(rounded)
+    def hook(module: torch.nn.Module, rounding: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            x, *rest = inputs
+            values, scales = rounding(x.flatten(0, -2))
+            return (values * scales).view(x.shape).to(x.dtype), *rest
+
+        module.register_forward_pre_hook(rounded)
+
+    schemes = {module: getattr(module, "quantization_scheme", None) for module in model.modules()}
+    of_codes = [module for module, scheme in schemes.items() if scheme is not None and scheme.weights.num_bits == 4]
+    for layer in of_codes:
+        hook(layer, by_chunk)
+    if not of_codes:
+        hook(model.get_output_embeddings(), quantize_per_lane)
 
 
 def row_of(key: Row, folder: Path, scratch: Path) -> Row:

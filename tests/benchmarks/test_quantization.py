@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import quality_per_byte
 import quantization
 from crepe_llm.checkpoints import attach
+from crepe_llm.kernels.reference import quantize_per_chunk, quantize_per_lane
 from crepe_llm.training.distillation import DistillationSettings
 from tiny_models import configs
 
@@ -28,7 +29,7 @@ def test_every_start_meets_every_quantization_and_the_best_alone_is_trained():
     runs = quantization.runs_of(options())
     # The dense model once, but for what is of sparse ones; CRePE, the best stack, and that after training with both
     # seeds.
-    assert len(runs) == len(quantization.QUANTIZATIONS) * (1 + 3 * 2) - len(quantization.OF_SPARSE) == 9 * 7 - 3 - 7
+    assert len(runs) == len(quantization.QUANTIZATIONS) * (1 + 3 * 2) - len(quantization.OF_SPARSE) == 10 * 7 - 4 - 7
     for label in quantization.OF_SPARSE:
         assert {run["start"] for run in runs if run["quantization"] == label} == {"CRePE", quantization.BEST}
     assert {run["start"] for run in runs if run["tokens"]} == {quantization.BEST}
@@ -74,6 +75,29 @@ def test_masks_are_compared_in_the_numbers_that_codes_stand_for(tmp_path):
     quantization.check_masks(tmp_path / "plain", tmp_path / "int4")
     weights = {name: layer.weight for name, layer in quantization.linear_layers(tmp_path / "int4").items()}
     assert all(not weight.view(-1, 4)[:, 2:].any() and weight.any() for weight in weights.values())
+
+
+@pytest.mark.parametrize(("recipe", "rounded"), [("crepe_2of4_w4a16", "layers"), ("crepe_2of4_int8_head", "head")])
+def test_as_served_rounds_what_the_plugin_rounds(recipe, rounded, tmp_path):
+    sparse_model().save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    oneshot(model=model, recipe=quantization.quantization_of(recipe, dense=False))
+    quantization.quantize_inputs(model)
+    head = model.get_output_embeddings()
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+    model(torch.arange(24)[None])
+
+    def rounded_again(x, by):
+        values, scales = by(x)
+        return values * (scales if by is quantize_per_lane else scales.repeat_interleave(32, 1)[:, : x.shape[1]])
+
+    for name, x in seen.items():
+        is_head, x = model.get_submodule(name) is head, x.flatten(0, -2)
+        again = rounded_again(x, quantize_per_lane if is_head else quantize_per_chunk)
+        assert torch.allclose(again, x, rtol=1e-5, atol=1e-6) == (is_head == (rounded == "head")), name
 
 
 def test_a_lost_mask_is_found(tmp_path):

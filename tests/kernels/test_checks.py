@@ -63,6 +63,7 @@ def gpu_operands(**changes):
 
 def dense_operands(**changes):
     made = {"x": torch.randn(3, K), "weight": torch.randn(N, K), "scale": torch.rand(N), "bias": torch.randn(N)}
+    made |= {"inputs": "exact"}
     return list({**made, **changes}.values())
 
 
@@ -155,6 +156,8 @@ DENSE_CASES = {
     "int8 weight without a scale": {"weight": torch.ones(N, K, dtype=torch.int8), "scale": None},
     **{name: change for name, change in SCALED.items() if "scale" in change},
     "meta weight": {"weight": torch.ones(N, K, device="meta")},
+    "unknown inputs": {"inputs": "token"},
+    "inputs that only int8 weights have": {"inputs": "lanes"},
     "a vector as weight": {"weight": torch.ones(K)},
     "gradient of the weight": {"weight": with_gradient(torch.ones(N, K))},
 }

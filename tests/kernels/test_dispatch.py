@@ -60,8 +60,9 @@ def test_operators_meet_torch_librarys_contract():
     arguments = (torch.randn(3, 8), packed.data, packed.scale, None, None, 10, 8, "fp32")
     torch.library.opcheck(torch.ops.crepe_llm.sparse24_linear.default, arguments)
     x, bias = torch.randn(3, 8), torch.randn(10)
-    for weight, scale in ((torch.randn(10, 8), None), (torch.ones(10, 8, dtype=torch.int8), torch.rand(10))):
-        torch.library.opcheck(torch.ops.crepe_llm.dense_linear.default, (x, weight, scale, bias))
+    int8 = torch.ones(10, 8, dtype=torch.int8), torch.rand(10)
+    for weight, scale, inputs in ((torch.randn(10, 8), None, "exact"), (*int8, "exact"), (*int8, "lanes")):
+        torch.library.opcheck(torch.ops.crepe_llm.dense_linear.default, (x, weight, scale, bias, inputs))
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32, torch.int8])
@@ -77,6 +78,20 @@ def test_the_dense_rule_changes_speed_only(monkeypatch, weight_dtype, x_dtype):
         results.append(kernels.linear(x, packed, bias))
         assert results[-1].dtype == x_dtype
     torch.testing.assert_close(*results, rtol=2e-2, atol=6e-2)
+
+
+def test_which_columns_share_a_scale():
+    """By the definition, one column after the other."""
+    x = torch.randn(3, 700, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 701)
+    values, factors = reference.quantize_per_lane(x)
+    groups = {}
+    for column in range(700):
+        groups.setdefault((column // 256, column % 64 // 4), []).append(column)
+    assert max(len(columns) for columns in groups.values()) == 16
+    for columns in groups.values():
+        expected, scale = reference.quantize_per_token(x[:, columns])
+        assert torch.equal(values[:, columns], expected)
+        assert torch.equal(factors[:, columns], scale[:, None].expand(-1, len(columns)))
 
 
 def test_the_rule_names_every_instruction_set():

@@ -173,6 +173,55 @@ def of_int16(x):
     return whole.clamp(-32639, 32639).double() * (largest / most)
 
 
+LANES = ("avx512_bf16", "avx512_vnni")  # the instruction sets that quantize activations of dense int8 weights
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 1100),
+    m=st.integers(0, 20),
+    x_dtype=st.sampled_from(FLOATS),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_dense_int8_weights_with_quantized_activations(isa, n, k, m, x_dtype, with_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, (n, k), generator=generator).to(torch.int8)
+    scale, bias = torch.rand(n, generator=generator), torch.randn(n, generator=generator) if with_bias else None
+    x = torch.randn(m, k, generator=generator).to(x_dtype)
+    y = cpu.multiply(x, kernels.pack_dense(weight, scale, "lanes"), bias, isa)
+    if isa not in LANES:
+        assert torch.equal(y, cpu.multiply(x, kernels.pack_dense(weight, scale), bias, isa))
+        return
+    values, factors = reference.quantize_per_lane(x)
+    assert_close(y, *naive(values.double() * factors.double(), weight, scale, bias))
+    strided = torch.empty(k, m, dtype=x_dtype).t().copy_(x)
+    assert torch.equal(cpu.multiply(strided, kernels.pack_dense(weight, scale, "lanes"), bias, isa), y)
+
+
+@pytest.mark.parametrize("k", [2048, 2049, 6000, 20000])
+def test_quantized_activations_of_many_columns(isa, k):
+    """A token does not depend on its batch; what is not finite makes its own token's outputs NaN, and no others."""
+    if isa not in LANES:
+        pytest.skip("activations are not quantized")
+    generator = torch.Generator().manual_seed(k)
+    weight = torch.full((37, k), -128, dtype=torch.int8)
+    weight[1:] = torch.randint(-128, 128, (36, k), generator=generator).to(torch.int8)
+    x = torch.randn(21, k, generator=generator).to(torch.bfloat16)
+    x[1], x[2], x[3], x[4, 5], x[5, k - 1] = -1, 0, 2.0**-126, float("nan"), float("inf")
+    packed = kernels.pack_dense(weight, torch.full((37,), 0.01), "lanes")
+    together = cpu.multiply(x, packed, None, isa)
+    assert bool(together[4:6].isnan().all())
+    finite = [row for row in range(21) if row not in (4, 5)]
+    values, factors = reference.quantize_per_lane(x[finite])
+    exact, size = naive(values.double() * factors.double(), weight, torch.full((37,), 0.01), None)
+    assert_close(together[finite], exact, size)
+    for tokens in range(1, 10):
+        alone = cpu.multiply(x[:tokens], packed, None, isa)
+        torch.testing.assert_close(alone, together[:tokens], rtol=0, atol=0, equal_nan=True)
+
+
 def test_dense_int8_weights_of_extreme_values(isa):
     """Sums of the largest and the smallest weights and activations neither saturate nor overflow."""
     weight = torch.full((17, 8192), -128, dtype=torch.int8)
@@ -266,7 +315,7 @@ def test_threads_are_those_of_torch(isa):
     script = f"""
 import os, torch
 from crepe_llm import kernels
-from crepe_llm.kernels import cpu
+from crepe_llm.kernels import cpu, reference
 def threads():
     return int(next(l for l in open('/proc/self/status') if l.startswith('Threads')).split()[1])
 torch.set_num_threads(3)

@@ -90,6 +90,28 @@ def test_vllm_serves_it_from_one_copy(made, tmp_path):
     assert_same(ours, generate(tmp_path / "dense"))
 
 
+def test_activations_of_a_bf16_head_are_quantized_unless_the_variable_says_no(tmp_path, tiny_model_folder, monkeypatch):
+    _, folder = quantized(qwen2(), HEAD.replace("TARGETS", BOTH), tmp_path, tiny_model_folder("llama"))
+
+    def inputs(model):
+        return {
+            module.packed.inputs for module in model.modules() if hasattr(getattr(module, "packed", None), "inputs")
+        }
+
+    assert generate(folder, dtype="float32", inspect=inputs)[1] <= {"exact", None}
+    served, found = generate(folder, dtype="bfloat16", inspect=inputs)
+    assert "lanes" in found and "exact" not in found
+    monkeypatch.setenv("CREPE_INT8_HEAD_A8", "0")
+    exact, found = generate(folder, dtype="bfloat16", inspect=inputs)
+    assert "exact" in found and "lanes" not in found
+    for (_, ours), (_, theirs) in zip(served, exact, strict=True):  # a random model's tokens are nearly tied
+        both = ours[0].keys() & theirs[0].keys()
+        assert both and max(abs(ours[0][token] - theirs[0][token]) for token in both) < 0.05
+    monkeypatch.setenv("CREPE_INT8_HEAD_A8", "no")
+    with pytest.raises(ValueError, match=r"CREPE_INT8_HEAD_A8=no: 0 .* or 1 is needed"):
+        generate(folder, dtype="bfloat16")
+
+
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape"])
 def test_missing_and_wrong_parts_are_named(part, made, tmp_path):
     _, folder, kind = made

@@ -50,7 +50,7 @@ _CUDA = (
     "Tensor? cusparselt, Tensor? dense, Tensor? scale, Tensor? bias, int n, int k, str format, "
     "ScalarType out_dtype) -> Tensor"
 )
-_DENSE = "dense_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor"
+_DENSE = "dense_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str inputs) -> Tensor"
 
 
 def pack(
@@ -156,7 +156,8 @@ def linear(
     activations are rounded (to int8; of bf16 with int4 weights on AVX2, to int16) it makes its token's outputs NaN. A
     GPU's libraries promise neither.
 
-    A dense weight is multiplied by the kernel for few tokens where that is faster, and by torch elsewhere.
+    A dense weight is multiplied by the kernel for few tokens where that is faster, and by torch elsewhere, which does
+    not quantize activations.
 
     Raises ValueError when shapes or devices do not fit, TypeError for another activation dtype, and RuntimeError where
     an operand requires a gradient and gradients are recorded: there is none.
@@ -176,7 +177,7 @@ def linear(
     flat = x.reshape(-1, k) if k else x.reshape(math.prod(x.shape[:-1]), 0)
     if isinstance(packed, DenseWeight):
         product = _dense_linear if _direct(flat) else torch.ops.crepe_llm.dense_linear
-        y = product(flat, packed.weight, packed.scale, bias)
+        y = product(flat, packed.weight, packed.scale, bias, packed.inputs)
     elif isinstance(packed, CudaWeight):
         y = _quantized_cuda(flat, packed, bias)
     elif packed.inputs is not None:
@@ -354,9 +355,9 @@ def _cuda_shape(*operands: Any) -> torch.Tensor:
 
 
 def _dense_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, inputs: str
 ) -> torch.Tensor:
-    packed = DenseWeight(weight, scale)
+    packed = DenseWeight(weight, scale, inputs)
     if x.is_cpu and weight.numel() and len(x) <= _dense_tokens(weight.dtype):
         return cpu.multiply(x, packed, bias)
     checks.product(x, packed, bias)
@@ -383,9 +384,9 @@ def _expanded(x: torch.Tensor, packed: DenseWeight, bias: torch.Tensor | None) -
 
 
 def _dense_shape(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, inputs: str
 ) -> torch.Tensor:
-    checks.product(x, DenseWeight(weight, scale), bias)
+    checks.product(x, DenseWeight(weight, scale, inputs), bias)
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

@@ -203,13 +203,16 @@ class DenseWeight:
     """A dense weight [N, K] (bf16, fp16, fp32 or int8, contiguous) for :func:`crepe_llm.kernels.linear`.
 
     The tensor is kept as it is, not copied: an embedding can share it. ``scale`` (fp32 [N]) multiplies the outputs; an
-    int8 weight has one. Activations are not quantized.
+    int8 weight has one. ``inputs`` says how an int8 weight's activations are quantized, as in
+    :func:`crepe_llm.kernels.pack_dense`.
 
-    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix or ``scale`` does not fit.
+    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix, ``scale`` does not fit or
+    ``inputs`` is another.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor | None = None
+    inputs: str = "exact"
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
@@ -218,6 +221,9 @@ class DenseWeight:
         checks.part("scale", self.scale, self.weight.shape[:1], (torch.float32,))
         if self.scale is None and self.dtype == torch.int8:
             raise ValueError("weight is int8 and has no scale; one for each row is needed")
+        if self.inputs not in (("exact", "lanes") if self.dtype == torch.int8 else ("exact",)):
+            known = "'exact' or 'lanes'" if self.dtype == torch.int8 else "'exact'"
+            raise ValueError(f"inputs={self.inputs!r}; of dense {self.dtype} weights {known} is needed")
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -358,16 +364,20 @@ def _damage(bitmask: torch.Tensor, k: int, row: int, byte: int) -> str:
     return f"bitmask sets bits beyond column {k - 1} in row {row}; the checkpoint is damaged"
 
 
-def pack_dense(weight: torch.Tensor, scale: torch.Tensor | None = None) -> DenseWeight:
+def pack_dense(weight: torch.Tensor, scale: torch.Tensor | None = None, inputs: str = "exact") -> DenseWeight:
     """Wraps a dense weight [N, K] (bf16, fp16, fp32 or int8) for :func:`crepe_llm.kernels.linear`; it is not copied.
 
-    ``scale`` ([N] or [N, 1]) multiplies the outputs; an int8 weight needs one.
+    ``scale`` ([N] or [N, 1]) multiplies the outputs; an int8 weight needs one. ``inputs`` "exact": activations are not
+    quantized; "lanes", of int8 weights: they may be, to int8, symmetrically, one scale for 16 columns of a token
+    (:func:`crepe_llm.kernels.reference.quantize_per_lane`), and are where that is faster: for up to 256 tokens, on
+    processors with AVX-512 VNNI (docs/kernels.md).
 
-    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix or ``scale`` does not fit.
+    Raises TypeError for another dtype and ValueError when ``weight`` is no contiguous matrix, ``scale`` does not fit or
+    ``inputs`` is another.
     """
     if scale is not None:
         scale = scale.detach().to(torch.float32).reshape(-1).contiguous()
-    return DenseWeight(weight, scale)
+    return DenseWeight(weight, scale, inputs)
 
 
 def deinterleave(packed: PackedWeight) -> torch.Tensor:

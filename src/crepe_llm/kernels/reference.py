@@ -39,6 +39,21 @@ def quantize_per_chunk(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.view(chunks.shape).flatten(1)[:, :columns], scale.view(chunks.shape[:2])
 
 
+def quantize_per_lane(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 quantization of activations [M, K], one scale for 16 columns of a token, in fp32.
+
+    These are the columns whose int32 sums one lane of a register holds: of 256 columns in a row, those that begin
+    another 4 of every 64 together. Which columns share a scale is our own choice. Returns int8 values [M, K] and scales
+    [M, K], one for each value, as :func:`quantize_per_chunk` has them of 32 columns.
+    """
+    columns = x.shape[1]
+    lanes = torch.nn.functional.pad(x.float(), (0, -columns % 256)).unflatten(1, (-1, 4, 16, 4)).transpose(2, 3)
+    values, scale = quantize_per_chunk(lanes.reshape(-1, 16))
+    values, scale = values.view(lanes.shape), scale.view(*lanes.shape[:3], 1, 1).expand(lanes.shape)
+    values, scale = (of.transpose(2, 3).flatten(1)[:, :columns] for of in (values, scale))
+    return values, scale
+
+
 def quantize_inputs(x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Activations [M, K] quantized as ``inputs`` says: values in its dtype, and fp32 scales [M] (None: the static one).
 

@@ -1,11 +1,13 @@
 """Embeddings and output heads beside sparse layers: dense, of the model's dtype or of INT8."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, PackedvLLMParameter
@@ -14,9 +16,13 @@ from crepe_llm import kernels
 from crepe_llm.kernels.memory import on_huge_pages
 from crepe_llm.vllm_plugin.linear import FLOATS, return_freed_memory
 
+_logger = init_logger("vllm.crepe_llm")  # vLLM shows no other logger's information
+
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
 # pack-quantized stores a value as it is plus 128, four to a word.
 _PER_WORD = 4
+# The environment variable by which activations of an INT8 head are not quantized.
+_QUANTIZES = "CREPE_INT8_HEAD_A8"
 
 
 class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
@@ -48,8 +54,9 @@ class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
 class Int8EmbeddingMethod(QuantizeMethodBase):
     """An embedding or output head on a CPU in INT8, a scale a row, stored as compressed-tensors' ``pack-quantized``.
 
-    Looked-up rows and the head's product share one weight in memory: the checkpoint's own bytes. The product is exact
-    (:func:`crepe_llm.kernels.pack_dense`); nothing is quantized at run time.
+    Looked-up rows and the head's product share one weight in memory: the checkpoint's own bytes. In bf16 the head's
+    activations are quantized to INT8 where that is faster (:func:`crepe_llm.kernels.pack_dense`), unless
+    ``CREPE_INT8_HEAD_A8`` is 0.
 
     Args:
         layer_name: vLLM's name of the layer, for messages.
@@ -130,10 +137,23 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
             )
         values = words.view(torch.uint8)
         values.bitwise_xor_(0x80)
-        layer.packed = kernels.pack_dense(values.view(torch.int8), scale)
+        layer.packed = kernels.pack_dense(values.view(torch.int8), scale, self._inputs(layer.params_dtype))
         for name in _PACKED:
             delattr(layer, name)
         return_freed_memory()
+
+    def _inputs(self, dtype: torch.dtype) -> str:
+        """How the head's activations are quantized."""
+        asked = os.environ.get(_QUANTIZES, "1")
+        if asked not in ("0", "1"):
+            raise ValueError(f"{_QUANTIZES}={asked}: 0 (activations of an INT8 head stay as they are) or 1 is needed")
+        if dtype != torch.bfloat16 or asked == "0":
+            return "exact"
+        _logger.info_once(
+            "INT8 head: its activations may be quantized to INT8, 16 columns of a token together; "
+            f"{_QUANTIZES}=0 multiplies them as they are"
+        )
+        return "lanes"
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return kernels.linear(x, layer.packed, bias)

@@ -16,16 +16,15 @@ import torch
 from torch.autograd import forward_ad
 
 from crepe_llm.kernels import checks
-from crepe_llm.kernels.formats import format_of
+from crepe_llm.kernels.formats import format_named, format_of
 from crepe_llm.kernels.packed import DenseWeight, PackedExperts, PackedWeight
 
 ISA_VARIABLE = "CREPE_CPU_ISA"
 
-# Activations, biases and dense weights have the codes of the formats of their dtype; dense weights may be int8, too.
-_CODES = {
-    dtype: form.code for dtype in (*checks.ACTIVATIONS, torch.int8) if (form := format_of(dtype)).code is not None
-}
-_FLOATS = {dtype: code for dtype, code in _CODES.items() if dtype.is_floating_point}
+# Activations, biases and dense weights have the codes of the formats of their dtype.
+_FLOATS = {dtype: code for dtype in checks.ACTIVATIONS if (code := format_of(dtype).code) is not None}
+# Dense int8 weights have the code of a format that quantizes activations, or of one that does not.
+_DENSE_INT8 = {"lanes": format_named("int8").code, "exact": format_named("int8_weight_only").code}
 _SPARSE24, _DENSE = 0, 1
 # pip keeps the wheel that it builds, one without kernels too, and would install that again.
 _CURE = (
@@ -187,7 +186,8 @@ def _multiply(
     if isinstance(weight, PackedWeight):
         layout, code = _SPARSE24, weight.format.code
     else:
-        layout, code = _DENSE, _CODES[weight.dtype]
+        int8 = weight.dtype == torch.int8
+        layout, code = _DENSE, _DENSE_INT8[weight.inputs] if int8 else _FLOATS[weight.dtype]
     problem = _PROBLEM.pack(
         data.data_ptr(),
         x.data_ptr(),

@@ -104,7 +104,7 @@ bool fits(const Problem& p) {
         // A sum of K / 2 products of at most 127 * 128 has to stay below 2^31.
         if (p.k % 4 || (quantizes_inputs<false>(p) && p.k > kMostInt8Columns)) return false;
         bytes = ceil_div(p.n, kRowBlock) * ceil_div(p.k, kColumnChunk) * chunk_bytes(p.weight_format);
-    } else if (!is_float(p.weight_format) && p.weight_format != kInt8) {
+    } else if (!is_float(p.weight_format) && p.weight_format != kInt8 && p.weight_format != kInt8WeightOnly) {
         return false;
     }
     return p.weight_bytes == bytes && (!p.m || !p.n || (p.k && p.weight && p.x && p.y));

@@ -7,7 +7,7 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr bool kEvenOdd = true, kCodes16 = true, kHalves16 = false;
+    static constexpr bool kEvenOdd = true, kCodes16 = true, kHalves16 = false, kLanes8 = false;
     static constexpr int64_t kBlocks = 2, kCodeBlocks = 2, kChunkBlock = 16, kDenseTile = 6, kDenseCache = 0;
     static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
@@ -328,7 +328,7 @@ struct Isa {
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][0][t] = acc[r][1][t] = _mm256_setzero_ps();
         int64_t c = 0;
-        RowsAhead<R, W> ahead(w, at);
+        RowsAhead<R, W, kAheadTo<T>> ahead(w, at);
         for (; c + 16 <= k; c += 16) {
             ahead.ask(c);
             dense_step<W, R, T>(w + c, k, x + c / 32 * 32 * T + c % 32, acc);

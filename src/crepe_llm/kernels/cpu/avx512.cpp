@@ -21,7 +21,7 @@ __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
 struct Isa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
-    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = CREPE_VNNI && !CREPE_BF16;
+    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = CREPE_VNNI && !CREPE_BF16, kLanes8 = CREPE_VNNI;
     static constexpr int64_t kBlocks = 2, kCodeBlocks = CREPE_BF16 ? 4 : 2, kChunkBlock = 32, kDenseTile = 8, kDenseCache = 16384;
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A
     // single chain of fp32 additions would wait for itself. The few bytes of narrow formats arrive before the additions of
@@ -559,7 +559,7 @@ struct Isa {
         };
         __m256i rows[R];
         int64_t c = at.from;
-        RowsAhead<R, int8_t> ahead(w, at);
+        RowsAhead<R, int8_t, kAheadTo<T>> ahead(w, at);
         for (; c + step <= at.to; c += step) {
             ahead.ask(c);
             UNROLL for (int r = 0; r < R; r++) rows[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + r * k + c));
@@ -582,6 +582,47 @@ struct Isa {
     }
 #endif
 
+#if CREPE_VNNI
+    // As assembly, because compilers else load a token's activations once for each row, and copy the sums.
+    static INLINE void add_products(__m512i& sum, __m512i offset_values, __m512i values) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(offset_values), "v"(values));
+    }
+
+    // R rows of int8, as w + 128, times T tokens' LanesI8. In between units, sums wait in `partial`.
+    template <int R, int T>
+    static void dense_lanes(const int8_t* w, const Columns& at, const LanesI8* x, float* sums, int64_t stride) {
+        x += at.from / kLaneUnit * T;
+        RowsAhead<R, int8_t, kPrefetchTo> ahead(w, at);
+        for (int64_t begin = at.from; begin < at.to; begin += kLaneUnit, x += T) {
+            __m512i acc[R][T];
+            UNROLL for (int t = 0; t < T; t++)
+                UNROLL for (int r = 0; r < R; r++) acc[r][t] = load512(x[t].start);
+            const int64_t end = at.to - begin < kLaneUnit ? at.to : begin + kLaneUnit;
+            const int8_t* column = x->column;
+            for (int64_t c = begin; c < end; c += 64, column += 64) {
+                ahead.ask(c);
+                const __mmask64 valid = end - c < 64 ? (uint64_t(1) << (end - c)) - 1 : ~uint64_t(0);
+                __m512i value[R];
+                UNROLL for (int r = 0; r < R; r++) value[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w + r * at.k + c), _mm512_set1_epi8(char(0x80)));
+                UNROLL for (int t = 0; t < T; t++) {
+                    const __m512i activations = load512(column + t * int64_t(sizeof(LanesI8)));
+                    UNROLL for (int r = 0; r < R; r++) add_products(acc[r][t], value[r], activations);
+                }
+            }
+            UNROLL for (int t = 0; t < T; t++)
+                UNROLL for (int r = 0; r < R; r++) {
+                    float* const partial = at.partial + (r * T + t) * kLanes;
+                    const __m512 before = begin ? _mm512_loadu_ps(partial) : _mm512_setzero_ps();
+                    const __m512 total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][t]), _mm512_loadu_ps(x[t].scale), before);
+                    if (end < at.k)
+                        _mm512_storeu_ps(partial, total);
+                    else
+                        sums[t * stride + r] = _mm512_reduce_add_ps(total);
+                }
+        }
+    }
+#endif
+
     template <class W, class X, int R, int T>
     static INLINE void dense_floats(const W* w, const Columns& at, const X* x, float* sums, int64_t stride) {
         constexpr int64_t step = sizeof(X) == 2 ? 32 : 16;
@@ -590,7 +631,7 @@ struct Isa {
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = at.from ? _mm512_loadu_ps(at.partial + (r * T + t) * 16) : _mm512_setzero_ps();
         int64_t c = at.from;
-        RowsAhead<R, W> ahead(w, at);
+        RowsAhead<R, W, kAheadTo<T>> ahead(w, at);
         for (; c + step <= at.to; c += step) {
             ahead.ask(c);
             dense_step<R, T>(w + c, k, step, x + c / 32 * 32 * T + c % 32, acc);
@@ -607,12 +648,13 @@ struct Isa {
 
     template <class W, class X, int R, int T>
     static void dense(const W* w, const Columns& at, const X* x, float* sums, int64_t stride) {
-#if CREPE_VNNI && !CREPE_BF16
-        if constexpr (std::is_same_v<X, HalfI16>)
-            dense_halves<R, T>(w, at, x, sums, stride);
-        else
+#if CREPE_VNNI
+        if constexpr (std::is_same_v<X, LanesI8>) return dense_lanes<R, T>(w, at, x, sums, stride);
 #endif
-            dense_floats<W, X, R, T>(w, at, x, sums, stride);
+#if CREPE_VNNI && !CREPE_BF16
+        if constexpr (std::is_same_v<X, HalfI16>) return dense_halves<R, T>(w, at, x, sums, stride);
+#endif
+        if constexpr (!std::is_same_v<X, LanesI8> && !std::is_same_v<X, HalfI16>) dense_floats<W, X, R, T>(w, at, x, sums, stride);
     }
 };
 

@@ -5,6 +5,7 @@
 //   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
 //   kCodes16                whether int4 codes meet bf16 activations as int16 (else as kBf16Activations says)
 //   kHalves16               whether dense int8 weights meet bf16 activations as int16 (else as kBf16Activations says)
+//   kLanes8                 whether dense int8 weights meet LanesI8 where activations may be quantized (else as exactly)
 //   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
 //   kEvenOdd                whether activations of dense bf16 weights come in the order that splits a register of them
 //   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
@@ -39,7 +40,8 @@ namespace {
 Activations activations_of(const Problem& p) {
     if (quantizes_inputs<false>(p)) return kI8;
     if (quantizes_inputs<true>(p)) return kGroupedI8;
-    if (Isa::kHalves16 && p.layout == kDense && p.weight_format == kInt8 && p.x_dtype == kBf16 && p.k <= kMostInt8Columns) return kHalvesI16;
+    if (Isa::kLanes8 && p.layout == kDense && p.weight_format == kInt8) return kLanesI8;
+    if (Isa::kHalves16 && p.layout == kDense && p.weight_format >= kInt8 && p.x_dtype == kBf16 && p.k <= kMostInt8Columns) return kHalvesI16;
     if (Isa::kCodes16 && is_codes(p.weight_format) && p.x_dtype == kBf16) return kI16;
     // bf16 holds every int8 value, and every int4 code.
     const bool bf16 = p.weight_format == kBf16 || p.weight_format >= kInt8;
@@ -48,6 +50,7 @@ Activations activations_of(const Problem& p) {
 int64_t token_bytes(const Problem& p) {
     const int64_t chunks = (p.k + kColumnChunk - 1) / kColumnChunk;
     const Activations activations = activations_of(p);
+    if (activations == kLanesI8) return (p.k + kLaneUnit - 1) / kLaneUnit * int64_t(sizeof(LanesI8));
     return chunks * kColumnChunk * activation_bytes(activations) + (activations == kHalvesI16 ? 2 * kHalvesBytes : 0);
 }
 int64_t tile_tokens(const Problem& p) {
@@ -102,16 +105,18 @@ float largest_magnitude(const X* x, int64_t stride, int64_t k) {
     return magnitude;
 }
 
-// Symmetric whole numbers of at most `most` (127: int8), one scale a token, as reference.quantize_per_token: sets the scale
-// and returns what activations are multiplied by before they are rounded; 0 where they all become zeros (also where it
-// would be beyond fp32).
-template <int64_t Stride, class X>
-float quantizing_factor(const X* x, int64_t stride, int64_t k, float most, float* scale) {
-    const float largest = largest_magnitude<Stride>(x, stride, k);
+// Of symmetric whole numbers of at most `most` (127: int8) of which the largest stands for `largest`, as
+// reference.quantize_per_token: sets their scale and returns what activations are multiplied by before they are rounded; 0
+// where they all become zeros (also where it would be beyond fp32).
+INLINE float quantizing_factor(float largest, float most, float* scale) {
     const bool finite = largest <= std::numeric_limits<float>::max();
     *scale = finite ? largest / most : std::numeric_limits<float>::quiet_NaN();
     const float factor = most / largest;
     return finite && factor <= std::numeric_limits<float>::max() ? factor : 0.0f;
+}
+template <int64_t Stride, class X>
+float quantizing_factor(const X* x, int64_t stride, int64_t k, float most, float* scale) {
+    return quantizing_factor(largest_magnitude<Stride>(x, stride, k), most, scale);
 }
 
 // Eight numbers as fp32, as one vector: what were stored one by one could not be loaded together without a wait.
@@ -253,12 +258,49 @@ void convert_token_halves(const X* x, int64_t stride, int64_t k, int64_t tokens,
     std::memcpy(to + tokens * kHalvesBytes, factor, sizeof factor);
 }
 
+// Writes columns [c, c + kLaneUnit) of a token.
+template <class X>
+void convert_lanes(const X* x, int64_t stride, int64_t k, int64_t c, LanesI8& out) {
+    constexpr int64_t width = 4 * kLanes;
+    float value[kLaneUnit], factor[width];
+    uint32_t largest[width] = {};  // magnitudes, as largest_magnitude has them
+    for (int64_t at = 0; at < kLaneUnit; at += kLanes) sixteen_columns(x, stride, k, c + at, value + at);
+    for (int64_t at = 0; at < kLaneUnit; at += width)
+        for (int64_t j = 0; j < width; j++) {
+            uint32_t bits;
+            std::memcpy(&bits, &value[at + j], 4);
+            bits &= 0x7fffffff;
+            largest[j] = bits > largest[j] ? bits : largest[j];
+        }
+    for (int64_t lane = 0; lane < kLanes; lane++) {
+        uint32_t bits = 0;
+        for (int64_t j = 4 * lane; j < 4 * lane + 4; j++) bits = largest[j] > bits ? largest[j] : bits;
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        const float one = quantizing_factor(magnitude, 127, &out.scale[lane]);
+        for (int64_t j = 4 * lane; j < 4 * lane + 4; j++) factor[j] = one;
+    }
+    for (int64_t at = 0; at < kLaneUnit; at++) value[at] *= factor[at % width];
+    for (int64_t at = 0; at < kLaneUnit; at += kLanes) Isa::nearest_int8(value + at, 1, 0, reinterpret_cast<uint8_t*>(out.column + at));
+    for (int64_t lane = 0; lane < kLanes; lane++) {
+        int32_t sum = 0;
+        for (int64_t at = 4 * lane; at < kLaneUnit; at += width) sum += out.column[at] + out.column[at + 1] + out.column[at + 2] + out.column[at + 3];
+        out.start[lane] = -128 * sum;
+    }
+}
+
 template <class X>
 void convert_tile(const Job& job, int64_t tile) {
     const Problem& p = job.p;
     const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, padded = job.chunks * kColumnChunk;
     const X* x = static_cast<const X*>(p.x) + begin * p.x_row_stride;
     uint8_t* out = job.activations + begin * job.token_bytes;
+    if (Isa::kLanes8 && activations_of(p) == kLanesI8) {
+        LanesI8* unit = reinterpret_cast<LanesI8*>(out);
+        for (int64_t c = 0; c < p.k; c += kLaneUnit)
+            for (int64_t t = 0; t < tokens; t++) convert_lanes(x + t * p.x_row_stride, p.x_column_stride, p.k, c, *unit++);
+        return;
+    }
     if (Isa::kHalves16 && activations_of(p) == kHalvesI16) {
         for (int64_t t = 0; t < tokens; t++, x += p.x_row_stride)
             p.x_column_stride == 1 ? convert_token_halves<1>(x, 1, p.k, tokens, t, out)
@@ -570,8 +612,10 @@ inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, const Colu
 // where they do anyway.
 template <class X>
 int64_t dense_piece(int64_t k, int64_t tokens) {
-    const int64_t bytes = tokens * int64_t(sizeof(X));
-    return Isa::kDenseCache && k * bytes > Isa::kDenseCache * 3 / 2 ? Isa::kDenseCache / bytes / 64 * 64 : k;
+    constexpr bool lanes = std::is_same_v<X, LanesI8>;
+    constexpr int64_t unit = lanes ? kLaneUnit : 64;
+    const int64_t bytes = tokens * int64_t(lanes ? 1 : sizeof(X));
+    return Isa::kDenseCache && k * bytes > Isa::kDenseCache * 3 / 2 ? Isa::kDenseCache / bytes / unit * unit : k;
 }
 
 template <class W, class X>
@@ -623,7 +667,9 @@ void multiply(const Job& job, int64_t block_begin, int64_t block_end, int64_t ti
             if (activations_of(job.p) == kPairsBf16) return dense(multiply_dense<Bf16, Bf16>);
         return dense(multiply_dense<Bf16, float>);
     }
-    if (job.p.weight_format == kInt8) {
+    if (job.p.weight_format == kInt8 || job.p.weight_format == kInt8WeightOnly) {
+        if constexpr (Isa::kLanes8)
+            if (activations_of(job.p) == kLanesI8) return dense(multiply_dense<int8_t, LanesI8>);
         if constexpr (Isa::kHalves16)
             if (activations_of(job.p) == kHalvesI16) return dense(multiply_dense<int8_t, HalfI16>);
         if constexpr (Isa::kBf16Activations)

@@ -25,13 +25,20 @@ struct Fp16 {
     uint16_t bits;
 };
 
+// Bytes that are asked for go to the second-level cache: what comes to the first one early is gone again where activations
+// fill it.
+constexpr int kPrefetchTo = 2;
+// Of dense rows, one token leaves room for them there, which is a little faster.
+template <int T>
+constexpr int kAheadTo = T == 1 ? 0 : kPrefetchTo;
+
 // Asks for the next bytes of a row block while a chunk is worked on: the streams of several blocks and the activations
 // together defeat the hardware's own prefetching.
 // `left` chunks are left of the row block, `skip` bytes lie between it and the next one of this stream.
 template <int64_t Bytes, int64_t Ahead = Bytes == chunk_bytes(kInt8WeightOnly) ? kPrefetchInt8 : kPrefetchChunks>
 inline void prefetch(const uint8_t* chunk, int64_t left, int64_t skip) {
     chunk += Ahead * Bytes + (left <= Ahead ? skip : 0);
-    for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + line, 0, 3);
+    for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(chunk + line, 0, kPrefetchTo);
 }
 
 // Columns [from, to) of dense rows of k. Before the last ones, sums stay in `partial`, 16 lanes for each row and token.
@@ -42,8 +49,8 @@ struct Columns {
 
 // The same for dense rows, which lie one after the other: R of them, done together, ask for the next ones that begin 8 KiB
 // ahead or more. The lines are asked for in the order in which they lie, as one stream, whatever R is; those of a piece of
-// the columns row beside row.
-template <int R, class W>
+// the columns row beside row. `To` is __builtin_prefetch's locality.
+template <int R, class W, int To>
 class RowsAhead {
    public:
     INLINE RowsAhead(const W* w, const Columns& at) {
@@ -55,7 +62,7 @@ class RowsAhead {
     // To be called for every register of columns.
     INLINE void ask(int64_t column) {
         if (column * int64_t(sizeof(W)) % 64) return;
-        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(next_ + r * apart_, 0, 0);
+        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(next_ + r * apart_, 0, To);
         next_ += step_;
     }
 
@@ -127,12 +134,13 @@ inline void nearest_int8_plain(const float* value, float factor, uint8_t offset,
 
 // What activations are converted to: fp32, bf16 (for products of pairs), int8, int8 times a number that the 32 columns of
 // a chunk share, int16 times a power of two that they share, or, for dense weights, int16 times a number that all columns
-// of a token share, the upper halves of a chunk before the lower ones.
-enum Activations { kF32, kPairsBf16, kI8, kGroupedI8, kI16, kHalvesI16 };
+// of a token share, the upper halves of a chunk before the lower ones, or int8 times a number that the columns of a lane
+// share (LanesI8).
+enum Activations { kF32, kPairsBf16, kI8, kGroupedI8, kI16, kHalvesI16, kLanesI8 };
 
 // Bytes of a converted activation. Where the columns of a chunk share a factor, it follows them (fp32), and the bytes are
 // filled up.
-constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kI8 ? 1 : a == kI16 ? 3 : 2; }
+constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kI8 || a == kLanesI8 ? 1 : a == kI16 ? 3 : 2; }
 constexpr int64_t factor_offset(Activations a) { return a == kI16 ? 64 : 32; }
 // One of the two halves of an int16, value = 256 * upper + lower.
 struct HalfI16 {
@@ -140,6 +148,16 @@ struct HalfI16 {
 };
 constexpr int64_t kHalvesBytes = kColumnChunk * activation_bytes(kHalvesI16);  // of a token in a chunk
 constexpr int32_t kMostHalves = 127 * 256 + 127;
+
+// Activations of dense int8 weights as int8, as reference.quantize_per_lane. A register has 64 columns, four to a lane of
+// int32. The 16 columns of a unit that meet in a lane share a scale, so that their sum needs it once, at the end. A token's
+// unit has what the lanes' sums of (weight + 128) times an activation start from, the lanes' scales, and the columns.
+constexpr int64_t kLanes = 16, kLaneUnit = 256;
+struct LanesI8 {
+    int32_t start[kLanes];
+    float scale[kLanes];
+    int8_t column[kLaneUnit];
+};
 // The order in which the groups of a chunk lie then: an instruction takes the first and the second four of 8 bytes.
 constexpr int64_t kOrderOfGroups[8] = {0, 2, 3, 1, 4, 6, 7, 5};
 

@@ -30,7 +30,7 @@ struct Problem {
 };
 
 // Whether a product quantizes its activations, with one scale a token or (`Grouped`) one for each chunk of its columns: 2:4
-// weights of some formats do. Dense weights are exact products.
+// weights of some formats do. Dense int8 weights may, otherwise (LanesI8 in formats.h).
 template <bool Grouped>
 static inline bool quantizes_inputs(const Problem& p) {
     const WeightFormat& format = kWeightFormats[p.weight_format];

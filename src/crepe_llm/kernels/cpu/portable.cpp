@@ -5,7 +5,7 @@ namespace {
 
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = false;
+    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = false, kLanes8 = false;
     static constexpr int64_t kBlocks = 1, kCodeBlocks = 1, kChunkBlock = 16, kDenseTile = 4, kDenseCache = 0;
     static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
