@@ -34,7 +34,8 @@ from serve_models import MODELS, stored
 
 # Raised by every change of a default or of how something is measured.
 # 2: --cpu-time is a condition. 3: products of 2:4 INT4 quantize activations. 4: --streams is a condition
-PROTOCOL = 4
+# 5: products of INT8 heads quantize activations
+PROTOCOL = 5
 
 KERNELS, OURS = "kernels", "our Python"
 # vLLM's classes of the model's parts.

@@ -39,11 +39,15 @@ from records import RESULTS, Row, append, processor, read
 from serve_engines import ENGINES, Bench, is_ours
 from serve_models import MODELS
 
-# Raised by every change of a default or of how something is measured. 3: products of 2:4 INT4 quantize activations.
-PROTOCOL = 3
+# Raised by every change of a default or of how something is measured.
+# 3: products of 2:4 INT4 quantize activations. 4: so do those of INT8 heads
+PROTOCOL = 4
 
 # What is a condition of a run where it is set.
-VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CREPE_CPU_ISA", "OMP_NUM_THREADS", "VLLM_CPU_INT4_W4A8")
+VARIABLES = (
+    *("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CREPE_CPU_ISA", "OMP_NUM_THREADS"),
+    *("VLLM_CPU_INT4_W4A8", "CREPE_INT8_HEAD_A8"),
+)
 _BANDWIDTH_SECONDS = 1.0
 _MEGA = 1e6
 # Rows of one engine: the key of each load (prompt, streams) with what was measured of it and of its row.
