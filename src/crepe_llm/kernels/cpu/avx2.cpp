@@ -212,7 +212,7 @@ struct Isa {
         __m256 acc[units][T];
         UNROLL for (int u = 0; u < units; u++) {
             const __m256i rows = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes.zero + u / 2 * codes.zero_stride + 8 * (u % 2))));
-            zero[u] = _mm256_mullo_epi32(rows, _mm256_set1_epi32(0x01010101));
+            zero[u] = _mm256_shuffle_epi8(rows, _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c));
             UNROLL for (int t = 0; t < T; t++) acc[u][t] = first || codes.scale ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + t * R * kRowBlock + 8 * u);
         }
         constexpr int64_t token = kColumnChunk * activation_bytes(A);

@@ -208,7 +208,7 @@ struct Isa {
         __m512 acc[R][T];
         UNROLL for (int r = 0; r < R; r++) {
             const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero + r * w.zero_stride)));
-            zero[r] = _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101));
+            zero[r] = _mm512_shuffle_epi8(rows, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
             UNROLL for (int t = 0; t < T; t++) acc[r][t] = first || w.scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (t * R + r) * kRowBlock);
         }
         constexpr int64_t token = kColumnChunk * activation_bytes(kGroupedI8);

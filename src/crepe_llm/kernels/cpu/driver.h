@@ -456,8 +456,8 @@ void multiply_codes(const Job& job, const Piece& piece, const uint8_t* x, float*
     const uint8_t* w = piece.weight;
     const int64_t group = kWeightFormats[p.weight_format].scale_group / kColumnChunk, step = group ? group : job.chunks;
     const int64_t groups = (job.chunks + step - 1) / step, scale_bytes = p.scale_dtype == kFp32 ? 4 : 2;
-    for (int64_t chunk = piece.begin, end = chunk + piece.count; chunk < end; chunk += step) {
-        const int64_t rows = (piece.block * groups + chunk / step) * kRowBlock;  // in scales and zero points
+    int64_t rows = (piece.block * groups + piece.begin / step) * kRowBlock;  // in scales and zero points
+    for (int64_t chunk = piece.begin, end = chunk + piece.count; chunk < end; chunk += step, rows += kRowBlock) {
         const Codes codes{w, piece.stride, zero_points(p, rows), p.zero ? groups * kRowBlock : 0,
                           job.chunks - chunk, group ? static_cast<const uint8_t*>(p.scale) + rows * scale_bytes : nullptr,
                           groups * kRowBlock * scale_bytes, p.scale_dtype};
