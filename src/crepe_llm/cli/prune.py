@@ -234,23 +234,15 @@ def _journal(options: argparse.Namespace, source: Model, recipe: Path, windows: 
 
 
 def _memory(options: argparse.Namespace, source: Model) -> int | None:
-    """How many bytes of a model's weights are held in memory; None for all.
-
-    Raises:
-        ValueError: a limit is given to several processes.
-    """
+    """How many bytes of a model's weights are held in memory; None for all."""
     import psutil
 
     from crepe_llm import processes
 
-    if processes.count() > 1:
-        if options.memory is not None:
-            raise ValueError(
-                "--memory: each of several processes holds all weights; leave it out, or start one process"
-            )
-        return None
     if options.memory is not None:
         return options.memory if options.memory < source.sizes()[0] else None
+    if processes.count() > 1:
+        return None
     try:
         size, widest = source.sizes()
     except Exception:  # a class that is not made without weights: loading it shows what there is to say
@@ -315,12 +307,18 @@ def _loaded(run: _Run, folder: Path) -> Iterator[Any]:
     if run.memory is None:
         yield run.source.load(on_device=False)
         return
+    from crepe_llm import processes
+
     waiting = folder / ".weights"
-    waiting.mkdir()
+    if processes.is_first():
+        waiting.mkdir()
+    processes.wait()
     try:
         yield run.source.load_within(run.memory, waiting)
+        processes.wait()
     finally:
-        shutil.rmtree(waiting)
+        if processes.is_first():
+            shutil.rmtree(waiting)
 
 
 def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: Path) -> None:

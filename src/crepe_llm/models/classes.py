@@ -43,7 +43,7 @@ def load_within(name: str, config: Any, memory: int, folder: Path, **options: An
     """:func:`load_whole` for llm-compressor, with so many bytes of weights in memory: the others stay on the disk.
 
     They are read whenever they are needed. Those that change are written to `folder`, which exists and has to stay as
-    long as the model does.
+    long as the model does. Several processes share what one of them loads, in memory and on the disk.
 
     Args:
         name, config, options: of :func:`load_whole`.
@@ -52,7 +52,11 @@ def load_within(name: str, config: Any, memory: int, folder: Path, **options: An
     """
     from compressed_tensors.offload.convert import from_accelerate
 
-    limits = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": str(folder)}
+    from crepe_llm import processes
+
+    limits: dict[str, Any] = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": str(folder)}
+    if not processes.is_first():
+        limits = {"device_map": "meta"}
     model = load_whole(name, config, offload_buffers=True, **limits, **options)
     from_accelerate(model)
     _take_apart(model, folder)
@@ -67,6 +71,8 @@ def _take_apart(model: Any, folder: Path) -> None:
     import torch
     from compressed_tensors.offload.cache import DiskCache
 
+    from crepe_llm import processes
+
     seen: set[int] = set()
     for module in model.modules():
         if not isinstance(module._parameters, DiskCache):
@@ -75,7 +81,9 @@ def _take_apart(model: Any, folder: Path) -> None:
         for name, weight in waiting.items():
             if weight is not None and id(weight) in seen:
                 waiting[name] = own = torch.nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
-                DiskCache.create_checkpoint_symlink(own, DiskCache.index[weight], folder)
+                if processes.is_first():
+                    DiskCache.create_checkpoint_symlink(own, DiskCache.index[weight], folder)
+                DiskCache.index[own] = processes.from_first(DiskCache.index.get(own))
             seen.add(id(waiting[name]))
 
 
