@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/clang-format --dry-run --Werror src/crepe_llm/kernels/cpu/*.{cpp,h} tests/*.cpp
 .venv/bin/mypy
 processes=$(nproc)
 if [ "$processes" -gt 4 ]; then processes=4; fi

@@ -31,7 +31,8 @@ static void put(uint8_t* to, int32_t dtype) {
     std::memcpy(&bits, &value, 4);
     if (dtype == kFp32) std::memcpy(to, &bits, 4);
     uint16_t half = uint16_t(bits >> 16);
-    if (dtype == kFp16) half = value == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13);
+    if (dtype == kFp16)
+        half = value == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13);
     if (dtype == kFp16 || dtype == kBf16) std::memcpy(to, &half, 2);
     if (bytes_of(dtype) == 1) *to = uint8_t(rng());
 }
@@ -55,13 +56,20 @@ static float number(const uint8_t* from, int32_t dtype) {
 static int refuses_wrong_sizes(const Problem& right, int portable) {
     if (crepe_multiply(&right, 99, nullptr, 1) != 2 || crepe_multiply(&right, -1, nullptr, 1) != 2) return 1;
     void (*const damages[])(Problem&) = {
-        [](Problem& p) { p.weight_bytes--; },     [](Problem& p) { p.x_columns--; },
-        [](Problem& p) { p.scale_count = 1; },    [](Problem& p) { p.bias_count--; },
-        [](Problem& p) { p.n += 16; },            [](Problem& p) { p.k += 32; },
-        [](Problem& p) { p.n = -p.n; },           [](Problem& p) { p.n = p.k = int64_t(1) << 40; },
-        [](Problem& p) { p.layout = 2; },         [](Problem& p) { p.weight_format = kFormatCount; },
-        [](Problem& p) { p.x_dtype = kInt8; },    [](Problem& p) { p.bias_dtype = -1; },
-        [](Problem& p) { p.x_row_stride = -1; },  [](Problem& p) { p.weight = nullptr; },
+        [](Problem& p) { p.weight_bytes--; },
+        [](Problem& p) { p.x_columns--; },
+        [](Problem& p) { p.scale_count = 1; },
+        [](Problem& p) { p.bias_count--; },
+        [](Problem& p) { p.n += 16; },
+        [](Problem& p) { p.k += 32; },
+        [](Problem& p) { p.n = -p.n; },
+        [](Problem& p) { p.n = p.k = int64_t(1) << 40; },
+        [](Problem& p) { p.layout = 2; },
+        [](Problem& p) { p.weight_format = kFormatCount; },
+        [](Problem& p) { p.x_dtype = kInt8; },
+        [](Problem& p) { p.bias_dtype = -1; },
+        [](Problem& p) { p.x_row_stride = -1; },
+        [](Problem& p) { p.weight = nullptr; },
         [](Problem& p) { p.zero_count++, p.zero = p.zero ? p.zero : static_cast<const uint8_t*>(p.weight); },
         [](Problem& p) { p.scale_dtype = kInt8; },
     };
@@ -90,13 +98,16 @@ static int experts_agree(const Problem& one, const std::vector<uint8_t>& weight,
     const int64_t first = pick(0, one.m), second = pick(first, one.m);
     const std::vector<int64_t> ends = {first, second, one.m};
     if (crepe_multiply_experts(&all, ends.data(), 3, index, nullptr, 1) || y != expected) return 1;
-    const std::vector<int64_t> wrong[] = {{first, second, one.m + 1}, {first, second, one.m - 1}, {-1, second, one.m}, {one.m, 0, one.m}};
+    const std::vector<int64_t> wrong[] = {
+        {first, second, one.m + 1}, {first, second, one.m - 1}, {-1, second, one.m}, {one.m, 0, one.m}};
     for (const std::vector<int64_t>& bad : wrong)
         if (crepe_multiply_experts(&all, bad.data(), 3, index, nullptr, 1) != 2) return 1;
     void (*const damages[])(Problem&) = {
-        [](Problem& p) { p.weight_bytes -= 3; },       [](Problem& p) { p.bias = p.y, p.bias_count = p.n; },
+        [](Problem& p) { p.weight_bytes -= 3; },
+        [](Problem& p) { p.bias = p.y, p.bias_count = p.n; },
         [](Problem& p) { p.scale = static_cast<const float*>(p.y), p.scale_count = p.n + 1; },
-        [](Problem& p) { p.layout = kDense; },         [](Problem& p) { p.m = int64_t(1) << 40; },
+        [](Problem& p) { p.layout = kDense; },
+        [](Problem& p) { p.m = int64_t(1) << 40; },
         [](Problem& p) { p.x_dtype = kInt8; },
     };
     for (auto damage : damages) {
@@ -133,7 +144,8 @@ int main() {
             }
         } else {
             weight.resize(size_t(p.n * p.k * bytes_of(p.weight_format)));
-            for (size_t at = 0; at < weight.size(); at += size_t(bytes_of(p.weight_format))) put(&weight[at], p.weight_format);
+            for (size_t at = 0; at < weight.size(); at += size_t(bytes_of(p.weight_format)))
+                put(&weight[at], p.weight_format);
         }
         const int64_t xb = bytes_of(p.x_dtype);
         std::vector<uint8_t> x(size_t(((p.m - 1) * p.x_row_stride + p.k) * xb));
@@ -183,7 +195,8 @@ int main() {
                 same = true;
                 for (int64_t i = 0; i < p.m * p.n && same; i++) {
                     uint32_t a = 0, b = 0;
-                    std::memcpy(&a, &y[size_t(i * xb)], size_t(xb)), std::memcpy(&b, &expected[size_t(i * xb)], size_t(xb));
+                    std::memcpy(&a, &y[size_t(i * xb)], size_t(xb)),
+                        std::memcpy(&b, &expected[size_t(i * xb)], size_t(xb));
                     if (p.x_dtype == kFp32) {
                         float fa, fb;
                         std::memcpy(&fa, &a, 4), std::memcpy(&fb, &b, 4);
@@ -197,13 +210,15 @@ int main() {
             if (p.layout == kDense && p.weight_format == kInt8 && !same) {
                 same = true;
                 for (int64_t i = 0; i < p.m * p.n && same; i++) {
-                    const float a = number(&y[size_t(i * xb)], p.x_dtype), b = number(&expected[size_t(i * xb)], p.x_dtype);
+                    const float a = number(&y[size_t(i * xb)], p.x_dtype),
+                                b = number(&expected[size_t(i * xb)], p.x_dtype);
                     same = std::fabs(a - b) <= float(p.k) * 128 * 2 / 127 + std::fabs(b) / 100;
                 }
             }
             if (!same) {
-                std::printf("%s differs: layout %d, dtypes %d x %d, %ld tokens, %ld x %ld\n", crepe_instruction_set(index), p.layout,
-                            p.weight_format, p.x_dtype, long(p.m), long(p.n), long(p.k));
+                std::printf("%s differs: layout %d, dtypes %d x %d, %ld tokens, %ld x %ld\n",
+                            crepe_instruction_set(index), p.layout, p.weight_format, p.x_dtype, long(p.m), long(p.n),
+                            long(p.k));
                 return 1;
             }
             checked++;

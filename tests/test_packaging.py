@@ -292,7 +292,9 @@ def test_the_commands_of_the_contribution_guide_are_there():
     assert len(commands) > 5
     for command in commands:
         program, *words = command.split()
-        assert program in ("make", ".venv/bin/python", ".venv/bin/ruff", ".venv/bin/mypy"), command
+        assert program in ("make", ".venv/bin/python", ".venv/bin/ruff", ".venv/bin/mypy", ".venv/bin/clang-format"), (
+            command
+        )
         if program == "make":
             assert set(words) <= set(targets), command
         for word in words:

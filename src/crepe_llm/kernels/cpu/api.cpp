@@ -51,7 +51,8 @@ struct Work {
 void convert_tiles(void* data) {
     Work& work = *static_cast<Work*>(data);
     const Part* part = work.parts;
-    for (int64_t tile; (tile = work.next.fetch_add(1, std::memory_order_relaxed)) < work.parts[work.count - 1].tile_end;) {
+    for (int64_t tile;
+         (tile = work.next.fetch_add(1, std::memory_order_relaxed)) < work.parts[work.count - 1].tile_end;) {
         while (tile >= part->tile_end) part++;
         const int64_t own = tile - (part->tile_end - part->job.tiles);
         work.set->convert(part->job, own, own + 1);
@@ -61,13 +62,14 @@ void convert_tiles(void* data) {
 void multiply_tasks(void* data) {
     Work& work = *static_cast<Work*>(data);
     const Part* part = work.parts;
-    for (int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.parts[work.count - 1].task_end;) {
+    for (int64_t task;
+         (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.parts[work.count - 1].task_end;) {
         while (task >= part->task_end) part++;
         const Job& job = part->job;
         const int64_t own = task - (part->task_end - part->row_tasks * part->tile_tasks);
         const int64_t row = own / part->tile_tasks, tile = own % part->tile_tasks;
-        work.set->multiply(job, part->row_begin(row), part->row_begin(row + 1),
-                           job.tiles * tile / part->tile_tasks, job.tiles * (tile + 1) / part->tile_tasks);
+        work.set->multiply(job, part->row_begin(row), part->row_begin(row + 1), job.tiles * tile / part->tile_tasks,
+                           job.tiles * (tile + 1) / part->tile_tasks);
     }
 }
 
@@ -112,9 +114,7 @@ bool fits(const Problem& p) {
 
 // Bytes of a part's converted activations, and of their scales after them; both whole cache lines.
 int64_t activation_memory(const Job& job) { return ceil_div(job.p.m * job.token_bytes + 64, 64) * 64; }
-int64_t scale_memory(const Job& job) {
-    return quantizes_inputs<false>(job.p) ? ceil_div(job.p.m * 4, 64) * 64 : 0;
-}
+int64_t scale_memory(const Job& job) { return quantizes_inputs<false>(job.p) ? ceil_div(job.p.m * 4, 64) * 64 : 0; }
 
 Part part_of(const Problem& problem, const InstructionSet& set) {
     Part part{};
@@ -191,7 +191,9 @@ Problem expert_problem(const Problem& all, int64_t experts, int64_t expert, int6
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Name of instruction set `index`, best first; null past the last.
-EXPORT const char* crepe_instruction_set(int32_t index) { return index >= 0 && index < kSetCount ? kSets[index]->name : nullptr; }
+EXPORT const char* crepe_instruction_set(int32_t index) {
+    return index >= 0 && index < kSetCount ? kSets[index]->name : nullptr;
+}
 
 // Whether this processor (and its operating system) can run instruction set `index`.
 EXPORT int32_t crepe_supported(int32_t index) { return index >= 0 && index < kSetCount && kSets[index]->supported(); }
@@ -200,8 +202,8 @@ EXPORT int32_t crepe_supported(int32_t index) { return index >= 0 && index < kSe
 EXPORT int64_t crepe_problem_bytes() { return sizeof(Problem); }
 
 // Computes `problem` with instruction set `index` on `threads` threads of the team that `parallel` starts (null: on
-// the calling thread). Returns 0, 1 when there is no memory for the converted activations, or 2 when the processor cannot
-// run it or sizes do not belong together; nothing was read then.
+// the calling thread). Returns 0, 1 when there is no memory for the converted activations, or 2 when the processor
+// cannot run it or sizes do not belong together; nothing was read then.
 EXPORT int32_t crepe_multiply(const Problem* problem, int32_t index, Parallel parallel, int32_t threads) {
     if (!crepe_supported(index) || !fits(*problem)) return 2;
     if (problem->m == 0 || problem->n == 0) return 0;
@@ -209,9 +211,9 @@ EXPORT int32_t crepe_multiply(const Problem* problem, int32_t index, Parallel pa
     return run_parts(&part, 1, *kSets[index], parallel, threads) ? 0 : 1;
 }
 
-// The products of `experts` weights of one shape, each with its own tokens, as crepe_multiply computes one. `all` has the
-// weights and scales one after the other, and the tokens in the order of the experts: those of expert e end before row
-// ends[e] of x. There is no bias.
+// The products of `experts` weights of one shape, each with its own tokens, as crepe_multiply computes one. `all` has
+// the weights and scales one after the other, and the tokens in the order of the experts: those of expert e end before
+// row ends[e] of x. There is no bias.
 EXPORT int32_t crepe_multiply_experts(const Problem* all, const int64_t* ends, int64_t experts, int32_t index,
                                       Parallel parallel, int32_t threads) {
     if (!crepe_supported(index) || experts < 1 || !ends || all->bias || !in_range(*all)) return 2;
@@ -229,8 +231,7 @@ EXPORT int32_t crepe_multiply_experts(const Problem* all, const int64_t* ends, i
     if (!parts) return 1;
     int64_t filled = 0;
     for (int64_t e = 0, begin = 0; e < experts; begin = ends[e++])
-        if (ends[e] > begin)
-            parts[filled++] = part_of(expert_problem(*all, experts, e, begin, ends[e]), *kSets[index]);
+        if (ends[e] > begin) parts[filled++] = part_of(expert_problem(*all, experts, e, begin, ends[e]), *kSets[index]);
     const bool done = run_parts(parts, count, *kSets[index], parallel, threads);
     std::free(parts);
     return done ? 0 : 1;

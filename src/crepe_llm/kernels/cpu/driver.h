@@ -5,14 +5,14 @@
 //   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
 //   kCodes16                whether int4 codes meet bf16 activations as int16 (else as kBf16Activations says)
 //   kHalves16               whether dense int8 weights meet bf16 activations as int16 (else as kBf16Activations says)
-//   kLanes8                 whether dense int8 weights meet LanesI8 where activations may be quantized (else as exactly)
+//   kLanes8                 whether dense int8 weights meet LanesI8 where activations may be quantized
 //   kOffsetInt8             whether int8 activations are stored as x + 128, unsigned
 //   kEvenOdd                whether activations of dense bf16 weights come in the order that splits a register of them
 //   kBlocks, tile(Activations)  row blocks that an inner kernel does together, and its most tokens
 //   kCodeBlocks             the same of codes for one token; at least kBlocks
-//   one_block(Activations, bits, T)  whether T tokens of weights of so many bits are better done one row block at a time
+//   one_block(Activations, bits, T)  whether T tokens of weights of so many bits go better one row block at a time
 //   kChunkBlock             chunks of columns that stay in cache when there are several tiles
-//   prepared_tiles(bits)    the number of tiles from which on weights of so many bits are decoded once for all (kPairsBf16)
+//   prepared_tiles(bits)    the tiles from which on weights of so many bits are decoded once for all (kPairsBf16)
 //   kPreparedChunks         as kChunkBlock, for weights that are decoded once
 //   prepare<Format>(weight, zero points, chunks, out)  decodes a row block
 //   kDenseTile, dense_rows(T, bytes)  most tokens of the dense kernel, and the rows of weights of so many bytes each
@@ -22,8 +22,8 @@
 //   codes<Kind, R, T>(Codes, activations, chunks, sums, first)
 //                           the same for int4 codes less their zero points, times scales where they are there
 //   nearest_int8(16 floats, factor, offset, out)
-//                           writes the int8 nearest to each times factor, ties to even, at most 127 in magnitude, its bits
-//                           exclusive-or offset; what is no number becomes any
+//                           writes the int8 nearest to each times factor, ties to even, at most 127 in magnitude, its
+//                           bits exclusive-or offset; what is no number becomes any
 //   dense<W, X, R, T>(weight, Columns, activations, sums, stride)
 //                           sets sums [T][R], `stride` apart from token to token, with the last columns
 //   kDenseCache             bytes of a tile's activations that a block of dense rows meets at a time; 0: all
@@ -41,7 +41,9 @@ Activations activations_of(const Problem& p) {
     if (quantizes_inputs<false>(p)) return kI8;
     if (quantizes_inputs<true>(p)) return kGroupedI8;
     if (Isa::kLanes8 && p.layout == kDense && p.weight_format == kInt8) return kLanesI8;
-    if (Isa::kHalves16 && p.layout == kDense && p.weight_format >= kInt8 && p.x_dtype == kBf16 && p.k <= kMostInt8Columns) return kHalvesI16;
+    if (Isa::kHalves16 && p.layout == kDense && p.weight_format >= kInt8 && p.x_dtype == kBf16 &&
+        p.k <= kMostInt8Columns)
+        return kHalvesI16;
     if (Isa::kCodes16 && is_codes(p.weight_format) && p.x_dtype == kBf16) return kI16;
     // bf16 holds every int8 value, and every int4 code.
     const bool bf16 = p.weight_format == kBf16 || p.weight_format >= kInt8;
@@ -53,27 +55,28 @@ int64_t token_bytes(const Problem& p) {
     if (activations == kLanesI8) return (p.k + kLaneUnit - 1) / kLaneUnit * int64_t(sizeof(LanesI8));
     return chunks * kColumnChunk * activation_bytes(activations) + (activations == kHalvesI16 ? 2 * kHalvesBytes : 0);
 }
-int64_t tile_tokens(const Problem& p) {
-    return p.layout == kDense ? Isa::kDenseTile : Isa::tile(activations_of(p));
-}
+int64_t tile_tokens(const Problem& p) { return p.layout == kDense ? Isa::kDenseTile : Isa::tile(activations_of(p)); }
 
 // ---- activations ----
 
-// Columns that are converted of all tokens of a tile before the next ones: what is written then stays in the first cache.
+// Columns that are converted of all tokens of a tile before the next ones: what is written then stays in the first
+// cache.
 constexpr int64_t kConvertedColumns = 512;
 
-// Writes token `t` of a tile of `tokens`, columns [begin, end): units of `Unit` columns, the tile's tokens side by side in
-// a unit. From column k on there are zeros. With `even_odd`, of every 16 columns the 8 even ones come first, then the odd
-// ones.
+// Writes token `t` of a tile of `tokens`, columns [begin, end): units of `Unit` columns, the tile's tokens side by side
+// in a unit. From column k on there are zeros. With `even_odd`, of every 16 columns the 8 even ones come first, then
+// the odd ones.
 template <int64_t Unit, class X, class Out>
-void scatter_token(const X* x, int64_t stride, int64_t k, int64_t begin, int64_t end, bool even_odd, int64_t tokens, int64_t t, Out* out) {
+void scatter_token(const X* x, int64_t stride, int64_t k, int64_t begin, int64_t end, bool even_odd, int64_t tokens,
+                   int64_t t, Out* out) {
     for (int64_t c = begin; c < end; c += Unit) {
         Out* to = out + c * tokens + t * Unit;
         if (stride == 1 && c + Unit <= k && !even_odd) {
             if constexpr (std::is_same_v<Out, X>) {
                 std::memcpy(to, x + c, Unit * sizeof(X));
             } else {
-                UNROLL for (int64_t j = 0; j < Unit; j++) from_float(to_float(x[c + j]), to[j]);
+                UNROLL
+                for (int64_t j = 0; j < Unit; j++) from_float(to_float(x[c + j]), to[j]);
             }
             continue;
         }
@@ -106,8 +109,8 @@ float largest_magnitude(const X* x, int64_t stride, int64_t k) {
 }
 
 // Of symmetric whole numbers of at most `most` (127: int8) of which the largest stands for `largest`, as
-// reference.quantize_per_token: sets their scale and returns what activations are multiplied by before they are rounded; 0
-// where they all become zeros (also where it would be beyond fp32).
+// reference.quantize_per_token: sets their scale and returns what activations are multiplied by before they are
+// rounded; 0 where they all become zeros (also where it would be beyond fp32).
 INLINE float quantizing_factor(float largest, float most, float* scale) {
     const bool finite = largest <= std::numeric_limits<float>::max();
     *scale = finite ? largest / most : std::numeric_limits<float>::quiet_NaN();
@@ -143,7 +146,8 @@ INLINE void sixteen_columns(const X* x, int64_t stride, int64_t k, int64_t c, fl
 
 // Writes token `t`, columns [begin, end), as int8 in units of 8 columns: x * factor, rounded.
 template <class X>
-void quantize_token(const X* x, int64_t stride, int64_t k, int64_t begin, int64_t end, float factor, int64_t tokens, int64_t t, uint8_t* out) {
+void quantize_token(const X* x, int64_t stride, int64_t k, int64_t begin, int64_t end, float factor, int64_t tokens,
+                    int64_t t, uint8_t* out) {
     constexpr uint8_t offset = Isa::kOffsetInt8 ? 0x80 : 0;
     for (int64_t c = begin; c < end; c += 16) {
         float value[16];
@@ -155,9 +159,9 @@ void quantize_token(const X* x, int64_t stride, int64_t k, int64_t begin, int64_
     }
 }
 
-// The 32 activations of a chunk as int16 times 2^(e - 14), e the exponent of the largest: those of bf16 that are at least
-// 2^-7 of it are exact, smaller ones are off by at most 2^-15 of it. The int16 come as (value + 32768), the upper and the
-// lower bytes apart, 8 columns each: groups 0 and 2, 3 and 1, 4 and 6, 7 and 5.
+// The 32 activations of a chunk as int16 times 2^(e - 14), e the exponent of the largest: those of bf16 that are at
+// least 2^-7 of it are exact, smaller ones are off by at most 2^-15 of it. The int16 come as (value + 32768), the upper
+// and the lower bytes apart, 8 columns each: groups 0 and 2, 3 and 1, 4 and 6, 7 and 5.
 template <class X>
 void convert_chunk_i16(const X* x, int64_t stride, int64_t valid, uint8_t* out) {
     float value[kColumnChunk] = {};
@@ -185,29 +189,34 @@ void convert_chunk_i16(const X* x, int64_t stride, int64_t valid, uint8_t* out) 
     std::memcpy(out + factor_offset(kI16), &factor, sizeof factor);
 }
 
-// The 32 activations of a chunk as int8 times (their largest magnitude / 127), as reference.quantize_per_chunk; stored as
-// x + 128, in the order of kOrderOfGroups.
+// The 32 activations of a chunk as int8 times (their largest magnitude / 127), as reference.quantize_per_chunk; stored
+// as x + 128, in the order of kOrderOfGroups.
 template <class X>
 void convert_chunk_i8(const X* x, int64_t stride, int64_t valid, uint8_t* out) {
     float value[kColumnChunk], factor;
-    UNROLL for (int j = 0; j < 32; j += 16) sixteen_columns(x, stride, valid, j, value + j);
+    UNROLL
+    for (int j = 0; j < 32; j += 16) sixteen_columns(x, stride, valid, j, value + j);
     const float inverse = quantizing_factor<1>(value, 1, kColumnChunk, 127, &factor);
     uint8_t quantized[kColumnChunk];
-    UNROLL for (int j = 0; j < 32; j += 16) Isa::nearest_int8(value + j, inverse, 0x80, quantized + j);
-    UNROLL for (int64_t place = 0; place < 8; place++) std::memcpy(out + 4 * place, quantized + 4 * kOrderOfGroups[place], 4);
+    UNROLL
+    for (int j = 0; j < 32; j += 16) Isa::nearest_int8(value + j, inverse, 0x80, quantized + j);
+    UNROLL
+    for (int64_t place = 0; place < 8; place++) std::memcpy(out + 4 * place, quantized + 4 * kOrderOfGroups[place], 4);
     std::memcpy(out + factor_offset(kGroupedI8), &factor, sizeof factor);
 }
 
 // Writes columns [from, to) of token `t` of a tile, x, as the job's activations say; the tile begins at `out`.
 template <class X>
-void convert_token(const Job& job, const X* x, int64_t from, int64_t to, float factor, int64_t tokens, int64_t t, uint8_t* out) {
+void convert_token(const Job& job, const X* x, int64_t from, int64_t to, float factor, int64_t tokens, int64_t t,
+                   uint8_t* out) {
     const Problem& p = job.p;
     const int64_t stride = p.x_column_stride;
     const Activations activations = activations_of(p);
     auto scatter = [&](auto* converted) {
         constexpr bool even_odd = Isa::kEvenOdd;
         if (p.layout == kDense)
-            scatter_token<kColumnChunk>(x, stride, p.k, from, to, even_odd && p.weight_format == kBf16, tokens, t, converted);
+            scatter_token<kColumnChunk>(x, stride, p.k, from, to, even_odd && p.weight_format == kBf16, tokens, t,
+                                        converted);
         else
             scatter_token<4>(x, stride, p.k, from, to, false, tokens, t, converted);
     };
@@ -227,9 +236,9 @@ void convert_token(const Job& job, const X* x, int64_t from, int64_t to, float f
     }
 }
 
-// Writes all columns of token `t` of a tile as int16 times (their largest magnitude / kMostHalves). After the chunks of the
-// tile's tokens come, 64 bytes a token each, what its sums of (weight + 128) times a half start from, as the lanes of a
-// register of int32 have them, and what they are multiplied by at the end.
+// Writes all columns of token `t` of a tile as int16 times (their largest magnitude / kMostHalves). After the chunks of
+// the tile's tokens come, 64 bytes a token each, what its sums of (weight + 128) times a half start from, as the lanes
+// of a register of int32 have them, and what they are multiplied by at the end.
 template <int64_t Stride, class X>
 void convert_token_halves(const X* x, int64_t stride, int64_t k, int64_t tokens, int64_t t, uint8_t* out) {
     constexpr int64_t lanes = kHalvesBytes / 4;
@@ -243,7 +252,8 @@ void convert_token_halves(const X* x, int64_t stride, int64_t k, int64_t tokens,
     uint8_t* to = out + t * kHalvesBytes;
     for (int64_t c = 0; c < k; c += kColumnChunk, to += tokens * kHalvesBytes) {
         int8_t half[kHalvesBytes];
-        UNROLL for (int j = 0; j < 32; j += 16) sixteen_columns(x, stride, k, c + j, value + j);
+        UNROLL
+        for (int j = 0; j < 32; j += 16) sixteen_columns(x, stride, k, c + j, value + j);
         for (int64_t j = 0; j < kColumnChunk; j++) {
             float v = inverse > 0 ? std::nearbyint(value[j] * inverse) : 0.0f;
             v = v < -most ? -most : v > most ? most : v;
@@ -281,10 +291,12 @@ void convert_lanes(const X* x, int64_t stride, int64_t k, int64_t c, LanesI8& ou
         for (int64_t j = 4 * lane; j < 4 * lane + 4; j++) factor[j] = one;
     }
     for (int64_t at = 0; at < kLaneUnit; at++) value[at] *= factor[at % width];
-    for (int64_t at = 0; at < kLaneUnit; at += kLanes) Isa::nearest_int8(value + at, 1, 0, reinterpret_cast<uint8_t*>(out.column + at));
+    for (int64_t at = 0; at < kLaneUnit; at += kLanes)
+        Isa::nearest_int8(value + at, 1, 0, reinterpret_cast<uint8_t*>(out.column + at));
     for (int64_t lane = 0; lane < kLanes; lane++) {
         int32_t sum = 0;
-        for (int64_t at = 4 * lane; at < kLaneUnit; at += width) sum += out.column[at] + out.column[at + 1] + out.column[at + 2] + out.column[at + 3];
+        for (int64_t at = 4 * lane; at < kLaneUnit; at += width)
+            sum += out.column[at] + out.column[at + 1] + out.column[at + 2] + out.column[at + 3];
         out.start[lane] = -128 * sum;
     }
 }
@@ -292,13 +304,15 @@ void convert_lanes(const X* x, int64_t stride, int64_t k, int64_t c, LanesI8& ou
 template <class X>
 void convert_tile(const Job& job, int64_t tile) {
     const Problem& p = job.p;
-    const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, padded = job.chunks * kColumnChunk;
+    const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin,
+                  padded = job.chunks * kColumnChunk;
     const X* x = static_cast<const X*>(p.x) + begin * p.x_row_stride;
     uint8_t* out = job.activations + begin * job.token_bytes;
     if (Isa::kLanes8 && activations_of(p) == kLanesI8) {
         LanesI8* unit = reinterpret_cast<LanesI8*>(out);
         for (int64_t c = 0; c < p.k; c += kLaneUnit)
-            for (int64_t t = 0; t < tokens; t++) convert_lanes(x + t * p.x_row_stride, p.x_column_stride, p.k, c, *unit++);
+            for (int64_t t = 0; t < tokens; t++)
+                convert_lanes(x + t * p.x_row_stride, p.x_column_stride, p.k, c, *unit++);
         return;
     }
     if (Isa::kHalves16 && activations_of(p) == kHalvesI16) {
@@ -311,12 +325,14 @@ void convert_tile(const Job& job, int64_t tile) {
     if (activations_of(p) == kI8)
         for (int64_t t = 0; t < tokens; t++) {
             float* scale = job.token_scale + begin + t;
-            factor[t] = p.x_column_stride == 1 ? quantizing_factor<1>(x + t * p.x_row_stride, 1, p.k, 127, scale)
-                                               : quantizing_factor<0>(x + t * p.x_row_stride, p.x_column_stride, p.k, 127, scale);
+            factor[t] = p.x_column_stride == 1
+                            ? quantizing_factor<1>(x + t * p.x_row_stride, 1, p.k, 127, scale)
+                            : quantizing_factor<0>(x + t * p.x_row_stride, p.x_column_stride, p.k, 127, scale);
         }
     for (int64_t from = 0; from < padded; from += kConvertedColumns) {
         const int64_t to = padded - from < kConvertedColumns ? padded : from + kConvertedColumns;
-        for (int64_t t = 0; t < tokens; t++) convert_token(job, x + t * p.x_row_stride, from, to, factor[t], tokens, t, out);
+        for (int64_t t = 0; t < tokens; t++)
+            convert_token(job, x + t * p.x_row_stride, from, to, factor[t], tokens, t, out);
     }
 }
 
@@ -351,7 +367,9 @@ INLINE V load_vector(const void* from) {
 }
 INLINE Floats load_floats(const float* from) { return load_vector<Floats>(from); }
 INLINE Floats load_floats(const int32_t* from) { return __builtin_convertvector(load_vector<Integers>(from), Floats); }
-INLINE Floats load_floats(const Bf16* from) { return (Floats)(__builtin_convertvector(load_vector<Halves>(from), Words) << 16); }
+INLINE Floats load_floats(const Bf16* from) {
+    return (Floats)(__builtin_convertvector(load_vector<Halves>(from), Words) << 16);
+}
 INLINE Floats load_floats(const Fp16* from) {
     float value[kRowBlock];
     for (int64_t r = 0; r < kRowBlock; r++) value[r] = to_float(from[r]);
@@ -404,7 +422,8 @@ void store_rest(const Ending& ending, int64_t row, int64_t rows, const float* to
 template <class Y, class Sum>
 void store_as(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tokens, const Sum* sums) {
     const Problem& p = job.p;
-    const Ending ending{kWeightFormats[p.weight_format].scale_group ? nullptr : static_cast<const float*>(p.scale), p.bias, p.bias_dtype};
+    const Ending ending{kWeightFormats[p.weight_format].scale_group ? nullptr : static_cast<const float*>(p.scale),
+                        p.bias, p.bias_dtype};
     const int64_t end = p.n - row < rows ? p.n : row + rows;
     for (int64_t t = 0; t < tokens; t++) {
         const float* token_scale = job.token_scale ? job.token_scale + token + t : nullptr;
@@ -430,8 +449,8 @@ void store(const Job& job, int64_t row, int64_t rows, int64_t token, int64_t tok
 
 // ---- 2:4 weights ----
 
-// The chunks [begin, begin + count) of `rows` row blocks from `block` on, for the tokens of a tile. Their weights begin at
-// `weight`, and those of the next row block `stride` bytes on.
+// The chunks [begin, begin + count) of `rows` row blocks from `block` on, for the tokens of a tile. Their weights begin
+// at `weight`, and those of the next row block `stride` bytes on.
 struct Piece {
     int64_t block, begin, count;
     const uint8_t* weight;
@@ -458,9 +477,14 @@ void multiply_codes(const Job& job, const Piece& piece, const uint8_t* x, float*
     const int64_t groups = (job.chunks + step - 1) / step, scale_bytes = p.scale_dtype == kFp32 ? 4 : 2;
     int64_t rows = (piece.block * groups + piece.begin / step) * kRowBlock;  // in scales and zero points
     for (int64_t chunk = piece.begin, end = chunk + piece.count; chunk < end; chunk += step, rows += kRowBlock) {
-        const Codes codes{w, piece.stride, zero_points(p, rows), p.zero ? groups * kRowBlock : 0,
-                          job.chunks - chunk, group ? static_cast<const uint8_t*>(p.scale) + rows * scale_bytes : nullptr,
-                          groups * kRowBlock * scale_bytes, p.scale_dtype};
+        const Codes codes{w,
+                          piece.stride,
+                          zero_points(p, rows),
+                          p.zero ? groups * kRowBlock : 0,
+                          job.chunks - chunk,
+                          group ? static_cast<const uint8_t*>(p.scale) + rows * scale_bytes : nullptr,
+                          groups * kRowBlock * scale_bytes,
+                          p.scale_dtype};
         const int64_t count = end - chunk < step ? end - chunk : step;
         Isa::template codes<K, R, T>(codes, x, count, sums, chunk == 0);
         w += count * K::weight_bytes, x += count * kColumnChunk * T * K::activation_bytes;
@@ -469,7 +493,8 @@ void multiply_codes(const Job& job, const Piece& piece, const uint8_t* x, float*
 
 // Multiplies a piece of R row blocks by `tokens` tokens, with `tokens` as a template argument.
 template <class K, int R, int T>
-inline void multiply_piece(const Job& job, const Piece& piece, int64_t tokens, const uint8_t* x, typename K::Sum* sums) {
+inline void multiply_piece(const Job& job, const Piece& piece, int64_t tokens, const uint8_t* x,
+                           typename K::Sum* sums) {
     if constexpr (T > 0) {
         if (tokens != T) return multiply_piece<K, R, T - 1>(job, piece, tokens, x, sums);
         if constexpr (is_codes(K::format))
@@ -489,14 +514,16 @@ inline void multiply_wide(const Job& job, const Piece& piece, const uint8_t* x, 
 template <class K>
 Piece packed_piece(const Job& job, int64_t block, int64_t begin, int64_t count) {
     const int64_t stride = job.chunks * K::weight_bytes;
-    return {block, begin, count, static_cast<const uint8_t*>(job.p.weight) + block * stride + begin * K::weight_bytes, stride};
+    return {block, begin, count, static_cast<const uint8_t*>(job.p.weight) + block * stride + begin * K::weight_bytes,
+            stride};
 }
 
 // Outputs of one or kBlocks row blocks and one tile, over the chunks of a piece; stored after the last.
 template <class K>
 int64_t multiply_blocks(const Job& job, const Piece& piece, int64_t block_end, int64_t tile, typename K::Sum* sums) {
     const int64_t begin = job.tile_begin(tile), tokens = job.tile_begin(tile + 1) - begin, block = piece.block;
-    const uint8_t* x = job.activations + begin * job.token_bytes + piece.begin * kColumnChunk * tokens * K::activation_bytes;
+    const uint8_t* x =
+        job.activations + begin * job.token_bytes + piece.begin * kColumnChunk * tokens * K::activation_bytes;
     const bool alone = Isa::one_block(K::activations, kWeightFormats[K::format].bits, tokens);
     const int64_t left = block_end - block;
     // Of codes, one token's kCodeBlocks wait for each other less.
@@ -509,7 +536,8 @@ int64_t multiply_blocks(const Job& job, const Piece& piece, int64_t block_end, i
         multiply_piece<K, Isa::kBlocks, Isa::tile(K::activations)>(job, piece, tokens, x, sums);
     else
         multiply_piece<K, 1, Isa::tile(K::activations)>(job, piece, tokens, x, sums);
-    if (piece.begin + piece.count == job.chunks) store(job, block * kRowBlock, together * kRowBlock, begin, tokens, sums);
+    if (piece.begin + piece.count == job.chunks)
+        store(job, block * kRowBlock, together * kRowBlock, begin, tokens, sums);
     return together;
 }
 
@@ -517,20 +545,24 @@ int64_t multiply_blocks(const Job& job, const Piece& piece, int64_t block_end, i
 // nothing meets pairs of bf16.)
 template <class K, class Set = Isa>
 void prepare(const Job& job, Piece piece, int64_t block_end, const Piece& out) {
-    const int64_t group = kWeightFormats[job.p.weight_format].scale_group / kColumnChunk, step = group ? group : job.chunks;
+    const int64_t group = kWeightFormats[job.p.weight_format].scale_group / kColumnChunk,
+                  step = group ? group : job.chunks;
     const int64_t groups = (job.chunks + step - 1) / step, end = piece.begin + piece.count;
     uint8_t* to = const_cast<uint8_t*>(out.weight);
     for (; piece.block < block_end; piece.block++, piece.weight += piece.stride, to += out.stride)
         for (int64_t chunk = piece.begin; chunk < end; chunk += step) {
             const int64_t skipped = chunk - piece.begin;
-            Set::template prepare<K::format>(piece.weight + skipped * K::weight_bytes, zero_points(job.p, (piece.block * groups + chunk / step) * kRowBlock),
-                                             end - chunk < step ? end - chunk : step, to + skipped * Prepared<K>::weight_bytes);
+            Set::template prepare<K::format>(piece.weight + skipped * K::weight_bytes,
+                                             zero_points(job.p, (piece.block * groups + chunk / step) * kRowBlock),
+                                             end - chunk < step ? end - chunk : step,
+                                             to + skipped * Prepared<K>::weight_bytes);
         }
 }
 
 // The sums of all tiles of a task over the chunks of a piece, in the order that they are kept in between pieces.
 template <class K>
-void multiply_tiles(const Job& job, const Piece& piece, int64_t block_end, int64_t tile_begin, int64_t tile_end, typename K::Sum* sums) {
+void multiply_tiles(const Job& job, const Piece& piece, int64_t block_end, int64_t tile_begin, int64_t tile_end,
+                    typename K::Sum* sums) {
     for (int64_t tile = tile_begin; tile < tile_end; tile++)
         for (Piece at = piece; at.block < block_end;) {
             const int64_t done = multiply_blocks<K>(job, at, block_end, tile, sums);
@@ -542,7 +574,8 @@ void multiply_tiles(const Job& job, const Piece& piece, int64_t block_end, int64
 // The same with weights that are decoded to `decoded` first, kBlocks row blocks at a time: they stay in the first-level
 // cache while all tiles' activations for the piece, which the second level holds, come by.
 template <class K>
-void multiply_prepared(const Job& job, Piece piece, int64_t block_end, int64_t tile_begin, int64_t tile_end, const Piece& decoded, float* sums) {
+void multiply_prepared(const Job& job, Piece piece, int64_t block_end, int64_t tile_begin, int64_t tile_end,
+                       const Piece& decoded, float* sums) {
     while (piece.block < block_end) {
         const int64_t blocks = piece.block + Isa::kBlocks <= block_end ? Isa::kBlocks : 1;
         Piece at = decoded;
@@ -557,21 +590,24 @@ void multiply_prepared(const Job& job, Piece piece, int64_t block_end, int64_t t
 template <class K>
 void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
     using Sum = typename K::Sum;
-    const int64_t tokens = job.tile_begin(tile_end) - job.tile_begin(tile_begin), rows = (block_end - block_begin) * kRowBlock;
+    const int64_t tokens = job.tile_begin(tile_end) - job.tile_begin(tile_begin),
+                  rows = (block_end - block_begin) * kRowBlock;
     // Many tiles are worth decoded weights, of which some chunks fit the first-level cache.
-    const int64_t most = Isa::kPreparedChunks < job.chunks ? Isa::kPreparedChunks : job.chunks, stride = most * Prepared<K>::weight_bytes;
+    const int64_t most = Isa::kPreparedChunks < job.chunks ? Isa::kPreparedChunks : job.chunks,
+                  stride = most * Prepared<K>::weight_bytes;
     uint8_t* prepared = nullptr;
     if (K::activations == kPairsBf16 && tile_end - tile_begin >= Isa::prepared_tiles(kWeightFormats[K::format].bits))
         prepared = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(Isa::kBlocks * stride)));
-    // With several tiles, columns are cut so that a tile's activations stay in the first-level cache while they meet every
-    // row of the task, and the task's weights in the second-level one.
+    // With several tiles, columns are cut so that a tile's activations stay in the first-level cache while they meet
+    // every row of the task, and the task's weights in the second-level one.
     Sum* partial = nullptr;
     if (tile_end - tile_begin > 1 && (prepared || job.chunks > Isa::kChunkBlock))
         partial = static_cast<Sum*>(std::aligned_alloc(64, size_t(rows * tokens) * sizeof(Sum)));
     if (partial) {
         const int64_t step = prepared ? most : Isa::kChunkBlock;
         for (int64_t chunk = 0; chunk < job.chunks; chunk += step) {
-            const Piece piece = packed_piece<K>(job, block_begin, chunk, job.chunks - chunk < step ? job.chunks - chunk : step);
+            const Piece piece =
+                packed_piece<K>(job, block_begin, chunk, job.chunks - chunk < step ? job.chunks - chunk : step);
             if constexpr (K::activations == kPairsBf16)
                 if (prepared) {
                     const Piece decoded{block_begin, chunk, piece.count, prepared, stride};
@@ -598,7 +634,8 @@ void multiply_sparse(const Job& job, int64_t block_begin, int64_t block_end, int
 // Calls dense<R, tokens> with `tokens` as a template argument, R = dense_rows(tokens) or, where there are fewer, 1.
 // Returns R.
 template <class W, class X, int T>
-inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, const Columns& at, const X* x, float* sums, int64_t stride) {
+inline int64_t dense_tokens(int64_t tokens, int64_t rows, const W* w, const Columns& at, const X* x, float* sums,
+                            int64_t stride) {
     if constexpr (T > 0) {
         constexpr int R = Isa::dense_rows(T, sizeof(W));
         if (tokens != T) return dense_tokens<W, X, T - 1>(tokens, rows, w, at, x, sums, stride);
@@ -621,13 +658,15 @@ int64_t dense_piece(int64_t k, int64_t tokens) {
 template <class W, class X>
 void multiply_dense(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
     const Problem& p = job.p;
-    alignas(64) float partial[kRowBlock * Isa::kDenseTile * 16], sums[kMaxTile * kRowBlock];  // [row][token][lane], [tokens][rows]
+    alignas(64) float partial[kRowBlock * Isa::kDenseTile * 16],
+        sums[kMaxTile * kRowBlock];  // [row][token][lane], [tokens][rows]
     // All tiles meet a block of rows before the next one is read.
     for (int64_t block = block_begin; block < block_end; block++) {
         const int64_t row = block * kRowBlock, rows = p.n - row < kRowBlock ? p.n - row : kRowBlock;
         const W* w = static_cast<const W*>(p.weight) + row * p.k;
         for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-            const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin, piece = dense_piece<X>(p.k, count);
+            const int64_t begin = job.tile_begin(tile), count = job.tile_begin(tile + 1) - begin,
+                          piece = dense_piece<X>(p.k, count);
             const X* x = reinterpret_cast<const X*>(job.activations + begin * job.token_bytes);
             for (int64_t from = 0; from < p.k; from += piece)
                 for (int64_t r = 0; r < rows;) {
@@ -661,7 +700,9 @@ void with_kind(const Job& job, const Run& run) {
 void multiply(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
     auto dense = [&](auto function) { function(job, block_begin, block_end, tile_begin, tile_end); };
     if (job.p.layout == kSparse24)
-        return with_kind<0>(job, [&](auto kind) { multiply_sparse<decltype(kind)>(job, block_begin, block_end, tile_begin, tile_end); });
+        return with_kind<0>(job, [&](auto kind) {
+            multiply_sparse<decltype(kind)>(job, block_begin, block_end, tile_begin, tile_end);
+        });
     if (job.p.weight_format == kBf16) {
         if constexpr (Isa::kBf16Activations)
             if (activations_of(job.p) == kPairsBf16) return dense(multiply_dense<Bf16, Bf16>);

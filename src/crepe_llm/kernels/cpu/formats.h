@@ -7,8 +7,8 @@
 
 #include "kernels.h"
 
-// Accumulators are arrays indexed by loops and passed by reference to the steps of a kernel; they live in registers only
-// when every such loop is unrolled and every such step inlined.
+// Accumulators are arrays indexed by loops and passed by reference to the steps of a kernel; they live in registers
+// only when every such loop is unrolled and every such step inlined.
 #define INLINE __attribute__((always_inline)) inline
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -25,8 +25,8 @@ struct Fp16 {
     uint16_t bits;
 };
 
-// Bytes that are asked for go to the second-level cache: what comes to the first one early is gone again where activations
-// fill it.
+// Bytes that are asked for go to the second-level cache: what comes to the first one early is gone again where
+// activations fill it.
 constexpr int kPrefetchTo = 2;
 // Of dense rows, one token leaves room for them there, which is a little faster.
 template <int T>
@@ -47,9 +47,9 @@ struct Columns {
     float* partial;
 };
 
-// The same for dense rows, which lie one after the other: R of them, done together, ask for the next ones that begin 8 KiB
-// ahead or more. The lines are asked for in the order in which they lie, as one stream, whatever R is; those of a piece of
-// the columns row beside row. `To` is __builtin_prefetch's locality.
+// The same for dense rows, which lie one after the other: R of them, done together, ask for the next ones that begin 8
+// KiB ahead or more. The lines are asked for in the order in which they lie, as one stream, whatever R is; those of a
+// piece of the columns row beside row. `To` is __builtin_prefetch's locality.
 template <int R, class W, int To>
 class RowsAhead {
    public:
@@ -62,7 +62,8 @@ class RowsAhead {
     // To be called for every register of columns.
     INLINE void ask(int64_t column) {
         if (column * int64_t(sizeof(W)) % 64) return;
-        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(next_ + r * apart_, 0, To);
+        UNROLL
+        for (int r = 0; r < R; r++) __builtin_prefetch(next_ + r * apart_, 0, To);
         next_ += step_;
     }
 
@@ -132,15 +133,17 @@ inline void nearest_int8_plain(const float* value, float factor, uint8_t offset,
     }
 }
 
-// What activations are converted to: fp32, bf16 (for products of pairs), int8, int8 times a number that the 32 columns of
-// a chunk share, int16 times a power of two that they share, or, for dense weights, int16 times a number that all columns
-// of a token share, the upper halves of a chunk before the lower ones, or int8 times a number that the columns of a lane
-// share (LanesI8).
+// What activations are converted to: fp32, bf16 (for products of pairs), int8, int8 times a number that the 32 columns
+// of a chunk share, int16 times a power of two that they share, or, for dense weights, int16 times a number that all
+// columns of a token share, the upper halves of a chunk before the lower ones, or int8 times a number that the columns
+// of a lane share (LanesI8).
 enum Activations { kF32, kPairsBf16, kI8, kGroupedI8, kI16, kHalvesI16, kLanesI8 };
 
-// Bytes of a converted activation. Where the columns of a chunk share a factor, it follows them (fp32), and the bytes are
-// filled up.
-constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kI8 || a == kLanesI8 ? 1 : a == kI16 ? 3 : 2; }
+// Bytes of a converted activation. Where the columns of a chunk share a factor, it follows them (fp32), and the bytes
+// are filled up.
+constexpr int64_t activation_bytes(Activations a) {
+    return a == kF32 ? 4 : a == kI8 || a == kLanesI8 ? 1 : a == kI16 ? 3 : 2;
+}
 constexpr int64_t factor_offset(Activations a) { return a == kI16 ? 64 : 32; }
 // One of the two halves of an int16, value = 256 * upper + lower.
 struct HalfI16 {
@@ -149,9 +152,10 @@ struct HalfI16 {
 constexpr int64_t kHalvesBytes = kColumnChunk * activation_bytes(kHalvesI16);  // of a token in a chunk
 constexpr int32_t kMostHalves = 127 * 256 + 127;
 
-// Activations of dense int8 weights as int8, as reference.quantize_per_lane. A register has 64 columns, four to a lane of
-// int32. The 16 columns of a unit that meet in a lane share a scale, so that their sum needs it once, at the end. A token's
-// unit has what the lanes' sums of (weight + 128) times an activation start from, the lanes' scales, and the columns.
+// Activations of dense int8 weights as int8, as reference.quantize_per_lane. A register has 64 columns, four to a lane
+// of int32. The 16 columns of a unit that meet in a lane share a scale, so that their sum needs it once, at the end. A
+// token's unit has what the lanes' sums of (weight + 128) times an activation start from, the lanes' scales, and the
+// columns.
 constexpr int64_t kLanes = 16, kLaneUnit = 256;
 struct LanesI8 {
     int32_t start[kLanes];
@@ -165,11 +169,11 @@ constexpr int64_t kOrderOfGroups[8] = {0, 2, 3, 1, 4, 6, 7, 5};
 struct Codes {
     const uint8_t* weight;  // of the first block; the next begins block_stride bytes on
     int64_t block_stride;
-    const uint8_t* zero;    // 16 zero points; those of the next block lie zero_stride on
+    const uint8_t* zero;  // 16 zero points; those of the next block lie zero_stride on
     int64_t zero_stride;
-    int64_t left;           // chunks up to the end of the row block
-    // Of groups of columns: 16 scales of scale_dtype, those of the next block scale_stride bytes on. Where they are there,
-    // the sums of these chunks start from zero and are added to `sums` times the scales. Else null.
+    int64_t left;  // chunks up to the end of the row block
+    // Of groups of columns: 16 scales of scale_dtype, those of the next block scale_stride bytes on. Where they are
+    // there, the sums of these chunks start from zero and are added to `sums` times the scales. Else null.
     const uint8_t* scale;
     int64_t scale_stride;
     int32_t scale_dtype;
@@ -189,8 +193,8 @@ struct Kind {
     using Sum = std::conditional_t<A == kI8, int32_t, float>;
 };
 
-// The same with the weights as `Isa::prepare` writes them: a chunk has, for each group, the pairs of bf16 of 16 rows and the
-// control bytes that pick their activations.
+// The same with the weights as `Isa::prepare` writes them: a chunk has, for each group, the pairs of bf16 of 16 rows
+// and the control bytes that pick their activations.
 template <class K>
 struct Prepared : K {
     static constexpr int64_t weight_bytes = 8 * 2 * 64;

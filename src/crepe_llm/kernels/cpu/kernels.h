@@ -25,12 +25,12 @@ struct Problem {
     int64_t m, n, k;
     int64_t x_row_stride, x_column_stride;
     int64_t weight_bytes, x_columns, scale_count, zero_count, bias_count;  // sizes of the buffers: bytes, and elements
-    int32_t layout;       // kSparse24 or kDense
-    int32_t weight_format, x_dtype, scale_dtype, bias_dtype;  // codes of weight_formats.h
+    int32_t layout;                                                        // kSparse24 or kDense
+    int32_t weight_format, x_dtype, scale_dtype, bias_dtype;               // codes of weight_formats.h
 };
 
-// Whether a product quantizes its activations, with one scale a token or (`Grouped`) one for each chunk of its columns: 2:4
-// weights of some formats do. Dense int8 weights may, otherwise (LanesI8 in formats.h).
+// Whether a product quantizes its activations, with one scale a token or (`Grouped`) one for each chunk of its columns:
+// 2:4 weights of some formats do. Dense int8 weights may, otherwise (LanesI8 in formats.h).
 template <bool Grouped>
 static inline bool quantizes_inputs(const Problem& p) {
     const WeightFormat& format = kWeightFormats[p.weight_format];

@@ -13,7 +13,9 @@ struct Isa {
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
     static constexpr int dense_rows(int64_t, int64_t) { return 4; }
-    static void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) { nearest_int8_plain(value, factor, offset, out); }
+    static void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) {
+        nearest_int8_plain(value, factor, offset, out);
+    }
     static constexpr int64_t tile(Activations) { return 4; }
 
     // Kept value V of 4 rows from row 4 Q of a group's values.
@@ -36,7 +38,8 @@ struct Isa {
         // Column c is bytes 4 c to 4 c + 3 of the group's activations.
         uint32x4_t control = vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(columns, vdupq_n_u32(3)), 0x04040404);
         float32x4_t w = kept<K::format, V>(group, q);
-        UNROLL for (int t = 0; t < T; t++) {
+        UNROLL
+        for (int t = 0; t < T; t++) {
             uint8x16_t chosen = vqtbl1q_u8(vreinterpretq_u8_f32(vld1q_f32(x + 4 * t)), vreinterpretq_u8_u32(control));
             acc[t] = vfmaq_f32(acc[t], w, vreinterpretq_f32_u8(chosen));
         }
@@ -48,7 +51,8 @@ struct Isa {
             const uint8_t* chunk = w;
             const float* activations = x;
             float32x4_t acc[T];
-            UNROLL for (int t = 0; t < T; t++) acc[t] = first ? vdupq_n_f32(0) : vld1q_f32(sums + t * kRowBlock + 4 * q);
+            UNROLL
+            for (int t = 0; t < T; t++) acc[t] = first ? vdupq_n_f32(0) : vld1q_f32(sums + t * kRowBlock + 4 * q);
             for (int64_t c = 0; c < chunks; c++, chunk += K::weight_bytes) {
                 uint32x4_t metadata = vreinterpretq_u32_u8(vld1q_u8(chunk + 16 * q));
                 const uint8_t* group = chunk + kMetadataBytes;
@@ -58,7 +62,8 @@ struct Isa {
                     metadata = vshrq_n_u32(metadata, 4);
                 }
             }
-            UNROLL for (int t = 0; t < T; t++) vst1q_f32(sums + t * kRowBlock + 4 * q, acc[t]);
+            UNROLL
+            for (int t = 0; t < T; t++) vst1q_f32(sums + t * kRowBlock + 4 * q, acc[t]);
         }
     }
 
@@ -67,15 +72,19 @@ struct Isa {
         for (int q = 0; q < 4; q++) {
             const uint8_t *chunk = w, *activations = x;
             int32x4_t acc[T];
-            UNROLL for (int t = 0; t < T; t++) acc[t] = first ? vdupq_n_s32(0) : vld1q_s32(sums + t * kRowBlock + 4 * q);
+            UNROLL
+            for (int t = 0; t < T; t++) acc[t] = first ? vdupq_n_s32(0) : vld1q_s32(sums + t * kRowBlock + 4 * q);
             for (int64_t c = 0; c < chunks; c++, chunk += chunk_bytes(kInt8)) {
                 uint32x4_t metadata = vreinterpretq_u32_u8(vld1q_u8(chunk + 16 * q));
                 for (int pair = 0; pair < 4; pair++, activations += 8 * T, metadata = vshrq_n_u32(metadata, 2)) {
-                    uint32x4_t columns = vorrq_u32(vandq_u32(metadata, vdupq_n_u32(0x03030303)), vdupq_n_u32(0x04040000));
+                    uint32x4_t columns =
+                        vorrq_u32(vandq_u32(metadata, vdupq_n_u32(0x03030303)), vdupq_n_u32(0x04040000));
                     int8x16_t value = vreinterpretq_s8_u8(vld1q_u8(chunk + kMetadataBytes + 64 * pair + 16 * q));
-                    UNROLL for (int t = 0; t < T; t++) {
+                    UNROLL
+                    for (int t = 0; t < T; t++) {
                         uint8x8_t eight = vld1_u8(activations + 8 * t);
-                        int8x16_t chosen = vreinterpretq_s8_u8(vqtbl1q_u8(vcombine_u8(eight, eight), vreinterpretq_u8_u32(columns)));
+                        int8x16_t chosen =
+                            vreinterpretq_s8_u8(vqtbl1q_u8(vcombine_u8(eight, eight), vreinterpretq_u8_u32(columns)));
                         // Products are at most 127 * 128: the sum of two fits 16 bits.
                         int16x8_t low = vmull_s8(vget_low_s8(value), vget_low_s8(chosen));
                         int16x8_t high = vmull_s8(vget_high_s8(value), vget_high_s8(chosen));
@@ -83,7 +92,8 @@ struct Isa {
                     }
                 }
             }
-            UNROLL for (int t = 0; t < T; t++) vst1q_s32(sums + t * kRowBlock + 4 * q, acc[t]);
+            UNROLL
+            for (int t = 0; t < T; t++) vst1q_s32(sums + t * kRowBlock + 4 * q, acc[t]);
         }
     }
 
@@ -119,9 +129,11 @@ struct Isa {
 
     template <class W, int R, int T>
     static INLINE void dense_four(const W* w, int64_t row_stride, const float* x, float32x4_t (&acc)[R][T]) {
-        UNROLL for (int r = 0; r < R; r++) {
+        UNROLL
+        for (int r = 0; r < R; r++) {
             float32x4_t value = load(w + r * row_stride);
-            UNROLL for (int t = 0; t < T; t++) acc[r][t] = vfmaq_f32(acc[r][t], value, vld1q_f32(x + 32 * t));
+            UNROLL
+            for (int t = 0; t < T; t++) acc[r][t] = vfmaq_f32(acc[r][t], value, vld1q_f32(x + 32 * t));
         }
     }
 
@@ -129,8 +141,9 @@ struct Isa {
     static void dense(const W* w, const Columns& at, const X* x, float* sums, int64_t stride) {
         const int64_t k = at.k;
         float32x4_t acc[R][T];
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) acc[r][t] = vdupq_n_f32(0);
+        UNROLL
+        for (int r = 0; r < R; r++) UNROLL
+        for (int t = 0; t < T; t++) acc[r][t] = vdupq_n_f32(0);
         int64_t c = 0;
         for (; c + 4 <= k; c += 4) dense_four<W, R, T>(w + c, k, x + c / 32 * 32 * T + c % 32, acc);
         if (c < k) {
@@ -138,8 +151,9 @@ struct Isa {
             for (int r = 0; r < R; r++) std::memcpy(tail[r], w + r * k + c, size_t(k - c) * sizeof(W));
             dense_four<W, R, T>(tail[0], 4, x + c / 32 * 32 * T + c % 32, acc);
         }
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < T; t++) sums[t * stride + r] = vaddvq_f32(acc[r][t]);
+        UNROLL
+        for (int r = 0; r < R; r++) UNROLL
+        for (int t = 0; t < T; t++) sums[t * stride + r] = vaddvq_f32(acc[r][t]);
     }
 };
 

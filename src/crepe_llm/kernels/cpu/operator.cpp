@@ -1,7 +1,7 @@
-// torch.ops.crepe_llm.sparse24_linear on a CPU, called by torch's dispatcher without Python in between. torch's C functions
-// (its stable interface, torch/csrc/stable) come as addresses: nothing here needs torch's headers, or links torch. This
-// unit alone is compiled with exceptions, by which an operator says what is wrong: Python gets std::invalid_argument as
-// ValueError.
+// torch.ops.crepe_llm.sparse24_linear on a CPU, called by torch's dispatcher without Python in between. torch's C
+// functions (its stable interface, torch/csrc/stable) come as addresses: nothing here needs torch's headers, or links
+// torch. This unit alone is compiled with exceptions, by which an operator says what is wrong: Python gets
+// std::invalid_argument as ValueError.
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -31,7 +31,8 @@ struct Torch {
     int32_t (*dtype)(Tensor, int32_t*);
     int32_t (*device_type)(Tensor, int32_t*);
     int32_t (*is_contiguous)(Tensor, bool*);
-    int32_t (*empty_strided)(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, int32_t device, Tensor*);
+    int32_t (*empty_strided)(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                             int32_t device_type, int32_t device, Tensor*);
     int32_t (*delete_tensor)(Tensor);
     int32_t (*string)(String, const char**);
     int32_t (*delete_string)(String);
@@ -89,13 +90,15 @@ class Operand {
     int32_t dtype() const { return ask(torch.dtype, tensor_); }
 
     void check_device() const {
-        if (ask(torch.device_type, tensor_) != torch.cpu) refuse(std::string(name_) + " is not on the CPU, where x is; one device is needed");
+        if (ask(torch.device_type, tensor_) != torch.cpu)
+            refuse(std::string(name_) + " is not on the CPU, where x is; one device is needed");
     }
     // Checks what a kernel reads by its address.
     void check_plain() const {
         if (!tensor_) return;
         check_device();
-        if (!ask(torch.is_contiguous, tensor_)) refuse(std::string(name_) + " is not contiguous; a contiguous tensor is needed: call contiguous()");
+        if (!ask(torch.is_contiguous, tensor_))
+            refuse(std::string(name_) + " is not contiguous; a contiguous tensor is needed: call contiguous()");
     }
     void check_bytes() const {
         check_plain();
@@ -120,7 +123,8 @@ int32_t format_code(String name) {
     const char* text = ask(torch.string, name);
     int32_t code = 0;
     while (code < kFormatCount && std::strcmp(kWeightFormats[code].name, text)) code++;
-    const std::string message = code < kFormatCount ? "" : std::string("format is '") + text + "'; a format of the CPU kernels is needed";
+    const std::string message =
+        code < kFormatCount ? "" : std::string("format is '") + text + "'; a format of the CPU kernels is needed";
     torch.delete_string(name);
     if (code == kFormatCount) refuse(message);
     return code;
@@ -133,8 +137,10 @@ Tensor empty(int64_t rows, int64_t columns, int32_t dtype) {
     return made;
 }
 
-// Computes the product of operands whose dtypes, devices and strides are checked here, and whose sizes crepe_multiply checks.
-Tensor product(const Operand& x, const Operand& data, const Operand& scale, const Operand& zero, const Operand& bias, int64_t n, int64_t k, int32_t format) {
+// Computes the product of operands whose dtypes, devices and strides are checked here, and whose sizes crepe_multiply
+// checks.
+Tensor product(const Operand& x, const Operand& data, const Operand& scale, const Operand& zero, const Operand& bias,
+               int64_t n, int64_t k, int32_t format) {
     const std::string shape = std::to_string(n) + " x " + std::to_string(k);
     x.check_device();
     if (ask(torch.dimensions, x.get()) != 2 || ask(torch.sizes, x.get())[1] != k)
@@ -146,14 +152,21 @@ Tensor product(const Operand& x, const Operand& data, const Operand& scale, cons
     if (n < 0) refuse("n is " + std::to_string(n) + "; a number of rows is needed");
     Tensor made = empty(m, n, x.dtype());
     Operand y("y", made);
-    const Problem problem{data.data(), x.data(), scale.data(), static_cast<const uint8_t*>(zero.data()), bias.data(), y.data(),
-                          m, n, k, strides[0], strides[1], data.elements(), k, scale.elements(), zero.elements(), bias.elements(),
-                          kSparse24, format, codes[0], codes[1], codes[2]};
+    // clang-format off
+    const Problem problem{
+        data.data(), x.data(), scale.data(), static_cast<const uint8_t*>(zero.data()), bias.data(), y.data(),
+        m, n, k, strides[0], strides[1],
+        data.elements(), k, scale.elements(), zero.elements(), bias.elements(),
+        kSparse24, format, codes[0], codes[1], codes[2],
+    };
+    // clang-format on
     uint32_t threads = 1;
     succeed(torch.thread_count(&threads));
     const int32_t status = crepe_multiply(&problem, torch.instruction_set, torch.parallel, int32_t(threads));
     if (status == 1) throw std::bad_alloc();
-    if (status) refuse("the operands do not fit a product of " + std::to_string(m) + " tokens with a weight of " + shape + "; each part must have the size that the weight's format needs");
+    if (status)
+        refuse("the operands do not fit a product of " + std::to_string(m) + " tokens with a weight of " + shape +
+               "; each part must have the size that the weight's format needs");
     return y.release();
 }
 
@@ -171,7 +184,9 @@ EXPORT void crepe_use_torch(const Torch* functions) { torch = *functions; }
 EXPORT void crepe_sparse24_linear(Value* stack, uint64_t, uint64_t) {
     auto tensor = [&](int i) { return reinterpret_cast<Tensor>(stack[i]); };
     const Operand x("x", tensor(0)), data("data", tensor(1));
-    const Operand scale = Operand::optional("scale", stack[2]), zero = Operand::optional("zero", stack[3]), bias = Operand::optional("bias", stack[4]);
+    const Operand scale = Operand::optional("scale", stack[2]), zero = Operand::optional("zero", stack[3]),
+                  bias = Operand::optional("bias", stack[4]);
     const int32_t format = format_code(reinterpret_cast<String>(stack[7]));
-    stack[0] = reinterpret_cast<Value>(product(x, data, scale, zero, bias, int64_t(stack[5]), int64_t(stack[6]), format));
+    stack[0] =
+        reinterpret_cast<Value>(product(x, data, scale, zero, bias, int64_t(stack[5]), int64_t(stack[6]), format));
 }

@@ -11,7 +11,9 @@ struct Isa {
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
     static constexpr int dense_rows(int64_t, int64_t) { return 2; }
-    static void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) { nearest_int8_plain(value, factor, offset, out); }
+    static void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) {
+        nearest_int8_plain(value, factor, offset, out);
+    }
     static constexpr int64_t tile(Activations) { return 4; }
 
     template <class K, int R, int T>

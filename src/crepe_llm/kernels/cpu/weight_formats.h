@@ -4,11 +4,13 @@
 
 #include <cstdint>
 
+// clang-format off
 enum : int32_t {
     kBf16, kFp16, kFp32, kInt8, kInt8WeightOnly,
     kInt4, kInt4G32, kInt4G64, kInt4G128, kInt4A8, kInt4G32A8, kInt4G64A8, kInt4G128A8,
     kFormatCount
 };
+// clang-format on
 
 namespace {
 
@@ -36,16 +38,18 @@ constexpr WeightFormat kWeightFormats[kFormatCount] = {
     {"int4_g128_a8", 4, true, 128, 32},
 };
 
-constexpr int64_t kRowBlock = 16;     // rows of a block
-constexpr int64_t kColumnChunk = 32;  // columns of a chunk
+constexpr int64_t kRowBlock = 16;             // rows of a block
+constexpr int64_t kColumnChunk = 32;          // columns of a chunk
 constexpr int64_t kMostInt8Columns = 262144;  // for int32 sums
 constexpr int64_t kMetadataBytes = 4 * kRowBlock;
 constexpr uint8_t kZeroPoint = 8;  // of int4's codes, where the weight brings none
 
-// The formats of codes differ in their scales and activations only: one inner kernel for each kind of activations serves
-// them.
+// The formats of codes differ in their scales and activations only: one inner kernel for each kind of activations
+// serves them.
 constexpr bool is_codes(int32_t format) { return format >= kInt4 && format <= kInt4G128A8; }
 
-constexpr int64_t chunk_bytes(int32_t format) { return kMetadataBytes + kRowBlock * kColumnChunk / 2 * kWeightFormats[format].bits / 8; }
+constexpr int64_t chunk_bytes(int32_t format) {
+    return kMetadataBytes + kRowBlock * kColumnChunk / 2 * kWeightFormats[format].bits / 8;
+}
 
 }  // namespace
