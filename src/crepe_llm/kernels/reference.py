@@ -42,9 +42,9 @@ def quantize_per_chunk(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_per_lane(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 quantization of activations [M, K], one scale for 16 columns of a token, in fp32.
 
-    These are the columns whose int32 sums one lane of a register holds: of 256 columns in a row, those that begin
-    another 4 of every 64 together. Which columns share a scale is our own choice. Returns int8 values [M, K] and scales
-    [M, K], one for each value, as :func:`quantize_per_chunk` has them of 32 columns.
+    Of each 256 columns those share a scale that have the same ``column % 64 // 4``: one lane of a register holds their
+    int32 sum. The choice is ours. Returns int8 values [M, K] and scales [M, K], one for each value, as
+    :func:`quantize_per_chunk` has them of 32 columns.
     """
     columns = x.shape[1]
     lanes = torch.nn.functional.pad(x.float(), (0, -columns % 256)).unflatten(1, (-1, 4, 16, 4)).transpose(2, 3)
