@@ -208,9 +208,11 @@ def write_parameter(module: torch.nn.Module, name: str, value: torch.Tensor, own
     Offloaded weights may lie in memory or in a file that the processes share, so only `owner` writes there.
     """
     wait()
-    if rank() == owner or count() == 1:
-        update_offload_parameter(module, name, value)
-    else:
+    writes = rank() == owner or count() == 1
+    if not writes:
         with torch.no_grad():
             cast(torch.Tensor, getattr(module, name)).copy_(value)
+    wait()  # what others hold may be read from the file that changes now
+    if writes:
+        update_offload_parameter(module, name, value)
     wait()

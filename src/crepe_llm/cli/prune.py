@@ -172,7 +172,9 @@ def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple[
         source = open_model(options, dense=True)
         used = _calibration(options, source, recipe)
         kept = _journal(options, source, path, used.windows) if options.resume else None
-        made = _prune(_Run(options, source, recipe, used, progress, kept, _memory(options, source)), path, folder)
+        made = _prune(
+            _Run(options, source, recipe, used, progress, kept, _memory(options, source, recipe)), path, folder
+        )
         if processes.is_first():
             (folder / "README.md").write_text(model_card(made))
     if kept is not None and processes.is_first():
@@ -233,13 +235,25 @@ def _journal(options: argparse.Namespace, source: Model, recipe: Path, windows: 
     return Journal(_kept_beside(options.output), decides | {name: version(name) for name in packages})
 
 
-def _memory(options: argparse.Namespace, source: Model) -> int | None:
-    """How many bytes of a model's weights are held in memory; None for all."""
+def _memory(options: argparse.Namespace, source: Model, recipe: Any) -> int | None:
+    """How many bytes of a model's weights are held in memory; None for all.
+
+    Raises:
+        ValueError: there are several processes, and a modifier does not wait for the others before it writes weights.
+    """
     import psutil
+    from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 
     from crepe_llm import processes
 
     if options.memory is not None:
+        for modifier in recipe.modifiers if processes.count() > 1 else ():
+            # It takes tied weights apart, and removes their file, while other processes may read it.
+            if isinstance(modifier, QuantizationMixin) or not type(modifier).__module__.startswith("crepe_llm."):
+                raise ValueError(
+                    f"--memory: {type(modifier).__name__} does not wait for the other processes before it writes "
+                    "weights that they share on the disk; leave --memory out, or start one process"
+                )
         return options.memory if options.memory < source.sizes()[0] else None
     if processes.count() > 1:
         return None
