@@ -8,8 +8,8 @@ A start is a method of methods.py, pruned once a seed, or the dense model. With 
 recover.py, whose folders in --folder are used, and made where they are missing. Every quantization starts from that
 folder, and the benchmark stops if a mask changes. What is measured is the folder saved, loaded again: perplexity on the
 test and validation articles and on news. A dense model's INT4 by GPTQ is llm-compressor's own. "As served" is with the
-inputs of INT4 layers in int8, 32 columns of a token together, or those of an INT8 head, 16 columns together, as
-the vLLM plugin multiplies them.
+inputs of INT4 layers in int8, 32 columns of a token together, or those of an INT8 head, 16 columns together, as the
+vLLM plugin multiplies them.
 """
 
 import argparse
@@ -159,8 +159,10 @@ def quantize_inputs(model: PreTrainedModel) -> None:
 
         module.register_forward_pre_hook(rounded)
 
-    schemes = {module: getattr(module, "quantization_scheme", None) for module in model.modules()}
-    of_codes = [module for module, scheme in schemes.items() if scheme is not None and scheme.weights.num_bits == 4]
+    layers = [module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None]
+    if not layers:
+        raise RuntimeError("no layer of the model is quantized")
+    of_codes = [layer for layer in layers if layer.quantization_scheme.weights.num_bits == 4]
     for layer in of_codes:
         hook(layer, by_chunk)
     if not of_codes:

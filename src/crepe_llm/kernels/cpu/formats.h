@@ -139,11 +139,9 @@ inline void nearest_int8_plain(const float* value, float factor, uint8_t offset,
 // of a lane share (LanesI8).
 enum Activations { kF32, kPairsBf16, kI8, kGroupedI8, kI16, kHalvesI16, kLanesI8 };
 
-// Bytes of a converted activation. Where the columns of a chunk share a factor, it follows them (fp32), and the bytes
-// are filled up.
-constexpr int64_t activation_bytes(Activations a) {
-    return a == kF32 ? 4 : a == kI8 || a == kLanesI8 ? 1 : a == kI16 ? 3 : 2;
-}
+// Bytes of a converted activation, but of kLanesI8. Where the columns of a chunk share a factor, it follows them
+// (fp32), and the bytes are filled up.
+constexpr int64_t activation_bytes(Activations a) { return a == kF32 ? 4 : a == kI8 ? 1 : a == kI16 ? 3 : 2; }
 constexpr int64_t factor_offset(Activations a) { return a == kI16 ? 64 : 32; }
 // One of the two halves of an int16, value = 256 * upper + lower.
 struct HalfI16 {
