@@ -46,3 +46,12 @@ def test_a_compiled_model_is_refused(part, tiny_model_folder, calibration_data):
         message = "the part model.layers.1 of the model is compiled"
     with pytest.raises(ValueError, match=message):
         run(model if part else torch.compile(model), "crepe_2of4", calibration_data)
+
+
+@pytest.mark.parametrize("recipe", ["crepe_2of4_w4a16", "crepe_2of4_w4a16_gptq"])
+def test_layers_narrower_than_a_group_are_refused_before_the_work(recipe, tiny_model_folder, calibration_data):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj \(columns=32, group_size=64\)"):
+        run(model, recipe, calibration_data)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationStrategy
 from compressed_tensors.utils import patch_attr
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
@@ -63,6 +64,7 @@ def register() -> None:
             with ExitStack() as stack:
                 if _is_ours(self.recipe):
                     stack.enter_context(_whole_data())
+                    stack.enter_context(_narrow_layers_are_named())
                     stack.enter_context(masks_are_made())
                     stack.enter_context(equal_values_are_held_once())
                     stack.enter_context(head_is_calculated(self.model))
@@ -140,6 +142,24 @@ def _whole_data() -> Iterator[None]:
     """Have llm-compressor make loaders of all data: what it gives to each process is the first process's share."""
     module = importlib.import_module("llmcompressor.datasets.utils")
     with patch_attr(module, "_is_dist_and_same_ds", lambda dataset: False):
+        yield
+
+
+@contextmanager
+def _narrow_layers_are_named() -> Iterator[None]:
+    """Have llm-compressor refuse layers with fewer columns than a group has before the work, as it does layers whose
+    columns are no multiple of the group's: after the work, their scales end with an error of torch's."""
+    module = importlib.import_module("llmcompressor.modifiers.quantization.group_size_validation")
+    indivisible = module._layer_indivisible
+
+    def named(layer: torch.nn.Module, args: Any) -> tuple[int, int] | None:
+        grouped = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
+        weight = getattr(layer, "weight", None)
+        if grouped and weight is not None and weight.shape[-1] < args.group_size:
+            return weight.shape[-1], args.group_size
+        return indivisible(layer, args)
+
+    with patch_attr(module, "_layer_indivisible", named):
         yield
 
 
