@@ -2,9 +2,9 @@
 
     python benchmarks/zero_shot.py                                # both models, all questions: hours
     python benchmarks/zero_shot.py --methods dense "CRePE + pcg" --questions 500
-    python benchmarks/zero_shot.py --methods dense Wanda --recovered 200000 --folder benchmark-models
+    python benchmarks/zero_shot.py --seeds 1 --methods dense Wanda --recovered 200000 --folder benchmark-models
 
-Models are pruned as in methods.py (one seed), saved, and scored by lm-evaluation-harness. With --recovered the best
+Models are pruned as in methods.py, saved, and scored by lm-evaluation-harness. With --recovered the best
 stack after training on so many tokens is scored, too: recover.py's folder, made where it is missing. Runs are appended
 to --results as they finish, and not repeated.
 """
@@ -34,7 +34,7 @@ DEFAULT = ["dense", "Wanda", "SparseGPT", "CRePE", BEST]
 
 def keys_of(options: argparse.Namespace) -> list[Row]:
     """The conditions of every run: those of methods.py, and those of recover.py for recovered models."""
-    common: dict[str, Any] = {"structures": ["2:4"], "seeds": [0], "windows": 16, "length": 512, "dtype": "bfloat16"}
+    common: dict[str, Any] = {"structures": ["2:4"], "windows": 16, "length": 512, "dtype": "bfloat16"}
     asked = argparse.Namespace(**vars(options) | common | {"split": "none", "tokens": 0})
     trained = argparse.Namespace(**vars(options) | common | {"starts": [BEST], "methods": ["full"]})
     trained.tokens, trained.measured = options.recovered, 0
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=DEFAULT, metavar="METHOD", help="of: %(choices)s"
     )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows (0)")
     parser.add_argument("--recovered", nargs="+", type=int, default=[], help="tokens of recoveries to score, too")
     parser.add_argument("--questions", type=int, help="of each task, the first ones (all)")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where models are kept")
@@ -86,7 +87,7 @@ def main() -> None:
     print(
         "\nAccuracy in percent ± standard error, zero-shot, lm-evaluation-harness: "
         + ", ".join(f"{task} ({len(rows)})" for task, rows in questions.items())
-        + ". 2:4, calibrated on 16 windows of 512 tokens, seed 0."
+        + f". 2:4, calibrated on 16 windows of 512 tokens, seed {', '.join(map(str, options.seeds))}."
         + (f" {LEGEND}" if any("provenance" not in record for record in found) else "")
     )
 
