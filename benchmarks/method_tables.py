@@ -31,18 +31,33 @@ def cell_text(rows: list[Row], seeds: int) -> str:
     return text + f" ({len(values)})" * (1 < len(values) < seeds)
 
 
+def is_variant(method: str) -> bool:
+    """Whether a method is another one with settings that are not the default, as its name then says."""
+    return "," in method or "steep" in method
+
+
+def _method_row(records: list[Row], model: str, method: str, options: argparse.Namespace) -> str:
+    """A method's line of the table; empty where nothing of it was measured."""
+    found = [cell(records, model, method, structure) for structure in options.structures]
+    texts = [cell_text(rows, len(options.seeds)) for rows in found]
+    if not any(texts):
+        return ""
+    seconds = [r["seconds"] for r in records if (r["model"], r["method"]) == (model, method)]
+    return f"| {method} | {' | '.join(texts)} | {statistics.median(seconds):.0f} |"
+
+
 def table(records: list[Row], options: argparse.Namespace) -> str:
-    """Markdown: for each model a row for each method and a column for each structure."""
+    """Markdown: for each model a row for each method and a column for each structure, then the same of the variants."""
     lines = []
-    for model in options.models:
-        lines += [f"\n{model}:\n", f"| | {' | '.join(options.structures)} | seconds |"]
-        lines.append("|---" * (len(options.structures) + 2) + "|")
-        for method in options.methods:
-            found = [cell(records, model, method, structure) for structure in options.structures]
-            texts = [cell_text(rows, len(options.seeds)) for rows in found]
-            if any(texts):
-                seconds = [r["seconds"] for r in records if (r["model"], r["method"]) == (model, method)]
-                lines.append(f"| {method} | {' | '.join(texts)} | {statistics.median(seconds):.0f} |")
+    for title, methods in (
+        ("", [method for method in options.methods if not is_variant(method)]),
+        (", other settings", [method for method in options.methods if is_variant(method)]),
+    ):
+        for model in options.models:
+            rows = [row for method in methods if (row := _method_row(records, model, method, options))]
+            if rows:
+                lines += [f"\n{model}{title}:\n", f"| | {' | '.join(options.structures)} | seconds |"]
+                lines += ["|---" * (len(options.structures) + 2) + "|", *rows]
     predicted = sorted({record["predicted"] for record in records})
     lines.append(
         f"\nPerplexity on Wikipedia {options.split} articles: {'/'.join(map(str, predicted))} tokens predicted in "

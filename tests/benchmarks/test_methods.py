@@ -62,6 +62,15 @@ def test_cells_with_rows_without_provenance_are_marked_and_explained():
     assert "†" not in method_tables.table([row(20.0)], options())
 
 
+def test_other_settings_have_a_table_of_their_own():
+    asked = options(methods=["CRePE", "CRePE + pcg, by block"])
+    rows = [row(20.0), row(21.0, method="CRePE + pcg, by block")]
+    main, other = method_tables.table(rows, asked).split("Gemma-3-270M, other settings:")
+    assert "| CRePE | 20.00" in main and "by block" not in main
+    assert "| CRePE + pcg, by block | 21.00" in other and "| CRePE |" not in other
+    assert "other settings" not in method_tables.table(rows[:1], asked)
+
+
 def test_the_dense_model_stands_in_every_structure_of_its_own_model():
     rows = [row(15.0, method="dense", structure=""), row(16.0, method="dense", structure="", model="other")]
     assert [r["perplexity"] for r in method_tables.cell(rows, "Gemma-3-270M", "dense", "50%")] == [15.0]

@@ -33,7 +33,7 @@ from crepe_llm.kernels.packed import (
 
 # Most tokens for which the dense kernel beats torch's linear, by instruction set, for half-precision weights and, last,
 # for fp32 weights, where torch calls MKL. docs/kernels.md has the measurement (benchmarks/kernel.py --dense).
-_DENSE_TOKENS = {"avx512_bf16": 32, "avx512_vnni": 16, "avx512": 16, "avx2": 256, "neon": 4, "portable": 0}
+_DENSE_TOKENS = {"avx512_bf16": 64, "avx512_vnni": 16, "avx512": 16, "avx2": 256, "neon": 4, "portable": 0}
 _DENSE_FP32_TOKENS = 4
 # The same of int8 weights, which torch has to expand first, where they are multiplied by vector instructions of x86.
 _DENSE_INT8_TOKENS = 256
