@@ -28,7 +28,6 @@ from crepe_llm.kernels.packed import (
     nibbles,
     split,
     split_compressed,
-    split_int4,
 )
 
 # Most tokens for which the dense kernel beats torch's linear, by instruction set, for half-precision weights and, last,
@@ -125,10 +124,8 @@ def pack_int4(
         zero_point = zero_point.contiguous()
         checks.part("zero_point", zero_point, (-(-n // 8), wanted[1]), (torch.int32,))
         zero = nibbles(zero_point.t().contiguous()).t()[:n].reshape(form.scale_shape(n, k)).contiguous()
-    kept = split_int4(weight.contiguous(), zero, (n, k), form)
-    fitted = fitted_scale(scale, kept)
-    assert fitted is not None
-    return interleave_int4(kept, fitted, zero)
+    fitted = scale.detach().resolve_neg().float().reshape(form.scale_shape(n, k)).contiguous()
+    return interleave_int4(weight.contiguous(), fitted, zero, (n, k), form)
 
 
 def unpack(packed: PackedWeight | CudaWeight | DenseWeight) -> torch.Tensor:

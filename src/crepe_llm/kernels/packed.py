@@ -269,29 +269,6 @@ def split(weight: torch.Tensor) -> Kept:
     return Kept(groups.gather(-1, columns.long()).view(weight.dtype), columns, form)
 
 
-def split_int4(weight: torch.Tensor, zero: torch.Tensor | None, shape: Sequence[int], form: Format) -> Kept:
-    """Takes a 2:4 weight of 4-bit codes apart, eight codes an int32 [N, ceil(K / 8)], the lowest bits first.
-
-    ``zero`` uint8 [N, groups of columns]: the codes that stand for zero; None: the format's.
-
-    Raises ValueError when a group of 4 holds more than two codes that do not stand for zero, and where shapes disagree.
-    """
-    n, k = shape
-    form.check_shape(n, k)
-    checks.part("weight", weight, (n, -(-k // 8)), (torch.int32,))
-    checks.part("zero_point", zero, form.scale_shape(n, k), (torch.uint8,))
-    values, columns = (torch.empty(n, k // 4, 2, dtype=torch.uint8) for _ in range(2))
-    step = max(1, _SPLIT // k)
-    for row in range(0, n, step):
-        rows = slice(row, row + step)
-        codes = nibbles(weight[rows])[:, :k]
-        zeros = torch.tensor(form.zero_point) if zero is None else _of_columns(zero.view(n, -1)[rows], form, k)
-        found = _two_columns(codes.ne(zeros), row)
-        values[rows] = codes.reshape(-1, k // 4, 4).gather(-1, found.long())
-        columns[rows] = found
-    return Kept(values, columns, form)
-
-
 def nibbles(words: torch.Tensor) -> torch.Tensor:
     """The 4-bit values of contiguous integers, the lowest bits first: uint8 [..., 8 for an int32]."""
     pairs = words.view(torch.uint8)
@@ -425,18 +402,27 @@ def interleave(
 ) -> PackedWeight:
     """The CPU kernels' layout of a weight whose format they know; ``scale`` and ``zero`` lie as there."""
     form, (n, k) = kept.format, kept.shape
-    blocks, chunks = -(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK)
-    shape = (blocks, chunks, form.chunk_bytes)
-    data = on_huge_pages(torch.empty(shape, dtype=torch.uint8, device=kept.values.device))
-    step = max(1, _SPLIT // (ROW_BLOCK * COLUMN_CHUNK * max(1, chunks)))
-    for block in range(0, blocks, step):
-        rows = slice(ROW_BLOCK * block, ROW_BLOCK * (block + step))
-        _write_blocks(data[block : block + step], kept.values[rows], kept.columns[rows], form)
+    data = _empty_layout(n, k, form, kept.values.device)
+    step = _rows_at_once(k)
+    for row in range(0, n, step):
+        _write_blocks(data, row, kept.values[row : row + step], kept.columns[row : row + step], form)
     return PackedWeight(data.view(-1), (n, k), form, scale, inputs, zero)
 
 
-def _write_blocks(data: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, form: Format) -> None:
-    """Writes the layout of some row blocks, uint8 [row blocks, chunks, bytes of a chunk]; the last may lack rows."""
+def _empty_layout(n: int, k: int, form: Format, device: torch.device) -> torch.Tensor:
+    """Memory for the layout of a weight: uint8 [row blocks, chunks, bytes of a chunk]."""
+    shape = (-(-n // ROW_BLOCK), -(-k // COLUMN_CHUNK), form.chunk_bytes)
+    return on_huge_pages(torch.empty(shape, dtype=torch.uint8, device=device))
+
+
+def _rows_at_once(k: int) -> int:
+    """Rows of whole blocks with about _SPLIT weights."""
+    return ROW_BLOCK * max(1, _SPLIT // (ROW_BLOCK * max(1, k)))
+
+
+def _write_blocks(layout: torch.Tensor, row: int, values: torch.Tensor, columns: torch.Tensor, form: Format) -> None:
+    """Writes the kept values of rows from ``row`` on, where a row block begins; the last block may lack rows."""
+    data = layout[row // ROW_BLOCK : -(-(row + len(values)) // ROW_BLOCK)]
     blocks, chunks = data.shape[:2]
     padding = (0, 0, 0, chunks * _GROUPS - values.shape[1], 0, blocks * ROW_BLOCK - len(values))
     if any(padding):
@@ -454,15 +440,34 @@ def _write_blocks(data: torch.Tensor, values: torch.Tensor, columns: torch.Tenso
     data[..., METADATA_BYTES:] = ordered.contiguous().view(torch.uint8).view(blocks, chunks, -1)
 
 
-def interleave_int4(kept: Kept, scale: torch.Tensor, zero: torch.Tensor | None) -> PackedWeight:
-    """:func:`interleave` for codes; ``scale`` fp32 and ``zero`` uint8 lie as :meth:`Format.scale_shape` says.
+def interleave_int4(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, shape: Sequence[int], form: Format
+) -> PackedWeight:
+    """The CPU kernels' layout of a 2:4 weight of 4-bit codes, eight an int32 [N, ceil(K / 8)], the lowest bits first.
 
-    Scales of groups are held in the narrowest of bf16, fp16 and fp32 that holds all of them exactly.
+    ``scale`` fp32 and ``zero`` uint8, the codes that stand for zero (None: the format's), lie as
+    :meth:`Format.scale_shape` says. Scales of groups are held in the narrowest of bf16, fp16 and fp32 that holds all of
+    them exactly. Rows are taken apart and laid out a piece at a time: nothing as large as the weight is held besides.
+
+    Raises ValueError when a group of 4 holds more than two codes that do not stand for zero, and where shapes disagree.
     """
-    if kept.format.scale_group is not None:
+    n, k = shape
+    form.check_shape(n, k)
+    checks.part("weight", weight, (n, -(-k // 8)), (torch.int32,))
+    checks.part("zero_point", zero, form.scale_shape(n, k), (torch.uint8,))
+    data, step = _empty_layout(n, k, form, weight.device), _rows_at_once(k)
+    for row in range(0, n, step):
+        codes = nibbles(weight[row : row + step])[:, :k]
+        of_rows = None if zero is None else zero.view(n, -1)[row : row + step]
+        zeros = torch.tensor(form.zero_point) if of_rows is None else _of_columns(of_rows, form, k)
+        columns = _two_columns(codes.ne(zeros), row)
+        values = codes.reshape(-1, k // 4, 4).gather(-1, columns.long())
+        _write_blocks(data, row, values, columns, form)
+    if form.scale_group is not None:
         exact = (dtype for dtype in checks.ACTIVATIONS if torch.equal(scale.to(dtype).float(), scale))
         scale = _by_block(scale.to(next(exact, torch.float32)))
-    return interleave(kept, scale, zero=None if zero is None else _by_block(zero.view(len(zero), -1)))
+    by_block = None if zero is None else _by_block(zero.view(n, -1))
+    return PackedWeight(data.view(-1), (n, k), form, scale, None, by_block)
 
 
 def _by_block(of_rows: torch.Tensor) -> torch.Tensor:
