@@ -56,6 +56,10 @@ def test_chunk_bytes_and_column_shifts():
             assert FORMATS["bf16"].column_shifts[2 * group + value] == 4 * group + 2 * value
             place = 2 * (group % 2) + value  # in its pair of groups
             assert FORMATS["int8"].column_shifts[2 * group + value] == 8 * place + 2 * (group // 2)
+            assert FORMATS["int4_g64"].column_shifts[2 * group + value] == 4 * group + 2 * value
+            place = 2 * value + group % 4 // 2  # in its pair of groups: 0 and 2, 1 and 3, 4 and 6, 5 and 7
+            field = 2 * (group // 4) + group % 2
+            assert FORMATS["int4_g64_a8"].column_shifts[2 * group + value] == 8 * place + 2 * field
 
 
 def test_a_format_is_found_by_dtype_or_refused():

@@ -38,7 +38,8 @@ class Format:
     - ``code``: its place in the C++ kernels' table; None: the CPU has no kernel for it and holds it as ``wider``
     - ``lane``: how many kept values of a row lie side by side in a chunk, which is [kept values / lane][row][lane]
     - ``spread``: whether the 2-bit columns of a lane's values lie each in its own part of a row's metadata word, where
-      one shift and one mask spread them over the lane; else they follow each other in the order of the values
+      one shift and one mask spread them over the lane (of codes, over the bytes with its lower or its upper halves);
+      else they follow each other in the order of the values
     - ``scale_group``: how many columns of a row share a scale, a multiple of 32; None: the whole row
     - ``zero_point``: None: kept values are numbers; else they are unsigned codes, and what a code stands for is the
       code less its zero point: this one, or the weight's own, one for each scale
@@ -82,6 +83,11 @@ class Format:
         """Where the column of each of a row's 16 kept values, ascending, begins in the metadata word."""
         if not self.spread:
             return tuple(range(0, 2 * _VALUES, 2))
+        if self.bits == 4:  # of the first and the second value of groups 0 and 2, then 1 and 3, 4 and 6, 5 and 7
+            return tuple(
+                8 * (2 * (value % 2) + value // 4 % 2) + 2 * (2 * (value // 8) + value // 2 % 2)
+                for value in range(_VALUES)
+            )
         return tuple(2 * (value // self.lane) + 32 // self.lane * (value % self.lane) for value in range(_VALUES))
 
     def check_shape(self, n: int, k: int) -> None:
@@ -145,7 +151,7 @@ FORMATS: dict[str, Format] = {
                 ("int4_g128", 8, 128),
             )
         ),
-        # The same weights, for activations that are quantized to int8 (a8).
+        # The same weights for activations that are quantized to int8 (a8), their columns in the order of int8's.
         *(
             Format(
                 name,
@@ -153,6 +159,7 @@ FORMATS: dict[str, Format] = {
                 dtype=torch.uint8,
                 code=code,
                 lane=8,
+                spread=True,
                 scale_group=group,
                 zero_point=8,
                 inputs=torch.int8,

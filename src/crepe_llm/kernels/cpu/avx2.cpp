@@ -9,7 +9,7 @@ namespace {
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = true, kCodes16 = true, kHalves16 = false, kLanes8 = false;
-    static constexpr int64_t kBlocks = 2, kCodeBlocks = 2, kChunkBlock = 16, kDenseTile = 6, kDenseCache = 0;
+    static constexpr int64_t kBlocks = 2, kCodeBlocks = 4, kChunkBlock = 16, kDenseTile = 6, kDenseCache = 0;
     static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
@@ -190,6 +190,7 @@ struct Isa {
         __m256i value[4], control[4];
     };
 
+    template <Activations A>
     static INLINE Eight eight_rows(const uint8_t* rows, __m256i zero) {
         const __m256i low = _mm256_set1_epi8(15);
         const __m256i metadata = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows));
@@ -199,18 +200,33 @@ struct Isa {
             const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 64 * (1 + half)));
             out.value[2 * half] = _mm256_sub_epi8(_mm256_and_si256(words, low), zero);
             out.value[2 * half + 1] = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(words, 4), low), zero);
-            // Twice the two bytes of four groups. First values in the lower half, shifted by 2 to where second ones are
-            // in the upper half; 4 is added for the groups whose activations come second.
-            const int first = 0x01000100 + 0x02020202 * half, row = 0x04040404;
-            const __m256i bytes = _mm256_setr_epi32(first, first + row, first + 2 * row, first + 3 * row, first,
-                                                    first + row, first + 2 * row, first + 3 * row);
-            __m256i columns = _mm256_mullo_epi16(_mm256_shuffle_epi8(metadata, bytes), _mm256_set1_epi32(0x00010004));
-            columns =
-                _mm256_or_si256(_mm256_and_si256(columns, _mm256_set1_epi8(char(0xcc))), _mm256_set1_epi32(0x11001100));
-            out.control[2 * half] = _mm256_srli_epi32(columns, 2);
-            out.control[2 * half + 1] = _mm256_srli_epi32(columns, 6);
+            if (A == kI16) ordered_controls(metadata, half, out.control + 2 * half);
+        }
+        // With int8 activations the metadata's bytes are those of the values; 4 is added for the groups whose
+        // activations come second.
+        if (A == kGroupedI8) {
+            const __m256i second = _mm256_set1_epi32(0x04000400);
+            UNROLL
+            for (int i = 0; i < 4; i++) {
+                const __m256i column = _mm256_and_si256(_mm256_srli_epi32(metadata, 2 * i), _mm256_set1_epi8(3));
+                out.control[i] = _mm256_or_si256(column, second);
+            }
         }
         return out;
+    }
+
+    // The controls of four groups of metadata in the order of the groups.
+    static INLINE void ordered_controls(__m256i metadata, int half, __m256i* control) {
+        // Twice the two bytes of four groups. First values in the lower half, shifted by 2 to where second ones are in
+        // the upper half; 4 is added for the groups whose activations come second.
+        const int first = 0x01000100 + 0x02020202 * half, row = 0x04040404;
+        const __m256i bytes = _mm256_setr_epi32(first, first + row, first + 2 * row, first + 3 * row, first,
+                                                first + row, first + 2 * row, first + 3 * row);
+        __m256i columns = _mm256_mullo_epi16(_mm256_shuffle_epi8(metadata, bytes), _mm256_set1_epi32(0x00010004));
+        columns =
+            _mm256_or_si256(_mm256_and_si256(columns, _mm256_set1_epi8(char(0xcc))), _mm256_set1_epi32(0x11001100));
+        control[0] = _mm256_srli_epi32(columns, 2);
+        control[1] = _mm256_srli_epi32(columns, 6);
     }
 
     // The sums of 8 rows and a token over a chunk. `excess` is -32768 times the sum of each row's values: activations
@@ -269,7 +285,7 @@ struct Isa {
         for (int u = 0; u < units; u++) {
             const uint8_t* block = codes.weight + u / 2 * codes.block_stride + c * kCodeBytes;
             if (u % 2 == 0) prefetch<kCodeBytes, kPrefetchCodes>(block, codes.left - c, (R - 1) * codes.block_stride);
-            const Eight rows = eight_rows(block + 32 * (u % 2), zero[u]);
+            const Eight rows = eight_rows<A>(block + 32 * (u % 2), zero[u]);
             const __m256i all = _mm256_add_epi8(_mm256_add_epi8(rows.value[0], rows.value[1]),
                                                 _mm256_add_epi8(rows.value[2], rows.value[3]));
             const __m256i excess =
@@ -306,7 +322,7 @@ struct Isa {
     static INLINE void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
         if constexpr (K::activations == kI16 || K::activations == kGroupedI8)
             return codes_integer<K::activations, R, T>(w, x, chunks, sums, first);
-        constexpr int units = T == 1 ? 2 * R : T <= 5 ? 2 : 1;  // as in sparse
+        constexpr int units = T == 1 ? (R == 1 ? 2 : 4) : T <= 5 ? 2 : 1;  // as in sparse
         codes_f32<R, units, 0, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 

@@ -214,17 +214,12 @@ struct Isa {
             const __m512i words = load512(chunk + 64 * (1 + half));
             out.value[2 * half] = _mm512_sub_epi8(_mm512_and_si512(words, low), zero);
             out.value[2 * half + 1] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(words, 4), low), zero);
-            // Twice the two bytes of four groups. First values in the lower half, shifted by 2 to where second ones are
-            // in the upper half; 4 is added for the groups whose activations come second.
-            const int first = 0x01000100 + 0x02020202 * half, row = 0x04040404;
-            const __m512i bytes =
-                _mm512_broadcast_i32x4(_mm_setr_epi32(first, first + row, first + 2 * row, first + 3 * row));
-            __m512i columns = _mm512_mullo_epi16(_mm512_shuffle_epi8(metadata, bytes), _mm512_set1_epi32(0x00010004));
-            columns = _mm512_ternarylogic_epi32(columns, _mm512_set1_epi8(char(0xcc)), _mm512_set1_epi32(0x11001100),
-                                                0xea);  // (columns & cc) | second
-            out.control[2 * half] = _mm512_srli_epi32(columns, 2);
-            out.control[2 * half + 1] = _mm512_srli_epi32(columns, 6);
         }
+        // The metadata's bytes are those of the values; 4 is added for the groups whose activations come second.
+        UNROLL
+        for (int i = 0; i < 4; i++)
+            out.control[i] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(metadata, 2 * i), _mm512_set1_epi8(3),
+                                                       _mm512_set1_epi32(0x04000400), 0xea);  // (bits & 3) | second
         const __m512i all =
             _mm512_add_epi8(_mm512_add_epi8(out.value[0], out.value[1]), _mm512_add_epi8(out.value[2], out.value[3]));
         const __m512i offset = _mm512_set1_epi8(char(0x80));

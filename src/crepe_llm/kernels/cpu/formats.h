@@ -161,7 +161,7 @@ struct LanesI8 {
     int8_t column[kLaneUnit];
 };
 // The order in which the groups of a chunk lie then: an instruction takes the first and the second four of 8 bytes.
-constexpr int64_t kOrderOfGroups[8] = {0, 2, 3, 1, 4, 6, 7, 5};
+constexpr int64_t kOrderOfGroups[8] = {0, 2, 1, 3, 4, 6, 5, 7};
 
 // The row blocks of int4 codes that an inner kernel does together, from some chunk on.
 struct Codes {

@@ -11,6 +11,10 @@ struct CodeChunk {
 
     explicit CodeChunk(const uint8_t* chunk) { std::memcpy(words, chunk, sizeof words); }
     int column(int64_t g, int v, int r) const { return words[0][r] >> (4 * g + 2 * v) & 3; }
+    // The same in formats whose activations are quantized.
+    int spread_column(int64_t g, int v, int r) const {
+        return words[0][r] >> (8 * (2 * v + g % 4 / 2) + 2 * (2 * (g / 4) + g % 2)) & 3;
+    }
     int code(int64_t g, int v, int r) const { return words[1 + g / 4][r] >> (16 * v + 4 * (g % 4)) & 15; }
 };
 
@@ -48,7 +52,7 @@ void portable_grouped_i8(const Codes& w, const uint8_t* x, int64_t chunks, float
         for (int place = 0; place < 8; place++)
             for (int v = 0; v < 2; v++)
                 for (int r = 0; r < kRowBlock; r++) {
-                    const int64_t g = kOrderOfGroups[place], column = chunk.column(g, v, r);
+                    const int64_t g = kOrderOfGroups[place], column = chunk.spread_column(g, v, r);
                     const int value = chunk.code(g, v, r) - w.zero[r];
                     for (int t = 0; t < T; t++) sum[t][r] += value * (x[t * token + 4 * place + column] - 128);
                 }
