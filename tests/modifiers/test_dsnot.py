@@ -241,7 +241,7 @@ def test_an_unreachable_threshold_changes_nothing(tiny_model_folder, calibration
         assert torch.equal(one, other)
 
 
-W8A16 = {"targets": ["Linear"], "scheme": "W8A16", "ignore": ["lm_head"]}
+W8A8 = {"targets": ["Linear"], "scheme": "W8A8", "ignore": ["lm_head"]}
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ W8A16 = {"targets": ["Linear"], "scheme": "W8A16", "ignore": ["lm_head"]}
         (lambda: [DSnoTModifier()], "DSnoTModifier needs a modifier that prunes before it in the recipe, and has none"),
         (lambda: [DSnoTModifier(), crepe()], "needs a modifier that prunes before it"),
         (
-            lambda: [crepe(), QuantizationModifier(**W8A16), DSnoTModifier()],
+            lambda: [crepe(), QuantizationModifier(**W8A8), DSnoTModifier()],
             "has QuantizationModifier before it .* undo the quantization",
         ),
         (

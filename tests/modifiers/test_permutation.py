@@ -384,7 +384,7 @@ def test_shares_before_and_after_are_logged(folder_of, calibration_data):
 
 
 def quantization():
-    return QuantizationModifier(targets=["Linear"], scheme="W8A16", ignore=["lm_head"])
+    return QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=["lm_head"])
 
 
 @pytest.mark.parametrize(

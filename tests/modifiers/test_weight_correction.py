@@ -253,7 +253,7 @@ def test_errors_before_and_after_are_logged(tiny_model_folder, calibration_data,
         (
             lambda: [
                 crepe(),
-                QuantizationModifier(targets=["Linear"], scheme="W8A16", ignore=["lm_head"]),
+                QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=["lm_head"]),
                 WeightCorrectionModifier(),
             ],
             "has QuantizationModifier before it .* Put it between",

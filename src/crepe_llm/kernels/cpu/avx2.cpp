@@ -9,7 +9,7 @@ namespace {
 struct Isa {
     static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
     static constexpr bool kEvenOdd = true, kCodes16 = true, kHalves16 = false, kLanes8 = false;
-    static constexpr int64_t kBlocks = 2, kCodeBlocks = 4, kChunkBlock = 16, kDenseTile = 6, kDenseCache = 0;
+    static constexpr int64_t kBlocks = 2, kCodeBlocks = 2, kChunkBlock = 16, kDenseTile = 6, kDenseCache = 0;
     static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
     static constexpr int64_t kPreparedChunks = 1;
     static constexpr int64_t prepared_tiles(int64_t) { return 1; }
@@ -322,7 +322,7 @@ struct Isa {
     static INLINE void codes(const Codes& w, const uint8_t* x, int64_t chunks, float* sums, bool first) {
         if constexpr (K::activations == kI16 || K::activations == kGroupedI8)
             return codes_integer<K::activations, R, T>(w, x, chunks, sums, first);
-        constexpr int units = T == 1 ? (R == 1 ? 2 : 4) : T <= 5 ? 2 : 1;  // as in sparse
+        constexpr int units = T == 1 ? 2 * R : T <= 5 ? 2 : 1;  // as in sparse
         codes_f32<R, units, 0, T>(w, reinterpret_cast<const float*>(x), chunks, sums, first);
     }
 
