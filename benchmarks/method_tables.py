@@ -49,10 +49,8 @@ def _method_row(records: list[Row], model: str, method: str, options: argparse.N
 def table(records: list[Row], options: argparse.Namespace) -> str:
     """Markdown: for each model a row for each method and a column for each structure, then the same of the variants."""
     lines = []
-    for title, methods in (
-        ("", [method for method in options.methods if not is_variant(method)]),
-        (", other settings", [method for method in options.methods if is_variant(method)]),
-    ):
+    for title, variants in (("", False), (", other settings", True)):
+        methods = [method for method in options.methods if is_variant(method) == variants]
         for model in options.models:
             rows = [row for method in methods if (row := _method_row(records, model, method, options))]
             if rows:

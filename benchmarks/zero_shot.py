@@ -4,8 +4,8 @@
     python benchmarks/zero_shot.py --methods dense "CRePE + pcg" --questions 500
     python benchmarks/zero_shot.py --seeds 1 --methods dense Wanda --recovered 200000 --folder benchmark-models
 
-Models are pruned as in methods.py, saved, and scored by lm-evaluation-harness. With --recovered the best
-stack after training on so many tokens is scored, too: recover.py's folder, made where it is missing. Runs are appended
+Models are pruned as in methods.py, saved, and scored by lm-evaluation-harness. With --recovered the best stack after
+training on so many tokens is scored, too: recover.py's folder, made where it is missing. Runs are appended
 to --results as they finish, and not repeated.
 """
 

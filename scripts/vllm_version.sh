@@ -61,7 +61,7 @@ for line in open(sys.argv[1]):
 END
 )
 # shellcheck disable=SC2086  # several packages
-[ -z "$missing" ] || "$env" -m pip install -q --no-deps $missing >"$log" 2>&1
+[ -z "$missing" ] || "$env" -m pip install -q --no-deps $missing
 
 # shellcheck disable=SC2086  # several files
-PYTHONPATH=src "$env" -m pytest -q -p no:cacheprovider $tests 2>&1 | tee -a "$log"
+PYTHONPATH=src "$env" -m pytest -q -p no:cacheprovider $tests 2>&1 | tee "$log"

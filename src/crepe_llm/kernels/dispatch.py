@@ -124,8 +124,7 @@ def pack_int4(
         zero_point = zero_point.contiguous()
         checks.part("zero_point", zero_point, (-(-n // 8), wanted[1]), (torch.int32,))
         zero = nibbles(zero_point.t().contiguous()).t()[:n].reshape(form.scale_shape(n, k)).contiguous()
-    fitted = scale.detach().resolve_neg().float().reshape(form.scale_shape(n, k)).contiguous()
-    return interleave_int4(weight.contiguous(), fitted, zero, (n, k), form)
+    return interleave_int4(weight.contiguous(), scale, zero, (n, k), form)
 
 
 def unpack(packed: PackedWeight | CudaWeight | DenseWeight) -> torch.Tensor:

@@ -445,7 +445,7 @@ def interleave_int4(
 ) -> PackedWeight:
     """The CPU kernels' layout of a 2:4 weight of 4-bit codes, eight an int32 [N, ceil(K / 8)], the lowest bits first.
 
-    ``scale`` fp32 and ``zero`` uint8, the codes that stand for zero (None: the format's), lie as
+    ``scale`` has as many values, and ``zero`` uint8, the codes that stand for zero (None: the format's), the shape that
     :meth:`Format.scale_shape` says. Scales of groups are held in the narrowest of bf16, fp16 and fp32 that holds all of
     them exactly. Rows are taken apart and laid out a piece at a time: nothing as large as the weight is held besides.
 
@@ -463,6 +463,7 @@ def interleave_int4(
         columns = _two_columns(codes.ne(zeros), row)
         values = codes.reshape(-1, k // 4, 4).gather(-1, columns.long())
         _write_blocks(data, row, values, columns, form)
+    scale = _laid_out(scale, form.scale_shape(n, k), weight.device)
     if form.scale_group is not None:
         exact = (dtype for dtype in checks.ACTIVATIONS if torch.equal(scale.to(dtype).float(), scale))
         scale = _by_block(scale.to(next(exact, torch.float32)))
@@ -507,5 +508,10 @@ def fitted_scale(scale: torch.Tensor | None, kept: Kept) -> torch.Tensor | None:
     shape = kept.format.scale_shape(*kept.shape)
     if scale.numel() not in (1, math.prod(shape)):
         raise ValueError(f"scale has shape {tuple(scale.shape)}; one value or one for each of {shape} is needed")
-    scale = scale.detach().resolve_neg().to(kept.values.device, torch.float32)
+    return _laid_out(scale, shape, kept.values.device)
+
+
+def _laid_out(scale: torch.Tensor, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Scales, one or as many as the shape has, as fp32 in that shape."""
+    scale = scale.detach().resolve_neg().to(device, torch.float32)
     return (scale.reshape(()).expand(shape) if scale.numel() == 1 else scale.reshape(shape)).contiguous()
