@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crepe_llm.evaluation.random_models import write_random_model
+from ports import free_port
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -66,9 +66,7 @@ def command(folder: Path, *options: str) -> list[str]:
 
 class Server:
     def __init__(self, folder: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.log = log
         self.url = f"http://127.0.0.1:{port}/v1"
         with log.open("w") as stream:

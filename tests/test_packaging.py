@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -30,6 +29,7 @@ from packaging.requirements import Requirement
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import crepe_llm
+from ports import free_port
 from tiny_models import letters_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +181,7 @@ def test_the_kernels_of_the_wheel_for_aarch64_run_there(dist, wheel, tmp_path):
     program, headers = tmp_path / "driver", ROOT / "src" / "crepe_llm" / "kernels" / "cpu"
     sources = [ROOT / "tests" / "kernels_driver.cpp", library, f"-I{headers}", f"-Wl,-rpath,{library.parent}"]
     done(["aarch64-linux-gnu-g++", "-std=c++17", "-O1", *sources, "-o", program])
-    assert "neon portable" in done([qemu, "-L", "/usr/aarch64-linux-gnu", program]).stdout
+    assert "neon_dotprod neon portable" in done([qemu, "-L", "/usr/aarch64-linux-gnu", program]).stdout
 
 
 def test_the_wheel_works_without_extras(fresh, tmp_path):
@@ -371,9 +371,7 @@ def tokens_served(user, command):
 
     Its server is then stopped and must end well.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--port", port, "--enforce-eager", "--max-model-len", 64, "--kv-cache-memory-bytes", 16 << 20]
     log = user.keywords["cwd"] / "server.log"
     with log.open("w") as output:
