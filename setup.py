@@ -37,6 +37,7 @@ VARIANTS = {
     "CREPE_HAVE_AVX512_VNNI": ("avx512.cpp", (*AVX512, "-mavx512vnni"), X86),
     "CREPE_HAVE_AVX512_BF16": ("avx512.cpp", (*AVX512, "-mavx512vnni", "-mavx512bf16"), X86),
     "CREPE_HAVE_NEON": ("neon.cpp", (), ARM),
+    "CREPE_HAVE_NEON_DOTPROD": ("neon.cpp", ("-march=armv8.2-a+dotprod",), ARM),
 }
 COMMON = (
     "-std=c++17",

@@ -194,15 +194,13 @@ int main() {
             if (p.layout == kSparse24 && factors && !same) {
                 same = true;
                 for (int64_t i = 0; i < p.m * p.n && same; i++) {
-                    uint32_t a = 0, b = 0;
-                    std::memcpy(&a, &y[size_t(i * xb)], size_t(xb)),
-                        std::memcpy(&b, &expected[size_t(i * xb)], size_t(xb));
-                    if (p.x_dtype == kFp32) {
-                        float fa, fb;
-                        std::memcpy(&fa, &a, 4), std::memcpy(&fb, &b, 4);
-                        same = std::fabs(fa - fb) <= 1e-5f * (std::fabs(fb) + 10);
-                    } else {
-                        same = std::abs(int64_t(a) - int64_t(b)) <= 1;
+                    const uint8_t *at = &y[size_t(i * xb)], *of = &expected[size_t(i * xb)];
+                    const float a = number(at, p.x_dtype), b = number(of, p.x_dtype);
+                    same = std::fabs(a - b) <= 1e-5f * (std::fabs(b) + 10);
+                    if (!same && p.x_dtype != kFp32) {
+                        uint16_t bits_a, bits_b;
+                        std::memcpy(&bits_a, at, 2), std::memcpy(&bits_b, of, 2);
+                        same = std::abs(int(bits_a) - int(bits_b)) <= 1;
                     }
                 }
             }

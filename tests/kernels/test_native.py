@@ -37,10 +37,10 @@ def run(command, **environment):
     return done.stdout
 
 
-def variants_of_setup():
+def variants_of_setup(arm=False):
     """``VARIANTS`` of setup.py, so that the test builds what is installed."""
     text = (ROOT / "setup.py").read_text()
-    scope: dict = {"X86": True, "ARM": False}
+    scope: dict = {"X86": not arm, "ARM": arm}
     begin, end = text.index("AVX512 ="), text.index("COMMON =")
     exec(text[begin:end], scope)
     return [(macro, source, list(flags)) for macro, (source, flags, wanted) in scope["VARIANTS"].items() if wanted]
@@ -69,8 +69,9 @@ def test_no_access_outside_the_buffers(tmp_path):
 )
 def test_neon(tmp_path):
     """NEON agrees with portable C++; without qemu it is compiled only, and the test says so."""
-    program = build("aarch64-linux-gnu-g++", tmp_path, [("CREPE_HAVE_NEON", "neon.cpp", [])], ["-static"])
+    program = build("aarch64-linux-gnu-g++", tmp_path, variants_of_setup(arm=True), ["-static"])
     qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if qemu is None:
         pytest.skip("NEON compiles; qemu-aarch64 is missing (Debian: qemu-user), so it was not run")
-    assert "neon portable" in run([qemu, program])
+    assert "neon_dotprod neon portable" in run([qemu, program])
+    assert run([qemu, "-cpu", "cortex-a72", program]).startswith("neon portable ")  # which has no dot product

@@ -32,7 +32,15 @@ from crepe_llm.kernels.packed import (
 
 # Most tokens for which the dense kernel beats torch's linear, by instruction set, for half-precision weights and, last,
 # for fp32 weights, where torch calls MKL. docs/kernels.md has the measurement (benchmarks/kernel.py --dense).
-_DENSE_TOKENS = {"avx512_bf16": 64, "avx512_vnni": 16, "avx512": 16, "avx2": 256, "neon": 4, "portable": 0}
+_DENSE_TOKENS = {
+    "avx512_bf16": 64,
+    "avx512_vnni": 16,
+    "avx512": 16,
+    "avx2": 256,
+    "neon_dotprod": 4,
+    "neon": 4,
+    "portable": 0,
+}
 _DENSE_FP32_TOKENS = 4
 # The same of int8 weights, which torch has to expand first, where they are multiplied by vector instructions of x86.
 _DENSE_INT8_TOKENS = 256
@@ -390,9 +398,10 @@ def _dense_tokens(dtype: torch.dtype) -> int:
     """Most tokens that the dense kernel gets; -1 where there is no kernel library."""
     if cpu.library() is None:
         return -1
-    tokens = _DENSE_TOKENS[cpu.default_instruction_set() or "portable"]
-    if dtype == torch.int8 and tokens > _DENSE_TOKENS["neon"]:
+    name = cpu.default_instruction_set() or "portable"
+    if dtype == torch.int8 and name.startswith("avx"):
         return _DENSE_INT8_TOKENS
+    tokens = _DENSE_TOKENS[name]
     return min(tokens, _DENSE_FP32_TOKENS) if dtype == torch.float32 else tokens
 
 

@@ -20,6 +20,9 @@ const InstructionSet* const kSets[] = {
 #ifdef CREPE_HAVE_AVX2
     &kAvx2,
 #endif
+#ifdef CREPE_HAVE_NEON_DOTPROD
+    &kNeonDotprod,
+#endif
 #ifdef CREPE_HAVE_NEON
     &kNeon,
 #endif

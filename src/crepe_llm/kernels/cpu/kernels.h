@@ -78,6 +78,9 @@ extern const InstructionSet kAvx512Vnni;
 #ifdef CREPE_HAVE_AVX512_BF16
 extern const InstructionSet kAvx512Bf16;
 #endif
+#ifdef CREPE_HAVE_NEON_DOTPROD
+extern const InstructionSet kNeonDotprod;
+#endif
 #ifdef CREPE_HAVE_NEON
 extern const InstructionSet kNeon;
 #endif
