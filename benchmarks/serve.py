@@ -96,6 +96,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
 LOADING: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
     ("until ready, s", lambda row: row.get("load_s"), ".1f"),
     ("reading and packing, s", lambda row: row.get("model_s"), ".1f"),
+    ("packing, s", lambda row: row.get("packing_s"), ".1f"),
     ("weights of the checkpoint, MB", lambda row: row["weight_bytes"] / _MEGA, ".0f"),
     ("growth while loading, MB", lambda row: row["model_bytes"] / _MEGA, ".0f"),
     ("at most, MB", lambda row: row["peak_bytes"] / _MEGA, ".0f"),

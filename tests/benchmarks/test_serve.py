@@ -34,10 +34,17 @@ def test_ratios_are_of_medians_and_a_reading_serves_all_streams():
 
 
 def test_loading_is_shown_of_engines_that_measure_it():
-    loading = {"load_s": 9.0, "model_s": 2.0, "weight_bytes": 5e6, "model_bytes": 4e6, "peak_bytes": 5e6}
+    loading = {
+        "load_s": 9.0,
+        "model_s": 2.0,
+        "packing_s": 0.5,
+        "weight_bytes": 5e6,
+        "model_bytes": 4e6,
+        "peak_bytes": 5e6,
+    }
     rows = {"2:4 bf16": [row("2:4 bf16", [1.0], **loading)], "llama.cpp Q8_0": [row("llama.cpp Q8_0", [1.0])]}
     table = list(serve.report(rows))[-1]
-    assert table.splitlines()[2:] == ["| 2:4 bf16 | 1 | 9.0 | 2.0 | 5 | 4 | 5 | 1.25 |"]
+    assert table.splitlines()[2:] == ["| 2:4 bf16 | 1 | 9.0 | 2.0 | 0.5 | 5 | 4 | 5 | 1.25 |"]
 
 
 @pytest.mark.parametrize("config", [llama(), qwen2()], ids=["tied", "untied"])

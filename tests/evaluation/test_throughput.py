@@ -30,6 +30,7 @@ def test_sparse_engine_holds_less_memory_than_dense(tmp_path: Path) -> None:
         assert [(case["prompt"], case["streams"]) for case in result["cases"]] == [(8, 1), (5, 2)]
         assert all(case["first_token_s"] > 0 and case["tokens_per_s"] > 0 for case in result["cases"])
     assert found["sparse"]["weight_bytes"] == pytest.approx(0.5625 * found["dense"]["weight_bytes"], rel=0.01)
+    assert 0 < found["sparse"]["packing_s"] < found["sparse"]["model_s"] < found["sparse"]["load_s"]
     saved = found["dense"]["anonymous_bytes"] - found["sparse"]["anonymous_bytes"]
     # What the process holds shrinks by what the weights shrink, give or take the allocator.
     assert saved > 0.7 * (found["dense"]["weight_bytes"] - found["sparse"]["weight_bytes"])

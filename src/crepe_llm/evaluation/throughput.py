@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ def measure(
     Returns:
         ``load_s``, seconds from the folder to a ready engine; ``anonymous_bytes``, how much the process's anonymous
         memory grew by then, less the key-value cache: weights, and what vLLM keeps beside them; ``model_s``, seconds in
-        which vLLM built the model, read its weights and turned them into what products read; ``model_bytes`` and
+        which vLLM built the model, read its weights and turned them into what products read; ``packing_s``, the last
+        part of it, as far as layers' own methods do it; ``model_bytes`` and
         ``peak_bytes``, how much the process's anonymous memory grew meanwhile, at the end and at most;
         ``cases``, for each load the median ``first_token_s`` (request to first token, mean of the streams) and
         ``tokens_per_s`` (streams over the median time of a step in which every stream decodes).
@@ -140,9 +141,9 @@ class _Loading:
     """Measures vLLM while it loads the next model."""
 
     def __init__(self) -> None:
-        from vllm.model_executor.model_loader import base_loader
+        from vllm.model_executor.model_loader import base_loader, default_loader
 
-        self.figures: dict[str, Any] = {}
+        self.figures: dict[str, Any] = {"packing_s": 0.0}
         load = base_loader.BaseModelLoader.load_model
 
         def load_model(*args: Any, **kwargs: Any) -> Any:
@@ -154,6 +155,23 @@ class _Loading:
             return model
 
         base_loader.BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
+        read = default_loader.DefaultModelLoader.load_weights
+
+        def load_weights(loader: Any, model: Any, *args: Any) -> None:
+            methods = {id(m): m for m in (getattr(module, "quant_method", None) for module in model.modules()) if m}
+            for method in methods.values():  # some layers share one
+                method.process_weights_after_loading = self._timed(method.process_weights_after_loading)
+            read(loader, model, *args)
+
+        default_loader.DefaultModelLoader.load_weights = load_weights  # type: ignore[method-assign]
+
+    def _timed(self, function: Callable[[Any], None]) -> Callable[[Any], None]:
+        def call(layer: Any) -> None:
+            begun = time.perf_counter()
+            function(layer)
+            self.figures["packing_s"] += time.perf_counter() - begun
+
+        return call
 
 
 class Load:
@@ -266,7 +284,7 @@ def _in_process(engine: Engine, function: str, **options: Any) -> dict[str, Any]
 def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The median of each figure over several runs of one engine with the same loads."""
     first = runs[0]
-    figures = ("load_s", "anonymous_bytes", "model_s", "model_bytes", "peak_bytes", "weight_bytes")
+    figures = ("load_s", "anonymous_bytes", "model_s", "packing_s", "model_bytes", "peak_bytes", "weight_bytes")
     return {
         **{figure: statistics.median(run[figure] for run in runs) for figure in figures if figure in first},
         "cases": [
