@@ -6,13 +6,9 @@
 
 namespace {
 
-struct Isa {
-    static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr bool kEvenOdd = true, kCodes16 = true, kHalves16 = false, kLanes8 = false;
-    static constexpr int64_t kBlocks = 2, kCodeBlocks = 2, kChunkBlock = 16, kDenseTile = 6, kDenseCache = 0;
-    static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
-    static constexpr int64_t kPreparedChunks = 1;
-    static constexpr int64_t prepared_tiles(int64_t) { return 1; }
+struct Isa : PlainIsa {
+    static constexpr bool kEvenOdd = true, kCodes16 = true;
+    static constexpr int64_t kBlocks = 2, kCodeBlocks = 2, kDenseTile = 6;
     static constexpr int dense_rows(int64_t tokens, int64_t) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
     static constexpr int64_t tile(Activations activations) {
         return activations == kI8 ? 4 : activations == kGroupedI8 ? 8 : 12;

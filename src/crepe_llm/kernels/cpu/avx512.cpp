@@ -19,10 +19,9 @@ namespace {
 
 __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
-struct Isa {
+struct Isa : PlainIsa {
     static constexpr bool kBf16Activations = CREPE_BF16, kOffsetInt8 = CREPE_VNNI;
-    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = CREPE_VNNI && !CREPE_BF16,
-                          kLanes8 = CREPE_VNNI;
+    static constexpr bool kHalves16 = CREPE_VNNI && !CREPE_BF16, kLanes8 = CREPE_VNNI;
     static constexpr int64_t kBlocks = 2, kCodeBlocks = CREPE_BF16 ? 4 : 2, kChunkBlock = 32, kDenseTile = 8,
                              kDenseCache = 16384;
     // Few tokens wait for memory, which one stream reads fastest; many are worth two for each load of activations. (A

@@ -1,7 +1,7 @@
 // The loops around the inner kernels, the same for every instruction set. A translation unit defines its `Isa` and
 // includes this file; nothing here leaves the translation unit (see kernels.h).
 //
-// `Isa` is a struct with
+// `Isa` is a struct, of which PlainIsa (formats.h) has what is plain, with
 //   kBf16Activations        whether bf16 weights meet bf16 activations (else fp32)
 //   kCodes16                whether int4 codes meet bf16 activations as int16 (else as kBf16Activations says)
 //   kHalves16               whether dense int8 weights meet bf16 activations as int16 (else as kBf16Activations says)

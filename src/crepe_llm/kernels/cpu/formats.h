@@ -124,15 +124,6 @@ inline void from_float(float f, Fp16& out) {
     }
 }
 
-// `Isa::nearest_int8` of driver.h in plain C++.
-inline void nearest_int8_plain(const float* value, float factor, uint8_t offset, uint8_t* out) {
-    for (int j = 0; j < 16; j++) {
-        float v = std::nearbyint(value[j] * factor);
-        v = v > -127.0f ? v < 127.0f ? v : 127.0f : -127.0f;
-        out[j] = uint8_t(int8_t(v)) ^ offset;
-    }
-}
-
 // What activations are converted to: fp32, bf16 (for products of pairs), int8, int8 times a number that the 32 columns
 // of a chunk share, int16 times a power of two that they share, or, for dense weights, int16 times a number that all
 // columns of a token share, the upper halves of a chunk before the lower ones, or int8 times a number that the columns
@@ -197,6 +188,24 @@ template <class K>
 struct Prepared : K {
     static constexpr int64_t weight_bytes = 8 * 2 * 64;
     static constexpr bool prepared = true;
+};
+
+// The members of `Isa` (see driver.h) of an instruction set that has nothing of its own for them.
+struct PlainIsa {
+    static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
+    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = false, kLanes8 = false;
+    static constexpr int64_t kBlocks = 1, kCodeBlocks = 1, kChunkBlock = 16, kDenseTile = 4, kDenseCache = 0;
+    static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
+    static constexpr int64_t kPreparedChunks = 1;
+    static constexpr int64_t prepared_tiles(int64_t) { return 1; }
+    static constexpr int64_t tile(Activations) { return 4; }
+    static void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) {
+        for (int j = 0; j < 16; j++) {
+            float v = std::nearbyint(value[j] * factor);
+            v = v > -127.0f ? v < 127.0f ? v : 127.0f : -127.0f;
+            out[j] = uint8_t(int8_t(v)) ^ offset;
+        }
+    }
 };
 
 }  // namespace

@@ -10,18 +10,8 @@
 
 namespace {
 
-struct Isa {
-    static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = false, kLanes8 = false;
-    static constexpr int64_t kBlocks = 1, kCodeBlocks = 1, kChunkBlock = 16, kDenseTile = 4, kDenseCache = 0;
-    static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
-    static constexpr int64_t kPreparedChunks = 1;
-    static constexpr int64_t prepared_tiles(int64_t) { return 1; }
+struct Isa : PlainIsa {
     static constexpr int dense_rows(int64_t, int64_t) { return 4; }
-    static void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) {
-        nearest_int8_plain(value, factor, offset, out);
-    }
-    static constexpr int64_t tile(Activations) { return 4; }
 
     // Kept value V of 4 rows from row 4 Q of a group's values.
     template <int32_t Format, int V>

@@ -80,18 +80,8 @@ void portable_codes(const Codes& w, const float* x, int64_t chunks, float* sums,
     store_portable(w, acc, sums, first);
 }
 
-struct Isa {
-    static constexpr bool kBf16Activations = false, kOffsetInt8 = false;
-    static constexpr bool kEvenOdd = false, kCodes16 = false, kHalves16 = false, kLanes8 = false;
-    static constexpr int64_t kBlocks = 1, kCodeBlocks = 1, kChunkBlock = 16, kDenseTile = 4, kDenseCache = 0;
-    static constexpr bool one_block(Activations, int64_t, int64_t) { return false; }
-    static constexpr int64_t kPreparedChunks = 1;
-    static constexpr int64_t prepared_tiles(int64_t) { return 1; }
+struct Isa : PlainIsa {
     static constexpr int dense_rows(int64_t, int64_t) { return 2; }
-    static void nearest_int8(const float* value, float factor, uint8_t offset, uint8_t* out) {
-        nearest_int8_plain(value, factor, offset, out);
-    }
-    static constexpr int64_t tile(Activations) { return 4; }
 
     template <class K, int R, int T>
     static void sparse(const uint8_t* w, int64_t, const uint8_t* x, int64_t chunks, typename K::Sum* sums, bool first) {
