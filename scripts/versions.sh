@@ -4,9 +4,9 @@
 # (default: from what is pinned to the newest on the registry). TESTS: the test files; LOGS: a folder that keeps the logs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/overlay.sh
 python=${PYTHON:-.venv/bin/python}
 tests=${TESTS:-tests/checkpoints/test_loading.py tests/checkpoints/test_saving.py tests/checkpoints/test_experts.py tests/checkpoints/test_model_check.py tests/oneshot/test_recipes.py}
-site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 logs=${LOGS:-$work}
@@ -38,9 +38,7 @@ torch=$("$python" -c 'import torch; print(torch.__version__)')
 vllm=$("$python" -c 'from importlib.metadata import version; print(version("vllm"))' 2>/dev/null || echo none)
 for pair in "$@"; do
     transformers=${pair%,*} compressed=${pair#*,} log="$logs/$pair.log"
-    "$python" -m venv --without-pip "$work/env"
-    here=$("$work/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    echo "$site" >"$here/base.pth"
+    overlay "$python" "$work/env" >/dev/null
     if "$work/env/bin/python" -m pip install -q "transformers==$transformers" "compressed-tensors==$compressed" >"$log" 2>&1; then
         # shellcheck disable=SC2086  # several files
         PYTHONPATH=src "$work/env/bin/python" -m pytest -q -p no:cacheprovider $tests >>"$log" 2>&1 || true

@@ -4,6 +4,7 @@
 # version, as 0.33.0. TESTS: the test files; LOGS: a folder that keeps the log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/overlay.sh
 version=$1
 python=${PYTHON:-.venv/bin/python}
 tests=${TESTS:-tests/vllm_plugin}
@@ -12,10 +13,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 log=${LOGS:-$work}/vllm-$version.log
 
-"$python" -m venv --without-pip "$work/env"
+here=$(overlay "$python" "$work/env")
 env=$work/env/bin/python
-here=$("$env" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-echo "$site" >"$here/base.pth"
 
 # pip would prepare a build of the source distribution, for which it installs another torch.
 "$python" - "$version" "$work/vllm.tar.gz" <<'END'
