@@ -215,6 +215,17 @@ def test_barely_pruned_layers_of_a_sparse_model_count():
     assert set(found) == {*linears(head), "lm_head"}
 
 
+def test_a_matrix_of_zeros_is_not_pruned():
+    """A LoRA adapter's second matrix begins so, and must learn."""
+    model, masks = pruned("qwen2")  # whose head is not tied
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert find_masks(model).keys() == masks.keys()
+    keep_masks(model)
+    step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert model.lm_head.weight.count_nonzero() > 0.9 * model.lm_head.weight.numel()
+
+
 def test_checking_names_the_layers_that_broke():
     model, masks = pruned()
     held = keep_masks(model)

@@ -65,7 +65,8 @@ def find_masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The masks of a pruned model: those that were recorded when it was pruned, else what is not zero.
 
     In a model in which no mask was recorded and no matrix is zero to over a quarter, nothing was pruned. In any other
-    all zeros count, those of barely pruned layers included.
+    all zeros count, those of barely pruned layers included. A matrix of nothing but zeros is one that has yet to learn,
+    as a LoRA adapter's second is, and not pruned.
 
     Args:
         model: its embeddings, and matrices that share their weights, are left out.
@@ -84,6 +85,8 @@ def find_masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         recorded = _recorded(module, weight) if attribute == "weight" and weight.dim() == 2 else None
         keep = nonzero(weight) if recorded is None else recorded
         zeros = 1 - int(keep.count_nonzero()) / max(1, keep.numel())
+        if recorded is None and zeros == 1:
+            continue
         if zeros > most:
             most, where = zeros, name
         pruned |= zeros > _SPARSE or (recorded is not None and zeros > 0)
