@@ -248,6 +248,23 @@ def test_a_head_that_is_pruned_is_said_to_be_saved_dense(tiny_model_folder, cali
     assert any("1 output heads such as lm_head are pruned" in line and "saved dense" in line for line in messages)
 
 
+@pytest.mark.parametrize(
+    ("kind", "config", "heads"),
+    [
+        (t.LlamaForSequenceClassification, t.LlamaConfig, ["score"]),
+        (t.LlamaForTokenClassification, t.LlamaConfig, ["score"]),
+        (t.RobertaForSequenceClassification, t.RobertaConfig, ["classifier.dense", "classifier.out_proj"]),
+    ],
+)
+def test_heads_of_classifiers_stay_dense(kind, config, heads, tiny_model_folder, calibration_data, messages, tmp_path):
+    torch.manual_seed(0)
+    folder = save(kind(config(**SMALL, num_labels=12)), tmp_path, tiny_model_folder("llama"))
+    model = run(kind.from_pretrained(folder), [crepe()], calibration_data)
+    zeros = {name: float((module.weight == 0).float().mean()) for name, module in linears(model).items()}
+    assert [name for name, share in zeros.items() if share < 0.1] == heads
+    assert any("Not pruned are output heads: " in line for line in messages)
+
+
 @pytest.mark.parametrize("targets", ["Linear", ["Linear"], "re:.*_proj"])
 def test_targets_may_be_one_text(targets, tiny_model_folder, calibration_data):
     model = run(load(tiny_model_folder("llama")), [crepe(targets=targets, ignore="lm_head")], calibration_data)

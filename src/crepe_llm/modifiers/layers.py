@@ -158,11 +158,11 @@ class LayerModifier(Modifier):
         with disable_onloading():
             dense = dense_by_default(found, (name for name, _ in model.named_modules()))
         unreached = "layers that this calibration data does not reach"
-        head = _head_of(model) if _HEAD in self.ignore else None
+        heads = _heads_of(model) if _HEAD in self.ignore else []
         return (
             {name: unreached for name, module in found.items() if module in self.uncalled}
             | dense
-            | {name: "output heads" for name, module in found.items() if module is head}
+            | {name: "output heads" for name, module in found.items() if any(module is head for head in heads)}
         )
 
     def _refuse_quantized(self, model: torch.nn.Module) -> None:
@@ -260,6 +260,15 @@ def _refuse_two_halves(model: torch.nn.Module) -> None:
 
 def _head_of(model: torch.nn.Module) -> torch.nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
+def _heads_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The output head; of a model that has none for tokens, such as a classifier, all layers that follow its body."""
+    head, body = _head_of(model), getattr(model, "base_model", model)
+    if head is not None or body is model:
+        return [] if head is None else [head]
+    within = {id(module) for module in body.modules()}
+    return [module for module in model.modules() if id(module) not in within]
 
 
 def _refuse_adapters(model: torch.nn.Module) -> None:
