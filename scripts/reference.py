@@ -35,7 +35,8 @@ ORDER = """## Order of modifiers
 A recipe's modifiers work in the order in which it names them. A recipe in a wrong order is refused before any time is
 spent, and the message says what to do instead. llm-compressor's own SparseGPTModifier and WandaPruningModifier prune,
 and its modifiers of quantization quantize. Its SmoothQuantModifier and AWQModifier have no role here. Put them before
-the modifier that prunes."""
+the modifier that prunes. Its GPTQModifier, SpinQuantModifier and QuIPModifier are refused after it: of the zeros they
+leave few."""
 
 SHARED = """## Fields that several modifiers have
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 import yaml
 from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
 
-from crepe_llm.modifiers import WeightCorrectionModifier
+from crepe_llm.modifiers import MaskedGPTQModifier, WeightCorrectionModifier
 from modifier_helpers import OFFLOADED, crepe, inputs_of, linears, load, matrix, run
 from tiny_models import FAMILIES
 
@@ -302,7 +301,8 @@ def test_magnitude_prunes_without_data_as_with_it(family, tiny_model_folder, cal
 
 
 @pytest.mark.parametrize(
-    ("other", "needing"), [(WeightCorrectionModifier(), "WeightCorrection"), (GPTQModifier(scheme="W4A16"), "GPTQ")]
+    ("other", "needing"),
+    [(WeightCorrectionModifier(), "WeightCorrection"), (MaskedGPTQModifier(scheme="W4A16"), "GPTQ")],
 )
 def test_magnitude_needs_data_where_another_modifier_does(other, needing, tiny_model_folder):
     model = load(tiny_model_folder("llama"))

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.utils import match_named_modules
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import (
     AutoModelForCausalLM,
@@ -162,9 +164,41 @@ def test_transforms_in_front(run, front, quantization, monkeypatch):
 
 def test_the_toolkits_own_gptq_destroys_the_mask(run):
     """Why MaskedGPTQModifier exists; should this fail one day, upstream keeps masks again."""
-    _, folder = run(f"a_stage:\n  b_modifiers:{CREPE}    GPTQModifier: {RTN % 'W4A16'}\n")
-    weights, _ = quantized_weights(folder)
-    assert not any(is_2of4(weight) for weight in weights.values())
+    model, _ = run(f"a_stage:\n  b_modifiers:{CREPE}")
+    reset_session()
+    recipe = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W4A16")
+    oneshot(model=model, recipe=recipe, dataset=Dataset.from_dict({"input_ids": IDS.tolist()}))
+    assert not any(is_2of4(module.weight) for module in linears(model).values())
+
+
+@pytest.mark.parametrize(
+    ("breaks", "cure"),
+    [
+        ("GPTQModifier: {targets: [Linear], ignore: [lm_head], scheme: W8A8}", "Take MaskedGPTQModifier"),
+        ("SpinQuantModifier: {rotations: [R1, R2], transform_type: hadamard}", "Put it before"),
+        ("QuIPModifier: {targets: [Linear], transform_type: hadamard}", "Put it before"),
+    ],
+)
+@pytest.mark.parametrize("last", ["", "    WeightCorrectionModifier: {method: energy}\n"])
+def test_what_breaks_masks_is_refused_after_pruning(run, breaks, cure, last):
+    with pytest.raises(ValueError, match=f"Modifier has {breaks.split(':')[0]} after it in the recipe: .*{cure}"):
+        run(f"a_stage:\n  b_modifiers:{CREPE}{last}    {breaks}\n")
+
+
+def test_rotations_may_come_before_pruning(run):
+    recipe = (
+        f"a_stage:\n  b_modifiers:\n    SpinQuantModifier: {{rotations: [R1, R2], transform_type: hadamard}}{CREPE}"
+    )
+    model, folder = run(recipe)
+    assert all(is_2of4(module.weight) for module in linears(model).values())
+    assert len(read_folder(folder).layers) == 14
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("order", ["group", "dynamic"])
+def test_an_order_that_no_reader_takes_any_more_is_refused(order):
+    with pytest.raises(ValueError, match=f"actorder={order} is no longer read .* take static"):
+        MaskedGPTQModifier(scheme="W4A16", actorder=order)
 
 
 def test_masked_gptq_falls_back_to_rounding_where_the_hessian_fails(run, monkeypatch):

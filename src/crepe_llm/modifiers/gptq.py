@@ -58,6 +58,10 @@ class MaskedGPTQModifier(GPTQModifier):
                 f"batched_quantization={self.batched_quantization} has no use: MaskedGPTQModifier quantizes "
                 "layers one at a time, each under its own mask: leave it out"
             )
+        if self.actorder in ("group", "dynamic"):
+            raise ValueError(
+                f"actorder={self.actorder} is no longer read by compressed-tensors: take static, or null for none"
+            )
         return self
 
     def compress_modules(self) -> None:

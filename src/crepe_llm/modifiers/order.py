@@ -10,7 +10,9 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.quip import QuIPModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 
 from crepe_llm import processes
 
@@ -70,6 +72,14 @@ class Place:
 
 # Of llm-compressor's own modifiers, those that add up over processes what they have seen of the calibration data.
 _ADD_UP = (QuantizationModifier, GPTQModifier, AWQModifier, SmoothQuantModifier)
+
+# Those that leave few zeros of what is pruned before them.
+_ROTATES = "it rotates the weights, which leaves no zero in place. Put it before the modifier that prunes"
+_BREAK_MASKS: dict[type[Modifier], str] = {
+    GPTQModifier: "it moves pruned weights away from zero. Take MaskedGPTQModifier",
+    QuIPModifier: _ROTATES,
+    SpinQuantModifier: _ROTATES,
+}
 
 _CUT = "it would cut through what that one made of the layers. Put CFSPModifier first"
 _DENSE = "it permutes the dense model and would undo that. Put ChannelPermutationModifier before it"
@@ -172,6 +182,11 @@ def check(modifier: Modifier) -> None:
         if need is not None and not need.is_met_by(pruning):
             found = ", ".join(type(other).__name__ for other in pruning) or "none"
             raise ValueError(f"{own} needs {need} {word} it in the recipe, and has {found}: {need.cure}")
+    if place.role in ("prunes", "re-prunes", "refits"):
+        for other in after:
+            reason = next((why for kind, why in _BREAK_MASKS.items() if isinstance(other, kind)), "")
+            if reason and _place_of(other) is None:
+                raise ValueError(f"{own} has {type(other).__name__} after it in the recipe: {reason}")
     if place.once and any(_place_of(other) is place for other in after):
         raise ValueError(f"the recipe has two {own}s: {place.once}")
     check_processes([modifier])
