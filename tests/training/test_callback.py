@@ -3,8 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset
+from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from crepe_llm.checkpoints import read_folder
 from crepe_llm.checkpoints.saving import compress_folder
 from crepe_llm.training.callback import KeepMasksCallback
 from crepe_llm.training.masked import find_masks
@@ -82,6 +84,32 @@ def test_bf16_autocast_checkpointing_and_a_resume(packed, tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     for (name, one), other in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_a_model_from_oneshot_goes_on_and_takes_its_best_state(tmp_path):
+    """It packs what it saves, and a Trainer reads its checkpoints as plain weights."""
+    save_model(configs()["llama"](), tmp_path / "dense")
+
+    def trained(**options):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        oneshot(model=model, recipe="magnitude_2of4")
+        options = arguments(tmp_path / "out", save_steps=1, **options)
+        data = {"train_dataset": rows(), "eval_dataset": rows()}
+        return model, Trainer(model=model, args=options, callbacks=[KeepMasksCallback()], **data)
+
+    straight, trainer = trained()
+    trainer.train()
+    resumed, trainer = trained()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for (name, one), other in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    model, trainer = trained(eval_strategy="steps", eval_steps=1, lr_scheduler_type="constant", **best)
+    trainer.args.learning_rate = 1.0  # it gets worse
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    model.save_pretrained(tmp_path / "final")
+    assert read_folder(tmp_path / "final").layers and not read_folder(tmp_path / "out" / "checkpoint-4").layers
 
 
 def test_a_mask_that_breaks_is_told_at_the_end(packed, tmp_path):

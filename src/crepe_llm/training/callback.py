@@ -1,10 +1,15 @@
 """Masks for transformers' `Trainer`, and for those made from it, such as TRL's."""
 
+import functools
+import os
+import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from crepe_llm.training.masked import KeptMasks, held_masks, keep_masks
 
@@ -30,8 +35,31 @@ class KeepMasksCallback(TrainerCallback):
         self.held = held or keep_masks(model, self.masks)
         self.held.attach()
         self.held.apply()
+        _leave_checkpoints_plain(model, Path(args.output_dir))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises ValueError, naming the layers, if a mask did not hold."""
         if self.held is not None:
             self.held.check()
+
+
+def _leave_checkpoints_plain(model: Any, folder: Path) -> None:
+    """Make a model save the checkpoints of a `Trainer`, which are in `folder`, as its class does.
+
+    A model that `oneshot` gave back packs what it saves, and a `Trainer` that resumes, or takes the best state, reads
+    plain weights only. What is saved elsewhere is packed as before.
+    """
+    packing = vars(model).get("save_pretrained")
+    if packing is None:
+        return
+    itself = weakref.ref(model)
+
+    @functools.wraps(packing)
+    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        path, saved = Path(save_directory), itself()
+        if saved is not None and folder in path.parents and path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            type(saved).save_pretrained(saved, save_directory, *args, **kwargs)
+        else:
+            packing(save_directory, *args, **kwargs)
+
+    model.save_pretrained = save_pretrained
