@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from llmcompressor import oneshot
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, GPT2Config, LlamaConfig, OPTConfig, Trainer
 
 from crepe_llm.checkpoints.reading import read_config, read_folder
 from crepe_llm.checkpoints.saving import pack_folder
@@ -32,6 +32,14 @@ LENGTH = 32
 def config(family="llama", **fields):
     if family == "gpt2":
         return GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+    if family in ("opt", "bart"):  # which call the decoder in their body, not the body
+        kind = {"opt": OPTConfig, "bart": BartConfig}[family]
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+        ffn = {
+            "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+            "bart": {"decoder_ffn_dim": 64, "encoder_ffn_dim": 64},
+        }
+        return kind(vocab_size=96, init_std=0.2, **sizes, **ffn[family])
     return LlamaConfig(
         **{
             "vocab_size": 96,
@@ -276,7 +284,7 @@ def test_text_that_the_teacher_writes(with_text, dense, packed, tmp_path):
     assert min(losses) < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bart"])
 def test_unstructured_masks_stay(family, dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense(family))
     layers = [

@@ -441,12 +441,14 @@ class _Loss:
         share: float,
         dtype: torch.dtype,
     ) -> None:
-        ids = torch.arange(min(8, student.get_input_embeddings().weight.shape[0]))[None]
-        self.head: Head | None = find_head(student, ids.to(student.device))
+        ids = torch.arange(min(8, student.get_input_embeddings().weight.shape[0]))[None].to(student.device)
+        head = find_head(student, ids)
+        body = None if head is None else _body_that_is_called(student, ids)
+        self.head: Head | None = None if body is None else head
         self.teacher, self.share, self.dtype = teacher, share, dtype
         self._hidden: torch.Tensor | None = None
-        if self.head is not None:
-            student.base_model.register_forward_hook(self._see)
+        if body is not None:
+            body.register_forward_hook(self._see)
 
     def __call__(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         ids = inputs["input_ids"]
@@ -467,6 +469,28 @@ class _Loss:
 
     def _see(self, module: Any, args: Any, output: Any) -> None:
         self._hidden = output[0]
+
+
+@torch.no_grad()
+def _body_that_is_called(model: Any, ids: torch.Tensor) -> torch.nn.Module | None:
+    """The module that gives what the head takes when a causal language model is called; None if there is none.
+
+    That is its body, but some go past that to the decoder in it (OPT, BART).
+    """
+    seen: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def see(module: torch.nn.Module, args: Any, output: Any) -> None:
+        seen[module] = output[0]
+
+    hooks = [module.register_forward_hook(see) for module in {model.base_model, model.get_decoder()}]
+    training = model.training
+    model.eval()
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    wanted = model.base_model(input_ids=ids, use_cache=False)[0]
+    model.train(training)
+    return next((module for module, hidden in seen.items() if torch.allclose(hidden, wanted)), None)
 
 
 def load_pruned(source: Path, dtype: torch.dtype | str) -> Any:
