@@ -162,6 +162,26 @@ def test_transforms_in_front(run, front, quantization, monkeypatch):
     assert len(read_folder(folder).layers) == (0 if "W4A16" in quantization else 14)
 
 
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "MXFP8"])
+def test_other_schemes_load_as_they_were(run, scheme, caplog):
+    model, folder = run(f"a_stage:\n  b_modifiers:{CREPE}    QuantizationModifier: {RTN % scheme}\n")
+    weights, logits = quantized_weights(folder)
+    assert all(is_2of4(weight) for weight in weights.values())
+    assert torch.equal(logits, model(IDS).logits)
+    assert not read_folder(folder).layers  # codes with zero points, and scales that are exponents
+    assert ("14 layers such as" in caplog.text and "are stored plain" in caplog.text) == (scheme == "MXFP8")
+
+
+def test_a_model_that_was_used_is_saved_again_and_loads(run, tmp_path):
+    """Its layers are no codes any more, of which one tensor each is left over."""
+    _, folder = run(str(RECIPES / "crepe_2of4_w4a16.yaml"))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    logits = loaded(IDS).logits
+    loaded.save_pretrained(tmp_path)
+    again, found = quantized_weights(tmp_path)
+    assert all(is_2of4(weight) for weight in again.values()) and torch.equal(found, logits)
+
+
 def test_the_toolkits_own_gptq_destroys_the_mask(run):
     """Why MaskedGPTQModifier exists; should this fail one day, upstream keeps masks again."""
     model, _ = run(f"a_stage:\n  b_modifiers:{CREPE}")

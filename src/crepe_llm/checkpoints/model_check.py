@@ -120,10 +120,22 @@ class _Comparison:
             raise self._error(name, f"is the model's {target}, as {self.source[target]} is")
         self.source[target] = name
         found, wanted = self.checkpoint.tensors[name], self.expected[target]
+        if (found.dtype, found.shape) == ("I32", self._packed_zero_points(target)):
+            return
         if found.shape != tuple(wanted.shape) or not _casts(found.dtype, wanted.dtype):
             raise self._error(
                 name, f"is {found.dtype} {list(found.shape)}, the model has {_name(wanted)} {list(wanted.shape)} there"
             )
+
+    def _packed_zero_points(self, target: str) -> tuple[int, ...] | None:
+        """The shape in which zero points of a layer's rows are stored: several rows to a word of 32 bits."""
+        prefix, _, part = target.rpartition(".")
+        scheme = getattr(self.model.get_submodule(prefix), "quantization_scheme", None)
+        bits = getattr(getattr(scheme, "weights", None), "num_bits", None)
+        if part != "weight_zero_point" or bits is None:
+            return None
+        rows, *rest = self.expected[target].shape
+        return (-(-rows // (32 // bits)), *rest)
 
     def _compare_words(self, target: str, name: str) -> None:
         """Compare the shape that a weight packed in words of 32 bits says it has; it is read, 16 bytes."""
@@ -162,7 +174,7 @@ class _Comparison:
         for one, other in [*tied.items(), *((source, target) for target, source in tied.items())]:
             if other in self.source:
                 missing.discard(one)
-        info = LoadStateDictInfo(missing, set(unexpected) - self._old_buffers(unexpected), set(), [], {}, set())
+        info = LoadStateDictInfo(missing, set(unexpected) - self._left_over(unexpected), set(), [], {}, set())
         self.model._adjust_missing_and_unexpected_keys(info)
         prefix = f"{self.model.base_model_prefix}."
         if not self.same_class and any(name.startswith(prefix) for name in self.expected):
@@ -181,8 +193,11 @@ class _Comparison:
                 f"is not one of the model's, {type(self.model).__name__}" + _and_more(info.unexpected_keys),
             )
 
-    def _old_buffers(self, unexpected: dict[str, str]) -> set[str]:
-        """What old checkpoints hold and models now compute: buffers that are not saved any more, masks of attention."""
+    def _left_over(self, unexpected: dict[str, str]) -> set[str]:
+        """What old checkpoints hold and models now compute: buffers that are not saved any more, masks of attention.
+
+        And the shape that compressed-tensors leaves with a layer whose weight it has unpacked.
+        """
         prefix = self.model.base_model_prefix
         buffers = {name.removeprefix(f"{prefix}.") for name, _ in self.model.named_buffers()}
         return {
@@ -190,6 +205,7 @@ class _Comparison:
             for target, name in unexpected.items()
             if target.removeprefix(f"{prefix}.") in buffers
             or target.endswith(".masked_bias")
+            or (target.endswith(".weight_shape") and name.removesuffix("_shape") in self.checkpoint.tensors)
             or (target.endswith(".bias") and len(self.checkpoint.tensors[name].shape) == 4)
         }
 

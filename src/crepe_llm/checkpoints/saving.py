@@ -264,6 +264,12 @@ def int4_2of4(checkpoint: Checkpoint) -> list[str]:
 def _pack_in_place(folder: Path, masks: Mapping[str, torch.Tensor]) -> list[str]:
     """Pack the shards of a checkpoint that nobody reads yet, each replaced as soon as it is rewritten."""
     checkpoint = read_folder(folder)
+    exponents = [name for name in checkpoint.tensors if _has_exponents(checkpoint, name)]
+    if exponents:
+        _logger.warning(
+            "%d layers such as %s are stored plain: their scales are exponents (MXFP8), which no packed layer has",
+            *(len(exponents), exponents[0].removesuffix(".weight")),
+        )
     if not any(_packs(checkpoint, name) for name in checkpoint.tensors):
         return []
     pack = functools.partial(_pack_tensor, masks, _plain_experts(checkpoint))
@@ -307,11 +313,17 @@ def _packs(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _is_linear_weight(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the tensor is the weight of a linear layer, or of one of each expert."""
-    if not name.endswith(".weight") or _NOT_LINEAR.search(name):
+    """Whether the tensor is the weight of a linear layer that may be packed, or of one of each expert."""
+    if not name.endswith(".weight") or _NOT_LINEAR.search(name) or _has_exponents(checkpoint, name):
         return False
     axes = len(checkpoint.tensors[name].shape)
     return axes == 2 or (axes == 3 and bool(matrices_of(name.removesuffix(".weight"))))
+
+
+def _has_exponents(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor is a weight whose scales are stored as exponents of two, bytes."""
+    scale = checkpoint.tensors.get(f"{name}_scale")
+    return scale is not None and scale.dtype == "U8"
 
 
 def _plain_experts(checkpoint: Checkpoint) -> set[str]:
