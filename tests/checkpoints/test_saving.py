@@ -96,6 +96,21 @@ def test_what_an_attached_model_writes(dense_folder, tmp_path):
     assert model.save_pretrained._overridden  # llm-compressor does not wrap it once more
 
 
+def test_a_model_that_was_changed_is_described_as_it_is(dense_folder, tmp_path):
+    """llm-compressor writes the config.json that the model came with."""
+    model, _ = pruned(dense_folder)
+    before = config_of(dense_folder)
+    model.resize_token_embeddings(before["vocab_size"] + 8)
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    attach(model)
+    model.save_pretrained(tmp_path / "out")
+    after = config_of(tmp_path / "out")
+    changed = {name for name in before if before[name] != after[name]} - {"dtype", "transformers_version"}
+    assert changed == {"vocab_size", "num_hidden_layers"}
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, model(IDS).logits)
+
+
 def test_packed_layers_take_nine_sixteenths_on_disk(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

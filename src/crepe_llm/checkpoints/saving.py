@@ -57,6 +57,8 @@ _NOT_LINEAR = re.compile(
     re.IGNORECASE,
 )
 _QUANTIZATION_SUFFIXES = ("_scale", "_zero_point", "_global_scale", "_g_idx", "_shape")
+# Fields of a configuration that llm-compressor or transformers write as they should be.
+_OTHERWISE_WRITTEN = ("_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version")
 # A packed signed int4 value is stored with this offset, so this nibble is a zero weight where there are no zero points.
 _INT4_ZERO = 8
 
@@ -132,6 +134,7 @@ def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..
             save(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
+            _write_changes_of_config(folder, model())
             _list_unquantized(folder, model())
             if save_compressed:
                 pack_folder(folder, additions.all_masks())
@@ -158,6 +161,31 @@ def _taken_back_afterwards() -> Iterator[None]:
     finally:
         for model in saved:
             take_back(model)
+
+
+def _write_changes_of_config(folder: Path, model: Any) -> None:
+    """Write into config.json what has been changed in a model's configuration since it was read, such as a vocabulary
+    that was made larger: llm-compressor writes the file that the model came with."""
+    try:
+        read = type(model.config).from_pretrained(model.config._name_or_path, local_files_only=True)
+    except (OSError, ValueError):  # a model that was not read
+        return
+    config = read_config(folder)
+    if _add_changes(config, read.to_dict(), model.config.to_dict()):
+        _write_json(folder / CONFIG, config)
+
+
+def _add_changes(config: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Put into `config` what differs between two configurations; whether anything does."""
+    changed = False
+    for name, value in now.items():
+        if name in _OTHERWISE_WRITTEN or value == before.get(name):
+            continue
+        if isinstance(value, dict) and isinstance(before.get(name), dict) and isinstance(config.get(name), dict):
+            changed |= _add_changes(config[name], before[name], value)
+        else:
+            config[name], changed = value, True
+    return changed
 
 
 def _list_unquantized(folder: Path, model: Any) -> None:
