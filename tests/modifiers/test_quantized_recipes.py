@@ -17,6 +17,8 @@ from transformers import (
     HunYuanMoEV1ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -180,6 +182,30 @@ def test_a_model_that_was_used_is_saved_again_and_loads(run, tmp_path):
     loaded.save_pretrained(tmp_path)
     again, found = quantized_weights(tmp_path)
     assert all(is_2of4(weight) for weight in again.values()) and torch.equal(found, logits)
+
+
+@pytest.mark.parametrize("recipe", ["crepe_2of4_fp8", "crepe_2of4_int8", "crepe_2of4_w4a16"])
+def test_quantized_experts_are_plain_once_they_are_loaded_and_saved_again(
+    recipe, tiny_model_folder, calibration_data, tmp_path
+):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4, initializer_range=0.1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    PreTrainedTokenizerFast.from_pretrained(tiny_model_folder("llama")).save_pretrained(tmp_path / "dense")
+    oneshot(
+        model=str(tmp_path / "dense"), recipe=recipe, dataset=calibration_data, output_dir=str(tmp_path / "out"),
+        num_calibration_samples=len(calibration_data),
+    )  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    logits = loaded(IDS).logits
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, logits)
+    ignored = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert any(pattern.startswith("re:") and "experts" in pattern for pattern in ignored)
 
 
 def test_the_toolkits_own_gptq_destroys_the_mask(run):

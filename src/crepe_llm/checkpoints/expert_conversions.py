@@ -11,7 +11,7 @@ from crepe_llm.checkpoints.experts import expert_of, matrices_of
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import Checkpoint
 
-__all__ = ["UnpackExperts", "names_of_whole", "unpacking_experts"]
+__all__ = ["UnpackExperts", "merging_experts", "names_of_whole", "unpacking_experts"]
 
 _FORMAT = SPARSE_24_BITMASK
 _SCALE = "weight_scale"
@@ -63,12 +63,17 @@ def unpacking_experts(conversions: Sequence[Any], checkpoint: Checkpoint) -> dic
     """
     if not any(map(expert_of, checkpoint.layers)):
         return {}
-    return {
-        conversion: _unpacking(conversion)
+    return {conversion: _unpacking(conversion) for conversion in merging_experts(conversions)}
+
+
+def merging_experts(conversions: Sequence[Any]) -> list[WeightConverter]:
+    """Those of transformers' conversions that merge the plain weights of experts."""
+    return [
+        conversion
         for conversion in conversions
         if isinstance(conversion, WeightConverter)
         and all(re.search(r"experts\.?\*\.[\w.]+\.weight$", p) for p in conversion._original_source_patterns)
-    }
+    ]
 
 
 def names_of_whole(conversions: Sequence[Any]) -> dict[str, WeightRenaming]:

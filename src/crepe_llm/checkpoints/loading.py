@@ -18,8 +18,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, packed_embeddings
-from crepe_llm.checkpoints.expert_conversions import names_of_whole, unpacking_experts
-from crepe_llm.checkpoints.experts import check_experts, matrices_of
+from crepe_llm.checkpoints.expert_conversions import merging_experts, names_of_whole, unpacking_experts
+from crepe_llm.checkpoints.experts import check_experts, expert_of, matrices_of
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
 from crepe_llm.checkpoints.model_check import check_model
@@ -123,8 +123,10 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     _decompress = False
     # Of the model's parameters, before they are read.
     _dtypes: dict[str, torch.dtype] | None = None
-    # The conversions that read packed experts, each with transformers' own, which writes plain ones.
+    # The conversions that read packed or quantized experts, each with transformers' own, which writes plain ones.
     _experts: dict[WeightConverter, WeightConverter | WeightRenaming] | None = None
+    # Whether experts are stored as they are in a model that is quantized otherwise.
+    _plain_experts = False
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
@@ -145,6 +147,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
                 f"*.{SPARSE_24_BITMASK.values}; export the model again, or remove sparsity_config from config.json if "
                 "its weights are dense"
             )
+        self._plain_experts = quantized and _has_plain_experts(files)
         if self._packed is not None:
             self._dtypes = {name: one.dtype for name, one in model.named_parameters() if one.dtype in _FLOATS}
         if quantized and self._packed is not None:
@@ -163,8 +166,16 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         self._experts = {unpacking: plain for plain, unpacking in found.items()}
         # The parent looks for the quantization scheme of merged experts, which a sparse-only checkpoint has none of.
         if self.compressor.quantization_config is not None:
-            others = [conversion for conversion in weight_conversions if conversion not in found]
-            conversions = [*found.values(), *super().update_weight_conversions(others, *model)]
+            merging = [conversion for conversion in merging_experts(weight_conversions) if conversion not in found]
+            plain = merging if self._plain_experts else []
+            others = [one for one in weight_conversions if one not in found and one not in plain]
+            quantized = super().update_weight_conversions(others, *model)
+            self._experts |= {
+                made: one
+                for one, made in zip(others, quantized, strict=False)
+                if made is not one and isinstance(made, WeightConverter)
+            }
+            conversions = [*found.values(), *plain, *quantized]
         else:
             conversions = [*found.values(), *weight_conversions]
         if self._packed is not None:
@@ -192,9 +203,11 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             for module in model.modules():
                 QuantizationMetadata.clear_quantization(module)
         self._cast(model)
-        if self._packed is not None and hasattr(model, "_weight_conversions"):
+        plain = self._experts or {}
+        if plain and self.compressor.quantization_config is not None:
+            self._ignore(["re:.*\\bexperts\\..*"])  # merged, they are no layers that could be quantized
+        if (self._packed is not None or plain) and hasattr(model, "_weight_conversions"):
             # Left there, they would be reverted on saving, and a plain model would be written half packed.
-            plain = self._experts or {}
             used = [plain.get(conversion, conversion) for conversion in model._weight_conversions]
             model._weight_conversions = [
                 conversion
@@ -218,9 +231,13 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         shared = [one for one, other in tied.items() if other.removesuffix(".weight") in names]
         ignored = [*names, *(name.removesuffix(".weight") for name in shared)]
         self._expanded = names
+        self._ignore(ignored)
+
+    def _ignore(self, names: list[str]) -> None:
+        """Say of layers that they are not quantized, in what is saved of the quantization, too."""
         for config in (self.compressor.quantization_config, self.quantization_config.quantization_config):
             assert config is not None
-            config.ignore = [*config.ignore, *(name for name in ignored if name not in config.ignore)]
+            config.ignore = [*config.ignore, *(name for name in names if name not in config.ignore)]
 
 
 def _unpacking() -> list[WeightConverter]:
@@ -279,6 +296,15 @@ def _says_packed(config: dict[str, Any]) -> bool:
 def _records_2of4(config: dict[str, Any]) -> bool:
     """Whether config.json records at its top that plain or 4-bit layers are 2:4, as this package writes it."""
     return bool(objects_in(config.get("sparsity_config")))
+
+
+def _has_plain_experts(files: Sequence[Path]) -> bool:
+    """Whether the files name a weight of one expert that has no scale."""
+    names = {name for file in files for name in tensor_names(file)}
+    return any(
+        name.endswith(".weight") and f"{name}_scale" not in names and expert_of(name.removesuffix(".weight"))
+        for name in names
+    )
 
 
 def _any_packed(files: Sequence[Path]) -> bool:
