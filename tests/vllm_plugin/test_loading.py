@@ -380,8 +380,28 @@ def test_what_is_missing_is_named(folder: Path, changes: dict[str, Any], named: 
 def test_sparse_layers_cannot_be_reloaded(folder: Path) -> None:
     model = loads(folder)
     model.head.packed = object()
-    with pytest.raises(NotImplementedError, match="cannot be reloaded"):
+    with pytest.raises(NotImplementedError, match="cannot be replaced in a running engine"):
         model.load_weights([])
+
+
+def test_an_engine_that_refuses_new_weights_goes_on_serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+
+    engine = start(folder, monkeypatch)
+
+    def answer() -> list[int]:
+        wanted = SamplingParams(temperature=0, max_tokens=8, detokenize=False, ignore_eos=True)
+        outputs = engine.generate([{"prompt_token_ids": [3, 4, 5]}], wanted, use_tqdm=False)
+        return list(outputs[0].outputs[0].token_ids)
+
+    try:
+        before = answer()
+        for call in ("reload_weights", "start_weight_update"):
+            with pytest.raises(NotImplementedError, match="cannot be replaced in a running engine: start it again"):
+                engine.collective_rpc(call)
+        assert answer() == before
+    finally:
+        engine.llm_engine.engine_core.shutdown()
 
 
 @pytest.mark.parametrize("packed", [True, False])

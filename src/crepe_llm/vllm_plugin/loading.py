@@ -12,7 +12,7 @@ packed weights, which are smaller where they are of 4 bits, are never in memory 
 import bisect
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +127,7 @@ def install() -> None:
                 "load_format=dummy gives every tensor random values, and random masks and shapes describe no 2:4 "
                 f"weights: leave load_format out for {model_config.model}, or time a dense model's dummy weights"
             )
+        _refuse_new_weights()
         config.begin_model(get_model_cls(model_config))
         model = original(self, vllm_config, model_config, prefix)
         config.finish_model(model)
@@ -137,14 +138,39 @@ def install() -> None:
     BaseModelLoader.create_model = create_model  # type: ignore[method-assign]
 
 
+@functools.cache
+def _refuse_new_weights() -> None:
+    """Makes vLLM's workers refuse to replace packed weights: vLLM takes the old ones away before it reads the new."""
+    # Imported here, where vLLM has imported it: it needs all of vLLM, which a process that registers may not need.
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for name in ("reload_weights", "start_weight_update"):
+        setattr(Worker, name, _unless_packed(getattr(Worker, name)))
+
+
+def _unless_packed(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        _check_unpacked(self.get_model())
+        original(self, *args, **kwargs)
+
+    return method
+
+
+def _check_unpacked(model: torch.nn.Module) -> None:
+    if any(hasattr(module, "packed") for module in model.modules()):
+        raise NotImplementedError(
+            "the weights of sparse layers are packed and cannot be replaced in a running engine: start it again"
+        )
+
+
 def _guard(model: Any, config: Sparse24Config, checkpoint: str, check: bool) -> None:
     """Wraps the model's ``load_weights``."""
     original = model.load_weights
 
     @functools.wraps(original)
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
-        if any(hasattr(module, "packed") for module in model.modules()):
-            raise NotImplementedError("sparse layers cannot be reloaded in a running engine; start it again")
+        _check_unpacked(model)
         with WrittenMemory(parameter for _, _, parameter in _parameters(model)) as written:
             tensors = packing(model, config, written, config.expand(model, weights))
             loaded = original(tensors, *args, **kwargs)
