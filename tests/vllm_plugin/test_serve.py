@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,11 +30,46 @@ def test_cache_gets_a_quarter_of_the_available_memory() -> None:
     [
         (["--kv-cache-memory-bytes", "1000"], {}),
         (["--gpu-memory-utilization=0.5"], {}),
+        (["--port", "8001", "--kv_cache_memory_bytes", "1000"], {}),
+        (["--gpu_memory_utilization=0.5"], {}),
+        (["--device-memory-utilization", "0.5"], {}),  # vLLM's other name of the same
+        (["--kv-cache-mem", "1000"], {}),  # argparse takes what is cut short
         ([], {"VLLM_CPU_KVCACHE_SPACE": "3"}),
     ],
 )
 def test_what_the_user_decided_stays(arguments: list[str], environment: dict[str, str]) -> None:
     assert serve.cpu_environment(arguments, environment, 40 * GIB) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "decided"),
+    [
+        ("kv-cache-memory-bytes: 1000", True),
+        ("port: 8001\ngpu_memory_utilization: 0.5", True),
+        ("kv-cache-dtype: fp8\nport: 8001", False),
+        ("", False),
+    ],
+)
+def test_what_a_config_file_decides_stays(text: str, decided: bool, tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    assert serve.cpu_environment(["--config", str(file), "--enforce-eager"], {}, 40 * GIB) == (
+        {} if decided else {"VLLM_CPU_KVCACHE_SPACE": "10"}
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--port", "8001"], ["--kv-cache-dtype", "fp8"], ["-O3", "--"], ["--config"]])
+def test_other_options_leave_the_cache_to_us(arguments: list[str]) -> None:
+    assert serve.cpu_environment(arguments, {}, 40 * GIB) == {"VLLM_CPU_KVCACHE_SPACE": "10"}
+
+
+def test_a_config_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("port: [")
+    with pytest.raises(ValueError, match=r"--config .*options\.yaml is not YAML"):
+        serve.cpu_environment(["--config", str(file)], {}, 40 * GIB)
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        serve.cpu_environment(["--config", str(tmp_path / "none.yaml")], {}, 40 * GIB)
 
 
 def test_command_line_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:

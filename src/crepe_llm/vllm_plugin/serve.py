@@ -3,9 +3,12 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 _GIB = 1 << 30
+# The options by which a user gives the key-value cache its memory.
+_CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--device-memory-utilization")
 
 
 def server_command(model: str, arguments: Sequence[str]) -> list[str]:
@@ -30,11 +33,36 @@ def cpu_environment(arguments: Sequence[str], environment: Mapping[str, str], av
         arguments: vLLM's command line.
         environment: the variables that are set.
         available_bytes: memory that is free or can be freed at once.
+
+    Raises:
+        OSError: the file that ``--config`` names cannot be read.
+        ValueError: it is not YAML.
     """
-    decided = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
-    if "VLLM_CPU_KVCACHE_SPACE" in environment or any(a.split("=")[0] in decided for a in arguments):
+    decided = {full for full in _CACHE_OPTIONS for option in _options(arguments) if full.startswith(option)}
+    if "VLLM_CPU_KVCACHE_SPACE" in environment or decided:
         return {}
     return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, available_bytes // 4 // _GIB))}
+
+
+def _options(arguments: Sequence[str]) -> Iterator[str]:
+    """The options of vLLM's command line and of the file that its ``--config`` names, as vLLM reads them.
+
+    Underscores count as dashes, and an option may be cut short. vLLM's own parser would take seconds to import.
+    """
+    config, names = "--config", list(arguments)
+    if config in names[:-1]:
+        import yaml  # vLLM brings it
+
+        file = names[names.index(config) + 1]
+        try:
+            read = yaml.safe_load(Path(file).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{config} {file} is not YAML: {error}; correct it, or leave {config} out") from error
+        names += [f"--{key}" for key in read] if isinstance(read, dict) else []
+    for name in names:
+        option = name.split("=")[0].replace("_", "-")
+        if option.startswith("--") and option != "--":
+            yield option
 
 
 def serve(model: str, arguments: Sequence[str]) -> None:
