@@ -1,5 +1,6 @@
 """`crepe serve`: the command it runs and what it sets."""
 
+import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_a_config_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
         serve.cpu_environment(["--config", str(file)], {}, 40 * GIB)
     with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         serve.cpu_environment(["--config", str(tmp_path / "none.yaml")], {}, 40 * GIB)
+
+
+def test_plugins_without_this_one_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    named = {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    for listed, cure in (("other", "other,crepe_llm"), ("", "crepe_llm"), ("crepe_llm2", "crepe_llm2,crepe_llm")):
+        monkeypatch.setenv("VLLM_PLUGINS", listed)
+        assert cli.main(["serve", "folder"]) == 2
+        assert f"VLLM_PLUGINS={listed} leaves out crepe_llm, " in (said := capsys.readouterr().err)
+        assert f"set VLLM_PLUGINS={cure}, or unset it" in said
+        assert cure.split(",")[-1] in named
+    serve.check_plugins({})
+    serve.check_plugins({"VLLM_PLUGINS": "other,crepe_llm"})
 
 
 def test_command_line_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _GIB = 1 << 30
+# The name of this package's entry point for vLLM.
+_PLUGIN = "crepe_llm"
 # The options by which a user gives the key-value cache its memory.
 _CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--device-memory-utilization")
 
@@ -65,13 +67,26 @@ def _options(arguments: Sequence[str]) -> Iterator[str]:
             yield option
 
 
+def check_plugins(environment: Mapping[str, str]) -> None:
+    """Raise ValueError if ``VLLM_PLUGINS`` is set and leaves this package out: vLLM would refuse 2:4 checkpoints."""
+    listed = environment.get("VLLM_PLUGINS")
+    if listed is not None and _PLUGIN not in listed.split(","):
+        raise ValueError(
+            f"VLLM_PLUGINS={listed} leaves out {_PLUGIN}, without which vLLM reads no 2:4 checkpoint: set "
+            f"VLLM_PLUGINS={','.join(filter(None, (listed, _PLUGIN)))}, or unset it"
+        )
+
+
 def serve(model: str, arguments: Sequence[str]) -> None:
     """Replaces this process by the server; returns only by raising.
 
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: ``VLLM_PLUGINS`` leaves this package out, or the file of ``--config`` is not YAML.
+        OSError: that file cannot be read.
     """
     command = server_command(model, arguments)
+    check_plugins(os.environ)
     import torch
 
     environment = dict(os.environ)
