@@ -112,12 +112,23 @@ def test_claims_two_formats_only(config: dict[str, Any], ours: bool) -> None:
     from crepe_llm.vllm_plugin.config import Sparse24Config
 
     assert Sparse24Config.override_quantization_method(config, None) == (QUANTIZATION if ours else None)
+    if not ours:  # what is not ours may be asked for in any way
+        assert Sparse24Config.override_quantization_method(config, "fp8") is None
 
 
 def test_vllm_resolves_the_checkpoint_to_the_plugin(folder: Path) -> None:
     from vllm.config import ModelConfig
 
-    assert ModelConfig(str(folder), skip_tokenizer_init=True).quantization == QUANTIZATION
+    for asked in (None, "compressed-tensors", QUANTIZATION):
+        assert ModelConfig(str(folder), skip_tokenizer_init=True, quantization=asked).quantization == QUANTIZATION
+
+
+@pytest.mark.parametrize("asked", ["fp8", "awq", "bitsandbytes"])
+def test_another_quantization_than_the_checkpoints_is_refused(folder: Path, asked: str) -> None:
+    from vllm.config import ModelConfig
+
+    with pytest.raises(ValueError, match=f"quantization={asked} does not fit a 2:4 checkpoint, .*leave quantization"):
+        ModelConfig(str(folder), skip_tokenizer_init=True, quantization=asked)
 
 
 def test_config_leaves_the_callers_dictionary_alone(folder: Path) -> None:

@@ -69,14 +69,22 @@ class Sparse24Config(CompressedTensorsConfig):
         """Claims compressed-tensors checkpoints of the sparsity format sparse-24-bitmask or dense, and nothing else.
 
         On a CPU these are also checkpoints of 4-bit weights that record 2:4 layers at the top of config.json.
+
+        Raises:
+            ValueError: the user asks for another quantization of such a checkpoint.
         """
         sparsity = hf_quant_cfg.get("sparsity_config") or {}
         ours = hf_quant_cfg.get("quant_method") == "compressed-tensors" and isinstance(sparsity, dict)
-        if ours and (
+        if not ours or not (
             sparsity.get("format") in (SPARSE_24_BITMASK.name, PLAIN) or _records_int4(hf_quant_cfg, hf_config)
         ):
-            return QUANTIZATION
-        return None
+            return None
+        if user_quant not in (None, hf_quant_cfg["quant_method"], QUANTIZATION):
+            raise ValueError(
+                f"quantization={user_quant} does not fit a 2:4 checkpoint, whose own quantization is "
+                f"{hf_quant_cfg['quant_method']}: leave quantization out"
+            )
+        return QUANTIZATION
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
