@@ -163,11 +163,28 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         return (rows * scale[..., None]).to(layer.params_dtype)
 
 
+class TiedMethod(QuantizeMethodBase):
+    """A head that has an INT8 embedding's weight: the embedding's method multiplies it.
+
+    Args:
+        embedding: the layer that holds the weight.
+    """
+
+    def __init__(self, embedding: Any) -> None:
+        self._embedding = embedding
+
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
+        """The embedding has them."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._embedding.quant_method.apply(self._embedding, x, bias)
+
+
 def hold_int8(model: torch.nn.Module, names: set[str]) -> None:
     """Give embeddings and heads of a model that vLLM has built, before weights are read, room for INT8 weights.
 
     Few models tell a quantization config the names of their embeddings, so that it cannot choose while they are built.
-    A head that shares an embedding's weight becomes the embedding itself.
+    A head that shares an embedding's weight goes on sharing it.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -176,7 +193,9 @@ def hold_int8(model: torch.nn.Module, names: set[str]) -> None:
         layer: Any = model.get_submodule(name)
         for other in holders[id(layer.weight)]:
             if other != name:
-                model.set_submodule(other, layer)
+                head: Any = model.get_submodule(other)
+                del head.weight
+                head.quant_method = TiedMethod(layer)
         del layer.weight
         layer.quant_method = Int8EmbeddingMethod(name)
         layer.quant_method.create_weights(
