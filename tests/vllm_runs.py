@@ -1,6 +1,7 @@
 """Small models in vLLM's hands: how tests write them, run them greedily and compare two runs."""
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     BloomConfig,
     DeepseekV2Config,
@@ -233,3 +235,28 @@ def twins(tmp_path: Path, config: PretrainedConfig, **options: Any) -> tuple[Pat
         write_random_model(config, tmp_path / "sparse", sparse=True, **options),
         write_random_model(config, tmp_path / "dense", sparse=False, **options),
     )
+
+
+def write_adapter(folder: Path, embeddings: bool = False) -> Path:
+    """A LoRA adapter that turns every output of attention and FFN, and on demand the embedding's and the head's."""
+    sizes = {"q_proj": (128, 128), "v_proj": (64, 128), "o_proj": (128, 128), "down_proj": (128, 212)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for block in range(2):
+        for name, (rows, columns) in sizes.items():
+            at = f"base_model.model.model.layers.{block}.{'mlp' if name == 'down_proj' else 'self_attn'}.{name}"
+            tensors[f"{at}.lora_A.weight"] = torch.randn(8, columns, generator=generator) / 8
+            tensors[f"{at}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) / 8
+    if embeddings:
+        for at, (rows, columns) in {
+            "lm_head.lora_{}.weight": (512, 128),
+            "model.embed_tokens.lora_embedding_{}": (128, 512),
+        }.items():
+            tensors[f"base_model.model.{at.format('A')}"] = torch.randn(8, columns, generator=generator) / 8
+            tensors[f"base_model.model.{at.format('B')}"] = torch.randn(rows, 8, generator=generator) / 8
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = [*sizes, *(["lm_head", "embed_tokens"] if embeddings else [])]
+    described = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return folder

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.training.distillation import load_pruned
-from vllm_runs import SIZES, assert_same, gemma3, generate, in_process, llama, qwen2
+from vllm_runs import SIZES, assert_same, gemma3, generate, in_process, llama, qwen2, write_adapter
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -90,6 +90,16 @@ def test_vllm_serves_it_from_one_copy(made, tmp_path):
     assert set(dtypes.values()) == {"torch.int8"} and not left
     assert len(dtypes) == (1 if kind == "tied" else 2)
     assert_same(ours, generate(tmp_path / "dense"))
+
+
+def test_lora_over_a_tied_embedding_gives_the_tokens_of_lora_over_a_dense_one(tmp_path, tiny_model_folder):
+    _, folder = quantized(llama(), HEAD.replace("TARGETS", BOTH), tmp_path, tiny_model_folder("llama"))
+    load_pruned(folder, torch.float32).save_pretrained(tmp_path / "twin")
+    adapter = write_adapter(tmp_path / "adapter", embeddings=True)
+    options = {"lora": adapter, "enable_lora": True, "max_lora_rank": 8}
+    ours = generate(folder, **options)
+    assert_same(ours, generate(tmp_path / "twin", **options))
+    assert [tokens for tokens, _ in ours] != [tokens for tokens, _ in generate(folder)]
 
 
 def test_activations_of_a_bf16_head_are_quantized_unless_the_variable_says_no(tmp_path, tiny_model_folder, monkeypatch):

@@ -25,6 +25,7 @@ from vllm_runs import (
     qwen2_moe,
     stablelm,
     twins,
+    write_adapter,
 )
 
 pytestmark = pytest.mark.vllm
@@ -115,23 +116,6 @@ def test_latent_attention_on_amx_says_what_serves_fp32(tmp_path: Path, monkeypat
     folder = write_random_model(deepseek(num_hidden_layers=1), tmp_path, sparse=True, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"0\.self_attn\.kv_b_proj: .* has no fp32; use --dtype bfloat16"):
         generate(folder)
-
-
-def write_adapter(folder: Path) -> Path:
-    """A LoRA adapter that turns every output of attention and FFN."""
-    sizes = {"q_proj": (128, 128), "v_proj": (64, 128), "o_proj": (128, 128), "down_proj": (128, 212)}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for block in range(2):
-        for name, (rows, columns) in sizes.items():
-            at = f"base_model.model.model.layers.{block}.{'mlp' if name == 'down_proj' else 'self_attn'}.{name}"
-            tensors[f"{at}.lora_A.weight"] = torch.randn(8, columns, generator=generator) / 8
-            tensors[f"{at}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) / 8
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": list(sizes), "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(described))
-    return folder
 
 
 def test_lora_over_sparse_layers_gives_the_tokens_of_lora_over_dense_ones(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
@@ -163,6 +163,14 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         return (rows * scale[..., None]).to(layer.params_dtype)
 
 
+class WithoutValues(NamedTuple):
+    """What ``weight`` is of a layer whose weight is INT8: vLLM's LoRA asks it for these, and reads no value."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 class TiedMethod(QuantizeMethodBase):
     """A head that has an INT8 embedding's weight: the embedding's method multiplies it.
 
@@ -191,12 +199,12 @@ def hold_int8(model: torch.nn.Module, names: set[str]) -> None:
         holders.setdefault(id(module._parameters.get("weight")), []).append(name)
     for name in names:
         layer: Any = model.get_submodule(name)
+        without_values = WithoutValues(layer.weight.shape, layer.weight.dtype, layer.weight.device)
         for other in holders[id(layer.weight)]:
-            if other != name:
-                head: Any = model.get_submodule(other)
-                del head.weight
-                head.quant_method = TiedMethod(layer)
-        del layer.weight
+            holder: Any = model.get_submodule(other)
+            del holder.weight
+            holder.weight = without_values
+            holder.quant_method = TiedMethod(layer)
         layer.quant_method = Int8EmbeddingMethod(name)
         layer.quant_method.create_weights(
             layer,
