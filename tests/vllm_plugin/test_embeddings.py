@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.training.distillation import load_pruned
-from vllm_runs import SIZES, assert_same, gemma3, generate, in_process, llama, qwen2, write_adapter
+from vllm_runs import SIZES, assert_same, gemma3, generate, in_process, llama, one_collection, qwen2, write_adapter
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -100,6 +100,46 @@ def test_lora_over_a_tied_embedding_gives_the_tokens_of_lora_over_a_dense_one(tm
     ours = generate(folder, **options)
     assert_same(ours, generate(tmp_path / "twin", **options))
     assert [tokens for tokens, _ in ours] != [tokens for tokens, _ in generate(folder)]
+
+
+def test_a_reranker_is_made_of_an_int8_head(made, tmp_path):
+    _, folder, kind = made
+    load_pruned(folder, torch.float32).save_pretrained(tmp_path / "twin")
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "twin")
+
+    ours, theirs = (probability(one) for one in (folder, tmp_path / "twin"))
+    assert abs(ours - theirs) < 1e-4 < abs(ours - 0.5)
+    without = tmp_path / "without"
+    shutil.copytree(folder, without)
+    name = f"{'model.embed_tokens' if kind == 'tied' else 'lm_head'}.weight_scale"
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, without / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"damaged checkpoint: .* has no weight_scale"):
+        probability(without)
+
+
+@one_collection()
+def probability(folder):
+    """What a reranker says of a text that vLLM makes of the model's head, which tells two tokens apart."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    config = json.loads((folder / "config.json").read_text())
+    tokens = sorted(PreTrainedTokenizerFast.from_pretrained(folder).get_vocab())[-2:]
+    changes = {
+        "architectures": [config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")],
+        "classifier_from_token": tokens,
+        "method": "from_2_way_softmax",
+    }
+    options = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_model_len": 160, "dtype": "float32"}
+    try:
+        engine = LLM(str(folder), runner="pooling", hf_overrides=changes, **options)
+        (made,) = engine.classify([{"prompt_token_ids": [3, 4, 5]}], use_tqdm=False)
+        engine.llm_engine.engine_core.shutdown()
+        return made.outputs.probs[0]
+    finally:
+        cleanup_dist_env_and_memory()
 
 
 def test_activations_of_a_bf16_head_are_quantized_unless_the_variable_says_no(tmp_path, tiny_model_folder, monkeypatch):

@@ -23,7 +23,13 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import read_strictly
 from crepe_llm.vllm_plugin import QUANTIZATION
-from crepe_llm.vllm_plugin.embeddings import DenseEmbeddingMethod, Int8EmbeddingMethod, hold_int8
+from crepe_llm.vllm_plugin.embeddings import (
+    INT8_PARTS,
+    DenseEmbeddingMethod,
+    Int8EmbeddingMethod,
+    hold_int8,
+    int8_values,
+)
 from crepe_llm.vllm_plugin.experts import ExpertNames, Sparse24ExpertsMethod, let_loaders_find, why_dense
 from crepe_llm.vllm_plugin.int4 import PACK_QUANTIZED, Int4LinearMethod, Int4Scheme
 from crepe_llm.vllm_plugin.linear import Scheme, Sparse24LinearMethod, full_rows
@@ -164,19 +170,30 @@ class Sparse24Config(CompressedTensorsConfig):
         mappers = [getattr(cls, "hf_to_vllm_mapper", None) for cls in (model_class, *classes)]
         self._fusions = [mapper.orig_to_new_stacked for mapper in mappers if isinstance(mapper, WeightsMapper)]
 
-    def finish_model(self, model: torch.nn.Module) -> None:
-        """Lets the embeddings and the head of a model that is built be INT8 where the checkpoint's are, on a CPU."""
+    def finish_model(self, model: torch.nn.Module, dense_head: bool) -> None:
+        """Lets the embeddings and the head of a model that is built be INT8 where the checkpoint's are, on a CPU.
+
+        Args:
+            model: as vLLM has built it.
+            dense_head: whether vLLM reads the head's weight, or that of the embedding which it is tied to.
+        """
         if not current_platform.is_cpu():
             return
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
-        hold_int8(
-            model,
-            {
-                name
-                for name, layer in layers.items()
-                if name in self._words and Int8EmbeddingMethod.serves(self.get_scheme_dict(layer, name))
-            },
-        )
+        names = self._int8_embeddings(model)
+        if dense_head and names:
+            _logger.warning("%s: INT8, but served dense: vLLM makes a classifier of its rows", ", ".join(sorted(names)))
+            return
+        hold_int8(model, names)
+
+    def _int8_embeddings(self, model: torch.nn.Module) -> set[str]:
+        """The embeddings and heads of a model that the checkpoint has in INT8, as the kernels take it."""
+        return {
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, VocabParallelEmbedding)
+            and name in self._words
+            and Int8EmbeddingMethod.serves(self.get_scheme_dict(layer, name))
+        }
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Chooses how a layer is computed.
@@ -301,19 +318,30 @@ class Sparse24Config(CompressedTensorsConfig):
         dense = set() if self._plain else set(self._checkpoint_name.values()) - self._sparse
         self._warn_of_dense(dense)
         unscaled = {name for layer, name in self._scaled.items() if _has_no_scale(model, layer)}
+        unpacked = {
+            self._words[name]
+            for name in self._int8_embeddings(model)
+            if not hasattr(model.get_submodule(name), "weight_packed")
+        }
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in pack_weights(take_apart(weights, self._whole), self._sparse if self._plain else ()):
             module, _, part = name.rpartition(".")
-            needed = set(SPARSE_24_BITMASK.parts if module in dense else ("weight",))
+            if module in unpacked:
+                needed = set(INT8_PARTS)
+            else:
+                needed = set(SPARSE_24_BITMASK.parts if module in dense else ("weight",))
             if module in unscaled:
                 needed.add(_SCALE)
-            if part in needed and (module in dense or module in unscaled):
+            if part in needed and (module in dense or module in unscaled or module in unpacked):
                 tensors = waiting.setdefault(module, {})
                 tensors[part] = tensor
                 if tensors.keys() == needed:
                     yield f"{module}.weight", _weight(module, waiting.pop(module))
             elif part != _INPUT_SCALE or module not in unscaled:
                 yield name, tensor
+        for module in sorted(unpacked & waiting.keys()):  # vLLM may make another layer of it, and check nothing
+            missing = [part for part in INT8_PARTS if part not in waiting[module]]
+            raise FormatError(f"damaged checkpoint: {module} has no {', '.join(missing)}; download or export it again")
 
     def _serve_dense(self, layer: str, modules: list[str], reason: str) -> None:
         self._dense |= {self._checkpoint_name[module]: (layer, reason) for module in modules}
@@ -352,7 +380,10 @@ def _has_no_scale(model: torch.nn.Module, layer: str) -> bool:
 def _weight(module: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The dense weight of tensors by the name of the part, a scale multiplied in."""
     try:
-        weight = tensors["weight"] if "weight" in tensors else SPARSE_24_BITMASK.unpack(tensors)
+        if "weight_packed" in tensors:
+            weight = int8_values(tensors["weight_packed"].clone())
+        else:
+            weight = tensors["weight"] if "weight" in tensors else SPARSE_24_BITMASK.unpack(tensors)
     except FormatError as error:
         raise FormatError(f"damaged checkpoint: {module}: {error}") from error
     if _SCALE in tensors:

@@ -18,11 +18,18 @@ from crepe_llm.vllm_plugin.linear import FLOATS, return_freed_memory
 
 _logger = init_logger("vllm.crepe_llm")  # vLLM shows no other logger's information
 
-_PACKED = ("weight_packed", "weight_scale", "weight_shape")
+INT8_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+"""The tensors that a checkpoint has of an INT8 embedding."""
+
 # pack-quantized stores a value as it is plus 128, four to a word.
 _PER_WORD = 4
 # The environment variable by which activations of an INT8 head are not quantized.
 _QUANTIZES = "CREPE_INT8_HEAD_A8"
+
+
+def int8_values(words: torch.Tensor) -> torch.Tensor:
+    """The INT8 values of rows in ``pack-quantized`` words, in the words' own memory."""
+    return words.view(torch.uint8).bitwise_xor_(0x80).view(torch.int8)
 
 
 class DenseEmbeddingMethod(UnquantizedEmbeddingMethod):
@@ -135,10 +142,8 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
                 f"damaged checkpoint: {self.name}.weight_shape is {layer.weight_shape.tolist()}, and the model needs "
                 f"{[layer.org_vocab_size, columns]}; export it again"
             )
-        values = words.view(torch.uint8)
-        values.bitwise_xor_(0x80)
-        layer.packed = kernels.pack_dense(values.view(torch.int8), scale, self._inputs(layer.params_dtype))
-        for name in _PACKED:
+        layer.packed = kernels.pack_dense(int8_values(words), scale, self._inputs(layer.params_dtype))
+        for name in INT8_PARTS:
             delattr(layer, name)
         return_freed_memory()
 

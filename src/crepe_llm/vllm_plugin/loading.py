@@ -130,12 +130,19 @@ def install() -> None:
         _refuse_new_weights()
         config.begin_model(get_model_cls(model_config))
         model = original(self, vllm_config, model_config, prefix)
-        config.finish_model(model)
+        config.finish_model(model, dense_head=_makes_classifier(model_config))
         track = self.load_config.model_loader_extra_config or {}
         _guard(model, config, model_config.model, check=track.get("enable_weights_track") is not False)
         return model
 
     BaseModelLoader.create_model = create_model  # type: ignore[method-assign]
+
+
+def _makes_classifier(model_config: Any) -> bool:
+    """Whether vLLM makes a classifier (a reranker's) of rows of the embedding that the head is tied to."""
+    text_config = model_config.hf_config.get_text_config()
+    asked = [getattr(one, "classifier_from_token", None) for one in (model_config.hf_config, text_config)]
+    return model_config.convert_type == "classify" and any(asked) and bool(text_config.tie_word_embeddings)
 
 
 @functools.cache
