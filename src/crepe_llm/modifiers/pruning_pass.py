@@ -257,9 +257,8 @@ class PruningPass:
     def forget(self) -> None:
         """Empty what the steps have recorded of layers, before they are run on the same layers again."""
         for modifier in self._modifiers:
-            for record in vars(modifier.step).values():
-                if isinstance(record, dict):
-                    record.clear()
+            for record in modifier.step.records:
+                record.clear()
 
     def stop(self) -> None:
         """Remove all hooks. Idempotent."""
