@@ -166,7 +166,7 @@ class PrunedSample:
     scores: torch.Tensor
     keep: torch.Tensor
 
-    def relative_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def squared_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared output error and squared dense output of each sampled row, summed over tokens, fp32 [n] each.
 
         Raises:
@@ -221,17 +221,17 @@ def _gini_pruned(pruned: PrunedSample) -> float:
 
 
 def _reconstruction(pruned: PrunedSample) -> float:
-    error, energy = pruned.relative_errors()
+    error, energy = pruned.squared_errors()
     return (error.sum() / energy.sum().clamp_min(_TINY)).item()
 
 
 def _row_reconstruction(pruned: PrunedSample) -> float:
-    error, energy = pruned.relative_errors()
+    error, energy = pruned.squared_errors()
     return (error / energy.clamp_min(_TINY)).pow(_ROW_POWER).mean().pow(1 / _ROW_POWER).item()
 
 
 def _balanced_reconstruction(pruned: PrunedSample) -> float:
-    error, energy = pruned.relative_errors()
+    error, energy = pruned.squared_errors()
     layer = error.sum() / energy.sum().clamp_min(_TINY)
     rows = (error / energy.clamp_min(_TINY)).square().mean().sqrt()
     return 0.5 * math.log(max((layer * rows).item(), _TINY))
