@@ -75,7 +75,7 @@ class Mask:
     def __str__(self) -> str:
         if self.mask_structure != "0:0":
             return self.mask_structure
-        return f"{self.sparsity:.0%} per {self.comparison_group}".replace("_", " ")
+        return f"{self.sparsity:.0%} per {self.comparison_group}"
 
     def keep(self, scores: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
         """What such a mask keeps by the scores of a candidate, which may say which of them compete: bool as scores."""
