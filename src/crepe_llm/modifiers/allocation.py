@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -13,7 +13,6 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import PRUNABLE_LAYER_T
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from pydantic import (
-    Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
     field_validator,
@@ -28,6 +27,7 @@ from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.scores import wanda_scores
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.fields import NonNegative
 from crepe_llm.modifiers.judging import as_it_predicts, pruning_of, texts_in, watch_calls
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer
@@ -38,8 +38,6 @@ from crepe_llm.search.rehearsal import Calls, Pruning, own_weights
 from crepe_llm.search.whole_model import WholeModel
 
 __all__ = ["SparsityAllocationModifier"]
-
-Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 MEASURED: Literal["measured"] = "measured"
 # Of the largest spread that is possible, those that are tried.
@@ -123,11 +121,11 @@ class SparsityAllocationModifier(LayerModifier):
 
     method: Method
     sparsity: float
-    threshold: Positive | None = None
-    spread: Positive | Literal["measured"] | None = None
+    threshold: NonNegative | None = None
+    spread: NonNegative | Literal["measured"] | None = None
     statistic: Literal["median", "mean"] | None = None
     tail: Literal["peak", "middle"] | None = None
-    slope: Positive | None = None
+    slope: NonNegative | None = None
     low: float = 0.0
     high: float = 0.99
     plot: str | None = None

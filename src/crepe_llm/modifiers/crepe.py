@@ -19,7 +19,7 @@ from pydantic import (
 from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
 from crepe_llm.functional.scores import check_coefficients, crepe_scores, cvr_scores, magnitude_scores
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.modifiers.fields import unquoted
+from crepe_llm.modifiers.fields import NonNegative, unquoted
 from crepe_llm.modifiers.pruning_pass import PruningModifier
 from crepe_llm.pruning.layer import input_channels
 from crepe_llm.pruning.steps import Mask
@@ -31,8 +31,6 @@ _FIELDS_OF_SCORE = {
     "cvr": ("alpha",),
     "magnitude": (),
 }
-
-Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class CRePEModifier(PruningModifier):
@@ -96,12 +94,12 @@ class CRePEModifier(PruningModifier):
     mask_structure: Annotated[str | dict[str, str], BeforeValidator(unquoted)] = "0:0"
     comparison_group: ComparisonGroup = "row"
     score: Literal["crepe", "cvr", "magnitude"] = "crepe"
-    row: Coefficient = 1.0
-    column: Coefficient = 1.0
-    neighbourhood: Coefficient = 1.0
+    row: NonNegative = 1.0
+    column: NonNegative = 1.0
+    neighbourhood: NonNegative = 1.0
     kernel_size: int = Field(default=3, ge=1)
-    activation_exponent: Coefficient = 0.5
-    alpha: Coefficient = 1.0
+    activation_exponent: NonNegative = 0.5
+    alpha: NonNegative = 1.0
 
     _found: dict[str, Any] = PrivateAttr(default_factory=dict)
     _orders: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = PrivateAttr(default_factory=dict)

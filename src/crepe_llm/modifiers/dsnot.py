@@ -13,6 +13,7 @@ from crepe_llm.functional.repruning import DSnoTOptions, Repruned, dsnot
 from crepe_llm.functional.scores import wanda_scores
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
+from crepe_llm.modifiers.fields import NonNegative
 from crepe_llm.modifiers.pruning_pass import PruningModifier
 from crepe_llm.pruning.layer import Layer
 from crepe_llm.pruning.steps import Reprune
@@ -68,8 +69,8 @@ class DSnoTModifier(PruningModifier):
     """
 
     max_cycles: int | None = Field(default=None, ge=1)
-    threshold: float = Field(default=0.01, ge=0, allow_inf_nan=False)
-    variance_exponent: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    threshold: NonNegative = 0.01
+    variance_exponent: NonNegative = 1.0
     score: Literal["wanda", "crepe"] = "wanda"
 
     _pruning: list[Modifier] = PrivateAttr(default_factory=list)

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
-__all__ = ["MaskStructure", "Patterns", "unquoted"]
+__all__ = ["MaskStructure", "NonNegative", "Patterns", "unquoted"]
 
 
 def unquoted(value: Any) -> Any:
@@ -24,5 +24,6 @@ def unquoted(value: Any) -> Any:
     return value
 
 
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MaskStructure = Annotated[str, BeforeValidator(unquoted)]
 Patterns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
