@@ -445,6 +445,8 @@ def test_experts_that_were_never_routed_to_are_left_out(tiny_model_folder, calib
         ({"candidates": 0}, r"candidates\n  Input should be greater than 0"),
         ({"minutes": -1}, r"minutes\n  Input should be greater than 0"),
         ({"rows": 0}, r"rows\n  Input should be greater than 0"),
+        ({"sparsity": 0.0}, r"sparsity\n  Input should be greater than 0"),
+        ({"sparsity": 50}, r"sparsity\n  Input should be less than 1"),
         ({"space": {"column": [2, 1]}}, "column=.*is empty"),
         ({"space": {"colum": [1, 2]}}, "no bounds called colum; it has"),
         ({"study": "a", "record": "a"}, "give record another file"),

@@ -27,7 +27,7 @@ from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.scores import wanda_scores
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
-from crepe_llm.modifiers.fields import NonNegative
+from crepe_llm.modifiers.fields import Fraction, NonNegative
 from crepe_llm.modifiers.judging import as_it_predicts, pruning_of, texts_in, watch_calls
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer
@@ -120,14 +120,14 @@ class SparsityAllocationModifier(LayerModifier):
     """
 
     method: Method
-    sparsity: float
+    sparsity: Fraction
     threshold: NonNegative | None = None
     spread: NonNegative | Literal["measured"] | None = None
     statistic: Literal["median", "mean"] | None = None
     tail: Literal["peak", "middle"] | None = None
     slope: NonNegative | None = None
-    low: float = 0.0
-    high: float = 0.99
+    low: Fraction = 0.0
+    high: Fraction = 0.99
     plot: str | None = None
     found: dict[str, float | str] | None = None
 
@@ -172,10 +172,8 @@ class SparsityAllocationModifier(LayerModifier):
             raise ValueError("spread=measured is for method: atp without slope: give a number, or leave it out")
         needs_data = self._allocation.needs_data or self.spread == MEASURED
         self.requires_calibration_data = self.found is None and needs_data
-        if not 0 <= self.low <= self.sparsity <= self.high < 1:
-            raise ValueError(
-                f"low={self.low}, sparsity={self.sparsity} and high={self.high} must ascend between 0 and 1"
-            )
+        if not self.low <= self.sparsity <= self.high:
+            raise ValueError(f"low={self.low}, sparsity={self.sparsity} and high={self.high} must ascend")
         return self
 
     @model_serializer(mode="wrap")

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-__all__ = ["MaskStructure", "NonNegative", "Patterns", "unquoted"]
+__all__ = ["Fraction", "MaskStructure", "NonNegative", "Patterns", "unquoted"]
 
 
 def unquoted(value: Any) -> Any:
@@ -24,6 +24,7 @@ def unquoted(value: Any) -> Any:
     return value
 
 
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MaskStructure = Annotated[str, BeforeValidator(unquoted)]
 Patterns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]

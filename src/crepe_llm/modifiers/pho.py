@@ -143,7 +143,7 @@ class PHOSearchModifier(LayerModifier):
     starts: list[dict[str, float | str]] | None = None
     found: dict[str, float | str] | None = None
     mask_structure: MaskStructure | None = None
-    sparsity: float | None = None
+    sparsity: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
     comparison_group: ComparisonGroup | None = None
     uncalibrated: Uncalibrated = "dense"
 
