@@ -31,6 +31,7 @@ from crepe_llm.modifiers.fields import Fraction, NonNegative
 from crepe_llm.modifiers.judging import as_it_predicts, pruning_of, texts_in, watch_calls
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer
+from crepe_llm.modifiers.tables import aligned
 from crepe_llm.pruning.block_pass import Wanted
 from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.search.choice import choose
@@ -283,12 +284,13 @@ class SparsityAllocationModifier(LayerModifier):
         crepe.pruning_pass.forget()
         self._calls = None
         self._spread = choice.chosen
-        lines = ["spread  better by, nats a token  as the recipe prunes"]
+        rows = []
         for spread in spreads:
             gains = [found.get(spread) for found in (choice.first, choice.last)]
             shown = ["" if pair is None else f"{pair[0]:+.4f} +- {pair[1]:.4f}" for pair in gains]
-            lines.append(f"{spread:6.4f}  {shown[0]:<25}  {shown[1]}".rstrip())
-        logger.info(f"ATP: a spread of {choice.chosen:.4f}, beside none at all:\n" + "\n".join(lines))
+            rows.append((f"{spread:6.4f}", f"{shown[0]:<25}  {shown[1]}"))
+        table = aligned(("spread", "better by, nats a token  as the recipe prunes"), rows)
+        logger.info(f"ATP: a spread of {choice.chosen:.4f}, beside none at all:\n{table}")
 
     def _allocated(self) -> dict[str, float | str]:
         """What each block gets by the method."""
@@ -462,17 +464,16 @@ class SparsityAllocationModifier(LayerModifier):
             self._pruning.use(mask_structure=mapping, sparsity=None)
 
     def _table(self) -> str:
-        width = max(map(len, self._blocks))
         total = sum(self._sizes.values())
         mean = sum(self._sizes[block] * fraction_of(chosen) for block, chosen in self._chosen.items()) / total
-        lines = [f"{'block':<{width}}  {'weights':>12}  sparsity"]
+        rows = []
         for block, size in self._sizes.items():
             chosen = self._chosen[block]
             shown = f"{chosen:>8}" if isinstance(chosen, str) else f"{chosen:8.2%}"
             measure = f"  {self._measures[block]:.6g}" if block in self._measures else ""
-            lines.append(f"{block:<{width}}  {size:>12}  {shown}{measure}")
-        lines.append(f"{'all':<{width}}  {total:>12}  {mean:8.2%}")
+            rows.append((block, f"{size:>12}  {shown}{measure}"))
+        rows.append(("all", f"{total:>12}  {mean:8.2%}"))
         return (
             f"Sparsity of {len(self._sizes)} blocks by {self.method}, {mean:.4%} of all weights for a target of "
-            f"{self.sparsity:.4%}:\n" + "\n".join(lines)
+            f"{self.sparsity:.4%}:\n" + aligned(("block", f"{'weights':>12}  sparsity"), rows)
         )

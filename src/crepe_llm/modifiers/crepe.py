@@ -21,6 +21,7 @@ from crepe_llm.functional.scores import check_coefficients, crepe_scores, cvr_sc
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers.fields import NonNegative, unquoted
 from crepe_llm.modifiers.pruning_pass import PruningModifier
+from crepe_llm.modifiers.tables import aligned
 from crepe_llm.pruning.layer import input_channels
 from crepe_llm.pruning.steps import Mask
 
@@ -232,15 +233,15 @@ class CRePEModifier(PruningModifier):
 
     def _table(self) -> str:
         realised = self.step.realised
-        width = max(map(len, realised), default=5)
         weights = sum(shape.numel() for shape, _ in realised.values())
         pruned = sum(shape.numel() * fraction for shape, fraction in realised.values())
-        lines = [f"{'layer':<{width}}  {'shape':>14}  pruned"]
-        for name, (shape, fraction) in realised.items():
-            lines.append(f"{name:<{width}}  {'x'.join(map(str, shape)):>14}  {fraction:6.2%}")
-        lines.append(f"{'all':<{width}}  {weights:>14}  {pruned / max(weights, 1):6.2%}")
+        rows = [
+            (name, f"{'x'.join(map(str, shape)):>14}  {fraction:6.2%}") for name, (shape, fraction) in realised.items()
+        ]
+        rows.append(("all", f"{weights:>14}  {pruned / max(weights, 1):6.2%}"))
         structures = ", ".join(sorted({self.structure_of(name)[0] for name in realised}))
-        return f"Realised sparsity of {len(realised)} layers ({structures}):\n" + "\n".join(lines)
+        table = aligned(("layer", f"{'shape':>14}  pruned"), rows)
+        return f"Realised sparsity of {len(realised)} layers ({structures}):\n{table}"
 
 
 def _check_structure(mask_structure: str | dict[str, str], sparsity: float | dict[str, float] | None) -> None:

@@ -15,6 +15,7 @@ from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.fields import NonNegative
 from crepe_llm.modifiers.pruning_pass import PruningModifier
+from crepe_llm.modifiers.tables import aligned
 from crepe_llm.pruning.layer import Layer
 from crepe_llm.pruning.steps import Reprune
 
@@ -144,11 +145,12 @@ class DSnoTModifier(PruningModifier):
         raise ValueError(f"{layer.name} was pruned by no modifier of the recipe: add it to `ignore`")
 
     def _table(self) -> str:
-        swapped, width = self.step.swapped, max(map(len, self.step.swapped))
-        lines = [f"{'layer':<{width}}  swapped          mean |row error| before      after"]
-        for name, (swaps, share, before, after) in swapped.items():
-            lines.append(f"{name:<{width}}  {swaps:>7} {share:7.2%}  {before:>22.4g} {after:>10.4g}")
+        swapped = self.step.swapped
+        rows = (
+            (name, f"{swaps:>7} {share:7.2%}  {before:>22.4g} {after:>10.4g}")
+            for name, (swaps, share, before, after) in swapped.items()
+        )
         return (
             f"Weights swapped in {len(swapped)} layers (share of those kept), and the rows' expected errors:\n"
-            + "\n".join(lines)
+            + aligned(("layer", "swapped          mean |row error| before      after"), rows)
         )

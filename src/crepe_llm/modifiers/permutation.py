@@ -20,6 +20,7 @@ from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer
+from crepe_llm.modifiers.tables import aligned
 from crepe_llm.pruning.block_pass import Wanted
 from crepe_llm.pruning.layer import input_channels, weight_matrix
 
@@ -286,13 +287,13 @@ class ChannelPermutationModifier(LayerModifier):
         return n, m
 
     def _table(self, searching: float, absorbing: float) -> str:
-        width = max(map(len, self._retained), default=0)
-        lines = [f"{'channels':<{width}}  before   after"]
-        for site, (before, after) in self._retained.items():
-            lines.append(f"{site:<{width}}  {before:6.2%}  {after:6.2%}{'  left as it was' * (after == before)}")
+        rows = (
+            (site, f"{before:6.2%}  {after:6.2%}{'  left as it was' * (after == before)}")
+            for site, (before, after) in self._retained.items()
+        )
         return (
             f"Share of the scores that masks keep, before and after permuting ({searching:.1f} s to search, "
-            f"{absorbing:.1f} s to absorb):\n" + "\n".join(lines)
+            f"{absorbing:.1f} s to absorb):\n" + aligned(("channels", "before   after"), rows)
         )
 
 

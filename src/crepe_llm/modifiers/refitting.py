@@ -12,6 +12,7 @@ from crepe_llm.functional.statistics import relative_weights
 from crepe_llm.models.channels import normalises_outputs
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.pruning_pass import PruningModifier
+from crepe_llm.modifiers.tables import aligned
 from crepe_llm.pruning.block_pass import Calibration, TokenWeights
 from crepe_llm.pruning.layer import Layer, linear_outputs
 from crepe_llm.pruning.steps import Refit
@@ -120,13 +121,13 @@ class RefittingModifier(PruningModifier):
         return DEFAULT_SHARE if self._by_default else 0.0
 
     def _table(self) -> str:
-        errors, width = self.step.errors, max(map(len, self.step.errors))
-        lines = [f"{'layer':<{width}}  before   after"]
-        for name, (before, after) in errors.items():
-            lines.append(f"{name:<{width}}  {before:6.2%}  {after:6.2%}  {self.step.remarks.get(name, '')}".rstrip())
+        errors, remarks = self.step.errors, self.step.remarks
+        rows = (
+            (name, f"{before:6.2%}  {after:6.2%}  {remarks.get(name, '')}") for name, (before, after) in errors.items()
+        )
         return (
             f"Squared output error of {len(errors)} layers, relative to their outputs, before and after "
-            f"{self.label}:\n" + "\n".join(lines)
+            f"{self.label}:\n" + aligned(("layer", "before   after"), rows)
         )
 
 
