@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from crepe_llm.checkpoints import read_folder
+from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.checkpoints.folders import new_folder
-from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.evaluation.throughput import held_bytes
 

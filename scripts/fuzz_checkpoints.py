@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crepe_llm.checkpoints import attach, decompress_folder, read_folder
-from crepe_llm.checkpoints.saving import int4_2of4
+from crepe_llm.checkpoints.two_of_four import int4_2of4
 from crepe_llm.evaluation.random_models import write_random_model
 
 REFUSED, EQUAL, WRONG = "refused", "equal", "SILENT WRONG"

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/overlay.sh
 python=${PYTHON:-.venv/bin/python}
-tests=${TESTS:-tests/checkpoints/test_loading.py tests/checkpoints/test_saving.py tests/checkpoints/test_experts.py tests/checkpoints/test_model_check.py tests/oneshot/test_recipes.py}
+tests=${TESTS:-tests/checkpoints/test_loading.py tests/checkpoints/test_saving.py tests/checkpoints/test_converting.py tests/checkpoints/test_space.py tests/checkpoints/test_experts.py tests/checkpoints/test_model_check.py tests/oneshot/test_recipes.py}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 logs=${LOGS:-$work}

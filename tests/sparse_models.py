@@ -1,6 +1,10 @@
 """2:4 tensors and small 2:4 models for the tests of checkpoints."""
 
+import json
+
 import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from crepe_llm.checkpoints.formats.bitmask import DTYPES
 
@@ -37,3 +41,25 @@ def linears(model):
 
 def bytes_of(tensor):
     return tensor.contiguous().view(INTEGERS[tensor.element_size()])
+
+
+def pruned(folder, dtype=torch.bfloat16):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    kept = prune_2of4(model)
+    return model, kept
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stored_tensors(folder):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaCon
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from crepe_llm.checkpoints import attach, compress_folder, decompress_folder, read_folder
+from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.checkpoints.loading import Sparse24HfQuantizer
-from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.functional.bitmask import pack_bits
 from crepe_llm.pruning.layer import mask_of
 from sparse_models import linears, prune_2of4

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.checkpoints.reading import read_folder
-from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.cli.main import main
 from crepe_llm.cli.quiet import quiet
 from sparse_models import prune_2of4

@@ -7,7 +7,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from crepe_llm.checkpoints import read_folder
-from crepe_llm.checkpoints.saving import compress_folder
+from crepe_llm.checkpoints.converting import compress_folder
 from crepe_llm.training.callback import KeepMasksCallback
 from crepe_llm.training.masked import find_masks
 from sparse_models import linears, prune_2of4

@@ -11,8 +11,8 @@ import yaml
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, GPT2Config, LlamaConfig, OPTConfig, Trainer
 
+from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.checkpoints.reading import read_config, read_folder
-from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.functional.bitmask import pack_bits, unpack_bits
 from crepe_llm.models import per_block
 from crepe_llm.models.ffn import cut, find_ffns

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from crepe_llm.checkpoints.saving import pack_folder
+from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.vllm_plugin import QUANTIZATION, register
 from vllm_runs import assert_same, generate, in_process, qwen2

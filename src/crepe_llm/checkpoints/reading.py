@@ -40,6 +40,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANTIZATION = "quantization_config"
+# How the names of tensors end that belong to a quantized weight and are no weights of the model.
+QUANTIZATION_SUFFIXES = ("_scale", "_zero_point", "_global_scale", "_g_idx", "_shape")
 # What compressed-tensors called it once: vLLM still looks there, transformers does not.
 OLD_QUANTIZATION = "compression_config"
 _TEXT_MODEL = "text_config"

@@ -20,9 +20,9 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, TrainerCallback
 
+from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.checkpoints.copying import copy_rest
 from crepe_llm.checkpoints.reading import CONFIG, find_quantization, objects_in, read_config
-from crepe_llm.checkpoints.saving import pack_folder
 from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import auto_class, load_tokenizer

@@ -8,7 +8,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import Checkpoint, read_strictly
-from crepe_llm.checkpoints.saving import int4_2of4, plain_2of4
+from crepe_llm.checkpoints.two_of_four import int4_2of4, plain_2of4
 
 PLAIN = "dense"
 """What ``sparsity_config.format`` is called where 2:4 weights are stored with their zeros."""

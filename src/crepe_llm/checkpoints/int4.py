@@ -1,0 +1,40 @@
+"""4-bit weights in compressed-tensors' pack-quantized form: which of them are zero."""
+
+import torch
+
+from crepe_llm.checkpoints.reading import Checkpoint
+
+__all__ = ["int4_kept"]
+
+# A packed signed int4 value is stored with this offset, so this nibble is a zero weight where there are no zero points.
+_INT4_ZERO = 8
+
+
+def int4_kept(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
+    """Bool [rows, columns]: which weights of an int4 tensor in compressed-tensors' pack-quantized form are not zero.
+
+    None where the tensor is no such one. A code that is its group's zero point is zero.
+    """
+    layer = name.removesuffix("_packed")
+    if not name.endswith(".weight_packed") or f"{layer}_shape" not in checkpoint.tensors:
+        return None
+    if checkpoint.tensors[name].dtype != "I32":
+        return None
+    packed = checkpoint.load(name)
+    rows, columns = checkpoint.load(f"{layer}_shape").flatten().tolist()
+    # Eight values an int32: other widths are not the int4 that this reads.
+    if packed.ndim != 2 or packed.shape != (rows, (columns + 7) // 8):
+        return None
+    codes = _nibbles(packed)[:, :columns]
+    if f"{layer}_zero_point" not in checkpoint.tensors:
+        return codes != _INT4_ZERO
+    zero = _nibbles(checkpoint.load(f"{layer}_zero_point").t()).t()[:rows]
+    if zero.shape[0] != rows or columns % zero.shape[1]:
+        return None
+    return codes != zero.repeat_interleave(columns // zero.shape[1], 1)
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The eight values of each int32, ascending: uint8 [rows, 8 * words] of int32 [rows, words]."""
+    pairs = packed.contiguous().view(torch.uint8)
+    return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)

@@ -1,0 +1,65 @@
+"""Which layers of a checkpoint are 2:4, by what is stored of them."""
+
+import re
+
+import torch
+
+from crepe_llm.checkpoints.experts import matrices_of
+from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK
+from crepe_llm.checkpoints.int4 import int4_kept
+from crepe_llm.checkpoints.reading import Checkpoint
+
+__all__ = [
+    "FORMAT",
+    "has_exponents",
+    "int4_2of4",
+    "is_2of4_int4",
+    "is_2of4_linear",
+    "is_linear_weight",
+    "plain_2of4",
+]
+
+FORMAT = SPARSE_24_BITMASK
+"""What 2:4 layers are written in."""
+
+# Two-dimensional weights that are not those of a linear layer, or of all experts in one: never packed, whatever their
+# zeros. The output head shares its weight with the embedding where tied.
+_NOT_LINEAR = re.compile(
+    r"(^|\.)((lm_head|embed_out|wte|wpe|experts(?!\.\d+\.)|router)\.|\w*(embed|norm)\w*(\.\d+)?\.weight$)",
+    re.IGNORECASE,
+)
+
+
+def plain_2of4(checkpoint: Checkpoint) -> list[str]:
+    """The prefixes of the linear layers whose plain weights are exactly 2:4; all weights are read, one at a time."""
+    return [name.removesuffix(".weight") for name in checkpoint.tensors if is_2of4_linear(checkpoint, name)]
+
+
+def int4_2of4(checkpoint: Checkpoint) -> list[str]:
+    """The prefixes of the layers whose 4-bit weights, in compressed-tensors' pack-quantized form, are exactly 2:4."""
+    return [name.removesuffix(".weight_packed") for name in checkpoint.tensors if is_2of4_int4(checkpoint, name)]
+
+
+def is_2of4_linear(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor is the weight of a linear layer and is 2:4."""
+    return is_linear_weight(checkpoint, name) and FORMAT.fits(checkpoint.load(name))
+
+
+def is_2of4_int4(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor is an int4 weight in compressed-tensors' pack-quantized form and is 2:4."""
+    kept = int4_kept(checkpoint, name)
+    return kept is not None and FORMAT.fits(kept.to(torch.int8))
+
+
+def is_linear_weight(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor is the weight of a linear layer that may be packed, or of one of each expert."""
+    if not name.endswith(".weight") or _NOT_LINEAR.search(name) or has_exponents(checkpoint, name):
+        return False
+    axes = len(checkpoint.tensors[name].shape)
+    return axes == 2 or (axes == 3 and bool(matrices_of(name.removesuffix(".weight"))))
+
+
+def has_exponents(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor is a weight whose scales are stored as exponents of two, bytes."""
+    scale = checkpoint.tensors.get(f"{name}_scale")
+    return scale is not None and scale.dtype == "U8"
