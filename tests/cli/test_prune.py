@@ -255,7 +255,7 @@ def test_recipes_are_refused_in_one_line_before_the_model_is_loaded(dense, text,
             f"{start}    CRePEModifier:\n      mask_structure: 2:4\n",
             f"{recipe}: CRePEModifier: mask_structure is the number 124",
         ),
-        (f"{start}   CRePEModifier:\n      row: 1\n     column: 3\n", f"{recipe}, line 5 is no YAML"),
+        (f"{start}   CRePEModifier:\n      row: 1\n     column: 3\n", f"{recipe}, line 5 is not YAML"),
         (f"{start}    CrepeModifier:\n      row: 1\n", "did you mean CRePEModifier?"),
         (f"{start}    CRePEModifier:\n    row: 1\n", "row stands beside CRePEModifier"),
         ("", "is empty: modifiers go under"),
@@ -263,21 +263,21 @@ def test_recipes_are_refused_in_one_line_before_the_model_is_loaded(dense, text,
         recipe.write_text(content)
         assert wanted in refusal(prune(tmp_path / "no" / "model", text, tmp_path, recipe=recipe))
     recipe.write_bytes(b"\xff")
-    assert f"{recipe} is no UTF-8 text: byte 0 is 0xff" in refusal(prune(dense, text, tmp_path, recipe=recipe))
+    assert f"{recipe} is not UTF-8 text: byte 0 is 0xff" in refusal(prune(dense, text, tmp_path, recipe=recipe))
     assert "is a folder: name a YAML file in it" in refusal(prune(dense, text, tmp_path, recipe=tmp_path))
 
 
 def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, tmp_path, refusal):
     config = json.loads((dense / "config.json").read_text())
     assert "there is no folder ./absent" in refusal(prune("./absent", text, tmp_path))
-    assert "absent/model is no folder here" in refusal(prune("absent/model", text, tmp_path))
+    assert "absent/model is not a folder here" in refusal(prune("absent/model", text, tmp_path))
     assert "the model's name is empty" in refusal(prune("", text, tmp_path))
     assert "has no config.json" in refusal(prune(tmp_path, text, tmp_path))
     assert "fox.txt is a file" in refusal(prune(text, text, tmp_path))
     for number, (files, wanted) in enumerate((
         ({"tokenizer": None, "tokenizer_config": None}, "has no tokenizer that transformers can load"),
         ({"config": config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}}, "is quantized (gptq)"),
-        ({"config": config | {"quantization_config": 5}}, "quantization_config is 5, which is no object"),
+        ({"config": config | {"quantization_config": 5}}, "quantization_config is 5, which is not an object"),
         ({"config": "{"}, "config.json is not JSON: Expecting property name"),
         ({"config": "[]"}, "config.json is not a JSON object"),
         ({"model": None, "model.safetensors.index.json": '{"weight_map": {"a": "b.safetensors"}}'}, "does not exist"),
@@ -292,8 +292,8 @@ def test_models_that_cannot_be_pruned_are_refused_before_any_work(dense, text, t
         ({"adapter_config.json": "{}"}, "holds an adapter (PEFT) beside the model, which transformers would load into"),
         ({"config": None, "adapter_config.json": "{}"}, "has no config.json, it is an adapter (PEFT): merge it into"),
         ({"config": None, "model.gguf": "GGUF"}, "has no config.json but GGUF files, which are not read here"),
-        ({"generation_config": "[]"}, "generation_config.json is no JSON object but '[]'; mend or delete it"),
-        ({"generation_config": "{"}, "generation_config.json is no JSON: "),
+        ({"generation_config": "[]"}, "generation_config.json is not a JSON object but '[]'; mend or delete it"),
+        ({"generation_config": "{"}, "generation_config.json is not JSON: "),
         ({"generation_config": {"num_return_sequences": 4}}, "generation_config.json is wrong: Greedy methods"),
         ({"model": None, "pytorch_model.bin": "abc"}, "cannot be read (IndexError: "),
     )):  # fmt: skip
@@ -344,12 +344,12 @@ def test_models_that_see_are_written_whole(text, tmp_path):
 def test_texts_are_refused_by_name(dense, tmp_path, refusal):
     path = tmp_path / "text.txt"
     path.write_bytes(b"words and \xff more words")
-    assert f"{path} is no UTF-8 text: byte 10 is 0xff" in refusal(prune(dense, path, tmp_path))
+    assert f"{path} is not UTF-8 text: byte 10 is 0xff" in refusal(prune(dense, path, tmp_path))
     path.write_text(" \n")
     assert f"{path}: the text is empty" in refusal(prune(dense, path, tmp_path))
     assert "cannot be read: Is a directory" in refusal(prune(dense, tmp_path, tmp_path))
     path.write_bytes(bytes(5000))
-    assert f"{path} is no text: character 0 is NUL" in refusal(prune(dense, path, tmp_path))
+    assert f"{path} is not text: character 0 is NUL" in refusal(prune(dense, path, tmp_path))
 
 
 @pytest.mark.parametrize("option", ["--samples", "--length"])
@@ -357,7 +357,7 @@ def test_numbers_are_refused_by_the_options_name(option, dense, text, tmp_path, 
     for number in ("0", "-3", "many", "2.5"):
         with pytest.raises(SystemExit):
             main(prune(dense, text, tmp_path, option, number))
-        assert f"argument {option}: {number} is no whole number from" in capsys.readouterr().err
+        assert f"argument {option}: {number} is not a whole number from" in capsys.readouterr().err
 
 
 def test_no_space_is_known_before_calibration(dense, text, tmp_path, refusal, monkeypatch):

@@ -107,7 +107,7 @@ def test_another_model_is_not_the_dense_one(pruned, dense, text, tmp_path, refus
 
 
 def test_mistakes_are_told_in_one_line(pruned, text, tmp_path, refusal):
-    assert "is no folder" in refusal(report(tmp_path / "absent", text))
+    assert "is not a folder" in refusal(report(tmp_path / "absent", text))
     assert "does not exist" in refusal(report(pruned, text, "--output", tmp_path / "no" / "page.html"))
     broken = tmp_path / "broken"
     shutil.copytree(pruned, broken)

@@ -59,7 +59,7 @@ def test_a_pipe_is_written_to(tmp_path):
 
 @pytest.mark.parametrize("command", ["compress", "decompress"])
 def test_conversions_of_what_is_not_there_are_refused(command, tmp_path, refusal):
-    assert "absent is no folder: name a folder" in refusal([command, tmp_path / "absent", tmp_path / "out"])
+    assert "absent is not a folder: name a folder" in refusal([command, tmp_path / "absent", tmp_path / "out"])
 
 
 def test_conversions_write_their_figures(dense, tmp_path):

@@ -453,7 +453,7 @@ def test_a_module_that_the_family_does_not_have_is_named(folder_of, calibration_
     model.model.layers[1].mlp.adapter = torch.nn.Linear(16, 16)
     run(model, str(RECIPE), calibration_data)
     (line,) = [line for line in messages if "goes on without it" in line]
-    assert "model.layers.1.mlp.adapter.weight is no parameter that a model of the family llama has" in line
+    assert "model.layers.1.mlp.adapter.weight is not a parameter that a model of the family llama has" in line
     assert (model.model.layers[0].mlp.up_proj.weight == 0).sum() == model.model.layers[
         0
     ].mlp.up_proj.weight.numel() // 2

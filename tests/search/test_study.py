@@ -23,9 +23,9 @@ def test_saved_studies_load_as_they_were(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text[: len(text) // 2], "damaged, it is no JSON"),
-        (lambda text: "", "damaged, it is no JSON"),
-        (lambda text: "[]", "no study"),
+        (lambda text: text[: len(text) // 2], "damaged, it is not JSON"),
+        (lambda text: "", "damaged, it is not JSON"),
+        (lambda text: "[]", "not a study"),
         (lambda text: text.replace('"format": 2', '"format": 99'), "format"),
         (lambda text: text.replace('"value"', '"worth"'), "damaged"),
         (lambda text: text.replace('"kernel_size": 3', '"kernel_size": 4'), "damaged .*kernel_size=4"),

@@ -428,7 +428,7 @@ def test_what_does_not_belong_together_is_refused_before_any_work(dense, packed,
     refused("less than one window", windows=lambda tokenizer: token_windows(tokenizer, ["short"], LENGTH))
     refused("exceeds the model's context of 64", windows=lambda tokenizer: token_windows(tokenizer, [TEXT], 65))
     refused("holds 4 windows of 32 tokens: too few for held_out=1", windows=lambda tokenizer: windows(tokenizer, 4))
-    refused("batch=4 is no multiple of micro_batch=3", micro_batch=3)
+    refused("batch=4 is not a multiple of micro_batch=3", micro_batch=3)
     refused("there is nothing to train on", windows=None)
     refused("absent is not a folder with a model", source=tmp_path / "absent")
 

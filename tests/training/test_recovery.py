@@ -168,7 +168,7 @@ def test_the_command_writes_a_model_or_nothing(pruned, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--output", str(tmp_path / "other"), "--rank", "0"])
-    assert "argument --rank: 0 is no whole number from 1 on" in capsys.readouterr().err
+    assert "argument --rank: 0 is not a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_the_zeros_of_a_dequantised_model_do_not_make_it_sparse(pruned, tmp_path):

@@ -75,4 +75,4 @@ def _copy(path: Path, target: Path, roots: list[Path], written: Path) -> None:
     elif path.is_file():
         shutil.copyfile(path, target)
     else:
-        _logger.warning("%s is no file and was not copied", path)
+        _logger.warning("%s is not a file and was not copied", path)

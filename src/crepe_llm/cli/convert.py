@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_json(options)
     if not options.source.is_dir():
-        raise NotADirectoryError(f"{options.source} is no folder: name a folder with config.json and safetensors")
+        raise NotADirectoryError(f"{options.source} is not a folder: name a folder with config.json and safetensors")
     convert = {"compress": compress_folder, "decompress": decompress_folder}[options.conversion]
     layers = convert(options.source, options.destination, progress=True)
     before, after = (weight_bytes(folder) for folder in (options.source, options.destination))

@@ -184,7 +184,7 @@ def check_model(name: str, dense: bool) -> None:
             content, _ = PreTrainedConfig.get_config_dict(name)
         except Exception as error:
             raise ValueError(
-                f"{name} is no folder here, and no model that the hub could give: {_first_line(error)}"
+                f"{name} is not a folder here, and not a model that the hub could give: {_first_line(error)}"
             ) from error
     _check_dtype(name, content)
     if (path / "adapter_config.json").is_file():
@@ -202,7 +202,9 @@ def check_model(name: str, dense: bool) -> None:
     if quantization is None:
         return
     if not isinstance(quantization, dict):
-        raise ValueError(f"{name}/config.json: {place} is {quantization!r}, which is no object: the file is damaged")
+        raise ValueError(
+            f"{name}/config.json: {place} is {quantization!r}, which is not an object: the file is damaged"
+        )
     method = quantization.get("quant_method", "an unnamed method")
     if dense and (method != "compressed-tensors" or quantization.get("config_groups")):
         raise ValueError(
@@ -220,7 +222,7 @@ def _what_else(folder: Path) -> str:
 
 
 def _check_generation_config(path: Path) -> None:
-    """Raise ValueError if there is such a file and it is no JSON object, which transformers would leave out, or one
+    """Raise ValueError if there is such a file and it is not a JSON object, which transformers would leave out, or one
     that transformers loads no model with."""
     from transformers import GenerationConfig
 
@@ -229,9 +231,9 @@ def _check_generation_config(path: Path) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {_first_line(error)}; mend or delete it") from error
+        raise ValueError(f"{path} is not JSON: {_first_line(error)}; mend or delete it") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object but {str(content)[:60]!r}; mend or delete it")
+        raise ValueError(f"{path} is not a JSON object but {str(content)[:60]!r}; mend or delete it")
     try:
         GenerationConfig.from_dict(content)
     except (ValueError, TypeError) as error:

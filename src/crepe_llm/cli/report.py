@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     check_json(options)
     page = options.output or options.model / PAGE
     if not options.model.is_dir():
-        raise NotADirectoryError(f"{options.model} is no folder: name the folder of a pruned model")
+        raise NotADirectoryError(f"{options.model} is not a folder: name the folder of a pruned model")
     check_new_file(page, "--output")
     with quiet("report", False, own=("report", "perplexity on")):
         test = Test(*texts_of(options), options.window, options.tokens)

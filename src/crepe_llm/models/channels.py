@@ -44,8 +44,8 @@ def module_axes(model_type: str, parameters: Iterable[str]) -> dict[str, Axes]:
         pattern = kind_of(module)
         if kind not in ("weight", "bias") or pattern not in table:
             raise ValueError(
-                f"{parameter} is no parameter that a model of the family {model_type} has, so which channels it shares "
-                "is unknown and they cannot be permuted"
+                f"{parameter} is not a parameter that a model of the family {model_type} has, so which channels it "
+                "shares is unknown and they cannot be permuted"
             )
         axes[module] = table[pattern]
     return axes

@@ -178,9 +178,9 @@ class LayerModifier(Modifier):
     def _check_weight(self, name: str, module: torch.nn.Module, tables: Mapping[int, str]) -> None:
         weight, kind = getattr(module, "weight", None), type(module).__name__
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-            raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is no linear layer")
+            raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is not a linear layer")
         if isinstance(module, torch.nn.Embedding):
-            raise ValueError(f"targets={self.targets} match {name}, an embedding, which is no linear layer")
+            raise ValueError(f"targets={self.targets} match {name}, an embedding, which is not a linear layer")
         if id(weight) in tables:
             raise ValueError(
                 f"{name} shares its weight with the embedding {tables[id(weight)]}, which would change too: "
@@ -201,14 +201,14 @@ class LayerModifier(Modifier):
             share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
         if share > 0.01:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(map(kind_of, sizes)).items())
-            logger.warning(f"Not pruned is {share:.0%} of the model's weights, which no linear layer holds: {kinds}")
+            logger.warning(f"{share:.0%} of the model's weights are not pruned, as no linear layer holds them: {kinds}")
 
     def _say_what_stays_dense(self, model: torch.nn.Module) -> None:
         dense = self._left_dense(model, dict(match_named_modules(model, self.targets, self.ignore)))
         for what in dict.fromkeys(dense.values()):
             kinds = Counter(kind_of(name) for name, found in dense.items() if found == what)
             listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-            logger.warning(f"Not pruned are {what}: {listed}. To prune them, name them in `targets`")
+            logger.warning(f"{what} stay dense: {listed}. To prune them, name them in `targets`")
         for what, names in (
             ("Conv1D layers", [name for module, name in self._layers.items() if is_transposed(module)]),
             ("output heads", [name for module, name in self._layers.items() if module is _head_of(model)]),

@@ -101,7 +101,7 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise ValueError(f"{path} is no UTF-8 text: byte {error.start} is 0x{byte:02x}; save it as UTF-8") from error
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is 0x{byte:02x}; save it as UTF-8") from error
 
 
 def _front_matter(text: str, source: str) -> str:
@@ -141,11 +141,11 @@ def _parse(text: str, source: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"{source}{place} is no YAML: {problem}; look at the indentation and the quotes") from error
+        raise ValueError(f"{source}{place} is not YAML: {problem}; look at the indentation and the quotes") from error
     if content is None:
         raise ValueError(f"{source} is empty: {_PLACE}")
     if not isinstance(content, dict):
-        raise ValueError(f"{source} is no mapping but {type(content).__name__} {str(content)[:60]!r}: {_PLACE}")
+        raise ValueError(f"{source} is not a mapping but {type(content).__name__} {str(content)[:60]!r}: {_PLACE}")
     return content
 
 
@@ -204,7 +204,7 @@ def _check_patterns(modifier: str, fields: dict[str, Any], source: str) -> None:
                 re.compile(str(pattern).removeprefix("re:") if str(pattern).startswith("re:") else "")
             except re.error as error:
                 raise ValueError(
-                    f"{source}: {modifier}: {field} has {pattern!r}, which is no regular expression: {error}"
+                    f"{source}: {modifier}: {field} has {pattern!r}, which is not a regular expression: {error}"
                 ) from error
 
 

@@ -181,7 +181,8 @@ def prune_block(
             dense = runs.dense.get(module, weight_matrix(module).detach())
             cross = None if found.routed else found.cross
             layer = Layer(wanted[module].name, module, dense, found.statistics, dense, None, cross, found.routed)
-            del found, cross  # so that the matrices of the last layer that shares them are gone once it needs them not
+            # So that the matrices are gone as soon as the last layer that shares them no longer needs them.
+            del found, cross
             if owners[module] == processes.rank():
                 prune(layer)
         for module, owner in owners.items():

@@ -1,4 +1,4 @@
-"""A linear layer while it is pruned: the one thing that every step reads and writes. And its weight, its mask."""
+"""A linear layer while it is pruned, the one thing that every step reads and writes, with its weight and its mask."""
 
 from dataclasses import dataclass
 from typing import Any, cast

@@ -168,7 +168,7 @@ def text_file(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SampleError(
-            f"{path} is no UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}; convert the file "
+            f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}; convert the file "
             "(such as with iconv), or give another"
         ) from error
     except OSError as error:
@@ -176,7 +176,7 @@ def text_file(path: Path) -> str:
     if not text.strip():
         raise SampleError(f"{path}: the text is empty")
     if "\0" in text:
-        raise SampleError(f"{path} is no text: character {text.index(chr(0))} is NUL; give a file of text")
+        raise SampleError(f"{path} is not text: character {text.index(chr(0))} is NUL; give a file of text")
     return text
 
 

@@ -229,10 +229,10 @@ class Study:
         except OSError as error:
             raise StudyError(f"the study {path} cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise StudyError(f"the study {path} is damaged, it is no JSON ({error}): restore or delete it") from error
+            raise StudyError(f"the study {path} is damaged, it is not JSON ({error}): restore or delete it") from error
         form = content.pop("format", None) if isinstance(content, dict) else None
         if form not in (_FIRST_FORMAT, _FORMAT):
-            raise StudyError(f'{path} is no study of this version: its "format" is neither 1 nor {_FORMAT}')
+            raise StudyError(f'{path} is not a study of this version: its "format" is neither 1 nor {_FORMAT}')
         try:
             if form == _FIRST_FORMAT:
                 content = _converted(content)

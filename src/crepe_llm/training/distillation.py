@@ -127,7 +127,7 @@ class DistillationSettings:
         if self.tokens is not None and self.minutes is not None:
             raise ValueError(f"tokens={self.tokens} and minutes={self.minutes} are two budgets: give one")
         if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise ValueError(f"batch={self.batch} is no multiple of micro_batch={self.micro_batch}")
+            raise ValueError(f"batch={self.batch} is not a multiple of micro_batch={self.micro_batch}")
         if self.length < 2:
             raise ValueError(f"length={self.length} must be at least 2")
         choices = {"method": ("full", "lora"), "precision": ("auto", "bf16", "fp32")}
@@ -228,7 +228,7 @@ class _Run:
         together = self.micro_batch * self.process.num_processes
         if settings.batch % together:
             raise ValueError(
-                f"batch={settings.batch} is no multiple of the {together} windows that {self.process.num_processes} "
+                f"batch={settings.batch} is not a multiple of the {together} windows that {self.process.num_processes} "
                 f"processes take at once, {self.micro_batch} each"
             )
         if settings.optimizer_state != "fp32" and importlib.util.find_spec("torchao") is None:

@@ -206,7 +206,7 @@ def _check_state(folder: Path) -> None:
         if path.suffix == ".json":
             _read_json(path)
         elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-            raise ValueError(_damaged(path, "it is no whole PyTorch file"))
+            raise ValueError(_damaged(path, "it is not a whole PyTorch file"))
         elif path.suffix == ".safetensors":
             try:
                 with safe_open(path, framework="pt") as tensors:

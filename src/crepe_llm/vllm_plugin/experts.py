@@ -134,7 +134,7 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
             ("w2", intermediate_size_per_partition, hidden_size),
         ):
             if columns % 4:
-                raise ValueError(f"{self.names.of(0, _SHARDS[merged][0])}: {columns} columns are no multiple of 4")
+                raise ValueError(f"{self.names.of(0, _SHARDS[merged][0])}: {columns} columns are not a multiple of 4")
             # One row of the third axis for each row of a matrix; two numbers a matrix for its shape.
             sizes = {
                 "compressed": (rows, columns // 2, form.dtype if form else params_dtype),

@@ -139,8 +139,8 @@ class Int4LinearMethod(CheckedLinearMethod):
         if columns != input_size and columns % unit:
             raise ValueError(
                 f"{self.name}: {input_size} input columns over {input_size // columns} tensor-parallel ranks leave "
-                f"{columns} each, which is no multiple of {unit} (columns that share an integer or a scale); use fewer "
-                "ranks"
+                f"{columns} each, which is not a multiple of {unit} (columns that share an integer or a scale); use "
+                "fewer ranks"
             )
 
     def _check_rows(self, rows: list[int], output_size: int) -> None:

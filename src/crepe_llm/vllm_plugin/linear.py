@@ -200,7 +200,7 @@ class Sparse24LinearMethod(CheckedLinearMethod):
         if columns != input_size and columns % 8:
             raise ValueError(
                 f"{self.name}: {input_size} input columns over {input_size // columns} tensor-parallel ranks leave "
-                f"{columns} each, which is no multiple of 8 (a byte of the bitmask); use fewer ranks"
+                f"{columns} each, which is not a multiple of 8 (a byte of the bitmask); use fewer ranks"
             )
         loader = extra_weight_attrs["weight_loader"]
         layer.logical_widths = output_partition_sizes
