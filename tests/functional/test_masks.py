@@ -56,6 +56,17 @@ def test_rows_and_matrices_prune_the_exact_count_lowest_first(scores, sparsity):
     assert per_matrix.flatten().tolist() == naive_keep(scores.flatten().tolist(), prune_count(scores.numel(), sparsity))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bfloat16, torch.float16])
+def test_scores_that_fp32_does_not_tell_apart_are_ranked(dtype):
+    size = 60
+    steps = torch.randperm(size, generator=torch.Generator().manual_seed(0)).double()
+    scores = {torch.float64: 1 + 1e-12 * steps, torch.int64: 2**40 + steps}.get(dtype, steps).to(dtype)[None]
+    lowest = steps.argsort()[: size // 2]
+    for group in ("row", "matrix"):
+        keep = keep_unstructured(scores.requires_grad_(dtype.is_floating_point), 0.5, group)
+        assert keep.sum() == size // 2 and not keep[0, lowest].any()
+
+
 def test_all_equal_scores_lose_their_first_positions_only():
     assert keep_n_of_m(torch.ones(1, 4), 2, 4).tolist() == [[False, False, True, True]]
     assert keep_unstructured(torch.zeros(2, 5), 0.4, "matrix").tolist() == [[False] * 4 + [True], [True] * 5]

@@ -165,7 +165,7 @@ def keep_unstructured(scores: torch.Tensor, sparsity: float, comparison_group: C
 
 
 def _keep_largest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    count = prune_count(scores.shape[1], sparsity)
+    scores, count = scores.detach(), prune_count(scores.shape[1], sparsity)
     if count == 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores, count)
@@ -181,8 +181,10 @@ def _keep_largest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor
 def _kth_smallest(scores: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th smallest value (from 1) of each row, [rows, 1]."""
     if scores.device.type == "cpu":
-        # numpy's vectorised selection is over ten times faster than torch's on CPUs.
-        partitioned = np.partition(scores.float().numpy(), k - 1, axis=1)
+        # numpy's vectorised selection is over ten times faster than torch's on CPUs. It knows no bfloat16; fp32 holds
+        # that and fp16 exactly, and would not hold fp64 or int64.
+        exact = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+        partitioned = np.partition(exact.numpy(), k - 1, axis=1)
         return torch.from_numpy(partitioned[:, k - 1 : k].copy())
     return scores.kthvalue(k, dim=1, keepdim=True).values
 
