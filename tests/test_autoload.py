@@ -138,3 +138,16 @@ print(type(Recipe.create_instance(recipe).modifiers[0]).__module__)
 """)
     assert result.stdout.strip().endswith("crepe_llm.modifiers.crepe"), result.stderr
     assert "could not register" not in result.stderr
+
+
+@pytest.mark.parametrize("first", ["crepe_llm.checkpoints.loading", "crepe_llm.models.per_block"])
+def test_checkpoints_are_loaded_whatever_was_imported_first(first):
+    result = python(f"""
+import {first}
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+print(AUTO_QUANTIZER_MAPPING["compressed-tensors"].__module__, PreTrainedModel._load_pretrained_model._refuses_packed)
+""")
+    assert result.stdout.strip().endswith("crepe_llm.checkpoints.loading True"), result.stderr
+    assert "could not register" not in result.stderr

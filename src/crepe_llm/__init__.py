@@ -13,6 +13,7 @@ Both also happen without any import of this package, through the ``torch.backend
 """
 
 import importlib
+import sys
 
 from crepe_llm._autoload import after_import
 
@@ -31,21 +32,23 @@ def _register_oneshot() -> None:
 
 
 def _register_loader() -> None:
-    from crepe_llm.checkpoints.loading import register
-
-    register()
+    _once_imported("crepe_llm.checkpoints.loading", "register")
 
 
 def _register_refusal() -> None:
-    from crepe_llm.checkpoints.loading import register_refusal
-
-    register_refusal()
+    _once_imported("crepe_llm.checkpoints.loading", "register_refusal")
 
 
 def _register_per_block() -> None:
     from crepe_llm.models.per_block import register
 
     register()
+
+
+def _once_imported(module: str, function: str) -> None:
+    """Import a module, and call a function of it: now, or when whoever is importing the module has done so."""
+    importlib.import_module(module)
+    after_import(module, lambda: getattr(sys.modules[module], function)())
 
 
 def _autoload() -> None:
