@@ -77,3 +77,10 @@ def test_the_default_budget_is_said_as_it_is():
     options = parser().parse_args(["search", "MODEL", "--study", "FILE", "--sample"])
     said = "then 32 candidates on 8192 tokens each, the best 4 on 16384, as far as there is text"
     assert _budget(options).endswith(said)
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_search(dense, text, tmp_path, refusal):
+    study = tmp_path / "study.json"
+    command = ["search", dense, "--text", text, "--study", study, "--plot", tmp_path / "plot.exotic"]
+    assert ".exotic is no format of a plot; take one of" in refusal([*map(str, command)])
+    assert not study.exists()

@@ -422,6 +422,33 @@ def test_one_sequence_has_no_halves(tiny_model_folder, calibration_data, pair):
         run(load(tiny_model_folder("llama")), list(pair()), calibration_data.select([1]))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is damaged, it is no JSON"), ('{"format": 2}', "is damaged"), (None, "was made with mask=")],
+)
+def test_a_record_that_does_not_fit_is_refused_before_the_calibration(
+    tiny_model_folder, calibration_data, pair, tmp_path, monkeypatch, content, message
+):
+    record = tmp_path / "record.json"
+    if content is None:
+        model = Path(tiny_model_folder("llama")).name
+        Study(model, Mask("4:8", 0.5), "balanced_reconstruction", higher_is_better=False).save(record)
+    else:
+        record.write_text(content)
+    before = record.read_text()
+    pho, crepe = pair({"record": str(record)})
+    monkeypatch.setattr(PHOSearchModifier, "on_calibration_start", lambda *_, **__: pytest.fail("it calibrates"))
+    with pytest.raises(StudyError, match=message):
+        run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+    assert record.read_text() == before
+
+
+def test_masks_that_prune_nothing_are_not_searched_for(tiny_model_folder, calibration_data, pair):
+    pho, crepe = pair({}, {"mask_structure": "0:0", "sparsity": 0.0})
+    with pytest.raises(ValueError, match="sparsity=0 prunes nothing"):
+        run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+
+
 def test_a_search_alone_changes_nothing(tiny_model_folder, calibration_data, pair):
     pho, _ = pair({"mask_structure": "2:4"})
     model = load(tiny_model_folder("llama"))

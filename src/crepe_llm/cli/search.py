@@ -88,9 +88,7 @@ def run(options: argparse.Namespace) -> None:
     require("search", "llmcompressor", "transformers", "accelerate")
     check_json(options)
     check_new_file(options.study, "--study")
-    check_new_file(options.plot, "--plot")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib")
+    _check_plot(options.plot)
     with heard_once(), quiet("search", options.verbose) as progress:
         from crepe_llm import processes
 
@@ -98,6 +96,20 @@ def run(options: argparse.Namespace) -> None:
         search = _search(options, progress)
     if processes.is_first():
         _report(options, search, progress)
+
+
+def _check_plot(path: Path | None) -> None:
+    """Raise OSError, ImportError or ValueError if the search cannot be drawn into a file."""
+    check_new_file(path, "--plot")
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ValueError(f"--plot {path}: {path.suffix} is no format of a plot; take one of {', '.join(sorted(known))}")
 
 
 def _report(options: argparse.Namespace, search: "PHOSearchModifier", progress: Progress) -> None:

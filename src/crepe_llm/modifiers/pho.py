@@ -36,7 +36,7 @@ from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.search.fitness import DEFAULT_PROXY, PROXIES, LayerSample, evaluate, fingerprint, sample_layers
 from crepe_llm.search.known import known_points
 from crepe_llm.search.rehearsal import Calls, Pruning, mask_step, own_weights
-from crepe_llm.search.search import search, take_record
+from crepe_llm.search.search import check_record, search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.stages import Cost, choose_rounds, judge, run_last_stage
 from crepe_llm.search.study import Study
@@ -221,6 +221,8 @@ class PHOSearchModifier(LayerModifier):
         self._model_name = Path(state.model.config._name_or_path or type(state.model).__name__).name
         if self._source is None:
             self._sampled = set(sample_layers(self._layers.values(), self.layers_per_kind, self.seed))
+        if self.record is not None:
+            check_record(self._empty_study(), self.record)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -231,6 +233,7 @@ class PHOSearchModifier(LayerModifier):
                 "PHOSearchModifier must have searched before CRePEModifier prunes, so each needs a calibration epoch "
                 'of its own: leave out pipeline=, or give oneshot pipeline="independent"'
             )
+        texts_in(self._dataloader, "PHOSearchModifier")  # so that too few are found out before the calibration
         gram = PROXIES[self.proxy].needs_gram
         wanted = {module: Wanted(name, gram and name in self._sampled) for module, name in self._layers.items()}
         give_all(self._dataloader)
@@ -295,11 +298,11 @@ class PHOSearchModifier(LayerModifier):
         """The settings of a study, before anything is measured."""
         if self._source is None and not self._samples:
             raise ValueError("no sampled layer saw a calibration token: calibrate with more or other text")
-        proxy = PROXIES[self.proxy]
         digest = self._digest.copy()
         for sequence in sequences:
             digest.update(sequence.cpu().numpy().tobytes())
-        sample = {
+        study = self._empty_study()
+        study.sample = {
             "layers": [sample.name for sample in self._samples],
             "rows": self.rows,
             "tokens": self._tokens,
@@ -308,6 +311,11 @@ class PHOSearchModifier(LayerModifier):
             "recipe": json.loads(json.dumps(self._described_recipe())),
             "starts": [each.fields for each in self._starts()],
         }
+        return study
+
+    def _empty_study(self) -> Study:
+        """A study with those settings that are known before the calibration."""
+        proxy = PROXIES[self.proxy]
         return Study(
             model=self._model_name,
             mask=self._mask,
@@ -316,7 +324,6 @@ class PHOSearchModifier(LayerModifier):
             optimiser=self.optimiser,
             space=self._space(),
             seed=self.seed,
-            sample=sample,
         )
 
     def _described_recipe(self) -> dict[str, Any] | None:
@@ -488,6 +495,8 @@ class PHOSearchModifier(LayerModifier):
             return Mask(fields["mask_structure"], structure[0] / structure[1])
         if fields["sparsity"] is None:
             raise ValueError('mask_structure="0:0" is unstructured and needs `sparsity`, such as 0.5')
+        if fields["sparsity"] == 0:
+            raise ValueError("sparsity=0 prunes nothing, so that no coefficients are better than others: give 0.5, say")
         return Mask("0:0", fields["sparsity"], fields["comparison_group"] or "row")
 
     def _space(self) -> SearchSpace:

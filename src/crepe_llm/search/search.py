@@ -20,16 +20,9 @@ from crepe_llm.search.study import Candidate, Study, StudyError, package_version
 __all__ = ["search", "take_record"]
 
 # What two runs must share for one to continue the other.
-_IDENTITY = (
-    "model",
-    "mask",
-    "proxy",
-    "higher_is_better",
-    "optimiser",
-    "space",
-    "seed",
-    "sample",
-)
+# What a study must share with the run that goes on with it: what is known before the calibration, and what is not.
+_SETTINGS = ("model", "mask", "proxy", "higher_is_better", "optimiser", "space", "seed")
+_IDENTITY = (*_SETTINGS, "sample")
 
 
 def search(
@@ -153,6 +146,19 @@ class _Values:
         return known
 
 
+def check_record(study: Study, path: str | Path) -> None:
+    """Refuse an earlier run's file with which a search will not go on, as far as that is known before a calibration.
+
+    Args:
+        study: the search's settings; its sample is not looked at.
+        path: where the search will be recorded. There may be no such file.
+
+    Raises:
+        StudyError: it is damaged, or had other settings.
+    """
+    processes.by_first(lambda: _same_search(study, path, _SETTINGS))
+
+
 def take_record(study: Study, path: str | Path) -> list[Candidate]:
     """The candidates of an earlier run with the same settings; its plan, stages and versions become the study's.
 
@@ -161,7 +167,7 @@ def take_record(study: Study, path: str | Path) -> list[Candidate]:
     Raises:
         StudyError: it is damaged, or had other settings.
     """
-    earlier = processes.by_first(lambda: _same_search(study, path))
+    earlier = processes.by_first(lambda: _same_search(study, path, _IDENTITY))
     if earlier is None:
         return []
     study.plan, study.stages = earlier.plan, earlier.stages
@@ -169,11 +175,11 @@ def take_record(study: Study, path: str | Path) -> list[Candidate]:
     return earlier.candidates
 
 
-def _same_search(study: Study, path: str | Path) -> Study | None:
+def _same_search(study: Study, path: str | Path, settings: Sequence[str]) -> Study | None:
     if not Path(path).exists():
         return None
     earlier = Study.load(path)
-    for name in _IDENTITY:
+    for name in settings:
         if getattr(earlier, name) != getattr(study, name):
             raise StudyError(
                 f"the study {path} was made with {name}={getattr(earlier, name)!r}, and this search has "
