@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from compressed_tensors.utils import match_name
+from compressed_tensors.utils import align_module_device, match_name
 from llmcompressor.core import State
 from loguru import logger
 from pydantic import (
@@ -22,7 +22,7 @@ from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers.fields import NonNegative, unquoted
 from crepe_llm.modifiers.pruning_pass import PruningModifier
 from crepe_llm.modifiers.tables import aligned
-from crepe_llm.pruning.layer import input_channels
+from crepe_llm.pruning.layer import input_channels, weight_matrix
 from crepe_llm.pruning.steps import Mask
 
 __all__ = ["CRePEModifier"]
@@ -169,6 +169,11 @@ class CRePEModifier(PruningModifier):
                 f"groups of {structure[1]}: add the layer to `ignore`"
             )
 
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        super().on_initialize(state, **kwargs)
+        self._refuse_pruned()
+        return True
+
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         super().on_finalize(state, **kwargs)
         logger.info(self._table())
@@ -202,6 +207,25 @@ class CRePEModifier(PruningModifier):
         text, structure = self.structure_of(name)
         sparsity = structure[0] / structure[1] if structure else self._sparsity_of(name)
         return keep_mask(scores, sparsity, text, self.value("comparison_group"))
+
+    @torch.no_grad()
+    def _refuse_pruned(self) -> None:
+        """Raise ValueError if all layers are as sparse as wanted: the zeros have the lowest scores by any score."""
+        wanted = 0.0
+        for module, name in self.layers.items():
+            _, structure = self.structure_of(name)
+            if structure is None and self.value("sparsity") is None:  # that will be found during the calibration
+                return
+            wanted = structure[0] / structure[1] if structure else self._sparsity_of(name)
+            with align_module_device(module):
+                weight = weight_matrix(module)
+                if weight[~self.mask(name, weight.abs().nan_to_num())].any():
+                    return
+        if wanted > 0:
+            raise ValueError(
+                f"nothing is left to prune: all {len(self.layers)} targeted layers are sparse already, as "
+                f"{type(self).__name__} would make them. Give the dense model, or leave the modifiers that prune out"
+            )
 
     def _scores(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
         if self.score == "magnitude":
