@@ -495,6 +495,40 @@ def test_prune_does_not_go_on_with_another_run(dense, text, tmp_path, capsys, mo
     assert main([*command, "--length", "32"]) == 0
 
 
+def test_prune_does_not_go_on_with_other_weights_of_the_same_name(dense, text, tmp_path, refusal, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(dense, source)
+    command = prune(source, text, tmp_path, "--resume")
+    stopped_after(1, command, monkeypatch)
+    (file,) = source.glob("*.safetensors")
+    tensors = weights_of(source)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    assert "weights" in (said := refusal(command)) and "remove the folder" in said
+
+
+def test_prune_refuses_what_is_pruned_already(dense, text, tmp_path, refusal):
+    command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32, "--output"]
+    assert main([*map(str, command), str(tmp_path / "once")]) == 0
+    command[1] = tmp_path / "once"
+    for recipe in ("crepe_2of4", "crepe_2of4_admm", "crepe_2of4_dsnot", "crepe_2of4_pho"):
+        command[3] = recipe
+        said = refusal([*map(str, command), str(tmp_path / "twice")])
+        assert "nothing is left to prune: all 14 targeted layers are sparse already" in said
+    assert not (tmp_path / "twice").exists()
+
+
+def test_what_was_packed_is_packed_after_quantization_alone(dense, text, tmp_path):
+    command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32, "--output"]
+    assert main([*map(str, command), str(tmp_path / "once")]) == 0
+    recipe = tmp_path / "quantize.yaml"
+    fields = "{targets: Linear, scheme: FP8_DYNAMIC, ignore: [lm_head]}"
+    recipe.write_text(f"a_stage:\n  quantization_modifiers:\n    QuantizationModifier: {fields}\n")
+    command = ["prune", tmp_path / "once", "--recipe", recipe, "--output", tmp_path / "twice"]
+    assert main([*map(str, command)]) == 0
+    once, twice = (read_folder(tmp_path / name).layers for name in ("once", "twice"))
+    assert len(once) == 14 and once.keys() == twice.keys()
+
+
 def test_a_disk_without_room_for_finished_blocks_is_found_out_before(dense, text, tmp_path, capsys, monkeypatch):
     size = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
     usage = shutil.disk_usage(tmp_path)._replace(free=2 * size)

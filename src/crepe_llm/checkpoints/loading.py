@@ -36,7 +36,7 @@ from crepe_llm.checkpoints.reading import (
 from crepe_llm.functional.bitmask import RECORDED
 from crepe_llm.versions import check_versions
 
-__all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal"]
+__all__ = ["Sparse24HfQuantizer", "Unpack", "register", "register_refusal", "says_packed"]
 
 # From 5.23 on transformers dequantizes while it reads; before, compressed modules that were read whole.
 _DEQUANTIZES_WHILE_READING = "_process_model_after_weight_loading" not in vars(CompressedTensorsHfQuantizer)
@@ -141,7 +141,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             # transformers turns an error inside a conversion into a line of a report; here it is raised as it is.
             self._packed.check_patterns()
             check_experts(self._packed)
-        elif _says_packed(config):
+        elif says_packed(config):
             raise FormatError(
                 f"{files[0].parent}: config.json says {SPARSE_24_BITMASK.name}, but no tensor is named "
                 f"*.{SPARSE_24_BITMASK.values}; export the model again, or remove sparsity_config from config.json if "
@@ -288,7 +288,7 @@ def _config_beside(files: Sequence[Path]) -> dict[str, Any]:
         return {}
 
 
-def _says_packed(config: dict[str, Any]) -> bool:
+def says_packed(config: dict[str, Any]) -> bool:
     """Whether config.json says that layers are packed."""
     return objects_in(objects_in(find_quantization(config)[1]).get("sparsity_config")).get("format") in FORMATS
 

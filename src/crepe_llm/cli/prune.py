@@ -222,9 +222,12 @@ def _journal(options: argparse.Namespace, source: Model, recipe: Path, windows: 
 
     from crepe_llm import processes
     from crepe_llm.journal import Journal
+    from crepe_llm.training.loop import fingerprint
 
+    folder = Path(source.name)
     decides = {
         "model": str(source.name),
+        "weights": fingerprint(folder) if folder.is_dir() else getattr(source.config, "_commit_hash", None),
         "config": source.config.to_json_string(use_diff=False),
         "dtype": options.dtype,
         "recipe": recipe.read_text(encoding="utf-8"),
@@ -274,8 +277,10 @@ def _prune(run: _Run, path: Path, folder: Path) -> "Pruning":
     from llmcompressor import oneshot
 
     from crepe_llm import processes
+    from crepe_llm.checkpoints.loading import says_packed
     from crepe_llm.evaluation.model_card import Pruning, linear_zeros
     from crepe_llm.journal import keeping
+    from crepe_llm.modifiers.layers import save_sparse
 
     options, source, progress = run.options, run.source, run.progress
     progress.tell("model", f"{options.model}, {type(source.config).__name__.removesuffix('Config')}")
@@ -298,6 +303,8 @@ def _prune(run: _Run, path: Path, folder: Path) -> "Pruning":
                 shuffle_calibration_samples=False,
                 trust_remote_code_model=options.trust_remote_code,
             )
+        if says_packed(source.config.to_dict()):  # what was loaded packed is saved so, also where nothing is pruned
+            save_sparse(model)
         progress.phase("saving")
         pruned, dtype = linear_zeros(model), str(model.dtype).removeprefix("torch.")
         model.save_pretrained(folder, **({} if run.memory is None else {"max_shard_size": _SHARD_BYTES}))
