@@ -135,3 +135,14 @@ def test_compare_tabulates_models(dense, pruned, text, tmp_path, capsys):
         assert row["bytes"] == size
         assert line.split() == [row["model"], f"{row['perplexity']:.2f}", f"{row['sparsity']:.2%}", f"{size / 1e6:.1f}"]
     assert rows[1]["sparsity"] == pytest.approx(0.5) and "4 windows of 32" in lines[3]
+
+
+def test_compare_measures_all_models_in_the_same_windows(dense, text, tmp_path, capsys):
+    short = tmp_path / "short"
+    shutil.copytree(dense, short)
+    config = json.loads((dense / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    assert main([*map(str, ["compare", dense, short, "--text", text, "--no-speed"])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (line.split()[1] for line in lines[1:3])
+    assert first == second and "windows of 24" in lines[3] and "perplexity on" in lines[3]

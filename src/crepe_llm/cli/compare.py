@@ -7,7 +7,7 @@ from typing import Any
 
 from crepe_llm.cli.common import HelpFormatter, require
 from crepe_llm.cli.evaluate import add_test_text, texts_of
-from crepe_llm.cli.models import MODEL_HELP, add_loading, model_folder, open_model, weight_bytes, window_length
+from crepe_llm.cli.models import MODEL_HELP, Model, add_loading, open_model, weight_bytes, window_length
 from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
 
@@ -56,15 +56,20 @@ def run(options: argparse.Namespace) -> None:
     served = importlib.util.find_spec("vllm") is not None if options.speed is None else options.speed
     with quiet("compare", False, own=("compare", "perplexity on")):
         corpus, texts = texts_of(options)
-        rows = [_measured(options, name, (corpus, texts), served) for name in options.models]
+        sources = [open_model(argparse.Namespace(**{**vars(options), "model": name})) for name in options.models]
+        # Perplexities of windows of different lengths cannot be compared.
+        length = min(window_length(options.window, source.config) for source in sources)
+        rows = [_measured(options, source, (corpus, texts), length, served) for source in sources]
     width = max(len(row["model"]) for row in rows)
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
     print(" " * width + "".join(f"  {title:>14}" for _, title, _ in columns))
     for row in rows:
         cells = [_cell(row[name], form) for name, _, form in columns]
         print(f"{row['model']:<{width}}" + "".join(f"  {cell:>14}" for cell in cells))
-    conditions = rows[0]["conditions"]
-    print(f"perplexity on {corpus}, {conditions}")
+    for conditions in dict.fromkeys(row["conditions"] for row in rows):
+        names = [row["model"] for row in rows if row["conditions"] == conditions]
+        of = "" if len(names) == len(rows) else f" of {', '.join(names)}"
+        print(f"perplexity{of} on {corpus}, {conditions}")
     if not served:
         print("no speed: vLLM is not installed, or --no-speed was given")
     write_json(options, {"corpus": corpus, "models": rows})
@@ -76,20 +81,20 @@ def _cell(value: float | None, form: str) -> str:
     return form.format(value / 1e6 if form == "{:.1f}" and value > 1e5 else value)
 
 
-def _measured(options: argparse.Namespace, name: str, text: tuple[str, list[str]], served: bool) -> dict[str, Any]:
+def _measured(
+    options: argparse.Namespace, source: Model, text: tuple[str, list[str]], length: int, served: bool
+) -> dict[str, Any]:
     from crepe_llm import samples
     from crepe_llm.evaluation.model_card import linear_zeros, total_zeros
     from crepe_llm.evaluation.perplexity import perplexity
 
-    source = open_model(argparse.Namespace(**{**vars(options), "model": name}))
-    length = window_length(options.window, source.config)
     windows = samples.token_windows(source.tokenizer, text[1], length, tokens=options.tokens)
     model = source.load(on_device=True)
     result = perplexity(model, windows, corpus=text[0])
-    folder = Path(model_folder(name))
+    folder = Path(source.name)
     counted = f"{result.tokens} tokens predicted in {result.windows} windows of {result.window}"
     row = {
-        "model": name,
+        "model": source.options.model,
         "perplexity": result.perplexity,
         "conditions": f"{counted}, {result.dtype}",
         "sparsity": total_zeros(linear_zeros(model)),
