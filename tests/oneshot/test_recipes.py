@@ -40,6 +40,11 @@ def test_stages_targets_as_text_and_modifiers_without_fields():
     assert read_recipe(text, stage="other").modifiers == []
 
 
+def test_tuples_are_read_as_llm_compressor_saves_them():
+    (crepe,) = read_recipe(f"{START}      mask_structure: '2:4'\n      ignore: !!python/tuple [lm_head]\n").modifiers
+    assert crepe.ignore == ["lm_head"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -18,6 +18,13 @@ def test_dataset_texts_come_from_files_too(tmp_path):
     assert 100 <= sum(map(len, texts)) < 130
     assert texts == samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=0)
     assert texts != samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=1)
+    rows = '{"text": null}\n{"text": "one"}\n{"text": null}\n{"text": "two"}\n'
+    (tmp_path / "train.jsonl").write_text(rows)
+    given = samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=0)
+    assert sorted(given) == ["one", "two"]
+    (tmp_path / "train.jsonl").write_text('{"text": null}\n')
+    with pytest.raises(samples.SampleError, match=r"all 1 rows of the data set .* have an empty `text`"):
+        samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=0)
     (tmp_path / "train.jsonl").write_text('{"question": "why"}\n')
     with pytest.raises(samples.SampleError, match="no column `text` of strings; its columns: question"):
         samples.dataset_texts(str(tmp_path), config=None, split="train", characters=100, seed=0)

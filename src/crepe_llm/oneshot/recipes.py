@@ -132,6 +132,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# llm-compressor saves the tuples of its own modifiers' fields so (SmoothQuantModifier's mappings).
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)  # type: ignore[type-var]
+
+
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, _Loader)

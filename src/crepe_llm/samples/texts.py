@@ -198,10 +198,13 @@ def dataset_texts(name: str, *, config: str | None, split: str, characters: int,
     except ImportError as error:
         raise SampleError('a data set needs the datasets package: pip install "crepe-llm[compress]"') from error
     texts: list[str] = []
-    read = 0
+    read = empty = 0
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
         for row in rows:
+            if "text" in row and row["text"] is None:  # an empty cell of a column of strings
+                empty += 1
+                continue
             if not isinstance(row.get("text"), str):
                 kinds = ", ".join(f"{column} ({type(value).__name__})" for column, value in row.items())
                 raise SampleError(f"the data set {name} has no column `text` of strings; its columns: {kinds}")
@@ -213,4 +216,6 @@ def dataset_texts(name: str, *, config: str | None, split: str, characters: int,
         raise
     except Exception as error:
         raise SampleError(f"the data set {name} could not be loaded ({type(error).__name__}: {error})") from error
+    if empty and not texts:
+        raise SampleError(f"all {empty} rows of the data set {name} have an empty `text`")
     return texts
