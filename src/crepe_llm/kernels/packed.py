@@ -88,21 +88,17 @@ class Inputs:
 
 
 class Operands(NamedTuple):
-    """What each call of a CPU kernel needs of a weight, looked up once: its tensors, their sizes, where they are."""
+    """What each call of a CPU kernel needs of a weight, looked up once: its tensors and where they are. Their sizes are
+    asked at each call, as `resize_` and `set_` change them."""
 
     data: torch.Tensor
     scale: torch.Tensor | None
     zero: torch.Tensor | None
-    data_bytes: int
-    scale_count: int
-    zero_count: int
     on_cpu: bool
 
     @classmethod
     def of(cls, data: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> "Operands":
-        scales, zeros = (0 if tensor is None else tensor.numel() for tensor in (scale, zero))
-        on_cpu = all(tensor is None or tensor.is_cpu for tensor in (data, scale, zero))
-        return cls(data, scale, zero, data.nbytes, scales, zeros, on_cpu)
+        return cls(data, scale, zero, all(tensor is None or tensor.is_cpu for tensor in (data, scale, zero)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -181,7 +181,7 @@ def _multiply(
     index: int,
 ) -> torch.Tensor:
     """``y`` with the product of checked operands in it; ``layout_of_x`` is tokens, row stride and column stride."""
-    data, scale, zero, data_bytes, scale_count, zero_count, _ = weight.operands
+    data, scale, zero, _ = weight.operands
     (n, k), (m, row_stride, column_stride) = weight.shape, layout_of_x
     if isinstance(weight, PackedWeight):
         layout, code = _SPARSE24, weight.format.code
@@ -200,10 +200,10 @@ def _multiply(
         k,
         row_stride,
         column_stride,
-        data_bytes,
+        data.nbytes,
         k,
-        scale_count,
-        zero_count,
+        0 if scale is None else scale.numel(),
+        0 if zero is None else zero.numel(),
         0 if bias is None else n,
         layout,
         code,
