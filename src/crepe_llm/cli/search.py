@@ -37,9 +37,10 @@ def add(subparsers: Any) -> None:
         help="search for a model's CRePE coefficients",
         description=(
             "Search for the coefficients with which CRePE prunes this model best, without pruning it: by a proxy "
-            "first, then by how far the pruned model's predictions are from the dense model's. Each half of the text "
-            "judges what the other half has calibrated. The shipped recipe's coefficients stay unless others are "
-            "clearly better. The study is saved as it grows; the same command resumes it."
+            "first, then by how far the pruned model's predictions are from the dense model's. The same text prunes "
+            "and judges. The shipped recipe's coefficients stay unless others are clearly better, and also where each "
+            "half of the text judges what the other half would choose, or by a stricter test on all of it. The study "
+            "is saved as it grows; the same command resumes it."
         ),
         epilog=(
             "examples:\n"

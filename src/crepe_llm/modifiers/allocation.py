@@ -83,9 +83,8 @@ class SparsityAllocationModifier(LayerModifier):
 
     `atp` with `spread: measured` needs one, too. The whole model is pruned with five spreads and with none, by the
     CRePEModifier after it, and judged by how far its predictions are from the dense model's; the best two are pruned
-    once more as the recipe prunes. No spread is used unless one is clearly better on the calibration text, each half of
-    which judges what the other half has calibrated. That takes as long as about twenty calibrations (ours; the paper
-    searches by perplexity).
+    once more as the recipe prunes. No spread is used unless one is clearly better on the calibration text, which both
+    prunes and judges. That takes as long as about twenty calibrations (ours; the paper searches by perplexity).
 
     Lifecycle:
 

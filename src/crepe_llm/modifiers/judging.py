@@ -29,7 +29,7 @@ def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
         modifier: what needs them.
 
     Raises:
-        ValueError: there are fewer than two, so that none is left to judge what the other chooses.
+        ValueError: there are fewer than two; each half of the text needs one.
     """
     found = []
     for batch in dataloader:
@@ -40,8 +40,8 @@ def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
                 found.append(ids[mask.bool()])
     if len(found) < 2:
         raise ValueError(
-            f"{modifier} judges on one half of the calibration text what the other half chose, and there are "
-            f"{len(found)} sequences of at least two tokens: calibrate with two at least, better with 16"
+            f"{modifier} needs at least two sequences of two tokens or more, and there are {len(found)}: calibrate "
+            "with two at least, better with 16"
         )
     return found
 

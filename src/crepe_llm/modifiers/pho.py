@@ -61,9 +61,10 @@ class PHOSearchModifier(LayerModifier):
     A proxy on a sample of layers and rows is the first filter. Then the whole model is pruned with a few dozen
     candidates, and judged by the divergence of its predictions from the dense model's. Coefficients that were good on
     other models are among them; a surrogate of the losses proposes most of the others. In the last stage the model is
-    pruned with the best few as the recipe prunes it, by the modifiers that share the CRePEModifier's pass. Each half of
-    the text judges what the other half has calibrated. The CRePEModifier's own coefficients stay unless others are
-    clearly better, also on text that they were not chosen on. docs/pho.md says how.
+    pruned with the best few as the recipe prunes it, by the modifiers that share the CRePEModifier's pass. The
+    calibration text itself judges them; its two halves check each other's choice. The CRePEModifier's own coefficients
+    stay unless others are clearly better and that check, or a stricter test on all of the text, confirms it.
+    docs/pho.md says how.
 
     Several processes, such as torchrun starts, share the candidates out, and find what one would find. Each gathers
     statistics over all of the calibration data.
