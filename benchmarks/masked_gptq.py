@@ -2,8 +2,11 @@
 
     python benchmarks/masked_gptq.py
 
-Each call appends a row to results/masked_gptq.jsonl.
+Each call appends a row to --results.
 """
+
+import argparse
+from pathlib import Path
 
 import torch
 
@@ -32,6 +35,9 @@ def feedback_dropped(weight, gram, keep, quantize):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS / "masked_gptq.jsonl", help="a row a call")
+    options = parser.parse_args()
     torch.manual_seed(0)
     inputs = torch.randn(TOKENS, COLUMNS) @ torch.randn(COLUMNS, COLUMNS) / COLUMNS**0.5
     inputs += 0.3 * torch.randn(TOKENS, 1)
@@ -59,7 +65,7 @@ def main() -> None:
     for name, relative in errors.items():
         print(f"{name:<38} {relative:.2f}")
     conditions = {"rows": ROWS, "columns": COLUMNS, "tokens": TOKENS, "bits": BITS, "dampening": DAMPENING}
-    append(RESULTS / "masked_gptq.jsonl", PROTOCOL, {**conditions, "errors": errors})
+    append(options.results, PROTOCOL, {**conditions, "errors": errors})
 
 
 if __name__ == "__main__":
