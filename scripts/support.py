@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -357,7 +358,7 @@ def _status_of(child: int) -> int:
 def verdict(row: Row) -> str:
     """What the page says of one row."""
     if "error" in row:
-        return f"no: {row['error'][:140]}".replace("|", "/")
+        return f"no: {_cause(row['error'])}"
     experts = any("expert" in field for field in FAMILIES[row["family"]])
     apart, tolerance = row["logits"], INT8_TOLERANCE if row["recipe"].endswith("int8") else TOLERANCE
     if experts and row["recipe"].endswith("int8"):
@@ -395,9 +396,15 @@ def page(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cause(text: str) -> str:
+    """The first sentence of a message, without the cure that may follow, in whole words."""
+    sentence = text.partition(". ")[0].partition(": add ")[0]
+    return textwrap.shorten(sentence, 140, placeholder=" ...").replace("|", "/")
+
+
 def _of_all(said: dict[str, str]) -> str:
     """What vLLM says of a family's recipes: once where it is the same for all."""
-    short = {recipe: text.partition(". ")[0][:140].replace("|", "/") for recipe, text in said.items()}
+    short = {recipe: _cause(text) for recipe, text in said.items()}
     alike: dict[str, list[str]] = {}
     for recipe, text in short.items():
         alike.setdefault(text, []).append(recipe)

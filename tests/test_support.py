@@ -55,6 +55,9 @@ def test_the_page_is_made_of_the_newest_rows(support):
     unserved = support.page([key | good | {"vllm": "no: not supported. Supported are dict_keys(['A|B"}])
     assert "| 14 layers packed | no: not supported |" in unserved
     assert "no: 2 tensors" in support.page([key | good | {"odd_keys": 2}])
+    refused = support.page([key | {"error": 'it would quantize the experts: add "re:.*experts.*" to its `ignore`'}])
+    assert "| no: it would quantize the experts |" in refused
+    assert f"| no: {'long ' * 27}... |" in support.page([key | {"error": "long " * 40}])
 
 
 def test_the_page_in_the_docs_is_that_of_the_rows(support):
