@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "crepe_llm"
 
-# Each room and those that it may import. A file right in the package (recipe_files.py) is open to all.
+# Each room and those that it may import. A file right in the package (recipe_files.py) is open to all, and imports
+# the first room at most; but __init__.py starts what is asked for, and __main__.py the command.
 ROOMS = {
     "functional": set(),
     "models": {"functional"},
@@ -23,18 +24,16 @@ ROOMS = {
     "samples": set(),
     "evaluation": {"functional", "models", "checkpoints", "samples"},
     "cli": {
-        *(
-            "functional",
-            "models",
-            "kernels",
-            "training",
-            "search",
-            "modifiers",
-            "oneshot",
-            "checkpoints",
-            "vllm_plugin",
-            "samples",
-        ),
+        "functional",
+        "models",
+        "kernels",
+        "training",
+        "search",
+        "modifiers",
+        "oneshot",
+        "checkpoints",
+        "vllm_plugin",
+        "samples",
         "evaluation",
     },
 }
@@ -71,6 +70,12 @@ def test_rooms_import_those_they_may(room):
         if room == "modifiers" and path.relative_to(PACKAGE).as_posix() not in SEARCHES:
             allowed -= {"search"}
         assert rooms_of(path) <= allowed, path
+
+
+def test_files_right_in_the_package_import_the_first_room_at_most():
+    for path in PACKAGE.glob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            assert rooms_of(path) <= {"functional"}, path
 
 
 @pytest.mark.parametrize("room", WITHOUT_LLM_COMPRESSOR)
