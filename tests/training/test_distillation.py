@@ -226,7 +226,15 @@ def interrupted_at(monkeypatch, number):
     return calls
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 8, "cross_entropy": 0.2}, {"method": "lora", "micro_batch": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 8, "cross_entropy": 0.2},
+        {"method": "lora", "micro_batch": 2},
+        {"evaluations": 2},  # so that the checkpoint is of a step without an evaluation
+    ],
+)
 def test_a_kill_and_a_resume_give_the_same_weights(options, dense, packed, tmp_path, monkeypatch):
     straight = run(packed, dense(), tmp_path, "straight", **options)
     calls = interrupted_at(monkeypatch, 17 * (2 if "micro_batch" in options else 1))

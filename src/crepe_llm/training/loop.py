@@ -152,7 +152,7 @@ def train(
 
     Raises:
         DivergedError: after the best state was kept.
-        KeyboardInterrupt: as it came; the same call goes on from the last checkpoint.
+        KeyboardInterrupt: as it came; the same call goes on from the last checkpoint, to the same result.
     """
     work.mkdir(parents=True, exist_ok=True)
     trainer = _Loop(model, windows, held_out, loss, plan, work)
@@ -261,7 +261,6 @@ class _Loop(Trainer):
         self.held_out = held_out
         self.first_held_out = len(windows)
         self.ended = ""
-        self.evaluation_seconds = 0.0
         self._started = time.monotonic()
         self._seconds_before: float | None = None
 
@@ -272,6 +271,12 @@ class _Loop(Trainer):
             history = self.state.log_history
             self._seconds_before = next((e["seconds"] for e in reversed(history) if "seconds" in e), 0.0)
         return self._seconds_before + self.agreed(time.monotonic() - self._started)
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """What the last evaluation took, that of an interrupted run included."""
+        history = self.state.log_history
+        return next((entry["eval_seconds"] for entry in reversed(history) if "eval_seconds" in entry), 0.0)
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
@@ -340,13 +345,12 @@ class _Loop(Trainer):
             total += self.loss(model, self._prepare_inputs({"input_ids": ids, "index": index})).item() * len(ids)
         model.train()
         loss = self.agreed(total / len(self.held_out))
-        self.evaluation_seconds = self.seconds - started
         best = self.best[1]
         if not math.isfinite(loss) or loss > 2 * best + _NOISE:
             raise DivergedError(
                 self._diverged(f"the held-out loss was {best:.4f} and is {loss:.4f} after {step} steps")
             )
-        self.log({"eval_loss": loss})
+        self.log({"eval_loss": loss, "eval_seconds": self.seconds - started})
         if step and self.best[0] == step:
             self.keep()
         worse = self._worse_in_a_row()
@@ -501,7 +505,8 @@ def _arguments(plan: Plan, work: Path) -> TrainingArguments:
         gradient_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_on_start=True,
+        # A checkpoint has all evaluations up to its step; another one would count for the best state and for patience.
+        eval_on_start=_last_checkpoint(work) is None,
         save_strategy="no",
         save_total_limit=1,
         report_to=[],
