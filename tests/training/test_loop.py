@@ -1,13 +1,14 @@
 """A training's state on the disk: gone on with, or refused by the name of the file that is damaged."""
 
 import json
+import os
 import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from crepe_llm.training.loop import resumable
+from crepe_llm.training.loop import fingerprint, resumable
 
 IDENTITY = {"seed": 0, "text": "fox.txt"}
 
@@ -46,3 +47,15 @@ def test_files_that_were_cut_off_are_named_with_the_cure(file, removed, work):
     said = rf"^{re.escape(str(path))} of an interrupted recovery is damaged \(.*\): remove {work / removed}, and repeat"
     with pytest.raises(ValueError, match=said):
         resumable(work, IDENTITY)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"])
+def test_changed_weights_are_told_whatever_file_holds_them(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"some weights")
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == before
+    os.utime(path, ns=(0, 0))
+    assert fingerprint(tmp_path) != before
+    path.unlink()
+    assert fingerprint(tmp_path) != before

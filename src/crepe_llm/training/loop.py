@@ -229,7 +229,7 @@ def _damaged(path: Path, why: str) -> str:
 
 def fingerprint(source: Path) -> list[Any]:
     """What tells a folder's weights from others: path, names, sizes and times."""
-    files = sorted(source.glob("*.safetensors"))
+    files = [path for suffix in ("safetensors", "bin") for path in sorted(source.glob(f"*.{suffix}"))]
     return [str(source.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
