@@ -44,7 +44,7 @@ from crepe_llm.training.loop import (
 from crepe_llm.training.lora import add_updates, merge_updates
 from crepe_llm.training.masked import find_masks, keep_masks
 from crepe_llm.training.targets import Head, Predictions, Target, find_head, mean_loss
-from crepe_llm.training.teacher import Teacher, keep_predictions, sample_windows
+from crepe_llm.training.teacher import Teacher, count_windows, keep_predictions, sample_windows
 
 __all__ = ["DistillationSettings", "Distilled", "distill", "is_structural"]
 
@@ -177,8 +177,9 @@ def distill(
 ) -> Distilled:
     """Train a pruned model on the dense model's predictions, and write it with the same masks.
 
-    Interrupted, the same call goes on where the last checkpoint in `work` was made; `work` is removed at the end. Under
-    `accelerate launch` or `torchrun` every process makes the same call, and one of them writes.
+    Interrupted, the same call goes on where the last checkpoint in `work` was made; `work` is removed at the end,
+    whether a model is written or not. Under `accelerate launch` or `torchrun` every process makes the same call, and
+    one of them writes.
 
     Args:
         source: the pruned model's folder, with its tokenizer: 2:4 packed or plain, unstructured, or structured.
@@ -204,6 +205,7 @@ def distill(
     except DivergedError as error:
         raise DivergedError(f"{error}. {run.rescue(destination)}") from error
     if trained.held_out and not trained.best_step:
+        run.discard()
         raise ValueError(
             f"no state was better than {source} itself, whose held-out loss is {trained.held_out[0][1]:.4f}: take a "
             f"lower {'relative rate' if settings.is_relative else 'learning rate'} than {settings.rate:g}, or more text"
@@ -250,6 +252,8 @@ class _Run:
         if windows is None and not settings.self_generated:
             raise ValueError("there is nothing to train on: give windows, or self_generated")
         ids = None if windows is None else windows(self.tokenizer)
+        if ids is None:
+            self._held_out_of(count_windows(settings.self_generated, settings.length), generated=True)
         if ids is not None and settings.self_generated and ids.shape[1] != settings.length:
             raise ValueError(f"length={settings.length} of self-generated windows, {ids.shape[1]} of the others")
         self.student = load_pruned(self.source, torch.float32)
@@ -298,6 +302,10 @@ class _Run:
                         own[name].copy_(tensor)
             _write(model, self.source, destination, self.masks)
         self.process.wait_for_everyone()
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the state of a training that has ended, so that one with other settings may begin."""
         if self.process.is_main_process:
             shutil.rmtree(self.work)
 
@@ -305,8 +313,7 @@ class _Run:
         """After a divergence write the best state, if one is better than the start; says what was done."""
         step, _ = best_state(self.work)
         if not step:
-            if self.process.is_main_process:
-                shutil.rmtree(self.work)
+            self.discard()
             return "No state was better than the model given, and none is written"
         self.save(destination)
         return f"The best state, that of step {step}, is written"
@@ -324,15 +331,24 @@ class _Run:
             masked=(kept, every),
         )
 
+    def _held_out_of(self, windows: int, length: int = 0, generated: bool = False) -> int:
+        """How many of so many windows are kept aside. Raises ValueError if too few are left to train on."""
+        settings = self.settings
+        count = max(1, min(_HELD_OUT, windows // 10)) if settings.held_out is None else settings.held_out
+        if windows - count < settings.batch:
+            what, more = f"the text holds {windows} windows of {length} tokens", "more text"
+            if generated:
+                what = f"self_generated={settings.self_generated} is {windows} windows of {settings.length} tokens"
+                more = "more tokens"
+            raise ValueError(
+                f"{what}: too few for held_out={count} and a step of batch={settings.batch}. Give {more}, or a smaller "
+                "length"
+            )
+        return count
+
     def _split(self, ids: torch.Tensor) -> None:
         """Keep the last windows aside: an article's own windows tell little of what was learnt."""
-        asked = self.settings.held_out
-        count = max(1, min(_HELD_OUT, len(ids) // 10)) if asked is None else asked
-        if len(ids) - count < self.settings.batch:
-            raise ValueError(
-                f"the text holds {len(ids)} windows of {ids.shape[1]} tokens: too few for held_out={count} and a step "
-                f"of batch={self.settings.batch}. Give more text, or a smaller length"
-            )
+        count = self._held_out_of(*ids.shape)
         self.windows, self.held_out = ids[: len(ids) - count], ids[len(ids) - count :]
 
     def _add_generated(self, dense: Any, ids: torch.Tensor | None) -> None:

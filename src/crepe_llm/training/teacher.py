@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from crepe_llm.training.targets import Predictions, TopK, Whole, find_head, keep_top
 
-__all__ = ["Teacher", "keep_predictions", "sample_windows"]
+__all__ = ["Teacher", "count_windows", "keep_predictions", "sample_windows"]
 
 _GENERATED_AT_ONCE = 32
 
@@ -85,6 +85,11 @@ def keep_predictions(
     return predictions
 
 
+def count_windows(tokens: int, length: int) -> int:
+    """How many windows :func:`sample_windows` gives."""
+    return max(1, tokens // length)
+
+
 @torch.no_grad()
 def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed: int, path: Path) -> torch.Tensor:
     """Text that a teacher writes, at temperature 1, in a file that is made once.
@@ -106,7 +111,7 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
     if path.is_file():
         return load_file(path)["windows"].long()
     device = teacher.get_input_embeddings().weight.device
-    count = max(1, tokens // length)
+    count = count_windows(tokens, length)
     torch.manual_seed(seed)
     starts = torch.randint(len(tokenizer), (count, 1))
     if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
