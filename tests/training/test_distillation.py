@@ -151,6 +151,19 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_mended(dense, 
     assert (saved["temperature"], saved["do_sample"]) == (0.6, True)
 
 
+def test_what_tells_of_the_pruned_weights_is_not_copied(dense, packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "packed")
+    about = ("README.md", "report.html", "recovery.json", "loss.png", "sparsity.png", "losses.png")
+    for name in (*about, "notes.txt"):
+        (folder / name).write_text("of the pruned model")
+    shutil.copytree(dense(), folder / "backup" / "dense")
+    (folder / "code").mkdir()
+    (folder / "code" / "made.py").write_text("")
+    run(folder, dense(), tmp_path, tokens=8 * 4 * LENGTH)
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"notes.txt", "code", "recipe.yaml"} <= copied and not copied & {*about, "backup"}
+
+
 def test_the_pruned_model_is_no_teacher_and_needs_a_tokenizer(dense, packed, tmp_path):
     with pytest.raises(ValueError, match="is the pruned model itself: give the dense model"):
         run(packed, packed, tmp_path)

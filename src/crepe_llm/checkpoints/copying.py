@@ -3,10 +3,10 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from crepe_llm.checkpoints.folders import refuse_model, resolved
+from crepe_llm.model_files import ABOUT_WEIGHTS
 
 __all__ = ["copy_rest", "two_folders"]
 
@@ -33,16 +33,21 @@ def two_folders(source: str | Path, destination: str | Path) -> tuple[Path, Path
     return source, Path(destination)
 
 
-def copy_rest(source: Path, folder: Path, but: Sequence[str] = ()) -> None:
-    """Copy what is neither weights nor their index nor hidden, nor named in `but`: config, tokenizer, recipe, code.
+def copy_rest(source: Path, folder: Path, other_weights: bool = False) -> None:
+    """Copy what is neither weights nor their index nor hidden: config, tokenizer, recipe, code, card and report.
 
     Links to files in the folder are followed, also to where the hub's cache keeps the files of its folders. What a
-    link to elsewhere names is not copied.
+    link to elsewhere names is not copied. For `other_weights`, as training makes them, what tells of the weights is
+    left out (:data:`crepe_llm.model_files.ABOUT_WEIGHTS`), and so are folders with weights of their own, with a line.
     """
     source = Path(os.path.realpath(source))
     roots = [source, source.parents[1] / "blobs"] if source.parent.name == "snapshots" else [source]
     for path in _beside_weights(source):
-        if path.name not in but:
+        if other_weights and path.name in ABOUT_WEIGHTS:
+            continue
+        if other_weights and path.is_dir() and any(_is_weight(inside.name) for inside in path.rglob("*")):
+            _logger.warning("%s holds weights of its own and was not copied", path)
+        else:
             _copy(path, folder / path.name, roots, folder)
 
 

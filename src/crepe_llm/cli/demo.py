@@ -16,6 +16,7 @@ from crepe_llm.cli.common import HelpFormatter, add_verbose, at_least, require
 from crepe_llm.cli.plan import device_in_words
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
+from crepe_llm.model_files import CARD
 from crepe_llm.recipe_files import recipe_path
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _replace(model: Any, tokenizer: Any, made: "Pruning", output: Path) -> None:
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(made))
+        (folder / CARD).write_text(model_card(made))
 
 
 def _served(models: dict[str, Path], progress: Progress) -> list[dict[str, Any]]:

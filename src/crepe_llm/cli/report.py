@@ -11,11 +11,11 @@ from crepe_llm.cli.models import Model, add_loading, open_model, weight_bytes
 from crepe_llm.cli.models import window_length as window_of
 from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
+from crepe_llm.model_files import PAGE
 
 if TYPE_CHECKING:
     from crepe_llm.evaluation.report import Measured
 
-PAGE = "report.html"
 # What `--report` of other commands measures on: enough to tell models apart, in a minute or two.
 _TOKENS, _WINDOW = 8192, 512
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from crepe_llm.functional.masks import nonzero
+from crepe_llm.model_files import CARD, RECOVERY, RECOVERY_PLOT
 from crepe_llm.models.linear import is_linear, is_transposed
 
 REPORT_HEADING = "## Report"  # of the section that a report adds to a card, its end
-RECOVERY_FILE = "recovery.json"  # the losses of a recovery, in the folder of its model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +174,8 @@ def write_recovery_card(folder: Path, made: Recovery) -> None:
     The pruned model's own card, if it has one, is the end of it.
     """
     figures = {name: getattr(made, name) for name in ("losses", "held_out", "best_step", "tokens", "seconds")}
-    (folder / RECOVERY_FILE).write_text(json.dumps(figures), encoding="utf-8")
-    plot = _plot_losses(folder / "loss.png", made)
+    (folder / RECOVERY).write_text(json.dumps(figures), encoding="utf-8")
+    plot = _plot_losses(folder / RECOVERY_PLOT, made)
     settings = {name: value for name, value in dataclasses.asdict(made.settings).items() if value is not None}
     written = settings.get("self_generated", 0)
     texts = [made.text] * bool(made.text) + [f"{written:,} tokens that the teacher wrote"] * bool(written)
@@ -196,7 +196,7 @@ def write_recovery_card(folder: Path, made: Recovery) -> None:
         f"Teacher: {made.teacher}. Text: {' and '.join(texts)}. {made.tokens:,} tokens, repetitions included, in "
         f"{len(made.losses)} steps and {made.seconds / 60:.1f} minutes. The state is that of step {made.best_step}.",
         "",
-        *(["![training loss and held-out loss by step](loss.png)", ""] if plot else []),
+        *([f"![training loss and held-out loss by step]({RECOVERY_PLOT})", ""] if plot else []),
         "| step | held-out loss |",
         "|---|---|",
         *(f"| {step} | {loss:.4f} |" for step, loss in made.held_out),
@@ -212,11 +212,11 @@ def write_recovery_card(folder: Path, made: Recovery) -> None:
         *(f"| {name} | {version} |" for name, version in _versions().items()),
         "",
     ]
-    before = made.source / "README.md"
+    before = made.source / CARD
     if before.is_file():
         card = before.read_text(encoding="utf-8").partition(f"\n{REPORT_HEADING}\n")[0]
         lines += [_without_front_matter(card).strip(), ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
 def _plot_losses(path: Path, made: Recovery) -> bool:

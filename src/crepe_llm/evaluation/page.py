@@ -9,6 +9,7 @@ import jinja2
 from crepe_llm.evaluation.model_card import REPORT_HEADING, removed_weights, total_zeros
 from crepe_llm.evaluation.plots import plot_report
 from crepe_llm.evaluation.report import PROMPTS, Measured, Report, gram_errors
+from crepe_llm.model_files import CARD
 
 __all__ = ["write_report"]
 
@@ -81,7 +82,7 @@ def write_report(folder: Path, report: Report, page: Path) -> None:
     ]
     text = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     page.write_text(text.render(figures=figures, **_content(report)), encoding="utf-8")
-    card = folder / "README.md"
+    card = folder / CARD
     if card.is_file():
         before = card.read_text(encoding="utf-8").partition(f"\n{REPORT_HEADING}\n")[0].rstrip()
         card.write_text(f"{before}\n\n{REPORT_HEADING}\n\n{_section(report, shown)}", encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from crepe_llm.evaluation.report import Report, blocks_of, gram_errors
+from crepe_llm.model_files import BLOCKS, ERRORS, LOSSES, ZEROS
 
 __all__ = ["plot_losses", "plot_report"]
 
@@ -24,18 +25,18 @@ def plot_losses(path: Path, losses: Sequence[float], held_out: Sequence[tuple[in
 
 def plot_report(folder: Path, report: Report) -> dict[str, str]:
     """Write a report's figures into a folder; by file name what each shows."""
-    shown = {"sparsity.png": "zeros of each linear layer's weights", "blocks.png": "weights by decoder block"}
+    shown = {ZEROS: "zeros of each linear layer's weights", BLOCKS: "weights by decoder block"}
     zeros = {layer.name: layer.zeros for layer in report.pruned.zeros}
-    _by_layer(folder / "sparsity.png", zeros, "share of zeros")
-    _by_block(folder / "blocks.png", report)
+    _by_layer(folder / ZEROS, zeros, "share of zeros")
+    _by_block(folder / BLOCKS, report)
     if report.dense is not None:
         errors = gram_errors(report.dense.grams, report.pruned.grams)
         if errors:
-            shown["errors.png"] = "error of each linear layer's outputs beside the dense model's"
-            _by_layer(folder / "errors.png", errors, "relative error")
+            shown[ERRORS] = "error of each linear layer's outputs beside the dense model's"
+            _by_layer(folder / ERRORS, errors, "relative error")
     if report.curve is not None:
-        shown["losses.png"] = "training loss and held-out loss by step"
-        plot_losses(folder / "losses.png", report.curve.losses, report.curve.held_out)
+        shown[LOSSES] = "training loss and held-out loss by step"
+        plot_losses(folder / LOSSES, report.curve.losses, report.curve.held_out)
     return shown
 
 

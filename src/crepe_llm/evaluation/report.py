@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from crepe_llm.evaluation.model_card import RECOVERY_FILE, LayerZeros, linear_zeros
+from crepe_llm.evaluation.model_card import LayerZeros, linear_zeros
 from crepe_llm.evaluation.perplexity import Perplexity, perplexity
+from crepe_llm.model_files import RECOVERY
 from crepe_llm.models.blocks import block_of
 
 __all__ = ["Curve", "Measured", "Report", "blocks_of", "gram_errors", "measure", "output_grams", "read_curve"]
@@ -154,7 +155,7 @@ def read_curve(folder: Path) -> Curve | None:
     Raises:
         ValueError: the file is damaged.
     """
-    path = folder / RECOVERY_FILE
+    path = folder / RECOVERY
     if not path.is_file():
         return None
     try:

@@ -574,6 +574,6 @@ def _parameter_name(model: Any, name: str) -> str:
 
 
 def _write(model: Any, source: Path, destination: Path, masks: dict[str, torch.Tensor]) -> None:
-    copy_rest(source, destination, but=("README.md",))
+    copy_rest(source, destination, other_weights=True)
     model.save_pretrained(destination)
     pack_folder(destination, masks)
