@@ -151,6 +151,29 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_mended(dense, 
     assert (saved["temperature"], saved["do_sample"]) == (0.6, True)
 
 
+def test_another_pruned_model_is_no_teacher(dense, packed, tmp_path):
+    sibling = shutil.copytree(packed, tmp_path / "sibling")
+    with pytest.raises(
+        ValueError, match=r"sibling was pruned itself: its config.json has a sparsity_config\. Give the"
+    ):
+        run(packed, sibling, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(dense())
+    layers = linears(plain)
+    with torch.no_grad():
+        first, second = (
+            layers[name].weight for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+        )
+        first *= torch.rand(first.shape) > 0.11  # as many zeros as one dequantised from 4 bit has
+        second.zero_()
+    taught = save(plain, tmp_path / "plain")
+    run(packed, taught, tmp_path, tokens=8 * 4 * LENGTH)
+    with torch.no_grad():
+        second.normal_()[::2] = 0
+    with pytest.raises(ValueError, match=r"plain was pruned itself: 50% of model.layers.1.mlp.up_proj are zeros"):
+        run(packed, save(plain, taught), tmp_path, "again")
+    assert not (tmp_path / "again-work").exists()
+
+
 def test_what_tells_of_the_pruned_weights_is_not_copied(dense, packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "packed")
     about = ("README.md", "report.html", "recovery.json", "loss.png", "sparsity.png", "losses.png")

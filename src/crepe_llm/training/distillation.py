@@ -23,6 +23,7 @@ from transformers import AutoConfig, TrainerCallback
 from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.checkpoints.copying import copy_rest
 from crepe_llm.checkpoints.reading import CONFIG, find_quantization, objects_in, read_config
+from crepe_llm.checkpoints.sparse_config import SPARSITY
 from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import auto_class, load_tokenizer
@@ -42,7 +43,7 @@ from crepe_llm.training.loop import (
     train,
 )
 from crepe_llm.training.lora import add_updates, merge_updates
-from crepe_llm.training.masked import find_masks, keep_masks
+from crepe_llm.training.masked import find_masks, keep_masks, sparse_layer
 from crepe_llm.training.targets import Head, Predictions, Target, find_head, mean_loss
 from crepe_llm.training.teacher import Teacher, count_windows, keep_predictions, sample_windows
 
@@ -223,6 +224,7 @@ class _Run:
         _refuse_quantized(source)
         config, dense = (AutoConfig.from_pretrained(name) for name in (source, teacher))
         check_config(config, dense, source, f"teacher={teacher}")
+        self.dense_config = dense
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
         self.tokenizer = load_tokenizer(source)
         check_tokenizers(self.tokenizer, load_tokenizer(teacher), source, f"teacher={teacher}")
@@ -262,7 +264,9 @@ class _Run:
             raise ValueError(
                 f"teacher={self.teacher_name} is the pruned model itself: give the dense model that it was made from"
             )
+        _refuse_sparse_config(self.dense_config, self.teacher_name)
         dense = _load(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32)
+        _refuse_sparse(dense, self.teacher_name)
         check_embeddings(self.student, dense, self.source, f"teacher={self.teacher_name}")
         if ids is not None:
             check_tokens(self.student, ids)
@@ -547,6 +551,24 @@ def _refuse_quantized(source: Path) -> None:
         raise ValueError(
             f"{source} is quantized, which training would undo: recover the sparse model, then quantize it"
         )
+
+
+def _refuse_sparse_config(config: Any, teacher: str | Path) -> None:
+    """Raise ValueError if a teacher's config says that it was pruned."""
+    content = config.to_dict()
+    if content.get(SPARSITY) or objects_in(find_quantization(content)[1]).get(SPARSITY):
+        raise ValueError(_no_teacher(teacher, f"its {CONFIG} has a {SPARSITY}"))
+
+
+def _refuse_sparse(dense: Any, teacher: str | Path) -> None:
+    """Raise ValueError if a teacher's linear layers are sparse."""
+    found = sparse_layer({name: dense.get_submodule(name) for name in _linear_layers(dense)})
+    if found is not None:
+        raise ValueError(_no_teacher(teacher, f"{found[1]:.0%} of {found[0]} are zeros"))
+
+
+def _no_teacher(teacher: str | Path, why: str) -> str:
+    return f"teacher={teacher} was pruned itself: {why}. Give the dense model that it was made from"
 
 
 def _is_bf16_fast(device: torch.device) -> bool:

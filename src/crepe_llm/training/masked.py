@@ -19,7 +19,7 @@ from crepe_llm.functional.masks import nonzero
 from crepe_llm.models.linear import is_transposed
 from crepe_llm.pruning.layer import recorded_mask
 
-__all__ = ["KeptMasks", "find_masks", "held_masks", "keep_masks"]
+__all__ = ["KeptMasks", "find_masks", "held_masks", "keep_masks", "sparse_layer"]
 
 # A dense model holds few exact zeros, one dequantised from 4 bit up to 11 % a layer (Gemma-3-270M), a pruned one more.
 _SPARSE = 0.25
@@ -98,6 +98,19 @@ def find_masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             f"(the most is {most:.1%}, {where}). Prune it first, or give masks"
         )
     return found
+
+
+def sparse_layer(layers: Mapping[str, torch.nn.Module]) -> tuple[str, float] | None:
+    """The first of the layers that has so many zeros that it was pruned, and its share of them; None if none has.
+
+    One of nothing but zeros has yet to learn.
+    """
+    for name, module in layers.items():
+        weight = getattr(module, "weight", None)
+        zeros = 0.0 if weight is None else 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+        if _SPARSE < zeros < 1:
+            return name, zeros
+    return None
 
 
 class KeptMasks:

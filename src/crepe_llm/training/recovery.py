@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,11 +18,10 @@ from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import load_tokenizer
 from crepe_llm.models.linear import is_linear, is_transposed
 from crepe_llm.training.loop import Plan, fingerprint, resumable, train
+from crepe_llm.training.masked import sparse_layer
 
 __all__ = ["Recovered", "RecoverySettings", "recover"]
 
-# A dense model holds few exact zeros, one dequantised from 4 bit up to 11 % a layer (Gemma-3-270M), a pruned one more.
-_SPARSE = 0.25
 # LoRA's alpha over its rank: what the product of its matrices is multiplied by, the same for blocks of any rank.
 _SCALE = 2
 
@@ -197,14 +196,12 @@ def _refuse_compressed(source: Path) -> None:
 
 
 def _refuse_sparse(source: Path, layers: dict[str, torch.nn.Module]) -> None:
-    for name, module in layers.items():
-        weight = cast(torch.Tensor, module.weight)
-        zeros = 1 - int(weight.count_nonzero()) / weight.numel()
-        if zeros > _SPARSE:
-            raise ValueError(
-                f"{source} is sparse: {zeros:.0%} of {name} are zeros, which training would fill. Give --teacher to "
-                "recover it with its masks, or recover the model that CFSP has cut, and prune what comes of it"
-            )
+    found = sparse_layer(layers)
+    if found is not None:
+        raise ValueError(
+            f"{source} is sparse: {found[1]:.0%} of {found[0]} are zeros, which training would fill. Give --teacher to "
+            "recover it with its masks, or recover the model that CFSP has cut, and prune what comes of it"
+        )
 
 
 def _importance(model: Any, blocks: int, allocation: RankAllocation) -> list[float]:
