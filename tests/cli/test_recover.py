@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,31 @@ def test_a_divergence_leaves_the_best_state_or_nothing(dense, packed, text, tmp_
     error = refusal(arguments(packed, dense, text, output, "--learning-rate", 90, "--warmup", 0))
     assert "diverges at a learning rate of 90" in error and "none is written" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_code_of_a_model_runs_if_it_is_trusted(dense, packed, text, tmp_path, refusal):
+    def with_code(folder, name):
+        copy = shutil.copytree(folder, tmp_path / name)
+        config = json.loads((copy / "config.json").read_text()) | {"model_type": "mine", "architectures": ["Mine"]}
+        config["auto_map"] = {"AutoConfig": "mine_config.MineConfig", "AutoModelForCausalLM": "mine_model.Mine"}
+        (copy / "config.json").write_text(json.dumps(config))
+        (copy / "mine_config.py").write_text(
+            "from transformers import LlamaConfig\nclass MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        )
+        (copy / "mine_model.py").write_text(
+            "from transformers import LlamaForCausalLM\nfrom .mine_config import MineConfig\n"
+            "class Mine(LlamaForCausalLM):\n    config_class = MineConfig\n"
+        )
+        return copy
+
+    teacher, pruned, output = with_code(dense, "teacher"), with_code(packed, "pruned"), tmp_path / "recovered"
+    cure = "brings code of its own, which has to run to load it: read that code, then give --trust-remote-code"
+    assert f"{teacher} {cure}" in refusal(arguments(pruned, teacher, text, output))
+    assert f"{pruned} {cure}" in refusal(arguments(pruned, dense, text, output))
+    assert not list(tmp_path.glob("*recover*"))
+    assert main(arguments(pruned, teacher, text, output, "--trust-remote-code")) == 0
+    saved = ["evaluate", output, "--text", text, "--window", 32, "--tokens", 64, "--trust-remote-code"]
+    assert main([str(argument) for argument in saved]) == 0
 
 
 def test_options_that_do_not_go_together_are_refused(dense, packed, text, tmp_path, refusal):

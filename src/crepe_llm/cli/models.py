@@ -108,6 +108,17 @@ def open_model(options: argparse.Namespace, *, dense: bool = False) -> Model:
     return Model(name, config, tokenizer, options)
 
 
+def check_code(name: str, trust: bool) -> None:
+    """Raise ValueError if a model's config, tokenizer or model brings code along that is not trusted."""
+    from transformers import AutoConfig
+
+    from crepe_llm.models.classes import load_tokenizer
+
+    with _named_code(name):
+        _config(AutoConfig, name, trust)
+        load_tokenizer(name, trust_remote_code=trust)
+
+
 def _config(kind: Any, name: str, trust: bool) -> Any:
     """The config of a model; ValueError where transformers finds a field of it wrong."""
     try:

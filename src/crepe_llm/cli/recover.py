@@ -15,7 +15,7 @@ from crepe_llm.cli.common import (
     output_folder,
     require,
 )
-from crepe_llm.cli.models import DTYPES, MODEL_HELP, check_model, model_folder, weight_bytes
+from crepe_llm.cli.models import DTYPES, MODEL_HELP, check_code, check_model, model_folder, weight_bytes
 from crepe_llm.cli.plan import device_in_words, size_in_words
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.report import PAGE, add_report, check_report, make_report, own_test
@@ -60,6 +60,12 @@ def add(subparsers: Any) -> None:
     add_texts(parser, "train", required=False)
     parser.add_argument(
         "--windows", type=at_least(1), default=None, help="train on so many windows of the text, spread over it (all)"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=False,
+        help="run the code that the models bring along, if they need that",
     )
     parser.add_argument("--length", type=at_least(2), default=512, help="tokens in each window (%(default)s)")
     add_report(parser)
@@ -159,6 +165,9 @@ def run(options: argparse.Namespace) -> None:
     with quiet("recover", options.verbose, own=("training", "recovering")) as progress:
         if options.teacher is not None:
             check_model(model_folder(options.teacher), dense=True)
+            check_code(model_folder(options.teacher), options.trust_remote_code)
+        if (options.model / "config.json").is_file():
+            check_code(str(options.model), options.trust_remote_code)
         progress.tell("model", str(options.model))
         if options.teacher is not None:
             progress.tell("teacher", options.teacher)
@@ -180,7 +189,7 @@ def _report(options: argparse.Namespace, progress: Progress, text: tuple[str, li
     if options.report:
         progress.phase("measuring")
         length = getattr(options, "length", 512)
-        loading = argparse.Namespace(**{"dtype": "auto", "trust_remote_code": False, **vars(options)})
+        loading = argparse.Namespace(**{"dtype": "auto", **vars(options)})
         test = own_test(options, text, "training", length)
         make_report(loading, options.output, options.teacher, test, options.output / PAGE)
 
@@ -201,7 +210,15 @@ def _distill(options: argparse.Namespace, given: dict[str, Any], progress: Progr
             progress.tell("text", text)
         windows = None if texts is None else lambda tokenizer: _windows(options, tokenizer, texts)
         try:
-            made = distill(options.model, folder, _work(options), model_folder(options.teacher), windows, settings)
+            made = distill(
+                options.model,
+                folder,
+                _work(options),
+                model_folder(options.teacher),
+                windows,
+                settings,
+                trust_remote_code=options.trust_remote_code,
+            )
         except DivergedError as error:
             diverged = error
         else:
@@ -257,7 +274,12 @@ def _recover(options: argparse.Namespace, given: dict[str, Any], progress: Progr
         text, texts = _texts(options, None)
         progress.tell("text", text)
         result = recover(
-            options.model, folder, _work(options), lambda tokenizer: _windows(options, tokenizer, texts or []), settings
+            options.model,
+            folder,
+            _work(options),
+            lambda tokenizer: _windows(options, tokenizer, texts or []),
+            settings,
+            trust_remote_code=options.trust_remote_code,
         )
     _report(options, progress, (text, texts or []))
     said = f"loss {result.first_loss:.4f} became {result.last_loss:.4f} in {result.steps} steps, {result.seconds:.0f} s"

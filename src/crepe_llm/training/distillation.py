@@ -175,6 +175,7 @@ def distill(
     teacher: str | Path,
     windows: Windows | None,
     settings: DistillationSettings | None = None,
+    trust_remote_code: bool = False,
 ) -> Distilled:
     """Train a pruned model on the dense model's predictions, and write it with the same masks.
 
@@ -190,6 +191,7 @@ def distill(
         windows: of the model's tokenizer, the token ids to train on, int64 [windows, length]; None to train on the
             teacher's own text alone.
         settings: of the training; None for the default ones.
+        trust_remote_code: whether code that the models bring along runs, if they need that.
 
     Raises:
         ValueError: source or teacher or text cannot be trained with; before anything is trained. Or no state was
@@ -199,7 +201,7 @@ def distill(
     """
     settings = settings or DistillationSettings()
     source, destination, work = Path(source), Path(destination), Path(work)
-    run = _Run(source, work, teacher, settings)
+    run = _Run(source, work, teacher, settings, trust_remote_code)
     run.prepare(windows)
     try:
         trained = run.train()
@@ -218,16 +220,18 @@ def distill(
 class _Run:
     """One distillation, from its checks to its folder."""
 
-    def __init__(self, source: Path, work: Path, teacher: str | Path, settings: DistillationSettings) -> None:
+    def __init__(
+        self, source: Path, work: Path, teacher: str | Path, settings: DistillationSettings, trust: bool
+    ) -> None:
         # Every process needs the weights, to find their masks; accelerate's option leaves them empty in all but one.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         _refuse_quantized(source)
-        config, dense = (AutoConfig.from_pretrained(name) for name in (source, teacher))
+        config, dense = (AutoConfig.from_pretrained(name, trust_remote_code=trust) for name in (source, teacher))
         check_config(config, dense, source, f"teacher={teacher}")
-        self.dense_config = dense
+        self.dense_config, self.trust = dense, trust
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
-        self.tokenizer = load_tokenizer(source)
-        check_tokenizers(self.tokenizer, load_tokenizer(teacher), source, f"teacher={teacher}")
+        self.tokenizer, other = (load_tokenizer(name, trust_remote_code=trust) for name in (source, teacher))
+        check_tokenizers(self.tokenizer, other, source, f"teacher={teacher}")
         self.process = PartialState(cpu=not torch.cuda.is_available())
         together = self.micro_batch * self.process.num_processes
         if settings.batch % together:
@@ -258,14 +262,14 @@ class _Run:
             self._held_out_of(count_windows(settings.self_generated, settings.length), generated=True)
         if ids is not None and settings.self_generated and ids.shape[1] != settings.length:
             raise ValueError(f"length={settings.length} of self-generated windows, {ids.shape[1]} of the others")
-        self.student = load_pruned(self.source, torch.float32)
+        self.student = load_pruned(self.source, torch.float32, self.trust)
         self.masks = _masks_of(self.student, self.source)
         if Path(self.teacher_name).resolve() == self.source.resolve():
             raise ValueError(
                 f"teacher={self.teacher_name} is the pruned model itself: give the dense model that it was made from"
             )
         _refuse_sparse_config(self.dense_config, self.teacher_name)
-        dense = _load(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32)
+        dense = _load(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32, self.trust)
         _refuse_sparse(dense, self.teacher_name)
         check_embeddings(self.student, dense, self.source, f"teacher={self.teacher_name}")
         if ids is not None:
@@ -295,7 +299,7 @@ class _Run:
     def save(self, destination: Path) -> None:
         """Write the best state over the model that was given, in its precision and with its masks."""
         if self.process.is_main_process:
-            model = load_pruned(self.source, "auto")
+            model = load_pruned(self.source, "auto", self.trust)
             _, state = best_state(self.work)
             if self.settings.method == "lora":
                 merge_updates(model, self.updated, state)
@@ -513,9 +517,9 @@ def _body_that_is_called(model: Any, ids: torch.Tensor) -> torch.nn.Module | Non
     return next((module for module, hidden in seen.items() if torch.allclose(hidden, wanted)), None)
 
 
-def load_pruned(source: Path, dtype: torch.dtype | str) -> Any:
+def load_pruned(source: Path, dtype: torch.dtype | str, trust_remote_code: bool = False) -> Any:
     """A pruned model as an ordinary one with its zeros in place; packed layers have their masks recorded."""
-    model = _load(source, dtype)
+    model = _load(source, dtype, trust_remote_code)
     repair_generation_config(model)  # or transformers would refuse to save it after the training
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -523,9 +527,10 @@ def load_pruned(source: Path, dtype: torch.dtype | str) -> Any:
     return model
 
 
-def _load(name: str | Path, dtype: torch.dtype | str) -> Any:
+def _load(name: str | Path, dtype: torch.dtype | str, trust: bool) -> Any:
     """A model with all its parts, of images, too."""
-    return auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype)
+    kind = auto_class(AutoConfig.from_pretrained(name, trust_remote_code=trust))
+    return kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust)
 
 
 def is_structural(source: Path) -> bool:

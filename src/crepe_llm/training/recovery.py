@@ -82,6 +82,7 @@ def recover(
     work: str | Path,
     windows: Callable[[Any], torch.Tensor],
     settings: RecoverySettings | None = None,
+    trust_remote_code: bool = False,
 ) -> Recovered:
     """Train low-rank updates of all linear layers in a pruned model's blocks, and merge them into its weights.
 
@@ -93,6 +94,7 @@ def recover(
         work: a folder for checkpoints of the training.
         windows: of the checkpoint's tokenizer, the token ids to train on, int64 [windows, length].
         settings: of the training; None for the default ones.
+        trust_remote_code: whether code that the model brings along runs, if it needs that.
 
     Raises:
         ValueError: the checkpoint is sparse or quantized, or holds no importances, or `work` belongs to another
@@ -104,9 +106,9 @@ def recover(
     settings = settings or RecoverySettings()
     source, destination, work = Path(source), Path(destination), Path(work)
     _refuse_compressed(source)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = windows(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype, trust_remote_code=trust_remote_code)
     blocks = find_blocks(model)
     importance = _importance(model, len(blocks), settings.allocation)
     ranks = recovery_ranks(importance, settings.rank, settings.allocation)
