@@ -4,11 +4,13 @@ import copy
 import gc
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from crepe_llm.pruning.layer import record_mask
 from crepe_llm.training.masked import find_masks, keep_masks
@@ -224,6 +226,40 @@ def test_a_matrix_of_zeros_is_not_pruned():
     keep_masks(model)
     step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert model.lm_head.weight.count_nonzero() > 0.9 * model.lm_head.weight.numel()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_whose_merge_would_fill_the_zeros_are_warned_of(dora):
+    model, masks = pruned()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], use_dora=dora))
+    with pytest.warns(
+        UserWarning, match="4 masked layers have adapters .* not after merging.*recover --method lora"
+    ) as caught:
+        held = keep_masks(adapted)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    step(adapted, OPTIMIZERS["AdamW"]([p for p in adapted.parameters() if p.requires_grad]))
+    held.check()
+    merged = linears(adapted.merge_and_unload())
+    broken = {name for name, keep in masks.items() if merged[name].weight[~keep].any()}
+    assert broken == {name for name in masks if name.endswith(("q_proj", "up_proj"))}
+
+
+def test_adapters_that_only_scale_are_not_warned_of():
+    model, _ = pruned()
+    adapted = get_peft_model(
+        model, IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keep_masks(adapted)
+        keep_masks(pruned()[0])
+
+
+def test_adapters_that_took_the_zeros_are_told():
+    model, _ = pruned()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match=r"no masks: .*pissa, olora .* add them with init_lora_weights=True, or give"):
+        keep_masks(adapted)
 
 
 def test_checking_names_the_layers_that_broke():

@@ -5,6 +5,7 @@ stays zero there, and gradient norms count kept weights only. After each step of
 to zero, so that an update that mixes a matrix's entries (Muon) or a state from elsewhere cannot bring them back.
 """
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,11 +44,15 @@ def keep_masks(model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None 
     Returns:
         What holds the masks; it can check and remove them. Another call for the same model takes its place.
 
+    Warns:
+        UserWarning: masked layers have adapters of PEFT whose product is dense, which merging adds to all weights.
+
     Raises:
         ValueError: the model has no masks, or a mask is of no parameter or of another shape.
     """
     model = _unwrapped(model)
     bits = find_masks(model) if masks is None else _packed(model, masks)
+    _warn_of_adapters(model, bits)
     previous = _HELD.pop(model, None)
     if previous is not None:
         previous.remove()
@@ -93,9 +98,16 @@ def find_masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if zeros:
             found[name] = pack_bits(keep.flatten(0, -2))
     if not pruned:
+        cure = "Prune it first, or give masks"
+        if any(_adds_product(module) for module in model.modules()):
+            cure = (
+                "If it was pruned before its adapters were added, their start took the zeros (init_lora_weights "
+                "pissa, olora and others change the weights): add them with init_lora_weights=True, or give masks, "
+                "those found before"
+            )
         raise ValueError(
             f"the model has no masks: none were recorded, and no matrix is zero to over {_SPARSE:.0%} "
-            f"(the most is {most:.1%}, {where}). Prune it first, or give masks"
+            f"(the most is {most:.1%}, {where}). {cure}"
         )
     return found
 
@@ -308,6 +320,25 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
             model = model.module
         else:
             return model
+
+
+def _adds_product(module: torch.nn.Module) -> bool:
+    """Whether it is a layer in adapters of PEFT whose update is a whole matrix, as LoRA's and LoHa's is."""
+    return hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+
+
+def _warn_of_adapters(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    """Warn, once for all layers, if merging adapters would fill the zeros of masked layers."""
+    layers = [module for module in model.modules() if _adds_product(module)]
+    adapted = {id(part) for layer in layers for part in (layer, layer.base_layer)}
+    count = sum(id(_place(model, name)[0]) in adapted for name in masks) if adapted else 0
+    if count:
+        warnings.warn(
+            f"{count} masked layers have adapters whose product is dense: the masks hold in the weights beneath, but "
+            "not after merging. Leave the adapters unmerged, or train with `crepe recover --method lora`, whose "
+            "updates keep the masks",
+            stacklevel=3,
+        )
 
 
 def _matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]:
