@@ -483,6 +483,13 @@ def test_a_measured_spread_is_one_that_is_better(more, llama_of, data_of_windows
     assert "measured" in saved and yaml.safe_load(saved)["found"] == measured
 
 
+def test_a_spread_is_not_measured_on_one_sequence(tiny_model_folder, calibration_data, monkeypatch):
+    monkeypatch.setattr("crepe_llm.modifiers.allocation.Observer", lambda *_: pytest.fail("it calibrates"))
+    recipe = [allocation("atp", 0.5, spread="measured"), crepe()]
+    with pytest.raises(ValueError, match="SparsityAllocationModifier with spread: measured needs at least two"):
+        run(load(tiny_model_folder("llama")), recipe, calibration_data.select([1]))
+
+
 def test_nothing_is_measured_where_nothing_is_pruned(tiny_model_folder, calibration_data):
     folder = tiny_model_folder("llama")
     model = run(load(folder), [allocation("atp", 0.0, spread="measured"), crepe()], calibration_data)

@@ -223,6 +223,7 @@ class SparsityAllocationModifier(LayerModifier):
             )
         if self.spread == MEASURED:
             give_all(self._dataloader)
+            self._sequences()  # so that too few are found out before the calibration
         wanted = {module: Wanted(name) for module, name in self._layers.items()}
         self._observer = Observer(self, state.model, self._dataloader, wanted)
         if self.spread == MEASURED:
@@ -265,7 +266,7 @@ class SparsityAllocationModifier(LayerModifier):
         """Find the spread of ATP's line by what the whole model loses."""
         crepe = self._pruning
         assert isinstance(crepe, CRePEModifier)  # checked when the recipe started
-        sequences = texts_in(self._dataloader, "SparsityAllocationModifier with spread: measured")
+        sequences = self._sequences()
         give_share(self._dataloader)
 
         spreads = [share * min(self.sparsity, 1 - self.sparsity) for share in _TRIED]
@@ -290,6 +291,9 @@ class SparsityAllocationModifier(LayerModifier):
             rows.append((f"{spread:6.4f}", f"{shown[0]:<25}  {shown[1]}"))
         table = aligned(("spread", "better by, nats a token  as the recipe prunes"), rows)
         logger.info(f"ATP: a spread of {choice.chosen:.4f}, beside none at all:\n{table}")
+
+    def _sequences(self) -> list[torch.Tensor]:
+        return texts_in(self._dataloader, "SparsityAllocationModifier with spread: measured")
 
     def _allocated(self) -> dict[str, float | str]:
         """What each block gets by the method."""
