@@ -26,9 +26,7 @@ def _register_modifiers() -> None:
 
 
 def _register_oneshot() -> None:
-    from crepe_llm.oneshot.checked import register
-
-    register()
+    _once_imported("crepe_llm.oneshot.checked", "register")
 
 
 def _register_loader() -> None:
@@ -40,9 +38,7 @@ def _register_refusal() -> None:
 
 
 def _register_per_block() -> None:
-    from crepe_llm.models.per_block import register
-
-    register()
+    _once_imported("crepe_llm.models.per_block", "register")
 
 
 def _once_imported(module: str, function: str) -> None:

@@ -506,15 +506,22 @@ def test_prune_does_not_go_on_with_other_weights_of_the_same_name(dense, text, t
     assert "weights" in (said := refusal(command)) and "remove the folder" in said
 
 
-def test_prune_refuses_what_is_pruned_already(dense, text, tmp_path, refusal):
+def test_prune_refuses_what_is_pruned_already(dense, text, tmp_path, refusal, capsys):
     command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32, "--output"]
     assert main([*map(str, command), str(tmp_path / "once")]) == 0
     command[1] = tmp_path / "once"
-    for recipe in ("crepe_2of4", "crepe_2of4_admm", "crepe_2of4_dsnot", "crepe_2of4_pho"):
+    said = "nothing is left to prune: all 14 targeted layers are sparse already"
+    for recipe in ("crepe_2of4_admm", "crepe_2of4_dsnot", "crepe_2of4_pho"):
         command[3] = recipe
-        said = refusal([*map(str, command), str(tmp_path / "twice")])
-        assert "nothing is left to prune: all 14 targeted layers are sparse already" in said
-    assert not (tmp_path / "twice").exists()
+        assert said in refusal([*map(str, command), str(tmp_path / "twice")])
+        assert not (tmp_path / "twice").exists()
+    command[3] = "crepe_2of4"
+    assert main([*map(str, command), str(tmp_path / "twice")]) == 0
+    assert f"warning: {said}, " in capsys.readouterr().err
+    assert all(
+        torch.equal(weight, weights_of(tmp_path / "once")[name])
+        for name, weight in weights_of(tmp_path / "twice").items()
+    )
 
 
 def test_what_was_packed_is_packed_after_quantization_alone(dense, text, tmp_path):

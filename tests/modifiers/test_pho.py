@@ -424,7 +424,7 @@ def test_one_sequence_has_no_halves(tiny_model_folder, calibration_data, pair):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is damaged, it is no JSON"), ('{"format": 2}', "is damaged"), (None, "was made with mask=")],
+    [("", "is damaged, it is not JSON"), ('{"format": 2}', "is damaged"), (None, "was made with mask=")],
 )
 def test_a_record_that_does_not_fit_is_refused_before_the_calibration(
     tiny_model_folder, calibration_data, pair, tmp_path, monkeypatch, content, message

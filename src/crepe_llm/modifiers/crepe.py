@@ -19,6 +19,7 @@ from pydantic import (
 from crepe_llm.functional.masks import ComparisonGroup, keep_mask, parse_mask_structure
 from crepe_llm.functional.scores import check_coefficients, crepe_scores, cvr_scores, magnitude_scores
 from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.modifiers import order
 from crepe_llm.modifiers.fields import NonNegative, unquoted
 from crepe_llm.modifiers.pruning_pass import PruningModifier
 from crepe_llm.modifiers.tables import aligned
@@ -210,7 +211,11 @@ class CRePEModifier(PruningModifier):
 
     @torch.no_grad()
     def _refuse_pruned(self) -> None:
-        """Raise ValueError if all layers are as sparse as wanted: the zeros have the lowest scores by any score."""
+        """Say so if all layers are as sparse as wanted: the zeros have the lowest scores by any score.
+
+        Raises:
+            ValueError: another modifier of the recipe searches for masks, or works on what this one has pruned.
+        """
         wanted = 0.0
         for module, name in self.layers.items():
             _, structure = self.structure_of(name)
@@ -221,11 +226,16 @@ class CRePEModifier(PruningModifier):
                 weight = weight_matrix(module)
                 if weight[~self.mask(name, weight.abs().nan_to_num())].any():
                     return
-        if wanted > 0:
-            raise ValueError(
-                f"nothing is left to prune: all {len(self.layers)} targeted layers are sparse already, as "
-                f"{type(self).__name__} would make them. Give the dense model, or leave the modifiers that prune out"
-            )
+        if not wanted:
+            return
+        said = (
+            f"nothing is left to prune: all {len(self.layers)} targeted layers are sparse already, as "
+            f"{type(self).__name__} would make them"
+        )
+        for modifier in [*order.modifiers_before(self), *order.modifiers_after(self)]:
+            if order.role_of(modifier) in ("searches", "re-prunes", "refits"):
+                raise ValueError(f"{said}, so {type(modifier).__name__} has nothing to work on: give the dense model")
+        logger.warning(f"{said}, and stay as they are")
 
     def _scores(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
         if self.score == "magnitude":
