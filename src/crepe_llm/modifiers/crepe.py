@@ -172,7 +172,7 @@ class CRePEModifier(PruningModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)
-        self._refuse_pruned()
+        self._look_for_weights_to_prune()
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -210,7 +210,7 @@ class CRePEModifier(PruningModifier):
         return keep_mask(scores, sparsity, text, self.value("comparison_group"))
 
     @torch.no_grad()
-    def _refuse_pruned(self) -> None:
+    def _look_for_weights_to_prune(self) -> None:
         """Say so if all layers are as sparse as wanted: the zeros have the lowest scores by any score.
 
         Raises:
