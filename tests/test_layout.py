@@ -38,7 +38,7 @@ ROOMS = {
     },
 }
 # Of the modifiers, only these files search.
-SEARCHES = ("modifiers/pho.py", "modifiers/allocation.py", "modifiers/judging.py")
+SEARCHES = ("modifiers/pho.py", "modifiers/measured_spread.py", "modifiers/judging.py")
 # The rooms that work without llm-compressor.
 WITHOUT_LLM_COMPRESSOR = ("functional", "models", "pruning", "training", "search", "kernels", "vllm_plugin", "samples")
 

@@ -28,21 +28,17 @@ from crepe_llm.functional.scores import wanda_scores
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.fields import Fraction, NonNegative
-from crepe_llm.modifiers.judging import as_it_predicts, pruning_of, texts_in, watch_calls
+from crepe_llm.modifiers.judging import texts_in
 from crepe_llm.modifiers.layers import LayerModifier
+from crepe_llm.modifiers.measured_spread import SpreadSearch
 from crepe_llm.modifiers.observe import Observer
 from crepe_llm.modifiers.tables import aligned
 from crepe_llm.pruning.block_pass import Wanted
 from crepe_llm.pruning.layer import weight_matrix
-from crepe_llm.search.choice import choose
-from crepe_llm.search.rehearsal import Calls, Pruning, own_weights
-from crepe_llm.search.whole_model import WholeModel
 
 __all__ = ["SparsityAllocationModifier"]
 
 MEASURED: Literal["measured"] = "measured"
-# Of the largest spread that is possible, those that are tried.
-_TRIED = (0.0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 
 
 class SparsityAllocationModifier(LayerModifier):
@@ -138,7 +134,7 @@ class SparsityAllocationModifier(LayerModifier):
     _sizes: dict[str, int] = PrivateAttr(default_factory=dict)
     _norms: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _measures: dict[str, float] = PrivateAttr(default_factory=dict)
-    _calls: Calls | None = PrivateAttr(default=None)
+    _search: SpreadSearch | None = PrivateAttr(default=None)
     _spread: float = PrivateAttr(default=0.0)
 
     @property
@@ -223,11 +219,12 @@ class SparsityAllocationModifier(LayerModifier):
             )
         if self.spread == MEASURED:
             give_all(self._dataloader)
-            self._sequences()  # so that too few are found out before the calibration
+            sequences = texts_in(self._dataloader, "SparsityAllocationModifier with spread: measured")
         wanted = {module: Wanted(name) for module, name in self._layers.items()}
         self._observer = Observer(self, state.model, self._dataloader, wanted)
         if self.spread == MEASURED:
-            self._calls = watch_calls(self._observer, state.model)
+            assert isinstance(self._pruning, CRePEModifier)  # checked when the recipe started
+            self._search = SpreadSearch(self._pruning, state.model, sequences, self._observer)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
@@ -236,7 +233,7 @@ class SparsityAllocationModifier(LayerModifier):
         if self._observer is None:
             return
         uncalibrated = getattr(self._pruning, "uncalibrated", self.uncalibrated)
-        if self.spread == MEASURED:  # what matters here is that layers are calibrated at all
+        if self._search is not None:  # what matters here is that layers are calibrated at all
             with processes.alone():
                 list(self._observer.ended(modules, uncalibrated))
             return
@@ -251,8 +248,10 @@ class SparsityAllocationModifier(LayerModifier):
         if self._observer is None:
             return
         self.stop_watching()
-        if self.spread == MEASURED:
-            self._search(state.model)
+        if self._search is not None:
+            give_share(self._dataloader)
+            self._spread = self._search.find(self.sparsity, self._try_spread)
+            self._search = None
             self._conclude(state.model)
             return
         for block in self._blocks:
@@ -262,38 +261,10 @@ class SparsityAllocationModifier(LayerModifier):
                 )
         self._conclude(state.model)
 
-    def _search(self, model: torch.nn.Module) -> None:
-        """Find the spread of ATP's line by what the whole model loses."""
-        crepe = self._pruning
-        assert isinstance(crepe, CRePEModifier)  # checked when the recipe started
-        sequences = self._sequences()
-        give_share(self._dataloader)
-
-        spreads = [share * min(self.sparsity, 1 - self.sparsity) for share in _TRIED]
-        if spreads[-1] == 0:
-            return
-        logger.info(f"ATP: measuring {len(spreads)} spreads on {len(sequences)} sequences")
-        with own_weights(self._layers), as_it_predicts(model) as routing:
-
-            def pruning(spread: float, masks_alone: bool) -> Pruning:
-                self._spread = spread
-                self._use(self._allocated())
-                return pruning_of(crepe, masks_alone, routing)
-
-            choice = choose(WholeModel(model, sequences, spreads[0], pruning, self._calls), spreads)
-        crepe.pruning_pass.forget()
-        self._calls = None
-        self._spread = choice.chosen
-        rows = []
-        for spread in spreads:
-            gains = [found.get(spread) for found in (choice.first, choice.last)]
-            shown = ["" if pair is None else f"{pair[0]:+.4f} +- {pair[1]:.4f}" for pair in gains]
-            rows.append((f"{spread:6.4f}", f"{shown[0]:<25}  {shown[1]}"))
-        table = aligned(("spread", "better by, nats a token  as the recipe prunes"), rows)
-        logger.info(f"ATP: a spread of {choice.chosen:.4f}, beside none at all:\n{table}")
-
-    def _sequences(self) -> list[torch.Tensor]:
-        return texts_in(self._dataloader, "SparsityAllocationModifier with spread: measured")
+    def _try_spread(self, spread: float) -> None:
+        """Have the CRePEModifier prune with this spread of ATP's line."""
+        self._spread = spread
+        self._use(self._allocated())
 
     def _allocated(self) -> dict[str, float | str]:
         """What each block gets by the method."""
