@@ -1,5 +1,6 @@
 """Saving through llm-compressor: what is written, and when it appears."""
 
+import copy
 import json
 import os
 import subprocess
@@ -67,6 +68,23 @@ def test_what_an_attached_model_writes(dense_folder, tmp_path):
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
     assert model.save_pretrained._overridden  # llm-compressor does not wrap it once more
+
+
+def test_a_copy_saves_itself(dense_folder, tmp_path):
+    """llm-compressor's `save_pretrained` of a copied model saves the weights of the one that was copied."""
+    model, kept = pruned(dense_folder)
+    attach(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in kept:
+            copied.get_submodule(name).weight *= 2
+    copied.save_pretrained(tmp_path / "copied")
+    model.save_pretrained(tmp_path / "out")
+    for folder, saved in (("out", model), ("copied", copied)):
+        tensors = stored_tensors(tmp_path / folder)
+        for name in kept:
+            weight = unpack(*(tensors[f"{name}.{part}"] for part in ("compressed", "bitmask", "shape")))
+            assert torch.equal(weight, saved.get_submodule(name).weight)
 
 
 def test_a_model_that_was_changed_is_described_as_it_is(dense_folder, tmp_path):

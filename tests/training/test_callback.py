@@ -1,5 +1,7 @@
 """Masks under transformers' Trainer and TRL's SFTTrainer, run for real."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -108,6 +110,12 @@ def test_a_model_from_oneshot_goes_on_and_takes_its_best_state(tmp_path):
     trainer.args.learning_rate = 1.0  # it gets worse
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    copied = copy.deepcopy(model)
+    trainer.train()
+    copied.save_pretrained(tmp_path / "copied")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "copied")
+    for (name, one), other in zip(copied.named_parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(one, other), name
     model.save_pretrained(tmp_path / "final")
     assert read_folder(tmp_path / "final").layers and not read_folder(tmp_path / "out" / "checkpoint-4").layers
 

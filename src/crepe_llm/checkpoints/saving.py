@@ -7,7 +7,7 @@ absent.
 import functools
 import importlib
 import os
-import weakref
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,8 +47,8 @@ class _Additions:
 def attach(model: Any, masks: Masks | None = None, finish: Finish | None = None) -> None:
     """Make `model.save_pretrained` write 2:4 layers in the `sparse-24-bitmask` format.
 
-    `model` is a transformers model in llm-compressor's hands: its `save_pretrained` is wrapped as llm-compressor
-    wraps it (if it is not yet), and once more. `save_pretrained(folder, save_compressed=True)` then packs every
+    `model` is a transformers model in llm-compressor's hands: its `save_pretrained` is replaced by one that has
+    llm-compressor save it. `save_pretrained(folder, save_compressed=True)` then packs every
     linear layer whose stored weight is exactly 2:4, unquantized or quantized to int8 or float8_e4m3fn. Where nothing
     can be packed (`save_compressed=False`, or 4-bit weights in the pack-quantized form) the checkpoint stays as
     llm-compressor writes it and the 2:4 layers are recorded under `sparsity_config` at the top of `config.json`,
@@ -69,9 +69,9 @@ def attach(model: Any, masks: Masks | None = None, finish: Finish | None = None)
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 
     quantize_derived_classes()
-    modify_save_pretrained(model)
     if not hasattr(model.save_pretrained, "_additions"):
-        model.save_pretrained = _packing(model.save_pretrained, weakref.ref(model))
+        vars(model).pop("save_pretrained", None)  # llm-compressor's, which is made anew for each save
+        model.save_pretrained = types.MethodType(_packing(type(model).save_pretrained, modify_save_pretrained), model)
     additions = model.save_pretrained._additions
     if masks is not None and masks not in additions.masks:
         additions.masks.append(masks)
@@ -79,12 +79,16 @@ def attach(model: Any, masks: Masks | None = None, finish: Finish | None = None)
         additions.finish.append(finish)
 
 
-def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..., None]:
-    """llm-compressor's `save_pretrained` wrapped, so that it packs what it saved."""
+def _packing(plain: Callable[..., None], modify: Callable[[Any], None]) -> Callable[..., None]:
+    """A method of one model, and of its copies, that saves as llm-compressor does and packs what was saved.
+
+    `modify` puts llm-compressor's method, which saves one very model, in the place of a model's own, `plain`.
+    """
     additions = _Additions()
 
-    @functools.wraps(save)
+    @functools.wraps(plain)
     def save_pretrained(
+        model: Any,
         save_directory: str | os.PathLike[str],
         quantization_format: str | None = None,
         save_compressed: bool = True,
@@ -95,13 +99,13 @@ def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..
             raise ValueError("push_to_hub is not supported here: save to a folder, then upload that")
         if kwargs.get("variant"):
             raise ValueError(f"variant={kwargs['variant']!r} is not supported here: packed files have no variants")
-        size = least_bytes(model())
+        size = least_bytes(model)
         with _taken_back_afterwards(), new_folder(Path(save_directory), keep=True, size=size) as folder:
-            save(str(folder), **options)
+            _toolkits_method(model, modify)(str(folder), **options)
             if not (folder / CONFIG).is_file():  # a process of a distributed job that is not to write
                 return
-            _write_changes_of_config(folder, model())
-            _list_unquantized(folder, model())
+            _write_changes_of_config(folder, model)
+            _list_unquantized(folder, model)
             if save_compressed:
                 pack_folder(folder, additions.all_masks())
             else:
@@ -110,7 +114,18 @@ def _packing(save: Callable[..., None], model: Callable[[], Any]) -> Callable[..
                 finish(folder)
 
     save_pretrained._additions = additions  # type: ignore[attr-defined]
+    save_pretrained._overridden = True  # type: ignore[attr-defined]  # llm-compressor does not wrap it again
     return save_pretrained
+
+
+def _toolkits_method(model: Any, modify: Callable[[Any], None]) -> Callable[..., None]:
+    """llm-compressor's method of this model, which keeps its own."""
+    ours = vars(model).pop("save_pretrained")
+    try:
+        modify(model)
+        return vars(model).pop("save_pretrained")  # type: ignore[no-any-return]
+    finally:
+        model.save_pretrained = ours
 
 
 @contextmanager

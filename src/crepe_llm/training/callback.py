@@ -2,7 +2,7 @@
 
 import functools
 import os
-import weakref
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,20 @@ def _leave_checkpoints_plain(model: Any, folder: Path) -> None:
     packing = vars(model).get("save_pretrained")
     if packing is None:
         return
-    itself = weakref.ref(model)
+    if hasattr(packing, "_plain_folders"):  # an earlier training's
+        packing._plain_folders.add(folder)
+        return
+    plain_folders = {folder}
 
     @functools.wraps(packing)
-    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        path, saved = Path(save_directory), itself()
-        if saved is not None and folder in path.parents and path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-            type(saved).save_pretrained(saved, save_directory, *args, **kwargs)
-        else:
+    def save_pretrained(itself: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        path = Path(save_directory)
+        if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and not plain_folders.isdisjoint(path.parents):
+            type(itself).save_pretrained(itself, save_directory, *args, **kwargs)
+        elif isinstance(packing, types.MethodType):
+            packing.__func__(itself, save_directory, *args, **kwargs)
+        else:  # llm-compressor's own, which saves the model that it was made for
             packing(save_directory, *args, **kwargs)
 
-    model.save_pretrained = save_pretrained
+    save_pretrained._plain_folders = plain_folders  # type: ignore[attr-defined]
+    model.save_pretrained = types.MethodType(save_pretrained, model)
