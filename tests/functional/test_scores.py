@@ -157,6 +157,8 @@ def test_shapes_that_do_not_fit_are_named():
         crepe_scores(torch.ones(4, 12), torch.ones(8))
     with pytest.raises(ValueError, match=r"matrix \[d_out, d_in\]"):
         magnitude_scores(torch.ones(3))
+    with pytest.raises(ValueError, match=r"at least one entry, got torch.float32 \[8, 0\]"):
+        crepe_scores(torch.ones(8, 0), torch.ones(0))
     with pytest.raises(ValueError, match="int8"):
         magnitude_scores(torch.ones(3, 4, dtype=torch.int8))
 
@@ -196,6 +198,13 @@ def test_cvr_equals_the_formula_up_to_a_factor(shape, alpha, seed):
     )
     found = cvr_scores(weight, variance, alpha=alpha) * mean ** (-alpha / 2)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_cvr_ranks_alike_whatever_the_scale(exponent):
+    weight, variance = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)), torch.rand(12)
+    found = cvr_scores(torch.ldexp(weight, torch.tensor(exponent)), variance)
+    assert torch.equal(torch.ldexp(found, torch.tensor(-exponent)), cvr_scores(weight, variance))
 
 
 def test_cvr_of_constant_columns_is_finite():

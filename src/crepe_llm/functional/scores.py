@@ -141,7 +141,10 @@ def cvr_scores(
         raise ValueError(f"alpha={alpha} must be a finite number of at least 0")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon={epsilon} must be a finite positive number, such as 1e-8")
-    variance = weight.detach().float().var(dim=0, correction=0)
+    values = weight.detach().float()
+    # By a power of two, which rounds nothing, so that no square is above what fp32 holds.
+    exponent = math.frexp(float(values.abs().amax()))[1]
+    variance = torch.ldexp(values, torch.tensor(1 - exponent)).var(dim=0, correction=0)
     relative = variance / variance.mean().clamp_min(_TINY)
     factor = relative.add_(epsilon).pow_(-alpha / 2).mul_(input_variance.to(weight.device, torch.float32).pow(0.25))
     return _magnitude(weight).mul_(factor)
@@ -237,9 +240,10 @@ def _window_means(values: torch.Tensor, kernel_size: int) -> Iterator[torch.Tens
 
 
 def _check(weight: torch.Tensor, input_norm: torch.Tensor | None) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
-            f"weight must be a floating-point matrix [d_out, d_in], got {weight.dtype} {list(weight.shape)}"
+            "weight must be a floating-point matrix [d_out, d_in] with at least one entry, got "
+            f"{weight.dtype} {list(weight.shape)}"
         )
     if input_norm is not None and input_norm.shape != weight.shape[1:]:
         raise ValueError(
