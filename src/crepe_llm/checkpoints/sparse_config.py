@@ -15,7 +15,7 @@ from crepe_llm.checkpoints.reading import (
     read_folder,
     set_quantization,
 )
-from crepe_llm.checkpoints.two_of_four import FORMAT, is_2of4_int4, is_2of4_linear, is_linear_weight
+from crepe_llm.checkpoints.two_of_four import FORMAT, int4_2of4, is_linear_weight, plain_2of4
 from crepe_llm.functional.masks import nonzero
 
 __all__ = ["SPARSITY", "record_dense", "write_json", "write_sparse_config"]
@@ -40,11 +40,7 @@ def record_dense(folder: Path) -> None:
     Inside `quantization_config` the record would make transformers and vLLM refuse the checkpoint.
     """
     checkpoint = read_folder(folder)
-    layers = [
-        name.removesuffix(".weight").removesuffix(".weight_packed")
-        for name in checkpoint.tensors
-        if is_2of4_linear(checkpoint, name) or is_2of4_int4(checkpoint, name)
-    ]
+    layers = plain_2of4(checkpoint) + int4_2of4(checkpoint)
     if layers:
         config = read_config(folder)
         write_json(folder / CONFIG, config | {SPARSITY: _sparsity_config(checkpoint, "dense", layers)})

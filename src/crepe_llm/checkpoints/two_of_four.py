@@ -13,7 +13,6 @@ __all__ = [
     "FORMAT",
     "has_exponents",
     "int4_2of4",
-    "is_2of4_int4",
     "is_2of4_linear",
     "is_linear_weight",
     "plain_2of4",
@@ -37,18 +36,17 @@ def plain_2of4(checkpoint: Checkpoint) -> list[str]:
 
 def int4_2of4(checkpoint: Checkpoint) -> list[str]:
     """The prefixes of the layers whose 4-bit weights, in compressed-tensors' pack-quantized form, are exactly 2:4."""
-    return [name.removesuffix(".weight_packed") for name in checkpoint.tensors if is_2of4_int4(checkpoint, name)]
+    kept = ((name, int4_kept(checkpoint, name)) for name in checkpoint.tensors)
+    return [
+        name.removesuffix(".weight_packed")
+        for name, bits in kept
+        if bits is not None and FORMAT.fits(bits.to(torch.int8))
+    ]
 
 
 def is_2of4_linear(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the tensor is the weight of a linear layer and is 2:4."""
     return is_linear_weight(checkpoint, name) and FORMAT.fits(checkpoint.load(name))
-
-
-def is_2of4_int4(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the tensor is an int4 weight in compressed-tensors' pack-quantized form and is 2:4."""
-    kept = int4_kept(checkpoint, name)
-    return kept is not None and FORMAT.fits(kept.to(torch.int8))
 
 
 def is_linear_weight(checkpoint: Checkpoint, name: str) -> bool:
