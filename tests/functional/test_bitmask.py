@@ -58,7 +58,7 @@ def test_the_first_wrong_byte_of_many_rows_is_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("shape", [(300, 577), (3, 8), (5, 3), (4, 6, 20), (0, 16)])
+@pytest.mark.parametrize("shape", [(300, 577), (3, 8), (5, 3), (4, 6, 20), (0, 16), (0, 6, 20)])
 def test_entries_outside_the_mask_become_zero_whatever_they_are(shape, dtype, monkeypatch):
     monkeypatch.setattr(bitmask, "_BLOCK_ENTRIES", 1000)
     generator = torch.Generator().manual_seed(0)

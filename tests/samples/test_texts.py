@@ -71,3 +71,14 @@ def test_news_are_stories_that_are_not_wikipedias():
     assert stories[0].startswith("Hundreds of people have been forced to vacate their homes")
     articles = " ".join(samples.wikipedia().train)
     assert not any(story[:80] in articles for story in stories)
+
+
+def test_a_text_has_no_mark_of_its_encoding_and_is_no_data_set(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("words", encoding="utf-8-sig")
+    assert samples.text_file(path) == "words"
+    path = path.rename(tmp_path / "rows.jsonl")
+    with pytest.raises(samples.SampleError, match=r"rows.jsonl is no plain text: put it into a folder"):
+        samples.text_file(path)
+    with pytest.raises(samples.SampleError, match=r"rows.jsonl is a file: give the folder it is in"):
+        samples.dataset_texts(str(path), config=None, split="train", characters=100, seed=0)

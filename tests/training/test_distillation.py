@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, GPT2Config, LlamaConfig, OPTConfig, Trainer
 
 from crepe_llm.checkpoints.converting import pack_folder
+from crepe_llm.checkpoints.leftovers import claimed
 from crepe_llm.checkpoints.reading import read_config, read_folder
 from crepe_llm.functional.bitmask import pack_bits, unpack_bits
 from crepe_llm.models import per_block
@@ -124,7 +126,9 @@ def assert_same_masks(one, other):
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kept_weights_learn_and_masks_stay_bit_for_bit(method, precision, dense, packed, tmp_path):
-    result = run(packed, dense(), tmp_path, method=method, precision=precision, rank=4)
+    result = run(
+        packed, dense(), tmp_path, method=method, precision=precision, **({"rank": 4} if method == "lora" else {})
+    )
     out = tmp_path / "out"
     losses = [loss for _, loss in result.trained.held_out]
     assert min(losses) < (0.6 if method == "full" else 0.8) * losses[0]
@@ -305,6 +309,29 @@ def test_embeddings_train_on_request(dense, packed, tmp_path):
     assert_same_masks(tmp_path / "out", packed)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_pruned_head_that_trains_keeps_its_mask(method, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(tie_word_embeddings=False))
+    teacher = save(model, tmp_path / "dense")
+    prune_2of4(model)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[:, ::2] = 0
+    before = head.detach().clone()
+    source = save(model, tmp_path / "pruned")
+    run(source, teacher, tmp_path, method=method, embeddings=True, tokens=8 * 4 * LENGTH)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_output_embeddings().weight
+    assert not after[:, ::2].any() and not torch.equal(after, before)
+
+
+def test_weights_that_are_no_numbers_are_not_written(dense, packed, tmp_path):
+    """Where nothing is held out, no loss is taken after the last step."""
+    with pytest.raises(DivergedError, match=r"holds NaN or infinity after 1 steps: .*none is written"):
+        run(packed, dense(), tmp_path, held_out=0, learning_rate=1e39, tokens=4 * LENGTH, warmup=0)
+    assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "out-work").exists()
+
+
 def test_a_budget_of_minutes(dense, packed, tmp_path, capsys):
     result = run(packed, dense(), tmp_path, tokens=None, minutes=0.1, evaluations=3, patience=99)
     assert 0.5 < result.trained.seconds <= 12 and result.trained.steps > 1
@@ -477,14 +504,43 @@ def test_what_does_not_belong_together_is_refused_before_any_work(dense, packed,
         r"self_generated=128 is 4 windows of 32 tokens: too few for held_out=1 .*batch=4. Give more tokens",
         windows=None, self_generated=4 * LENGTH, length=LENGTH,
     )  # fmt: skip
+    refused(
+        "the window of 65 tokens exceeds the model's context of 64", windows=None, self_generated=80 * 65, length=65
+    )
     refused("batch=4 is not a multiple of micro_batch=3", micro_batch=3)
+    for broken in ("source", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(packed if broken == "source" else dense(), dtype=torch.float32)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
+        model.config.quantization_config = None
+        folder = save(model, tmp_path / f"broken-{broken}")
+        refused(r"broken-.*: model.layers.1.mlp.up_proj.weight holds NaN or infinity", **{broken: folder})
     refused("there is nothing to train on", windows=None)
     refused("absent is not a folder with a model", source=tmp_path / "absent")
+
+
+def test_folders_of_others_are_left_alone(dense, packed, tmp_path):
+    work, out = tmp_path / "out-work", tmp_path / "out"
+    with claimed(work), pytest.raises(BlockingIOError, match=rf"out-work is in use by process {os.getpid()} on"):
+        run(packed, dense(), tmp_path)
+    (work / "precious.txt").touch()
+    with pytest.raises(ValueError, match="out-work is no folder of an interrupted recovery, and would be removed"):
+        run(packed, dense(), tmp_path)
+    assert (work / "precious.txt").exists()
+    (out / "old.safetensors").touch()
+    with pytest.raises(ValueError, match="out is not empty: give a new folder"):
+        distill(packed, out, tmp_path / "other", dense(), windows)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
+        {"seed": -1},
+        {"seed": 1 << 32},
+        {"rank": 8},
+        {"relative_rate": 1e-3, "learning_rate": 1e-4},
+        {"relative_rate": 1e-3, "method": "lora"},
+        {"top_k": 8, "cross_entropy": 1},
         {"learning_rate": 0},
         {"learning_rate": float("nan")},
         {"learning_rate": float("inf")},

@@ -13,7 +13,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from crepe_llm.pruning.layer import record_mask
-from crepe_llm.training.masked import find_masks, keep_masks
+from crepe_llm.training.masked import find_masks, held_masks, keep_masks
 from masked_models import OPTIMIZERS, ids, loss_of, model_of, pruned, step
 from sparse_models import linears
 from tiny_models import VOCABULARY
@@ -86,6 +86,45 @@ def test_a_state_from_elsewhere_brings_no_pruned_weight_back():
     resumed = OPTIMIZERS["AdamW"](list(model.parameters()))
     resumed.load_state_dict(optimizer.state_dict())
     step(model, resumed, 1)
+    assert_masked(model, masks, before)
+
+
+def test_a_state_from_a_dense_training_is_freed_of_pruned_weights():
+    """Schedule-free optimisers write weights from their state outside of a step, when they evaluate."""
+    dense = model_of()
+    optimizer = OPTIMIZERS["AdamW"](list(dense.parameters()))
+    step(dense, optimizer)
+    model, masks = pruned()
+    keep_masks(model)
+    resumed = OPTIMIZERS["AdamW"](list(model.parameters()))
+    resumed.load_state_dict(optimizer.state_dict())
+    step(model, resumed, 1)
+    for name, module in linears(model).items():
+        for state in ("exp_avg", "exp_avg_sq"):
+            value = resumed.state[module.weight][state]
+            assert not value[~masks[name]].any() and value[masks[name]].any(), name
+
+
+def test_an_optimizer_of_copies_writes_no_pruned_weight():
+    """fp32 copies are trained, and their values written into the model at the end of the step."""
+
+    class OfCopies(torch.optim.Muon):
+        def __init__(self, weights):
+            self.weights, self.copies = weights, [weight.detach().float().clone() for weight in weights]
+            super().__init__(self.copies)
+
+        @torch.no_grad()
+        def step(self):
+            for weight, one in zip(self.weights, self.copies, strict=True):
+                one.grad = weight.grad.float()
+            super().step()
+            for weight, one in zip(self.weights, self.copies, strict=True):
+                weight.copy_(one)
+
+    model, masks = pruned()
+    before = copy.deepcopy(model.state_dict())
+    keep_masks(model)
+    step(model, OfCopies([module.weight for module in linears(model).values()]))
     assert_masked(model, masks, before)
 
 
@@ -279,7 +318,9 @@ def test_checking_names_the_layers_that_broke():
 
 def test_removed_masks_let_weights_go_and_another_call_replaces_the_first():
     model, masks = pruned()
+    assert held_masks(model) is None
     keep_masks(model).remove()
+    assert held_masks(model) is None
     optimizer = OPTIMIZERS["AdamW"](list(model.parameters()))
     step(model, optimizer)
     name, module = next(iter(linears(model).items()))
@@ -328,6 +369,13 @@ def test_what_cannot_be_masked_is_refused():
         keep_masks(dense, {name: torch.ones(2, 2, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"is float32 \[32, 32\]; expected bool"):
         keep_masks(dense, {name: torch.ones(32, 32)})
+    keep = torch.ones(32, 32, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r'masks\["model.*"\] is a ndarray; expected a bool tensor'):
+        keep_masks(dense, {name: keep.numpy()})
+    with pytest.raises(ValueError, match=rf'masks\["{name}"\] and masks\["{name}.weight"\] are of one parameter'):
+        keep_masks(dense, {name: keep, f"{name}.weight": keep})
+    with pytest.raises(ValueError, match="masks is empty: leave it out"):
+        keep_masks(dense, {})
     model, _ = pruned()
     held = keep_masks(model)
     module = next(iter(linears(model).values()))

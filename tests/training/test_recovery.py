@@ -1,6 +1,7 @@
 """Recovery fine-tuning: what is trained, that it helps, resumes and merges; and what is refused."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from crepe_llm.functional.structured import recovery_ranks
 from crepe_llm.models import per_block
 from crepe_llm.models.ffn import cut, find_ffns
 from crepe_llm.samples.windows import token_windows
+from crepe_llm.training.loop import DivergedError
 from crepe_llm.training.recovery import RecoverySettings, recover
 from tiny_models import letters_tokenizer
 
@@ -61,7 +63,7 @@ def run(source, tmp_path, name="out", windows=None, **options):
     def cut_text(tokenizer):
         return token_windows(tokenizer, [TEXT], 32, tokens=None if windows is None else windows * 32)
 
-    (tmp_path / name).mkdir()
+    (tmp_path / name).mkdir(exist_ok=True)
     settings = RecoverySettings(**{"rank": 4, "batch": 2, "learning_rate": 1e-2, **options})
     return recover(source, tmp_path / name, tmp_path / f"{name}-work", cut_text, settings)
 
@@ -116,6 +118,20 @@ def test_the_first_loss_is_that_of_the_pruned_model(pruned, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source)
     expected = perplexity(model, token_windows(tokenizer, [TEXT], 32, tokens=64), corpus="", progress=False).nll
     assert result.first_loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_after_a_divergence_another_rate_may_follow(pruned, tmp_path):
+    with pytest.raises(DivergedError, match=r"diverges at a learning rate of 1e\+30; take a lower one"):
+        run(pruned("llama"), tmp_path, learning_rate=1e30)
+    run(pruned("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"epochs": 1.5}, {"learning_rate": math.inf}, {"seed": -1}, {"dtype": "foo"}, {"rank": 0}]
+)
+def test_settings_out_of_range_are_refused(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}="):
+        RecoverySettings(**fields)
 
 
 def test_an_interrupted_recovery_goes_on_and_ends_the_same(pruned, tmp_path, monkeypatch):

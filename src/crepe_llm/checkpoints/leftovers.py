@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARKER", "marked", "partial_prefix", "remove_leftovers"]
+__all__ = ["MARKER", "claimed", "marked", "partial_prefix", "remove_leftovers"]
 
 _logger = logging.getLogger(__name__)
 
@@ -84,6 +84,28 @@ def marked(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a folder that one process at a time may use for as long as the block lasts.
+
+    Raises BlockingIOError, which names the process, if another one uses it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MARKER
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        if not _locks(descriptor):
+            raise BlockingIOError(
+                f"{folder} is in use by {Writer.read(path) or 'another process'}: wait until that has ended, or write "
+                "to another place"
+            )
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(asdict(Writer.this())).encode())
+        yield
+    finally:
         os.close(descriptor)
 
 

@@ -52,6 +52,8 @@ def zero_pruned_(weight: torch.Tensor, bitmask: torch.Tensor) -> None:
         weight: [rows, columns], or [..., rows, columns] whose dimensions but the last are rows; any dtype.
         bitmask: uint8 [rows, ceil(columns / 8)].
     """
+    if weight.numel() == 0:
+        return
     if weight.dim() > 2:
         for part, bits in zip(weight, bitmask.chunk(max(1, len(weight))), strict=True):
             zero_pruned_(part, bits)

@@ -14,6 +14,8 @@ from crepe_llm.samples.markup import dump_articles
 
 __all__ = ["Corpus", "dataset_texts", "news", "questions", "text_file", "wikipedia", "wikitext2"]
 
+# Files that hold texts in fields.
+_DATA_SETS = (".json", ".jsonl", ".parquet")
 _WIKIPEDIA = Package(
     requirements=("gensim==4.4.0",),
     member=r"enwiki-latest-pages-articles1\.xml-p000000010p000030302-shortened\.bz2$",
@@ -159,13 +161,15 @@ def wikitext2() -> list[str]:
 
 
 def text_file(path: Path) -> str:
-    """Return the text of a UTF-8 file.
+    """Return the text of a UTF-8 file, without the mark that some editors begin it with.
 
     Raises:
-        SampleError: it cannot be read, is not UTF-8, or has no text.
+        SampleError: it cannot be read, is not UTF-8, has no text, or its name says that it is a data set.
     """
+    if path.suffix.lower() in _DATA_SETS:
+        raise SampleError(f"{path} is no plain text: put it into a folder, and give that as the data set")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SampleError(
             f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}; convert the file "
@@ -197,6 +201,8 @@ def dataset_texts(name: str, *, config: str | None, split: str, characters: int,
         import datasets
     except ImportError as error:
         raise SampleError('a data set needs the datasets package: pip install "crepe-llm[compress]"') from error
+    if Path(name).is_file():
+        raise SampleError(f"{name} is a file: give the folder it is in as the data set, or plain text as the text")
     texts: list[str] = []
     read = empty = 0
     try:

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from crepe_llm.functional.bitmask import unpack_bits
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import auto_class, load_tokenizer
 from crepe_llm.models.generation import repair_generation_config
-from crepe_llm.models.linear import is_linear
+from crepe_llm.models.linear import is_linear, is_transposed
 from crepe_llm.models.losses import check_tokens
 from crepe_llm.models.parent import check_config, check_embeddings, check_tokenizers
 from crepe_llm.training.callback import KeepMasksCallback
@@ -38,9 +39,11 @@ from crepe_llm.training.loop import (
     Plan,
     Trained,
     best_state,
+    check_seed,
     fingerprint,
     resumable,
     train,
+    working_in,
 )
 from crepe_llm.training.lora import add_updates, merge_updates
 from crepe_llm.training.masked import find_masks, keep_masks, sparse_layer
@@ -54,6 +57,8 @@ Windows = Callable[[Any], torch.Tensor]
 
 _HELD_OUT = 16
 _LORA_RATE = 1e-3
+# A loss that changes by less than this share of it has not moved.
+_UNMOVED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,15 @@ class DistillationSettings:
             raise ValueError(f"batch={self.batch} is not a multiple of micro_batch={self.micro_batch}")
         if self.length < 2:
             raise ValueError(f"length={self.length} must be at least 2")
+        check_seed(self.seed)
+        for name, wanted in (("relative_rate", self.is_relative), ("rank", self.method == "lora")):
+            if getattr(self, name) != getattr(type(self), name) and not wanted:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect with method={self.method} and "
+                    f"learning_rate={self.learning_rate}: leave it out"
+                )
+        if self.top_k and self.cross_entropy == 1:
+            raise ValueError(f"top_k={self.top_k} has no effect with cross_entropy=1, which asks no teacher")
         choices = {"method": ("full", "lora"), "precision": ("auto", "bf16", "fp32")}
         for name, known in (choices | {"optimizer_state": ("fp32", "8bit", "4bit")}).items():
             if getattr(self, name) not in known:
@@ -202,19 +216,27 @@ def distill(
     settings = settings or DistillationSettings()
     source, destination, work = Path(source), Path(destination), Path(work)
     run = _Run(source, work, teacher, settings, trust_remote_code)
-    run.prepare(windows)
-    try:
-        trained = run.train()
-    except DivergedError as error:
-        raise DivergedError(f"{error}. {run.rescue(destination)}") from error
-    if trained.held_out and not trained.best_step:
-        run.discard()
-        raise ValueError(
-            f"no state was better than {source} itself, whose held-out loss is {trained.held_out[0][1]:.4f}: take a "
-            f"lower {'relative rate' if settings.is_relative else 'learning rate'} than {settings.rate:g}, or more text"
-        )
-    run.save(destination)
+    with working_in(work, destination) if run.process.is_main_process else nullcontext():
+        run.prepare(windows)
+        try:
+            trained = run.train()
+        except DivergedError as error:
+            raise DivergedError(f"{error}. {run.rescue(destination)}") from error
+        if trained.held_out and not trained.best_step:
+            run.discard()
+            raise ValueError(
+                f"no state was better than {source} itself, whose held-out loss is {trained.held_out[0][1]:.4f}: take "
+                f"a {_other(trained.held_out)} {'relative rate' if settings.is_relative else 'learning rate'} than "
+                f"{settings.rate:g}, or more text"
+            )
+        run.save(destination)
     return run.report(trained)
+
+
+def _other(held_out: list[tuple[int, float]]) -> str:
+    """How a learning rate has to change that made no state better, by the held-out losses."""
+    first, *losses = (loss for _, loss in held_out)
+    return "higher" if all(abs(loss - first) < _UNMOVED * first for loss in losses) else "lower"
 
 
 class _Run:
@@ -263,6 +285,7 @@ class _Run:
         if ids is not None and settings.self_generated and ids.shape[1] != settings.length:
             raise ValueError(f"length={settings.length} of self-generated windows, {ids.shape[1]} of the others")
         self.student = load_pruned(self.source, torch.float32, self.trust)
+        _refuse_not_finite(self.student, self.source)
         self.masks = _masks_of(self.student, self.source)
         if Path(self.teacher_name).resolve() == self.source.resolve():
             raise ValueError(
@@ -271,10 +294,13 @@ class _Run:
         _refuse_sparse_config(self.dense_config, self.teacher_name)
         dense = _load(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32, self.trust)
         _refuse_sparse(dense, self.teacher_name)
+        _refuse_not_finite(dense, f"teacher={self.teacher_name}")
         check_embeddings(self.student, dense, self.source, f"teacher={self.teacher_name}")
         if ids is not None:
             check_tokens(self.student, ids)
             self._split(ids)
+        if settings.self_generated:
+            check_tokens(dense, torch.zeros(1, settings.length, dtype=torch.int64))
         with self.process.main_process_first():
             resumable(self.work, self._identity(ids))
         dense = dense.to(self.device)
@@ -289,8 +315,9 @@ class _Run:
         if self.process.num_processes == 1:
             self._estimate(plan)
         callbacks: list[TrainerCallback] = []
-        if self.masks and self.settings.method == "full":
-            keep_masks(self.student)
+        masks = {name: bits for name, bits in self.masks.items() if name not in self.updated}
+        if masks:
+            keep_masks(self.student, {name: self._unpacked(name, bits) for name, bits in masks.items()})
             callbacks.append(KeepMasksCallback())
         trained = train(self.student, self.windows, self.held_out, self.loss, plan, self.work, callbacks)
         self.process.wait_for_everyone()
@@ -308,6 +335,9 @@ class _Run:
                 for name, tensor in state.items():
                     if name in own:
                         own[name].copy_(tensor)
+            found = _not_finite(model)
+            if found is not None:
+                raise ValueError(f"what {found} has learnt is too large for {model.dtype}: take a lower learning rate")
             _write(model, self.source, destination, self.masks)
         self.process.wait_for_everyone()
         self.discard()
@@ -441,6 +471,13 @@ class _Run:
         )
         print(f"training: {step:.1f} s for a step of {tokens:,} tokens; {budget}", flush=True)
 
+    def _unpacked(self, name: str, bits: torch.Tensor) -> torch.Tensor:
+        """The mask of a layer, bool [d_out, d_in], or of another parameter, in its shape."""
+        parameter = self.student.get_parameter(_parameter_name(self.student, name))
+        keep = unpack_bits(bits, parameter.shape[-1]).view(parameter.shape)
+        modules = dict(self.student.named_modules())
+        return keep.T if name in modules and is_transposed(modules[name]) else keep
+
     def _file(self, name: str) -> Path:
         return self.work / f"{name}.safetensors"
 
@@ -572,6 +609,17 @@ def _refuse_sparse(dense: Any, teacher: str | Path) -> None:
         raise ValueError(_no_teacher(teacher, f"{found[1]:.0%} of {found[0]} are zeros"))
 
 
+def _refuse_not_finite(model: Any, name: str | Path) -> None:
+    found = _not_finite(model)
+    if found is not None:
+        raise ValueError(f"{name}: {found} holds NaN or infinity, so the checkpoint is damaged")
+
+
+def _not_finite(model: Any) -> str | None:
+    """The first parameter that holds NaN or infinity."""
+    return next((name for name, value in model.named_parameters() if not bool(value.isfinite().all())), None)
+
+
 def _no_teacher(teacher: str | Path, why: str) -> str:
     return f"teacher={teacher} was pruned itself: {why}. Give the dense model that it was made from"
 
@@ -601,6 +649,11 @@ def _parameter_name(model: Any, name: str) -> str:
 
 
 def _write(model: Any, source: Path, destination: Path, masks: dict[str, torch.Tensor]) -> None:
+    for name, bits in masks.items():
+        parameter = model.get_parameter(_parameter_name(model, name))
+        pruned = ~unpack_bits(bits, parameter.shape[-1]).view(parameter.shape).to(parameter.device)
+        if bool(parameter[pruned].any()):
+            raise RuntimeError(f"{name} has pruned weights that are not zero after its training; nothing is written")
     copy_rest(source, destination, other_weights=True)
     model.save_pretrained(destination)
     pack_folder(destination, masks)

@@ -7,9 +7,11 @@ a file, and training stops when it gets worse. Interrupted, the loop goes on whe
 import itertools
 import json
 import math
+import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from crepe_llm.checkpoints.leftovers import claimed
+
 __all__ = [
     "DivergedError",
     "Loss",
@@ -29,9 +33,11 @@ __all__ = [
     "Plan",
     "Trained",
     "best_state",
+    "check_seed",
     "fingerprint",
     "resumable",
     "train",
+    "working_in",
 ]
 
 OptimizerState = Literal["fp32", "8bit", "4bit"]
@@ -174,6 +180,43 @@ def train(
         ended=trainer.ended,
         best_step=trainer.best[0],
     )
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError if transformers' `Trainer` does not take a seed."""
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed={seed} must be at least 0 and below 2^32")
+
+
+@contextmanager
+def working_in(work: Path, destination: Path) -> Iterator[None]:
+    """Make a training's folder, which one run at a time uses.
+
+    Where the block fails before there is anything to go on from, the folder is removed, so that other settings may
+    follow.
+
+    Raises:
+        ValueError: `work` holds other files, or `destination` holds any; hidden ones do not count.
+        BlockingIOError: another process uses `work`.
+    """
+    if work.exists() and not (work / _SETTINGS).is_file() and (not work.is_dir() or _has_files(work)):
+        raise ValueError(f"{work} is no folder of an interrupted recovery, and would be removed: give a new one")
+    if _has_files(destination):
+        raise ValueError(f"{destination} is not empty: give a new folder for the recovered model")
+    with claimed(work):
+        try:
+            yield
+        except BaseException as error:
+            if work.is_dir() and not _has_files(work, but=(_SETTINGS,)):
+                shutil.rmtree(work)
+            elif isinstance(error, KeyboardInterrupt):
+                error.add_note("the same command goes on from the last checkpoint")
+            raise
+
+
+def _has_files(folder: Path, but: tuple[str, ...] = ()) -> bool:
+    """Whether anything is in a folder that is not hidden, but what is named."""
+    return folder.is_dir() and any(not path.name.startswith(".") and path.name not in but for path in folder.iterdir())
 
 
 def resumable(work: Path, identity: dict[str, Any]) -> bool:
@@ -345,6 +388,11 @@ class _Loop(Trainer):
             total += self.loss(model, self._prepare_inputs({"input_ids": ids, "index": index})).item() * len(ids)
         model.train()
         loss = self.agreed(total / len(self.held_out))
+        if not step and not math.isfinite(loss):
+            raise ValueError(
+                f"the held-out loss is {loss} before any training: the model's or the teacher's predictions are no "
+                "numbers"
+            )
         best = self.best[1]
         if not math.isfinite(loss) or loss > 2 * best + _NOISE:
             raise DivergedError(
@@ -367,12 +415,18 @@ class _Loop(Trainer):
         return sum(1 for _ in itertools.takewhile(lambda evaluation: evaluation[1] > limit, reversed(self.evaluations)))
 
     def keep(self) -> None:
-        """Write the parameters that train, whole, into the file of the best state."""
+        """Write the parameters that train, whole, into the file of the best state.
+
+        Raises DivergedError if one holds NaN or infinity.
+        """
         trained = {
             name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
             for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
             if parameter.requires_grad
         }
+        broken = next((name for name, tensor in trained.items() if not bool(tensor.isfinite().all())), None)
+        if broken is not None:
+            raise DivergedError(self._diverged(f"{broken} holds NaN or infinity after {self.state.global_step} steps"))
         if self.is_world_process_zero():
             partial = self.work / f".{_BEST}"
             tensors = {name: tensor.contiguous().cpu() for name, tensor in trained.items()}

@@ -56,14 +56,15 @@ def keep_masks(model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None 
     previous = _HELD.pop(model, None)
     if previous is not None:
         previous.remove()
-    held = KeptMasks([_Kept(name, *_place(model, name), kept) for name, kept in bits.items()])
+    held = KeptMasks(model, [_Kept(name, *_place(model, name), kept) for name, kept in bits.items()])
     _HELD[model] = held
     return held
 
 
 def held_masks(model: torch.nn.Module) -> "KeptMasks | None":
     """What holds a model's masks since :func:`keep_masks` was called for it, else None."""
-    return _HELD.get(_unwrapped(model))
+    held = _HELD.get(_unwrapped(model))
+    return None if held is None or held.is_removed else held
 
 
 def find_masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -128,8 +129,10 @@ def sparse_layer(layers: Mapping[str, torch.nn.Module]) -> tuple[str, float] | N
 class KeptMasks:
     """Masks that hold in a model, made by :func:`keep_masks`."""
 
-    def __init__(self, layers: "list[_Kept]") -> None:
+    def __init__(self, model: torch.nn.Module, layers: "list[_Kept]") -> None:
+        self._model = weakref.ref(model)
         self._every = layers
+        self.is_removed = False
         self.apply()
         itself = weakref.ref(self)
         self._hooks = [
@@ -178,6 +181,7 @@ class KeptMasks:
 
     def remove(self) -> None:
         """Let the weights go. Idempotent."""
+        self.is_removed = True
         _remove(self._hooks)
         for layer in self._layers:
             layer.detach()
@@ -186,14 +190,22 @@ class KeptMasks:
         for layer in self._trained_by(optimizer):
             if layer.attach():
                 layer.zero_gradient()
+            layer.clean_state(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         for layer in self._trained_by(optimizer):
             layer.zero_weight()
 
-    def _trained_by(self, optimizer: torch.optim.Optimizer) -> "Iterator[_Kept]":
+    def _trained_by(self, optimizer: torch.optim.Optimizer) -> "list[_Kept]":
+        """The layers that an optimiser trains: all, where it has none of the model's parameters but copies of them,
+        from which it may write into the model."""
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return (layer for layer in self._layers if id(layer.weight) in trained)
+        layers = self._layers
+        found = [layer for layer in layers if id(layer.weight) in trained]
+        model = self._model()
+        if found or model is None or any(id(parameter) in trained for parameter in model.parameters()):
+            return found
+        return layers
 
 
 class _Kept:
@@ -208,6 +220,7 @@ class _Kept:
         self._shard: DTensor | None = None
         self._hooked: torch.Tensor | None = None
         self._hook: Any = None
+        self._cleaned: weakref.ref[torch.optim.Optimizer] | None = None
         self.bits = bits
 
     @property
@@ -253,6 +266,16 @@ class _Kept:
 
     def zero_weight(self) -> None:
         self._zero(self.weight)
+
+    def clean_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before an optimiser's first step, free its state of pruned weights: it may come from a dense training."""
+        if self._cleaned is not None and self._cleaned() is optimizer:
+            return
+        self._cleaned = weakref.ref(optimizer)
+        for value in optimizer.state.get(self.weight, {}).values():
+            local = _local(value) if isinstance(value, torch.Tensor) else None
+            if type(local) is torch.Tensor and local.is_floating_point() and value.shape == self.weight.shape:
+                self._zero(local)
 
     @torch.no_grad()
     def is_broken(self) -> bool:
@@ -367,9 +390,17 @@ def _place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
 
 def _packed(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Given masks as bits of the parameters as they are stored."""
-    found = {}
+    if not masks:
+        raise ValueError("masks is empty: leave it out for those that the model has")
+    found: dict[str, torch.Tensor] = {}
+    places: dict[tuple[torch.nn.Module, str], str] = {}
     for name, keep in masks.items():
         module, attribute = _place(model, name)
+        other = places.setdefault((module, attribute), name)
+        if other != name:
+            raise ValueError(f'masks["{other}"] and masks["{name}"] are of one parameter: give one')
+        if not isinstance(keep, torch.Tensor):
+            raise ValueError(f'masks["{name}"] is a {type(keep).__name__}; expected a bool tensor')
         shape = list(getattr(module, attribute).shape)
         if attribute == "weight" and is_transposed(module):
             keep = keep.T

@@ -17,7 +17,7 @@ from crepe_llm.functional.structured import RankAllocation, recovery_ranks
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import load_tokenizer
 from crepe_llm.models.linear import is_linear, is_transposed
-from crepe_llm.training.loop import Plan, fingerprint, resumable, train
+from crepe_llm.training.loop import DivergedError, Plan, check_seed, fingerprint, resumable, train, working_in
 from crepe_llm.training.masked import sparse_layer
 
 __all__ = ["Recovered", "RecoverySettings", "recover"]
@@ -59,7 +59,7 @@ class RecoverySettings:
         seed: of the updates' start and of the order of the windows.
 
     Raises:
-        ValueError: a number of epochs, a batch or a learning rate that is not positive.
+        ValueError: a number of epochs, a batch or a learning rate that is not positive, or a dtype that is none.
     """
 
     rank: int = 8
@@ -71,9 +71,15 @@ class RecoverySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("rank", "epochs", "batch", "learning_rate"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value} must be positive and finite")
+            if name != "learning_rate" and value != int(value):
+                raise ValueError(f"{name}={value} must be a whole number")
+        check_seed(self.seed)
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f'dtype="{self.dtype}" must be auto or a dtype of torch, such as bfloat16')
 
 
 def recover(
@@ -114,19 +120,22 @@ def recover(
     ranks = recovery_ranks(importance, settings.rank, settings.allocation)
     layers = _linear_layers(blocks)
     _refuse_sparse(source, layers)
-    resumable(work, _identity(source, ids, ranks, str(model.dtype), settings))
-
-    torch.manual_seed(settings.seed)
-    adapted = _with_updates(model, layers, dict(zip(blocks, ranks, strict=True)), settings.rank)
-    trained = train(adapted, ids, ids[:0], _likelihood, _plan(len(ids), settings), work)
+    with working_in(work, destination):
+        resumable(work, _identity(source, ids, ranks, str(model.dtype), settings))
+        torch.manual_seed(settings.seed)
+        adapted = _with_updates(model, layers, dict(zip(blocks, ranks, strict=True)), settings.rank)
+        try:
+            trained = train(adapted, ids, ids[:0], _likelihood, _plan(len(ids), settings), work)
+        except DivergedError:
+            shutil.rmtree(work)  # so that another rate may follow
+            raise
+        adapted.merge_and_unload(safe_merge=True).save_pretrained(destination)
+        tokenizer.save_pretrained(destination)
+        if (source / "recipe.yaml").is_file():
+            shutil.copyfile(source / "recipe.yaml", destination / "recipe.yaml")
+        shutil.rmtree(work)
     losses = trained.losses
     tenth = max(1, len(losses) // 10)
-
-    adapted.merge_and_unload(safe_merge=True).save_pretrained(destination)
-    tokenizer.save_pretrained(destination)
-    if (source / "recipe.yaml").is_file():
-        shutil.copyfile(source / "recipe.yaml", destination / "recipe.yaml")
-    shutil.rmtree(work)
     return Recovered(
         steps=trained.steps,
         first_loss=sum(losses[:tenth]) / tenth,

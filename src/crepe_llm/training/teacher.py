@@ -113,7 +113,8 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
     device = teacher.get_input_embeddings().weight.device
     count = count_windows(tokens, length)
     torch.manual_seed(seed)
-    starts = torch.randint(len(tokenizer), (count, 1))
+    rows = teacher.get_input_embeddings().weight.shape[0]  # a tokenizer may know more tokens
+    starts = torch.randint(min(len(tokenizer), rows), (count, 1))
     if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         starts.fill_(tokenizer.bos_token_id)
     parts = []
