@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from crepe_llm.checkpoints import FormatError, attach, compress_folder, decompress_folder
@@ -173,6 +175,18 @@ def test_packed_layers_that_the_config_does_not_tell_of_are_refused(base, tmp_pa
     (folder / "config.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     with pytest.raises(FormatError, match=rf"{SINGLE}: holds packed 2:4 layers, but config\.json"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_configuration_or_tensors_given_beside_the_folder(base):
+    folder = base(None)
+    config = AutoConfig.from_pretrained(folder)
+    with pytest.raises(FormatError, match=r"state_dict holds packed 2:4 layers, .* give the folder"):
+        Qwen2ForCausalLM.from_pretrained(None, config=config, state_dict=load_file(folder / SINGLE))
+    del config.quantization_config
+    with pytest.raises(
+        FormatError, match=r"the configuration that was given has no such quantization, .* leave it out"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder, config=config)
 
 
 @pytest.mark.parametrize(

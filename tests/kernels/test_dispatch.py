@@ -188,3 +188,31 @@ def test_unusual_operands_are_checked_without_gradients_too():
             kernels.linear(x.double(), packed)
         with pytest.raises(ValueError, match="x is on cpu"):
             kernels.linear(x, kernels.PackedWeight(packed.data.to("meta"), packed.shape, packed.format))
+
+
+@pytest.mark.parametrize("tokens", [1, dispatch._DENSE_INT8_TOKENS + 1])
+def test_fp16_outputs_are_scaled_before_they_are_rounded(tokens):
+    """What fits into fp16 after its scale need not do so before."""
+    codes, x = torch.full((3, 2048), 127, dtype=torch.int8), torch.ones(tokens, 2048, dtype=torch.float16)
+    scale = torch.full((3,), 1e-3)
+    y = kernels.linear(x, kernels.pack_dense(codes, scale))
+    torch.testing.assert_close(y, torch.full((tokens, 3), 127 * 2.048, dtype=torch.float16))
+    eights = torch.full((3, 2048), 448.0)
+    eights[:, 1::2] = 0
+    for form in (torch.float8_e4m3fn, torch.int8):
+        codes = eights.to(form) if form != torch.int8 else eights.clamp(max=127).to(form)
+        y = kernels.linear(x, kernels.pack(codes, scale, "token"))
+        torch.testing.assert_close(y, (x.float() @ codes.float().t() * 1e-3).half())
+    dense = kernels.pack_dense(torch.full((3, 2048), 100.0, dtype=torch.float16), scale)
+    torch.testing.assert_close(kernels.linear(x, dense), torch.full((tokens, 3), 204.8, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("inputs", ["token", 0.02])
+def test_int8_does_not_hide_activations_that_are_no_numbers(inputs):
+    packed = kernels.pack(sparse(24, 32, torch.int8), torch.ones(24), inputs)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    alone = kernels.linear(x[3:], packed)
+    x[0, 5], x[1, 7], x[2] = torch.nan, torch.inf, -torch.inf
+    y = kernels.linear(x, packed)
+    assert bool(y[:3].isnan().all())
+    assert torch.equal(y[3:], alone)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.training.distillation import load_pruned
@@ -70,6 +70,12 @@ def test_transformers_gives_the_model_back(made, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(PROMPT).logits, loaded(PROMPT).logits)
+
+
+def test_the_body_alone_is_read_from_the_whole_models_files(made):
+    _, folder, _ = made
+    whole, body = AutoModelForCausalLM.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    assert torch.equal(body(PROMPT).last_hidden_state, whole.model(PROMPT).last_hidden_state)
 
 
 def test_vllm_serves_it_from_one_copy(made, tmp_path):

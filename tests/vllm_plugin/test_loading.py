@@ -407,9 +407,12 @@ def test_an_engine_that_refuses_new_weights_goes_on_serving(folder: Path, monkey
 
     try:
         before = answer()
-        for call in ("reload_weights", "start_weight_update"):
+        for call in ("reload_weights", "start_weight_update", "start_draft_weight_update"):
             with pytest.raises(NotImplementedError, match="cannot be replaced in a running engine: start it again"):
                 engine.collective_rpc(call)
+        with pytest.raises(NotImplementedError, match=r"would be missing from what is saved: copy the .* folder"):
+            engine.collective_rpc("save_sharded_state", kwargs={"path": str(folder.parent / "sharded")})
+        assert not (folder.parent / "sharded").exists()
         assert answer() == before
     finally:
         engine.llm_engine.engine_core.shutdown()

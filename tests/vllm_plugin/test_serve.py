@@ -88,6 +88,12 @@ def test_plugins_without_this_one_are_refused(
     serve.check_plugins({"VLLM_PLUGINS": "other,crepe_llm"})
 
 
+def test_a_path_of_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    assert cli.main(["serve", str(tmp_path / "none")]) == 2
+    assert f"there is no folder {tmp_path / 'none'}: give a checkpoint's folder" in capsys.readouterr().err
+
+
 def test_command_line_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[object] = []
     monkeypatch.setattr(serve, "serve", lambda *what: passed.extend(what))

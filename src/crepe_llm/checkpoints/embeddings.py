@@ -1,5 +1,6 @@
 """Embeddings and output heads in INT8: transformers gets them expanded, as it looks rows up in plain weights only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,30 +47,42 @@ class ExpandPacked(ConversionOps):
         return {target_patterns[0]: (values.to(scale.dtype) * scale).to(parameter.dtype)}
 
 
-def packed_embeddings(model: Any, checkpoint: Checkpoint) -> list[str]:
-    """The names of a model's embeddings and output head that a checkpoint holds in ``pack-quantized`` form.
+def packed_embeddings(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """A model's embeddings and output head that a checkpoint holds in ``pack-quantized`` form, and their names there.
 
     Raises FormatError if it holds only some parts of one, or parts of other shapes than the model's INT8 rows need.
     """
-    head, found = model.get_output_embeddings(), []
+    head, found = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) or module is head:
-            missing = [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" not in checkpoint.tensors]
+            stored = _stored_name(name, model.base_model_prefix, checkpoint)
+            missing = [f"{stored}.{part}" for part in _PARTS if f"{stored}.{part}" not in checkpoint.tensors]
             if not missing:
-                _check_shapes(name, module.weight, checkpoint)
-                found.append(name)
-            elif len(missing) < len(_PARTS) and f"{name}.weight" not in checkpoint.tensors:
+                _check_shapes(stored, module.weight, checkpoint)
+                found[name] = stored
+            elif len(missing) < len(_PARTS) and f"{stored}.weight" not in checkpoint.tensors:
                 raise FormatError(
                     f"{checkpoint.files[0].parent}: tensor {missing[0]} is missing; export the model again"
                 )
     return found
 
 
-def expanding(names: list[str]) -> list[WeightConverter]:
-    """The conversions that expand these layers."""
+def _stored_name(name: str, prefix: str, checkpoint: Checkpoint) -> str:
+    """What a checkpoint calls a module: a model's body may be read from the whole model's files, and the other way."""
+    names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    stored = {one for one in names for part in _PARTS if f"{one}.{part}" in checkpoint.tensors}
+    return next((one for one in names if one in stored), name)
+
+
+def expanding(names: Mapping[str, str]) -> list[WeightConverter]:
+    """The conversions that expand layers, by their names in the model, called so in the files.
+
+    transformers adds or takes away the prefix of a model's body, by which the two may differ.
+    """
+    own = [min(pair, key=len) for pair in names.items()]
     return [
         WeightConverter([f"{name}.{part}$" for part in _PARTS], [f"{name}.weight"], operations=[ExpandPacked()])
-        for name in names
+        for name in own
     ]
 
 

@@ -8,8 +8,9 @@ quantizer is told of, which transformers would leave at random values.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ def register_refusal() -> None:
 
     @functools.wraps(load)
     def checked(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if state_dict is not None and any(name.rpartition(".")[2] == "bitmask" for name in state_dict):
+            raise FormatError("state_dict holds packed 2:4 layers, which are unpacked from files only: give the folder")
         if state_dict is None and not isinstance(load_config.hf_quantizer, Sparse24HfQuantizer):
             files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
             _refuse_packed(files)
@@ -115,8 +118,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     """
 
     _packed: Checkpoint | None = None
-    # Embeddings and an output head in INT8, which become plain weights.
-    _expanded: Sequence[str] = ()
+    # Embeddings and an output head in INT8, which become plain weights, and their names in the files.
+    _expanded: Mapping[str, str] = MappingProxyType({})
     # What is to be compared with the model as soon as its conversions are known, which is before weights are read.
     _unchecked: tuple[Any, Checkpoint] | None = None
     # Whether modules are to be decompressed once they are read, as unpacked layers have to be.
@@ -181,7 +184,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         if self._packed is not None:
             whole = _unpacking_whole(weight_conversions, self._packed)
             self._experts |= whole
-            conversions = [*expanding(list(self._expanded)), *whole, *conversions, *_unpacking()]
+            conversions = [*expanding(self._expanded), *whole, *conversions, *_unpacking()]
         if self._unchecked is not None:
             (loaded, checkpoint), self._unchecked = self._unchecked, None
             integers = {name: one.dtype for name, one in loaded.named_parameters() if one.dtype in _INTEGERS}
@@ -225,7 +228,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
             if alike and parameter.dtype != wanted and not any(part in name for part in kept):
                 parameter.data = parameter.data.to(wanted)
 
-    def _leave_plain(self, model: Any, names: list[str]) -> None:
+    def _leave_plain(self, model: Any, names: Mapping[str, str]) -> None:
         """Leave layers out of the quantization, in what is saved of it, too; a head tied to one shares its weight."""
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         shared = [one for one, other in tied.items() if other.removesuffix(".weight") in names]

@@ -274,6 +274,8 @@ def why_unread(config: dict[str, Any]) -> str:
     if place == OLD_QUANTIZATION:
         return f"config.json has no {QUANTIZATION}: it has {place}, which transformers does not read; rename that"
     method = objects_in(quantization).get("quant_method")
+    if method == "compressed-tensors":
+        return "the configuration that was given has no such quantization, which config.json has: leave it out"
     return f"config.json's {place} has quant_method={method!r}, which does not read it; export the model again"
 
 

@@ -249,7 +249,7 @@ def _quantized_cuda(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | No
     # Quantization stays outside the operator: torch.compile fuses it with what comes before.
     checks.product(x, weight, bias)
     values, token_scale = (x, None) if weight.inputs is None else reference.quantize_inputs(x, weight.inputs)
-    return torch.ops.crepe_llm.sparse24_cuda_linear(
+    y = torch.ops.crepe_llm.sparse24_cuda_linear(
         values,
         token_scale,
         weight.values,
@@ -263,6 +263,7 @@ def _quantized_cuda(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | No
         weight.format.name,
         x.dtype,
     )
+    return y if weight.inputs is None else _spoiled(y, x, weight.inputs)
 
 
 def _quantized_cpu(x: torch.Tensor, packed: PackedWeight, inputs: Inputs, bias: torch.Tensor | None) -> torch.Tensor:
@@ -270,9 +271,22 @@ def _quantized_cpu(x: torch.Tensor, packed: PackedWeight, inputs: Inputs, bias: 
     checks.product(x, packed, bias)
     values, token_scale = reference.quantize_inputs(x, inputs)
     if token_scale is None:
-        return _sparse(values.to(x.dtype), packed, bias)
-    y = _sparse(values.to(x.dtype), packed, None) * token_scale[:, None]
+        return _spoiled(_sparse(values.to(x.dtype), packed, bias), x, inputs)
+    # fp16 is too narrow for outputs before their scale.
+    y = _sparse(values.to(_wide(x.dtype)), packed, None) * token_scale[:, None]
     return (y if bias is None else y + bias.reshape(-1)).to(x.dtype)
+
+
+def _spoiled(y: torch.Tensor, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Outputs that are NaN where a token's inputs were not finite: int8 by a static scale would hide that."""
+    if inputs.scale is None or inputs.dtype != torch.int8:
+        return y
+    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """A dtype for products whose outputs are scaled afterwards: fp32 instead of fp16, in which they overflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _sparse(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -372,15 +386,17 @@ def _dense_linear(
     bias = None if bias is None else bias.to(common).reshape(-1)
     if scale is None:
         return torch.nn.functional.linear(x.to(common), weight.to(common), bias).to(x.dtype)
+    common = _wide(common)
     y = torch.nn.functional.linear(x.to(common), weight.to(common)) * scale
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _expanded(x: torch.Tensor, packed: DenseWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """torch's product with an int8 weight, expanded to x's dtype (which holds it exactly) some rows at a time."""
+    """torch's product with an int8 weight, expanded to a dtype that holds it exactly some rows at a time."""
     assert packed.scale is not None
+    wide = x.to(_wide(x.dtype))
     parts = [
-        x @ rows.to(x.dtype).t() * scale
+        wide @ rows.to(wide.dtype).t() * scale
         for rows, scale in zip(packed.weight.split(_EXPANDED_ROWS), packed.scale.split(_EXPANDED_ROWS), strict=True)
     ]
     y = torch.cat(parts, dim=1) if parts else x.new_zeros(len(x), 0)

@@ -127,7 +127,7 @@ def install() -> None:
                 "load_format=dummy gives every tensor random values, and random masks and shapes describe no 2:4 "
                 f"weights: leave load_format out for {model_config.model}, or time a dense model's dummy weights"
             )
-        _refuse_new_weights()
+        _guard_workers()
         config.begin_model(get_model_cls(model_config))
         model = original(self, vllm_config, model_config, prefix)
         config.finish_model(model, dense_head=_makes_classifier(model_config))
@@ -146,29 +146,47 @@ def _makes_classifier(model_config: Any) -> bool:
 
 
 @functools.cache
-def _refuse_new_weights() -> None:
-    """Makes vLLM's workers refuse to replace packed weights: vLLM takes the old ones away before it reads the new."""
+def _guard_workers() -> None:
+    """Makes vLLM's workers refuse what packed weights cannot do.
+
+    To be replaced: vLLM takes the old ones away before it reads the new. To be saved from memory: they are not among
+    the tensors that vLLM saves.
+    """
     # Imported here, where vLLM has imported it: it needs all of vLLM, which a process that registers may not need.
     from vllm.v1.worker.gpu_worker import Worker
 
-    for name in ("reload_weights", "start_weight_update"):
-        setattr(Worker, name, _unless_packed(getattr(Worker, name)))
+    for name in ("reload_weights", "start_weight_update", "start_draft_weight_update"):
+        setattr(Worker, name, _unless_packed(getattr(Worker, name), _check_unpacked))
+    for name in ("save_sharded_state", "save_tensorized_model"):
+        setattr(Worker, name, _unless_packed(getattr(Worker, name), _check_saved))
 
 
-def _unless_packed(original: Callable[..., None]) -> Callable[..., None]:
+def _unless_packed(original: Callable[..., None], check: Callable[[torch.nn.Module], None]) -> Callable[..., None]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
-        _check_unpacked(self.get_model())
+        check(self.get_model())
         original(self, *args, **kwargs)
 
     return method
 
 
 def _check_unpacked(model: torch.nn.Module) -> None:
-    if any(hasattr(module, "packed") for module in model.modules()):
+    if _has_packed(model):
         raise NotImplementedError(
             "the weights of sparse layers are packed and cannot be replaced in a running engine: start it again"
         )
+
+
+def _check_saved(model: torch.nn.Module) -> None:
+    if _has_packed(model):
+        raise NotImplementedError(
+            "the weights of sparse layers are packed and would be missing from what is saved: copy the checkpoint's "
+            "folder"
+        )
+
+
+def _has_packed(model: torch.nn.Module) -> bool:
+    return any(hasattr(module, "packed") for module in model.modules())
 
 
 def _guard(model: Any, config: Sparse24Config, checkpoint: str, check: bool) -> None:

@@ -82,11 +82,14 @@ def serve(model: str, arguments: Sequence[str]) -> None:
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: ``VLLM_PLUGINS`` leaves this package out, or the file of ``--config`` is not YAML.
+        ValueError: ``VLLM_PLUGINS`` leaves this package out, the file of ``--config`` is not YAML, or ``model`` is the
+            path of no folder.
         OSError: that file cannot be read.
     """
     command = server_command(model, arguments)
     check_plugins(os.environ)
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
+        raise ValueError(f"there is no folder {model}: give a checkpoint's folder, or a Hugging Face id")
     import torch
 
     environment = dict(os.environ)
