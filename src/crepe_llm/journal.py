@@ -44,7 +44,7 @@ class Journal:
             wanted = {name: _in_short(value) for name, value in run.items()}
             if head.exists():
                 _compare(folder, _head_of(head), wanted)
-            elif any(folder.iterdir()):
+            elif any(not path.name.startswith(".") for path in folder.iterdir()):
                 raise ValueError(f"{folder} holds no run's finished blocks: remove it, or give another --output")
             else:
                 _write_whole(head, json.dumps(wanted, indent=2).encode())

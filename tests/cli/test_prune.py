@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from transformers import (
 )
 
 from crepe_llm.checkpoints import read_folder
+from crepe_llm.checkpoints.leftovers import claimed
 from crepe_llm.cli.main import main
+from crepe_llm.modifiers import CRePEModifier
 from crepe_llm.recipe_files import recipe_path
 from tiny_models import letters_tokenizer
 
@@ -472,6 +475,30 @@ def test_prune_takes_what_was_kept(dense, text, tmp_path, monkeypatch):
     torch.save(entry, path)
     assert main(command) == 0
     assert torch.equal(weights_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"], weight * 2)
+
+
+def test_prune_does_not_go_on_with_other_coefficients(dense, text, tmp_path, refusal, monkeypatch):
+    """A study that a recipe names may change while the recipe stays."""
+    found = {"neighbourhood": 0.5, "kernel_size": 3, "activation_exponent": 0.5}
+    command = [*map(str, prune(dense, text, tmp_path, "--resume"))]
+    stopped_after(2, command, monkeypatch)
+    use = CRePEModifier.on_initialize
+
+    def other(self, state, **kwargs):
+        self.use(row=1.0, column=0.0, **found)
+        return use(self, state, **kwargs)
+
+    monkeypatch.setattr(CRePEModifier, "on_initialize", other)
+    said = refusal(command)
+    assert "out.resume holds finished blocks that were pruned by" in said and '"column": 0.0' in said
+
+
+def test_one_run_at_a_time_keeps_blocks(dense, text, tmp_path, refusal, monkeypatch):
+    command = [*map(str, prune(dense, text, tmp_path, "--resume"))]
+    stopped_after(2, command, monkeypatch)
+    with claimed(tmp_path / "out.resume"):
+        assert f"out.resume is in use by process {os.getpid()} on " in refusal(command)
+    assert main(command) == 0
 
 
 def test_damaged_files_of_what_was_kept_are_named(dense, text, tmp_path, refusal, monkeypatch):

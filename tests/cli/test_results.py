@@ -37,6 +37,9 @@ def test_what_a_command_reads_is_not_written_over(dense, text, tmp_path, refusal
     for path in (text, tmp_path / "link.json"):
         assert "is a file that this command reads" in refusal(["evaluate", dense, "--text", text, "--json", path])
     assert text.read_text() == before
+    command = ["prune", dense, "--recipe", "magnitude_2of4", "--output", tmp_path / "out"]
+    assert "is the folder of --output: name another file" in refusal([*command, "--json", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failure_leaves_the_older_file(tmp_path, monkeypatch):

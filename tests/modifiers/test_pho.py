@@ -247,7 +247,9 @@ def test_a_killed_run_is_resumed_to_the_same_end(tiny_model_folder, calibration_
     assert same(outcomes[0][1], outcomes[1][1])
 
 
-def test_an_earlier_study_is_judged_by_the_last_stage_alone(tiny_model_folder, calibration_data, pair, tmp_path):
+def test_an_earlier_study_is_judged_by_the_last_stage_alone(
+    tiny_model_folder, calibration_data, pair, tmp_path, monkeypatch
+):
     pho, crepe = pair()
     run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
     before = (tmp_path / "study.json").read_bytes()
@@ -267,6 +269,12 @@ def test_an_earlier_study_is_judged_by_the_last_stage_alone(tiny_model_folder, c
     other, crepe = pair({"study": str(tmp_path / "study.json"), "record": None}, {"mask_structure": "4:8"})
     with pytest.raises(StudyError, match=r"searched for 2:4 masks, .* to prune 4:8"):
         run(load(tiny_model_folder("llama")), [other, crepe], calibration_data)
+    content = json.loads((tmp_path / "study.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps(content | {"stages": [], "candidates": []}))
+    empty, crepe = pair({"study": str(tmp_path / "empty.json"), "record": None})
+    monkeypatch.setattr(PHOSearchModifier, "on_calibration_start", lambda *_, **__: pytest.fail("it calibrates"))
+    with pytest.raises(StudyError, match=r"study=.*empty\.json: the study has no candidates yet; restore the file"):
+        run(load(tiny_model_folder("llama")), [empty, crepe], calibration_data)
     missing, crepe = pair({"study": str(tmp_path / "none.json"), "record": None})
     with pytest.raises(StudyError, match="cannot be read"):
         run(load(tiny_model_folder("llama")), [missing, crepe], calibration_data)
@@ -533,6 +541,28 @@ def test_another_calibration_does_not_continue_a_study(tiny_model_folder, calibr
     pho, crepe = pair()
     with pytest.raises(StudyError, match="was made with sample="):
         run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data.select(range(8)))
+
+
+def test_another_mapping_does_not_continue_a_study(tiny_model_folder, calibration_data, pair):
+    def searched(mlp):
+        mapping = {"re:.*mlp.*": mlp, "re:.*": 0.5}
+        pho, crepe = pair({"sparsity": 0.5}, {"mask_structure": "0:0", "sparsity": mapping})
+        run(load(tiny_model_folder("llama")), [pho, crepe], calibration_data)
+
+    searched(0.6)
+    searched(0.6)
+    with pytest.raises(StudyError, match="was made with sample="):
+        searched(0.4)
+
+
+def test_structures_that_cut_no_layer_are_refused_before_the_calibration(
+    tiny_model_folder, calibration_data, monkeypatch
+):
+    monkeypatch.setattr(PHOSearchModifier, "on_calibration_start", lambda *_, **__: pytest.fail("it calibrates"))
+    with pytest.raises(
+        ValueError, match=r'has \d+ input channels, which mask_structure="2:5" cannot cut into groups of 5'
+    ):
+        run(load(tiny_model_folder("llama")), [PHOSearchModifier(mask_structure="2:5")], calibration_data)
 
 
 def test_the_environment_stays_as_it_was(tiny_model_folder, calibration_data, pair, tmp_path, monkeypatch):

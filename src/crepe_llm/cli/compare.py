@@ -12,11 +12,11 @@ from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
 
 _COLUMNS = (
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("sparsity", "zeros", "{:.2%}"),
-    ("bytes", "size, MB", "{:.1f}"),
-    ("tokens_per_s", "tokens/s", "{:.1f}"),
-    ("first_token_s", "first token, s", "{:.3f}"),
+    ("perplexity", "perplexity", "{:.2f}", 1),
+    ("sparsity", "zeros", "{:.2%}", 1),
+    ("bytes", "size, MB", "{:.1f}", 1e-6),
+    ("tokens_per_s", "tokens/s", "{:.1f}", 1),
+    ("first_token_s", "first token, s", "{:.3f}", 1),
 )
 
 
@@ -62,9 +62,9 @@ def run(options: argparse.Namespace) -> None:
         rows = [_measured(options, source, (corpus, texts), length, served) for source in sources]
     width = max(len(row["model"]) for row in rows)
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
-    print(" " * width + "".join(f"  {title:>14}" for _, title, _ in columns))
+    print(" " * width + "".join(f"  {title:>14}" for _, title, _, _ in columns))
     for row in rows:
-        cells = [_cell(row[name], form) for name, _, form in columns]
+        cells = ["" if row[name] is None else form.format(row[name] * unit) for name, _, form, unit in columns]
         print(f"{row['model']:<{width}}" + "".join(f"  {cell:>14}" for cell in cells))
     for conditions in dict.fromkeys(row["conditions"] for row in rows):
         names = [row["model"] for row in rows if row["conditions"] == conditions]
@@ -73,12 +73,6 @@ def run(options: argparse.Namespace) -> None:
     if not served:
         print("no speed: vLLM is not installed, or --no-speed was given")
     write_json(options, {"corpus": corpus, "models": rows})
-
-
-def _cell(value: float | None, form: str) -> str:
-    if value is None:
-        return ""
-    return form.format(value / 1e6 if form == "{:.1f}" and value > 1e5 else value)
 
 
 def _measured(

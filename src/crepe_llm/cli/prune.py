@@ -163,8 +163,10 @@ def run(options: argparse.Namespace) -> None:
 
 def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple["Pruning", _Calibration]:
     """Prune the model into the output folder; what was done, and on what."""
-    with _shared_folder(options.output) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_shared_folder(options.output))
         from crepe_llm import processes
+        from crepe_llm.checkpoints.leftovers import claimed
         from crepe_llm.evaluation.model_card import model_card
         from crepe_llm.oneshot.recipes import read_recipe
 
@@ -172,6 +174,8 @@ def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple[
         source = open_model(options, dense=True)
         used = _calibration(options, source, recipe)
         kept = _journal(options, source, path, used.windows) if options.resume else None
+        if kept is not None and processes.is_first():
+            stack.enter_context(claimed(kept.folder))
         made = _prune(
             _Run(options, source, recipe, used, progress, kept, _memory(options, source, recipe)), path, folder
         )

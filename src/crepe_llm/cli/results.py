@@ -20,9 +20,14 @@ def add_json(parser: Any) -> None:
 
 
 def check_json(options: argparse.Namespace) -> None:
-    """Raise OSError if the file cannot be written, or is one that the command reads."""
+    """Raise OSError if the file cannot be written, or is one that the command reads, or its output."""
     check_new_file(options.json, "--json")
-    if options.json is None or not options.json.exists():
+    if options.json is None:
+        return
+    output = getattr(options, "output", None)
+    if output is not None and options.json.resolve() == Path(output).resolve():
+        raise FileExistsError(f"--json {options.json} is the folder of --output: name another file")
+    if not options.json.exists():
         return
     for name, value in vars(options).items():
         read = name != "json" and isinstance(value, str | Path) and os.path.isfile(value)

@@ -157,9 +157,10 @@ def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifi
     from llmcompressor import oneshot
 
     from crepe_llm import processes, samples
-    from crepe_llm.modifiers import PHOSearchModifier
+    from crepe_llm.oneshot.recipes import read_recipe
 
-    search = PHOSearchModifier(**_fields(options))
+    fields = {"PHOSearchModifier": _fields(options)}
+    (search,) = read_recipe({"search_stage": {"search_modifiers": fields}}).modifiers
     source = open_model(options, dense=True)
     length = window_length(options.length, source.config)
     corpus, texts = calibration_texts(options, length)

@@ -21,9 +21,10 @@ from crepe_llm.functional.scores import check_coefficients, crepe_scores, cvr_sc
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.fields import NonNegative, unquoted
+from crepe_llm.modifiers.layers import check_groups
 from crepe_llm.modifiers.pruning_pass import PruningModifier
 from crepe_llm.modifiers.tables import aligned
-from crepe_llm.pruning.layer import input_channels, weight_matrix
+from crepe_llm.pruning.layer import weight_matrix
 from crepe_llm.pruning.steps import Mask
 
 __all__ = ["CRePEModifier"]
@@ -161,14 +162,9 @@ class CRePEModifier(PruningModifier):
 
     def check_layer(self, name: str, module: torch.nn.Module) -> None:
         text, structure = self.structure_of(name)
-        channels = input_channels(module)
         if structure is None:
             self._sparsity_of(name)
-        elif channels % structure[1]:
-            raise ValueError(
-                f'{name} has {channels} input channels, which mask_structure="{text}" cannot cut into '
-                f"groups of {structure[1]}: add the layer to `ignore`"
-            )
+        check_groups(name, module, text)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)

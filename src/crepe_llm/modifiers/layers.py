@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from crepe_llm.calibration.data import calibration_data, uncalled_layers
 from crepe_llm.checkpoints import attach
+from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.models.blocks import block_of, kind_of
 from crepe_llm.models.dense_layers import dense_by_default
 from crepe_llm.models.linear import is_transposed
@@ -27,8 +28,9 @@ from crepe_llm.modifiers.conv1d import record_conv1d
 from crepe_llm.modifiers.experts import check_experts, masks_as_stored, restore_experts, saves_whole_experts
 from crepe_llm.modifiers.fields import Patterns
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
+from crepe_llm.pruning.layer import input_channels
 
-__all__ = ["LayerModifier", "save_sparse"]
+__all__ = ["LayerModifier", "check_groups", "save_sparse"]
 
 # In `ignore` it stands for the output head, whatever a model calls that.
 _HEAD = "re:.*lm_head"
@@ -290,3 +292,13 @@ def save_sparse(model: Any, finish: Callable[[Path], None] | None = None) -> Non
     # Bound, so that a second call gives the same callable again.
     attach(model, masks=MethodType(masks_as_stored, model), finish=MethodType(record_conv1d, model))
     attach(model, finish=finish)
+
+
+def check_groups(name: str, module: torch.nn.Module, mask_structure: str) -> None:
+    """Raise ValueError if a layer's inputs cannot be cut into the groups of an N:M structure."""
+    structure, channels = parse_mask_structure(mask_structure), input_channels(module)
+    if structure is not None and channels % structure[1]:
+        raise ValueError(
+            f'{name} has {channels} input channels, which mask_structure="{mask_structure}" cannot cut into groups of '
+            f"{structure[1]}: add the layer to `ignore`"
+        )

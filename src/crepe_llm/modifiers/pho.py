@@ -28,7 +28,7 @@ from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.fields import MaskStructure
 from crepe_llm.modifiers.judging import as_it_predicts, if_usable, pruning_of, texts_in, watch_calls
-from crepe_llm.modifiers.layers import LayerModifier
+from crepe_llm.modifiers.layers import LayerModifier, check_groups
 from crepe_llm.modifiers.observe import Observer, Uncalibrated
 from crepe_llm.modifiers.routing import Routing
 from crepe_llm.pruning.block_pass import Calibration, Wanted
@@ -39,7 +39,7 @@ from crepe_llm.search.rehearsal import Calls, Pruning, mask_step, own_weights
 from crepe_llm.search.search import check_record, search, take_record
 from crepe_llm.search.space import RIA, Coefficients, Mask, SearchSpace
 from crepe_llm.search.stages import Cost, choose_rounds, judge, run_last_stage
-from crepe_llm.search.study import Study
+from crepe_llm.search.study import Study, StudyError
 from crepe_llm.search.trials import Plan, Stage
 from crepe_llm.search.whole_model import WholeModel
 
@@ -218,6 +218,10 @@ class PHOSearchModifier(LayerModifier):
             path = self.study
             self._source = processes.by_first(lambda: Study.load(path))
             self._source.require_mask(self._mask)
+            try:
+                assert self._source.challengers
+            except StudyError as error:
+                raise StudyError(f"study={path}: {error}; restore the file, or name another study") from error
         super().on_initialize(state, **kwargs)
         self._model_name = Path(state.model.config._name_or_path or type(state.model).__name__).name
         if self._source is None:
@@ -240,6 +244,9 @@ class PHOSearchModifier(LayerModifier):
         give_all(self._dataloader)
         self._observer = Observer(self, state.model, self._dataloader, wanted)
         self._calls = watch_calls(self._observer, state.model)
+
+    def check_layer(self, name: str, module: torch.nn.Module) -> None:
+        check_groups(name, module, self._mask.mask_structure)
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         return super().find_layers(model) if self._crepe is None else self._crepe.find_layers(model)
@@ -328,8 +335,12 @@ class PHOSearchModifier(LayerModifier):
         )
 
     def _described_recipe(self) -> dict[str, Any] | None:
-        """What the last stage prunes with beside CRePE's mask."""
-        return self._crepe.pruning_pass.described() if self._crepe is not None and self._prunes_as_crepe else None
+        """What the last stage prunes with: what follows CRePE's mask, and what differs from layer to layer in it."""
+        if self._crepe is None or not self._prunes_as_crepe:
+            return None
+        values = {name: self._crepe.value(name) for name in ("sparsity", "mask_structure")}
+        mappings = {name: value for name, value in values.items() if isinstance(value, dict)}
+        return self._crepe.pruning_pass.described() | ({type(self._crepe).__name__: mappings} if mappings else {})
 
     def _search(self, study: Study, path: Path) -> None:
         """Find by the proxy what is worth measuring."""

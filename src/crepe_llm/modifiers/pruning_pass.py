@@ -1,11 +1,13 @@
 """The lifecycle of the pruning modifiers: one pass over the model's blocks, which runs the steps of all of them."""
 
+import json
 from collections.abc import Collection
 from typing import Any, cast
 
 import torch
 from compressed_tensors.utils import align_module_device
 from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from pydantic import PrivateAttr
 
@@ -198,10 +200,25 @@ class PruningPass:
             for record in modifier.step.records:
                 processes.merge(record, modifier.layers.values())
                 notes.append({name: record[name] for name in ended if name in record})
-        return {"layers": layers, "notes": notes}
+        return {"layers": layers, "notes": notes, "by": self._in_full()}
+
+    def _in_full(self) -> str:
+        """What the modifiers prune by, what other modifiers have found for them included."""
+        state = set(Modifier.model_fields)
+        return json.dumps({type(m).__name__: m.model_dump(exclude=state) for m in self._modifiers}, sort_keys=True)
 
     def _take(self, entry: dict[str, Any]) -> None:
-        """Put a part into the model as the journal has it."""
+        """Put a part into the model as the journal has it.
+
+        Raises ValueError if it was pruned by other coefficients or sparsities than this run has found.
+        """
+        if entry.get("by") != self._in_full():
+            kept = journal.active()
+            raise ValueError(
+                f"{kept.folder if kept else 'the journal'} holds finished blocks that were pruned by "
+                f"{entry.get('by')}, and this run prunes by {self._in_full()}: a study or a record has changed since. "
+                "Restore it, or remove the folder to start anew"
+            )
         for block, batches in self._captured.items():
             self._run_dense(block, batches)
         self._captured.clear()
