@@ -157,10 +157,12 @@ def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifi
     from llmcompressor import oneshot
 
     from crepe_llm import processes, samples
+    from crepe_llm.modifiers import PHOSearchModifier
     from crepe_llm.oneshot.recipes import read_recipe
 
-    fields = {"PHOSearchModifier": _fields(options)}
+    fields = {PHOSearchModifier.__name__: _fields(options)}
     (search,) = read_recipe({"search_stage": {"search_modifiers": fields}}).modifiers
+    assert isinstance(search, PHOSearchModifier)
     source = open_model(options, dense=True)
     length = window_length(options.length, source.config)
     corpus, texts = calibration_texts(options, length)
