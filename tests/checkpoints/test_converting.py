@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from crepe_llm.checkpoints import FormatError, compress_folder, decompress_folder, read_folder
@@ -119,6 +120,15 @@ def test_what_links_out_of_the_folder_name_is_not_copied(dense_folder, tmp_path,
     assert (tmp_path / "out/alias.py").read_text() == "code" and not (tmp_path / "out/alias.py").is_symlink()
     for name in ("tokenizer.json", "vocab.txt", "keys", "code/key", "loop", "dangling", "pipe"):
         assert f"{source / name} is " in caplog.text
+
+
+def test_other_weights_than_the_models_get_a_line(dense_folder, tmp_path, caplog):
+    folder, (model, _) = tmp_path / "dense", pruned(dense_folder)
+    model.save_pretrained(folder)
+    save_file({"lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    compress_folder(folder, tmp_path / "packed")
+    assert "adapter_model.safetensors holds other weights than the model's and was not copied" in caplog.text
+    assert not (tmp_path / "packed/adapter_model.safetensors").exists()
 
 
 def test_a_folder_of_the_hubs_cache_is_copied_whole(dense_folder, tmp_path):

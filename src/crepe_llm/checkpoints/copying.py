@@ -39,9 +39,13 @@ def copy_rest(source: Path, folder: Path, other_weights: bool = False) -> None:
     Links to files in the folder are followed, also to where the hub's cache keeps the files of its folders. What a
     link to elsewhere names is not copied. For `other_weights`, as training makes them, what tells of the weights is
     left out (:data:`crepe_llm.model_files.ABOUT_WEIGHTS`), and so are folders with weights of their own, with a line.
+    Files of other weights than the model's, such as an adapter's, get a line, too.
     """
     source = Path(os.path.realpath(source))
     roots = [source, source.parents[1] / "blobs"] if source.parent.name == "snapshots" else [source]
+    for path in sorted(source.glob("*.safetensors")):
+        if not path.name.startswith((".", "model")):
+            _logger.warning("%s holds other weights than the model's and was not copied", path)
     for path in _beside_weights(source):
         if other_weights and path.name in ABOUT_WEIGHTS:
             continue
