@@ -226,7 +226,7 @@ def _journal(options: argparse.Namespace, source: Model, recipe: Path, windows: 
 
     from crepe_llm import processes
     from crepe_llm.journal import Journal
-    from crepe_llm.training.loop import fingerprint
+    from crepe_llm.training.work_folder import fingerprint
 
     folder = Path(source.name)
     decides = {

@@ -33,22 +33,12 @@ from crepe_llm.models.linear import is_linear, is_transposed
 from crepe_llm.models.losses import check_tokens
 from crepe_llm.models.parent import check_config, check_embeddings, check_tokenizers
 from crepe_llm.training.callback import KeepMasksCallback
-from crepe_llm.training.loop import (
-    DivergedError,
-    OptimizerState,
-    Plan,
-    Trained,
-    best_state,
-    check_seed,
-    fingerprint,
-    resumable,
-    train,
-    working_in,
-)
+from crepe_llm.training.loop import DivergedError, OptimizerState, Plan, Trained, check_seed, train
 from crepe_llm.training.lora import add_updates, merge_updates
 from crepe_llm.training.masked import find_masks, keep_masks, sparse_layer
 from crepe_llm.training.targets import Head, Predictions, Target, find_head, mean_loss
 from crepe_llm.training.teacher import Teacher, count_windows, keep_predictions, sample_windows
+from crepe_llm.training.work_folder import best_state, fingerprint, resumable, working_in
 
 __all__ = ["DistillationSettings", "Distilled", "distill", "is_structural"]
 

@@ -5,26 +5,20 @@ a file, and training stops when it gets worse. Interrupted, the loop goes on whe
 """
 
 import itertools
-import json
 import math
-import shutil
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from crepe_llm.checkpoints.leftovers import claimed
+from crepe_llm.training.work_folder import keep_best, last_checkpoint
 
 __all__ = [
     "DivergedError",
@@ -32,19 +26,13 @@ __all__ = [
     "OptimizerState",
     "Plan",
     "Trained",
-    "best_state",
     "check_seed",
-    "fingerprint",
-    "resumable",
     "train",
-    "working_in",
 ]
 
 OptimizerState = Literal["fp32", "8bit", "4bit"]
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
-_SETTINGS = "settings.json"
-_BEST = "best.safetensors"
 # Checkpoints and evaluations are spread over a training so evenly; checkpoints take a twentieth of the time at most.
 _CHECKPOINTS = 10
 _SAVING_SHARE = 0.05
@@ -153,7 +141,7 @@ def train(
         loss: of the (wrapped) model and a batch, which has `input_ids` [windows, length] and `index` [windows]; an
             index counts the windows, and after them those held out.
         plan: the budget and the optimiser.
-        work: a folder for checkpoints and for the best state, which :func:`best_state` reads; see :func:`resumable`.
+        work: a folder for checkpoints and for the best state (:mod:`crepe_llm.training.work_folder`).
         callbacks: for the `Trainer`.
 
     Raises:
@@ -167,7 +155,7 @@ def train(
     for callback in [_Budget(trainer), progress, *(callbacks or [])]:
         trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+        trainer.train(resume_from_checkpoint=last_checkpoint(work))
     finally:
         progress.close()
     trainer.keep_last()
@@ -186,109 +174,6 @@ def check_seed(seed: int) -> None:
     """Raise ValueError if transformers' `Trainer` does not take a seed."""
     if not 0 <= seed < 1 << 32:
         raise ValueError(f"seed={seed} must be at least 0 and below 2^32")
-
-
-@contextmanager
-def working_in(work: Path, destination: Path) -> Iterator[None]:
-    """Make a training's folder, which one run at a time uses.
-
-    Where the block fails before there is anything to go on from, the folder is removed, so that other settings may
-    follow.
-
-    Raises:
-        ValueError: `work` holds other files, or `destination` holds any; hidden ones do not count.
-        BlockingIOError: another process uses `work`.
-    """
-    if work.exists() and not (work / _SETTINGS).is_file() and (not work.is_dir() or _has_files(work)):
-        raise ValueError(f"{work} is no folder of an interrupted recovery, and would be removed: give a new one")
-    if _has_files(destination):
-        raise ValueError(f"{destination} is not empty: give a new folder for the recovered model")
-    with claimed(work):
-        try:
-            yield
-        except BaseException as error:
-            if work.is_dir() and not _has_files(work, but=(_SETTINGS,)):
-                shutil.rmtree(work)
-            elif isinstance(error, KeyboardInterrupt):
-                error.add_note("the same command goes on from the last checkpoint")
-            raise
-
-
-def _has_files(folder: Path, but: tuple[str, ...] = ()) -> bool:
-    """Whether anything is in a folder that is not hidden, but what is named."""
-    return folder.is_dir() and any(not path.name.startswith(".") and path.name not in but for path in folder.iterdir())
-
-
-def resumable(work: Path, identity: dict[str, Any]) -> bool:
-    """Whether a folder holds an interrupted training of the same identity; makes the folder if it does not.
-
-    Raises:
-        ValueError: it holds another training, or a file of its state is damaged.
-    """
-    path = work / _SETTINGS
-    if path.is_file():
-        if _read_json(path) != json.loads(json.dumps(identity)):
-            raise ValueError(
-                f"{work} holds an interrupted recovery with other settings, text or model: repeat that command to "
-                "finish it, or remove the folder"
-            )
-        last = _last_checkpoint(work)
-        for folder in (work, *([] if last is None else [Path(last)])):
-            _check_state(folder)
-        return True
-    work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(identity, indent=1) + "\n")
-    return False
-
-
-def _check_state(folder: Path) -> None:
-    """Raise ValueError if a file of a training's state was cut off or damaged; naming it."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):  # what a kill has left of a file that was being written
-            continue
-        if path.suffix == ".json":
-            _read_json(path)
-        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-            raise ValueError(_damaged(path, "it is not a whole PyTorch file"))
-        elif path.suffix == ".safetensors":
-            try:
-                with safe_open(path, framework="pt") as tensors:
-                    tensors.keys()
-            except Exception as error:
-                raise ValueError(_damaged(path, str(error))) from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(_damaged(path, str(error))) from error
-
-
-def _damaged(path: Path, why: str) -> str:
-    state = path if path.name == _SETTINGS else path.parent
-    return f"{path} of an interrupted recovery is damaged ({why}): remove {state}, and repeat the command"
-
-
-def fingerprint(source: Path) -> list[Any]:
-    """What tells a folder's weights from others: path, names, sizes and times."""
-    files = [path for suffix in ("safetensors", "bin") for path in sorted(source.glob(f"*.{suffix}"))]
-    return [str(source.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
-
-
-def _last_checkpoint(work: Path) -> str | None:
-    """The last checkpoint in a folder that was written to its end; the trainer's state is written last."""
-    steps = [int(path.parent.name.rpartition("-")[2]) for path in work.glob("checkpoint-*/trainer_state.json")]
-    complete = [step for step in sorted(steps) if _is_json(work / f"checkpoint-{step}" / "trainer_state.json")]
-    return str(work / f"checkpoint-{complete[-1]}") if complete else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        _read_json(path)
-    except ValueError:
-        return False
-    return True
 
 
 class _Loop(Trainer):
@@ -428,10 +313,7 @@ class _Loop(Trainer):
         if broken is not None:
             raise DivergedError(self._diverged(f"{broken} holds NaN or infinity after {self.state.global_step} steps"))
         if self.is_world_process_zero():
-            partial = self.work / f".{_BEST}"
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in trained.items()}
-            save_file(tensors, partial, metadata={"step": str(self.state.global_step)})
-            partial.replace(self.work / _BEST)
+            keep_best(self.work, self.state.global_step, trained)
 
     def keep_last(self) -> None:
         """Keep the last state, where nothing is held out that could tell a better one."""
@@ -560,7 +442,7 @@ def _arguments(plan: Plan, work: Path) -> TrainingArguments:
         logging_steps=1,
         logging_nan_inf_filter=False,
         # A checkpoint has all evaluations up to its step; another one would count for the best state and for patience.
-        eval_on_start=_last_checkpoint(work) is None,
+        eval_on_start=last_checkpoint(work) is None,
         save_strategy="no",
         save_total_limit=1,
         report_to=[],
@@ -574,13 +456,3 @@ def _arguments(plan: Plan, work: Path) -> TrainingArguments:
     )
     arguments.gradient_accumulation_steps = max(1, plan.batch // (plan.micro_batch * arguments.world_size))
     return arguments
-
-
-def best_state(work: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The step of a training's best state so far, and the parameters that trained by name; 0 and none without one."""
-    path = work / _BEST
-    if not path.is_file():
-        return 0, {}
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        return int(file.metadata()["step"]), tensors

@@ -17,8 +17,9 @@ from crepe_llm.functional.structured import RankAllocation, recovery_ranks
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import load_tokenizer
 from crepe_llm.models.linear import is_linear, is_transposed
-from crepe_llm.training.loop import DivergedError, Plan, check_seed, fingerprint, resumable, train, working_in
+from crepe_llm.training.loop import DivergedError, Plan, check_seed, train
 from crepe_llm.training.masked import sparse_layer
+from crepe_llm.training.work_folder import fingerprint, resumable, working_in
 
 __all__ = ["Recovered", "RecoverySettings", "recover"]
 

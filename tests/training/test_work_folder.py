@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from crepe_llm.training.loop import fingerprint, resumable
+from crepe_llm.training.work_folder import best_state, fingerprint, keep_best, resumable, working_in
 
 IDENTITY = {"seed": 0, "text": "fox.txt"}
 
@@ -59,3 +59,20 @@ def test_changed_weights_are_told_whatever_file_holds_them(name, tmp_path):
     assert fingerprint(tmp_path) != before
     path.unlink()
     assert fingerprint(tmp_path) != before
+
+
+def test_what_failed_before_it_trained_leaves_nothing(tmp_path):
+    work, out = tmp_path / "work", tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), working_in(work, out):
+        resumable(work, IDENTITY)
+        raise ZeroDivisionError
+    assert not work.exists()
+    with pytest.raises(KeyboardInterrupt) as stopped, working_in(work, out):
+        resumable(work, IDENTITY)
+        keep_best(work, 3, {"weight": torch.ones(2, 4).T})
+        raise KeyboardInterrupt
+    assert stopped.value.__notes__ == ["the same command goes on from the last checkpoint"]
+    with working_in(work, out):
+        assert resumable(work, IDENTITY)
+        step, state = best_state(work)
+    assert step == 3 and torch.equal(state["weight"], torch.ones(4, 2))
