@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crepe_llm import samples
 from crepe_llm.models.blocks import find_blocks
-from crepe_llm.training.distillation import load_pruned
 from crepe_llm.training.masked import keep_masks
+from crepe_llm.training.models import load_pruned
 from method_recipes import METHODS, MODELS
 from records import RESULTS, Row, append, is_done, read
 from recover import CORPORA, mean_of, measure, pruned, starts_of

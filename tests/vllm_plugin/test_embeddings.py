@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from crepe_llm.evaluation.random_models import write_random_model
-from crepe_llm.training.distillation import load_pruned
+from crepe_llm.training.models import load_pruned
 from vllm_runs import SIZES, assert_same, gemma3, generate, in_process, llama, one_collection, qwen2, write_adapter
 
 pytestmark = pytest.mark.vllm

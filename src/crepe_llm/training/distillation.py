@@ -23,24 +23,30 @@ from transformers import AutoConfig, TrainerCallback
 
 from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.checkpoints.copying import copy_rest
-from crepe_llm.checkpoints.reading import CONFIG, find_quantization, objects_in, read_config
-from crepe_llm.checkpoints.sparse_config import SPARSITY
 from crepe_llm.functional.bitmask import unpack_bits
-from crepe_llm.models.blocks import find_blocks
-from crepe_llm.models.classes import auto_class, load_tokenizer
-from crepe_llm.models.generation import repair_generation_config
-from crepe_llm.models.linear import is_linear, is_transposed
+from crepe_llm.models.classes import load_tokenizer
+from crepe_llm.models.linear import is_transposed
 from crepe_llm.models.losses import check_tokens
 from crepe_llm.models.parent import check_config, check_embeddings, check_tokenizers
 from crepe_llm.training.callback import KeepMasksCallback
 from crepe_llm.training.loop import DivergedError, OptimizerState, Plan, Trained, check_seed, train
 from crepe_llm.training.lora import add_updates, merge_updates
-from crepe_llm.training.masked import find_masks, keep_masks, sparse_layer
+from crepe_llm.training.masked import keep_masks
+from crepe_llm.training.models import (
+    linear_layers,
+    load_dense,
+    load_pruned,
+    masks_of,
+    not_finite,
+    parameter_name,
+    refuse_quantized,
+    refuse_sparse_config,
+)
 from crepe_llm.training.targets import Head, Predictions, Target, find_head, mean_loss
 from crepe_llm.training.teacher import Teacher, count_windows, keep_predictions, sample_windows
 from crepe_llm.training.work_folder import best_state, fingerprint, resumable, working_in
 
-__all__ = ["DistillationSettings", "Distilled", "distill", "is_structural"]
+__all__ = ["DistillationSettings", "Distilled", "distill"]
 
 Precision = Literal["auto", "bf16", "fp32"]
 Windows = Callable[[Any], torch.Tensor]
@@ -237,7 +243,7 @@ class _Run:
     ) -> None:
         # Every process needs the weights, to find their masks; accelerate's option leaves them empty in all but one.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        _refuse_quantized(source)
+        refuse_quantized(source)
         config, dense = (AutoConfig.from_pretrained(name, trust_remote_code=trust) for name in (source, teacher))
         check_config(config, dense, source, f"teacher={teacher}")
         self.dense_config, self.trust = dense, trust
@@ -275,16 +281,13 @@ class _Run:
         if ids is not None and settings.self_generated and ids.shape[1] != settings.length:
             raise ValueError(f"length={settings.length} of self-generated windows, {ids.shape[1]} of the others")
         self.student = load_pruned(self.source, torch.float32, self.trust)
-        _refuse_not_finite(self.student, self.source)
-        self.masks = _masks_of(self.student, self.source)
+        self.masks = masks_of(self.student, self.source)
         if Path(self.teacher_name).resolve() == self.source.resolve():
             raise ValueError(
                 f"teacher={self.teacher_name} is the pruned model itself: give the dense model that it was made from"
             )
-        _refuse_sparse_config(self.dense_config, self.teacher_name)
-        dense = _load(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32, self.trust)
-        _refuse_sparse(dense, self.teacher_name)
-        _refuse_not_finite(dense, f"teacher={self.teacher_name}")
+        refuse_sparse_config(self.dense_config, self.teacher_name)
+        dense = load_dense(self.teacher_name, torch.bfloat16 if self.bf16 else torch.float32, self.trust)
         check_embeddings(self.student, dense, self.source, f"teacher={self.teacher_name}")
         if ids is not None:
             check_tokens(self.student, ids)
@@ -325,7 +328,7 @@ class _Run:
                 for name, tensor in state.items():
                     if name in own:
                         own[name].copy_(tensor)
-            found = _not_finite(model)
+            found = not_finite(model)
             if found is not None:
                 raise ValueError(f"what {found} has learnt is too large for {model.dtype}: take a lower learning rate")
             _write(model, self.source, destination, self.masks)
@@ -349,7 +352,7 @@ class _Run:
     def report(self, trained: Trained) -> Distilled:
         length = self.windows.shape[1]
         kept = sum(int(unpack_bits(bits, 8 * bits.shape[1]).count_nonzero()) for bits in self.masks.values())
-        every = sum(self.student.get_parameter(_parameter_name(self.student, name)).numel() for name in self.masks)
+        every = sum(self.student.get_parameter(parameter_name(self.student, name)).numel() for name in self.masks)
         return Distilled(
             trained=trained,
             tokens=trained.steps * self.settings.batch * length,
@@ -401,7 +404,7 @@ class _Run:
         self.updated: dict[str, torch.Tensor | None] = {}
         if settings.method == "lora":
             torch.manual_seed(settings.seed)
-            self.updated = {name: self.masks.get(name) for name in _linear_layers(student)}
+            self.updated = {name: self.masks.get(name) for name in linear_layers(student)}
             for parameter in student.parameters():
                 parameter.requires_grad_(parameter.requires_grad and (parameter.dim() < 2 or id(parameter) in tables))
             add_updates(student, self.updated, settings.rank)
@@ -463,7 +466,7 @@ class _Run:
 
     def _unpacked(self, name: str, bits: torch.Tensor) -> torch.Tensor:
         """The mask of a layer, bool [d_out, d_in], or of another parameter, in its shape."""
-        parameter = self.student.get_parameter(_parameter_name(self.student, name))
+        parameter = self.student.get_parameter(parameter_name(self.student, name))
         keep = unpack_bits(bits, parameter.shape[-1]).view(parameter.shape)
         modules = dict(self.student.named_modules())
         return keep.T if name in modules and is_transposed(modules[name]) else keep
@@ -544,76 +547,6 @@ def _body_that_is_called(model: Any, ids: torch.Tensor) -> torch.nn.Module | Non
     return next((module for module, hidden in seen.items() if torch.allclose(hidden, wanted)), None)
 
 
-def load_pruned(source: Path, dtype: torch.dtype | str, trust_remote_code: bool = False) -> Any:
-    """A pruned model as an ordinary one with its zeros in place; packed layers have their masks recorded."""
-    model = _load(source, dtype, trust_remote_code)
-    repair_generation_config(model)  # or transformers would refuse to save it after the training
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    return model
-
-
-def _load(name: str | Path, dtype: torch.dtype | str, trust: bool) -> Any:
-    """A model with all its parts, of images, too."""
-    kind = auto_class(AutoConfig.from_pretrained(name, trust_remote_code=trust))
-    return kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust)
-
-
-def is_structural(source: Path) -> bool:
-    """Whether a folder's model has FFN channels removed: its config.json holds CFSP's importances."""
-    config = read_config(source)
-    return any(field in config for field in ("block_importance", "block_intermediate_sizes"))
-
-
-def _masks_of(model: Any, source: Path) -> dict[str, torch.Tensor]:
-    """By layer the packed masks; none for a model that is pruned by structure alone."""
-    try:
-        return find_masks(model)
-    except ValueError as error:
-        if is_structural(source):
-            return {}
-        raise ValueError(f"{source} is not pruned: {error}") from None
-
-
-def _refuse_quantized(source: Path) -> None:
-    if not (source / CONFIG).is_file():
-        raise ValueError(f"{source} is not a folder with a model: it has no {CONFIG}")
-    if objects_in(find_quantization(read_config(source))[1]).get("config_groups"):
-        raise ValueError(
-            f"{source} is quantized, which training would undo: recover the sparse model, then quantize it"
-        )
-
-
-def _refuse_sparse_config(config: Any, teacher: str | Path) -> None:
-    """Raise ValueError if a teacher's config says that it was pruned."""
-    content = config.to_dict()
-    if content.get(SPARSITY) or objects_in(find_quantization(content)[1]).get(SPARSITY):
-        raise ValueError(_no_teacher(teacher, f"its {CONFIG} has a {SPARSITY}"))
-
-
-def _refuse_sparse(dense: Any, teacher: str | Path) -> None:
-    """Raise ValueError if a teacher's linear layers are sparse."""
-    found = sparse_layer({name: dense.get_submodule(name) for name in _linear_layers(dense)})
-    if found is not None:
-        raise ValueError(_no_teacher(teacher, f"{found[1]:.0%} of {found[0]} are zeros"))
-
-
-def _refuse_not_finite(model: Any, name: str | Path) -> None:
-    found = _not_finite(model)
-    if found is not None:
-        raise ValueError(f"{name}: {found} holds NaN or infinity, so the checkpoint is damaged")
-
-
-def _not_finite(model: Any) -> str | None:
-    """The first parameter that holds NaN or infinity."""
-    return next((name for name, value in model.named_parameters() if not bool(value.isfinite().all())), None)
-
-
-def _no_teacher(teacher: str | Path, why: str) -> str:
-    return f"teacher={teacher} was pruned itself: {why}. Give the dense model that it was made from"
-
-
 def _is_bf16_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -621,26 +554,9 @@ def _is_bf16_fast(device: torch.device) -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def _linear_layers(model: Any) -> list[str]:
-    """The names of the linear layers in a model's blocks."""
-    return [
-        f"{block}.{name}"
-        for block, inside in find_blocks(model).items()
-        for name, module in inside.named_modules()
-        if is_linear(module)
-    ]
-
-
-def _parameter_name(model: Any, name: str) -> str:
-    """The parameter that a mask is of, whether its layer has an update of its own or not."""
-    names = (f"{name}.weight", f"{name}.parametrizations.weight.original", name)
-    parameters = dict(model.named_parameters())
-    return next(candidate for candidate in names if candidate in parameters)
-
-
 def _write(model: Any, source: Path, destination: Path, masks: dict[str, torch.Tensor]) -> None:
     for name, bits in masks.items():
-        parameter = model.get_parameter(_parameter_name(model, name))
+        parameter = model.get_parameter(parameter_name(model, name))
         pruned = ~unpack_bits(bits, parameter.shape[-1]).view(parameter.shape).to(parameter.device)
         if bool(parameter[pruned].any()):
             raise RuntimeError(f"{name} has pruned weights that are not zero after its training; nothing is written")
