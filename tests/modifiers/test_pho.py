@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from llmcompressor.modifiers.pruning import SparseGPTModifier
 from transformers import AutoModelForCausalLM
 
 from crepe_llm.functional.masks import keep_mask
@@ -497,6 +498,12 @@ def test_experts_that_were_never_routed_to_are_left_out(tiny_model_folder, calib
 def test_bad_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         PHOSearchModifier(**fields)
+
+
+def test_a_search_for_a_modifier_without_coefficients_is_refused(tiny_model_folder, calibration_data):
+    recipe = [PHOSearchModifier(mask_structure="2:4"), SparseGPTModifier(mask_structure="2:4", sparsity=0.5)]
+    with pytest.raises(ValueError, match="of which SparseGPTModifier has none: leave PHOSearchModifier out"):
+        run(load(tiny_model_folder("llama")), recipe, calibration_data)
 
 
 def test_bad_places_in_a_recipe_are_refused(tiny_model_folder, calibration_data, pair):

@@ -105,4 +105,4 @@ def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     assert cli.main(["serve", "folder"]) == 2
-    assert "crepe-llm[serve]" in capsys.readouterr().err
+    assert ".[serve]" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def require(command: str, *packages: str, extra: str = "compress") -> None:
     if missing:
         *others, last = (_DISTRIBUTIONS.get(name, name) for name in missing)
         names = f"{', '.join(others)} and {last}" if others else last
-        raise ImportError(f'crepe {command} needs {names}: pip install "crepe-llm[{extra}]"')
+        raise ImportError(f'crepe {command} needs {names}: pip install ".[{extra}]" in the checkout')
 
 
 def at_least(least: int) -> Callable[[str], int]:

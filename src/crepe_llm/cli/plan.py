@@ -11,7 +11,7 @@ from crepe_llm.cli.quiet import Progress
 _DOES = {
     "cuts": "cuts channels of FFNs",
     "searches": "searches for coefficients",
-    "allocates": "chooses each layer's sparsity",
+    "allocates": "chooses each block's sparsity",
     "permutes": "permutes channels",
     "prunes": "prunes",
     "re-prunes": "chooses masks again",
@@ -36,7 +36,7 @@ def recipe_in_words(modifiers: list[Any]) -> str:
         if role == "prunes" and structure not in (None, "0:0"):
             words.append(f"to {structure}")
         elif role in ("prunes", "cuts", "allocates") and isinstance(sparsity, float):
-            words.append(f"({sparsity:.0%} of the weights)")
+            words.append(f"({sparsity:.0%} of the {'channels' if role == 'cuts' else 'weights'})")
         said.append(" ".join(word for word in words if word))
     return ", ".join(said)
 
@@ -57,7 +57,7 @@ def size_in_words(count: float) -> str:
 
 
 def expected_seconds(modifiers: list[Any], shapes: list[tuple[int, int]], tokens: int, rate: float) -> float:
-    """About how long pruning takes, from the multiply-adds of a recipe; runs take between a third and three times that.
+    """About how long pruning takes, from the multiply-adds of a recipe; runs take perhaps half or twice that.
 
     The blocks are run twice in each pass through the calibration data. Where layers are refitted, four groups of layers
     of each block are calibrated in turn, beside the dense block, which makes ten runs, and each layer has the products

@@ -131,7 +131,7 @@ def _assigned(channels: torch.Tensor, members: torch.Tensor, slot: int, n: int) 
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError('channel permutation needs scipy: pip install "crepe-llm[compress]"') from error
+        raise ImportError('channel permutation needs scipy: pip install ".[compress]" in the checkout') from error
     others = members[:, torch.arange(members.shape[1], device=members.device) != slot]
     thresholds = channels[others].sort(dim=1).values[:, n - 1]
     distance = torch.cdist(thresholds, channels[members[:, slot]], p=1)

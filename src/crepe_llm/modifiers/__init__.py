@@ -6,7 +6,7 @@ Importing this package makes the modifiers known to llm-compressor's recipes by 
 try:
     from llmcompressor.modifiers import ModifierFactory
 except ImportError as error:
-    raise ImportError('crepe_llm.modifiers needs llm-compressor: pip install "crepe-llm[compress]"') from error
+    raise ImportError('crepe_llm.modifiers needs llm-compressor: pip install ".[compress]" in the checkout') from error
 
 from crepe_llm.modifiers.admm import ADMMModifier
 from crepe_llm.modifiers.allocation import SparsityAllocationModifier

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from loguru import logger
 from pydantic import (
     Field,
@@ -476,6 +477,12 @@ class PHOSearchModifier(LayerModifier):
             raise ValueError(
                 f"PHOSearchModifier searches for the coefficients of score: crepe, and the CRePEModifier after it has "
                 f"score: {found[0].score}, which has none: leave PHOSearchModifier out"
+            )
+        others = [type(m).__name__ for m in order.modifiers_after(self) if isinstance(m, SparsityModifierBase)]
+        if others and not found:
+            raise ValueError(
+                f"PHOSearchModifier searches for a CRePEModifier's coefficients, of which {others[0]} has none: leave "
+                "PHOSearchModifier out"
             )
         return found[0] if found else None
 

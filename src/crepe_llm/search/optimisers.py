@@ -46,7 +46,7 @@ def cma_es(space: SearchSpace, seed: int) -> Optimiser:
     try:
         import cma
     except ImportError as error:
-        raise ImportError('CMA-ES needs the package cma: pip install "crepe-llm[compress]"') from error
+        raise ImportError('CMA-ES needs the package cma: pip install ".[compress]" in the checkout') from error
     numpy_state = _NumpyState(seed)
     axes = _Axes(space)
     spread = torch.quasirandom.SobolEngine(space.axes, scramble=True, seed=seed)

@@ -109,7 +109,7 @@ def recover(
         ImportError: peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ImportError('crepe recover needs peft: pip install "crepe-llm[recover]"')
+        raise ImportError('crepe recover needs peft: pip install ".[recover]" in the checkout')
     settings = settings or RecoverySettings()
     source, destination, work = Path(source), Path(destination), Path(work)
     _refuse_compressed(source)

