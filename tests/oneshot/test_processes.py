@@ -70,6 +70,11 @@ def test_what_looks_at_one_share_is_refused(folders):
     assert "works in one process, and this job has 2" in message
 
 
+def test_what_smooths_shared_weights_in_each_process_is_refused(folders):
+    message = (folders[1] / "smoothquant.txt").read_text()
+    assert "SmoothQuantModifier works in one process, and this job has 2" in message and "share weights" in message
+
+
 def test_the_first_process_saves(folders):
     model = AutoModelForCausalLM.from_pretrained(folders[1] / "saved")
     for name, module in model.named_modules():

@@ -30,6 +30,8 @@ a_stage:
 REFUSED = {
     "sparsegpt": "a_stage:\n  pruning_modifiers:\n    SparseGPTModifier: {sparsity: 0.5, targets: [Linear]}\n"
     "    SparseCheckpointModifier: {}\n",
+    "smoothquant": "a_stage:\n  some_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.5}\n"
+    "    CRePEModifier: {mask_structure: '2:4'}\n",
 }
 
 

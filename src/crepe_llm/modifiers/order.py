@@ -71,7 +71,9 @@ class Place:
 
 
 # Of llm-compressor's own modifiers, those that add up over processes what they have seen of the calibration data.
-_ADD_UP = (QuantizationModifier, GPTQModifier, AWQModifier, SmoothQuantModifier)
+_ADD_UP = (QuantizationModifier, GPTQModifier)
+# Those of which each process writes weights that it has read, whoever else shares them.
+_WRITE_TWICE = (AWQModifier, SmoothQuantModifier)
 
 # Those that leave few zeros of what is pruned before them.
 _ROTATES = "it rotates the weights, which leaves no zero in place. Put it before the modifier that prunes"
@@ -198,6 +200,11 @@ def check_processes(modifiers: list[Modifier]) -> None:
         return
     for modifier in modifiers:
         name = type(modifier).__name__
+        if isinstance(modifier, _WRITE_TWICE):
+            raise ValueError(
+                f"{name} works in one process, and this job has {processes.count()}: processes of a machine share "
+                "weights, and each would smooth them once more. Apply it in one process, and prune what comes of it"
+            )
         if _place_of(modifier) is None and modifier.requires_calibration_data and not isinstance(modifier, _ADD_UP):
             known = ", ".join(kind.__name__ for kind in _ADD_UP)
             raise ValueError(
