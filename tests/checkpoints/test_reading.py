@@ -403,3 +403,10 @@ def test_fuzzed_index(packed, tmp_path, content, wrapped):
     shutil.copyfile(packed / SINGLE, tmp_path / "a.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": content} if wrapped else content))
     survives(tmp_path)
+
+
+def test_why_a_file_cannot_be_read_is_the_systems_word(tmp_path):
+    """safetensors calls each such file a missing one."""
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(FormatError, match=r"model\.safetensors: not a readable safetensors file: Is a directory$"):
+        read_files([tmp_path / "model.safetensors"])

@@ -152,7 +152,7 @@ def read_files(files: Iterable[str | Path]) -> Checkpoint:
         except FormatError:
             raise
         except Exception as error:
-            raise FormatError(f"{path}: not a readable safetensors file: {error}") from error
+            raise FormatError(f"{path}: not a readable safetensors file: {_why_unreadable(path, error)}") from error
     checkpoint = Checkpoint(paths, tensors, {})
     for name in tensors:
         layer, _, part = name.rpartition(".")
@@ -219,7 +219,16 @@ def tensor_names(file: Path) -> list[str]:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
     except Exception as error:
-        raise FormatError(f"{file}: not a readable safetensors file: {error}") from error
+        raise FormatError(f"{file}: not a readable safetensors file: {_why_unreadable(file, error)}") from error
+
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    """What safetensors says, which calls a file that may not be read a missing one."""
+    try:
+        file.open("rb").close()
+    except OSError as refused:
+        return str(refused.strerror)
+    return str(error)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

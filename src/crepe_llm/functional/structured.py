@@ -150,7 +150,10 @@ def kept_widths(ratios: Sequence[float], widths: Sequence[int], multiple: int) -
         raise ValueError(f"round_to={multiple} must be a positive number of channels, such as 128")
     for block, width in enumerate(widths):
         if width < multiple:
-            raise ValueError(f"round_to={multiple} is larger than the FFN of block {block}, which has {width} channels")
+            raise ValueError(
+                f"round_to={multiple} is larger than the FFN of block {block}, which has {width} channels: set a "
+                "smaller one, in a recipe of your own where a shipped one leaves it out"
+            )
     wanted = [ratio * width / multiple for ratio, width in zip(ratios, widths, strict=True)]
     counts = _apportion(wanted, [width // multiple for width in widths])
     for block, count in enumerate(counts):
