@@ -204,8 +204,9 @@ def distill(
         trust_remote_code: whether code that the models bring along runs, if they need that.
 
     Raises:
-        ValueError: source or teacher or text cannot be trained with; before anything is trained. Or no state was
-            better than the model given.
+        ValueError: source or teacher or text cannot be trained with, `work` holds other files, or `destination` any;
+            before anything is trained. Or no state was better than the model given.
+        BlockingIOError: another process uses `work`.
         DivergedError: a loss is no number, or the held-out loss has doubled; after the best state was written, if
             there is one that is better than the model given.
     """

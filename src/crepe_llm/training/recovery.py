@@ -105,7 +105,8 @@ def recover(
 
     Raises:
         ValueError: the checkpoint is sparse or quantized, or holds no importances, or `work` belongs to another
-            training.
+            training or holds other files, or `destination` holds any.
+        BlockingIOError: another process uses `work`.
         ImportError: peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
