@@ -79,7 +79,7 @@ def marked(folder: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         _locks(descriptor)
-        os.write(descriptor, json.dumps(asdict(Writer.this())).encode())
+        _sign(descriptor)
         yield
     finally:
         with suppress(OSError):
@@ -102,8 +102,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by {Writer.read(path) or 'another process'}: wait until that has ended, or write "
                 "to another place"
             )
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(asdict(Writer.this())).encode())
+        _sign(descriptor)
         yield
     finally:
         os.close(descriptor)
@@ -166,6 +165,12 @@ def _locks(descriptor: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _sign(descriptor: int) -> None:
+    """Write into a marker that this process is the writer, in the place of what is there."""
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps(asdict(Writer.this())).encode())
 
 
 def _start_of(pid: int) -> str | None:
