@@ -213,5 +213,5 @@ def test_sparse_quantized_and_foreign_checkpoints_are_refused(pruned, tmp_path):
 
 def test_without_peft_the_extra_is_named(pruned, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r'pip install "crepe-llm\[recover\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[recover\]" in the checkout'):
         run(pruned(), tmp_path)
