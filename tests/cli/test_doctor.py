@@ -1,6 +1,7 @@
 """`crepe doctor`: each thing that can be wrong, made wrong for real, is named with its cure."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -69,6 +70,18 @@ def test_settings_that_switch_things_off_are_named(tmp_path):
         assert found["kernels"]["CPU"].startswith("not used: CREPE_CPU_ISA=mmx: this machine runs ")
     if found["versions"]["vllm"] != "not installed":
         assert "VLLM_PLUGINS=another leaves it out" in found["registered"]["vLLM"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_vllm_that_cannot_be_imported_is_named(tmp_path):
+    """Installed, but without a part of it: as a build for another version of torch is."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("raise ImportError('libtorch_cuda.so: cannot open shared object file')")
+    found, _ = doctor(tmp_path, PYTHONPATH=str(tmp_path))
+    assert found["registered"]["vLLM"].startswith("no: vLLM ")
+    assert "did not load it: ImportError: libtorch_cuda.so: cannot open" in found["registered"]["vLLM"]
+    found, _ = doctor(tmp_path)
+    assert found["registered"]["vLLM"] == "yes"
 
 
 @pytest.mark.parametrize("content", [None, b"no library"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,16 @@ def test_the_teacher_may_write_the_text(dense, packed, tmp_path):
     command = ["recover", packed, "--teacher", dense, "--self-generated", 640, "--length", 32, "--output", output]
     assert main([*map(str, command), "--learning-rate", "5e-3", "--warmup", "0", "--method", "lora"]) == 0
     assert "Text: 640 tokens that the teacher wrote." in (output / "README.md").read_text()
+
+
+def test_what_cannot_be_had_is_said(dense, packed, text, tmp_path, capsys):
+    """More windows than the text has, and a learning rate that never gets to its value."""
+    more = ("--windows", 100000, "--warmup", 10, "--evaluations", 1)
+    assert main(arguments(packed, dense, text, tmp_path / "recovered", *more)) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"windows: +(\d+), all that the text holds; --windows asks for 100000\n", out)
+    assert found and 40 <= int(found[1]) < 100000
+    assert "; that ends within the warm-up of 10 steps, at 91% of the learning rate: train on more tokens" in out
 
 
 def test_nothing_may_be_held_out(dense, packed, text, tmp_path, capsys):

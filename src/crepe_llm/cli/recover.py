@@ -208,7 +208,7 @@ def _distill(options: argparse.Namespace, given: dict[str, Any], progress: Progr
         text, texts = _texts(options, given.get("tokens"))
         if text:
             progress.tell("text", text)
-        windows = None if texts is None else lambda tokenizer: _windows(options, tokenizer, texts)
+        windows = None if texts is None else lambda tokenizer: _windows(options, progress, tokenizer, texts)
         try:
             made = distill(
                 options.model,
@@ -277,7 +277,7 @@ def _recover(options: argparse.Namespace, given: dict[str, Any], progress: Progr
             options.model,
             folder,
             _work(options),
-            lambda tokenizer: _windows(options, tokenizer, texts or []),
+            lambda tokenizer: _windows(options, progress, tokenizer, texts or []),
             settings,
             trust_remote_code=options.trust_remote_code,
         )
@@ -294,11 +294,14 @@ def _texts(options: argparse.Namespace, tokens: int | None) -> tuple[str, list[s
     return chosen_texts(options, wanted, getattr(options, "seed", 0))
 
 
-def _windows(options: argparse.Namespace, tokenizer: Any, texts: list[str]) -> Any:
+def _windows(options: argparse.Namespace, progress: Progress, tokenizer: Any, texts: list[str]) -> Any:
     from crepe_llm import samples
 
     tokens = None if options.windows is None else options.windows * options.length
-    return samples.token_windows(tokenizer, texts, options.length, tokens=tokens)
+    windows = samples.token_windows(tokenizer, texts, options.length, tokens=tokens)
+    if options.windows is not None and len(windows) < options.windows:
+        progress.tell("windows", f"{len(windows)}, all that the text holds; --windows asks for {options.windows}")
+    return windows
 
 
 def _work(options: argparse.Namespace) -> Path:

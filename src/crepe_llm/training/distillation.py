@@ -463,6 +463,12 @@ class _Run:
             if plan.steps is not None
             else f"{plan.minutes:g} minutes, about {60 * (plan.minutes or 0) / step * tokens:,.0f} tokens"
         )
+        if plan.steps is not None and plan.steps <= plan.warmup:
+            highest = max(plan.rate(done, 0) for done in range(plan.steps))
+            budget += (
+                f"; that ends within the warm-up of {plan.warmup} steps, at {highest:.0%} of the learning rate: "
+                "train on more tokens, or lower warmup"
+            )
         print(f"training: {step:.1f} s for a step of {tokens:,} tokens; {budget}", flush=True)
 
     def _unpacked(self, name: str, bits: torch.Tensor) -> torch.Tensor:

@@ -72,10 +72,8 @@ def keep_predictions(
         device = teacher.model.get_input_embeddings().weight.device
         for index, window in enumerate(tqdm(windows, desc="teacher", unit=" windows")):
             parts.append(keep_top(teacher(window[None].to(device), torch.tensor([index])), k))
-        partial = path.with_name(f".{path.name}")
         tokens = torch.stack([part.tokens for part in parts])
-        save_file({"tokens": tokens, "log_p": torch.stack([part.log_p for part in parts])}, partial)
-        partial.replace(path)
+        _save({"tokens": tokens, "log_p": torch.stack([part.log_p for part in parts])}, path)
     kept = load_file(path)
 
     def predictions(ids: torch.Tensor, index: torch.Tensor) -> TopK:
@@ -92,7 +90,7 @@ def count_windows(tokens: int, length: int) -> int:
 
 @torch.no_grad()
 def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed: int, path: Path) -> torch.Tensor:
-    """Text that a teacher writes, at temperature 1, in a file that is made once.
+    """Text that a teacher writes, at temperature 1, in a file that is made once; an interrupted call's text is kept.
 
     Each window starts with the token that begins texts, or, where the tokenizer adds none, with a token drawn from the
     vocabulary. The end of a text is never drawn.
@@ -119,22 +117,34 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
         starts.fill_(tokenizer.bos_token_id)
     parts = []
     with tqdm(total=count, desc="sampling from the teacher", unit=" windows") as bar:
-        for start in starts.split(_GENERATED_AT_ONCE):
-            written = teacher.generate(
-                start.to(device),
-                attention_mask=torch.ones_like(start).to(device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-            )
-            parts.append(written.cpu().int())
+        for number, start in enumerate(starts.split(_GENERATED_AT_ONCE)):
+            part = path.with_name(f"{path.stem}-{number}{path.suffix}")
+            if not part.is_file():
+                torch.manual_seed((seed << 20) + number)  # whatever was written before an interruption
+                written = teacher.generate(
+                    start.to(device),
+                    attention_mask=torch.ones_like(start).to(device),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    repetition_penalty=1.0,
+                    min_new_tokens=length - 1,
+                    max_new_tokens=length - 1,
+                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+                )
+                _save({"windows": written.cpu().int()}, part)
+            parts.append(part)
             bar.update(len(start))
+    windows = torch.cat([load_file(part)["windows"] for part in parts])
+    _save({"windows": windows}, path)
+    for part in parts:
+        part.unlink()
+    return windows.long()
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a file that is complete or absent."""
     partial = path.with_name(f".{path.name}")
-    save_file({"windows": torch.cat(parts).contiguous()}, partial)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     partial.replace(path)
-    return torch.cat(parts).long()
