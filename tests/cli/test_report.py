@@ -7,10 +7,12 @@ import subprocess
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from crepe_llm.cli.main import main
+from crepe_llm.evaluation import page as page_module
 from sparse_models import prune_2of4
+from tiny_models import letters_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,41 @@ def test_prune_reports_when_asked_to(dense, text, tmp_path):
     html = (output / "report.html").read_text()
     assert "the calibration text itself" in html and f"<th>{dense.name}</th>" in html
     assert "![zeros of each linear layer" in (output / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def quantized(text, tmp_path_factory):
+    """A small model as wide as a group of INT4 weights, and what `crepe prune` made of it: folders and figures."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("quantized")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=96, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "dense")
+    letters_tokenizer(True).save_pretrained(folder / "dense")
+    command = ["prune", folder / "dense", "--recipe", "crepe_2of4_w4a16", "--text", text, "--samples", 4]
+    more = ["--length", 32, "--output", folder / "int4", "--report", "--json", folder / "figures.json"]
+    assert main([*map(str, command + more)]) == 0
+    return folder
+
+
+def test_int4_models_are_reported(quantized, text, tmp_path):
+    zeros = re.findall(r">([\d.]+) %</td>", (quantized / "int4" / "report.html").read_text())
+    assert len(zeros) == 7 and all(50 <= float(percent) < 70 for percent in zeros)  # some more are rounded to zero
+    assert json.loads((quantized / "figures.json").read_text())["layers_pruned"] == 7
+    command = report(quantized / "int4", text, "--dense", quantized / "dense", "--json", tmp_path / "figures.json")
+    assert main(command) == 0
+    errors = json.loads((tmp_path / "figures.json").read_text())["output_errors"]
+    assert len(errors) == 7 and min(errors.values()) > 0
+
+
+def test_a_report_that_fails_takes_nothing_from_the_result(dense, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(page_module, "plot_report", lambda *arguments: 1 // 0)
+    command = ["prune", dense, "--recipe", "magnitude_2of4", "--text", text, "--samples", 4, "--length", 32, "--report"]
+    figures = tmp_path / "figures.json"
+    assert main([*map(str, command), "--output", str(tmp_path / "out"), "--json", str(figures)]) == 2
+    printed, said = capsys.readouterr()
+    assert "50.00% of the weights of 14 linear layers are zero" in printed and "crepe: error: ZeroDivision" in said
+    assert json.loads(figures.read_text())["sparsity"] == 0.5
 
 
 def test_compare_tabulates_models(dense, pruned, text, tmp_path, capsys):

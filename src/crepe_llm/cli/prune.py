@@ -153,12 +153,16 @@ def run(options: argparse.Namespace) -> None:
         from crepe_llm import processes
 
         made, used = _made(options, path, progress)
-        if options.report and processes.is_first():
-            progress.phase("measuring")
-            test = own_test(options, (used.corpus, used.texts), "calibration", used.length)
-            make_report(options, options.output, options.model, test, options.output / PAGE)
-    if processes.is_first():
-        _report(options, made, time.perf_counter() - started, progress)
+        if processes.is_first():
+            progress.close()
+            _say(options, made, time.perf_counter() - started, progress)
+            if options.report:  # after all else: should it fail, what the run has made is known
+                progress.start(1, "measuring")
+                test = own_test(options, (used.corpus, used.texts), "calibration", used.length)
+                make_report(options, options.output, options.model, test, options.output / PAGE)
+                progress.advance()
+                progress.close()
+                progress.tell("report", str(options.output / PAGE))
 
 
 def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple["Pruning", _Calibration]:
@@ -394,7 +398,7 @@ def _plan_output(run: _Run, model: Any, dense: list[Any], blocks: int, folder: P
         )
 
 
-def _report(options: argparse.Namespace, made: "Pruning", seconds: float, progress: Progress) -> None:
+def _say(options: argparse.Namespace, made: "Pruning", seconds: float, progress: Progress) -> None:
     """Print what the run has made, and write it as JSON."""
     from crepe_llm.evaluation.model_card import removed_weights, total_zeros
 
@@ -402,16 +406,14 @@ def _report(options: argparse.Namespace, made: "Pruning", seconds: float, progre
     removed, zeros, before = removed_weights(dense, pruned), total_zeros(pruned), total_zeros(dense)
     changed = sum(old != new for old, new in zip(dense, pruned, strict=True))
     size = weight_bytes(options.output)
-    print(
-        f"{options.output}: "
-        + f"{removed:.2%} of the linear layers' weights are removed; " * bool(removed)
-        + f"{zeros:.2%} of the weights of {len(pruned)} linear layers are zero ({before:.2%} before)"
+    progress.tell(
+        str(options.output),
+        f"{removed:.2%} of the linear layers' weights are removed; " * bool(removed)
+        + f"{zeros:.2%} of the weights of {len(pruned)} linear layers are zero ({before:.2%} before)",
     )
     progress.tell("pruned", f"{changed} of {len(pruned)} linear layers")
     progress.tell("size", f"{size_in_words(size)} of safetensors")
     progress.tell("time", f"{seconds:.0f} s")
-    if options.report:
-        progress.tell("report", str(options.output / PAGE))
     if progress.log is not None:
         progress.tell("log", str(progress.log))
     figures = {"model": options.model, "recipe": options.recipe, "output": options.output, "log": progress.log}

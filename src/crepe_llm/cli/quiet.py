@@ -120,7 +120,7 @@ class Progress:
         """Print a row of the plan or of the result, even while standard output goes to the log."""
         self.told = True
         self._end_line()
-        print(f"{what + ':':<13}{value}", file=self._out, flush=True)
+        print(f"{what + ':':<12} {value}", file=self._out, flush=True)
 
     def say(self, message: str) -> None:
         """Show a line above the progress line, the same only once."""

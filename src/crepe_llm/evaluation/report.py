@@ -85,10 +85,11 @@ def measure(name: str, model: Any, tokenizer: Any, windows: torch.Tensor, corpus
     Raises:
         ValueError: as :func:`crepe_llm.evaluation.perplexity.perplexity`.
     """
+    result = perplexity(model, windows, corpus=corpus)  # first: a quantized model has its weights after a forward pass
     return Measured(
         name,
         linear_zeros(model),
-        perplexity(model, windows, corpus=corpus),
+        result,
         output_grams(model, windows[:1, :_GRAM_TOKENS]),
         [_complete(model, tokenizer, prompt) for prompt in PROMPTS],
         size,
