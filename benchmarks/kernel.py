@@ -11,10 +11,11 @@
     python benchmarks/kernel.py --dtype int4_g64     # W4A16 2:4 weights, a scale for 64 columns
     python benchmarks/kernel.py --device cuda        # the GPU's products, whose plans are measured first
 
-Ours and the dense products alternate call by call, each on its own copies of the weights, which rotate through more
-memory than the caches; the table has medians (--fastest: minima). "dense" is the fastest of torch's bf16 and fp32
-linears (oneDNN and MKL) and oneDNN's prepacked bf16 linear. Bytes per second count our packed weights once a call; the
-machine's read bandwidth is measured in the same run.
+Ours and the dense products alternate call by call, each on its own copies of the weights, of which there are fewer for
+fp32 and oneDNN's prepacked bf16: those of small shapes may stay in the caches, to dense's advantage. The table has
+medians (--fastest: minima). "dense" is the fastest of torch's bf16 and fp32 linears (oneDNN and MKL) and oneDNN's
+prepacked bf16 linear. Bytes per second count our packed weights once a call; the machine's read bandwidth is measured
+in the same run.
 
 The processors of the AVX2 generation are imitated by a run of its own (the variables act when libraries load):
 
@@ -89,9 +90,9 @@ def random_int4(n: int, k: int, form: Format) -> PackedWeight:
 
 
 def dense_weight(weight: torch.Tensor, dtype: str) -> DenseWeight:
-    """A dense weight as it is, or in int8 with a scale a row; "int8" has its activations quantized, as served."""
+    """A dense weight of a dtype of floats, or in int8 with a scale a row; "int8" quantizes activations, as served."""
     if dtype not in ("int8", "int8_weight_only"):
-        return kernels.pack_dense(as_served(weight))
+        return kernels.pack_dense(as_served(weight.to(DTYPES[dtype])))
     rows = as_served((weight * 30).clamp(-127, 127).to(torch.int8))
     return kernels.pack_dense(rows, torch.full((len(weight),), 0.03), "lanes" if dtype == "int8" else "exact")
 
@@ -216,8 +217,7 @@ def shape_rows(
         calls: dict[str, Callable[[int], object]] = dense_calls(count, dense, wide)
         if options.dense:
             wrapped = [dense_weight(w, options.dtype) for w in dense]
-            half = x.bfloat16()
-            calls["ours"] = lambda i, x=half, w=wrapped: cpu.multiply(x, w[i % len(w)], None)
+            calls["ours"] = lambda i, x=x, w=wrapped: cpu.multiply(x, w[i % len(w)], None)
         else:
             calls["ours"] = lambda i, x=x, w=copies: kernels.linear(x, w[i % len(w)])
         times = time_alternating(calls, options.seconds, min if options.fastest else statistics.median)
@@ -270,6 +270,13 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS / "kernel.jsonl", help="a row a line of the table")
     arguments = parser.parse_args()
+    unknown = set(arguments.dtype) & {*INT4, "fp8"} if arguments.dense else set()
+    if arguments.device == "cuda":
+        unknown |= set(arguments.dtype) & {*INT4, "int8_weight_only"}
+    if unknown:
+        parser.error(
+            f"{'--dense' if arguments.dense else '--device cuda'} does not go with {', '.join(sorted(unknown))}"
+        )
 
     torch.manual_seed(0)
     if arguments.threads:

@@ -1,5 +1,7 @@
 """The Triton kernels against fp64; test_kernels_triton.py runs this file, under Triton's interpreter without a GPU."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -111,6 +113,32 @@ def test_hostile_metadata_reads_nothing_outside():
     assert bool(torch.isfinite(y).all())
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    """As vLLM has it while weights are packed: a model's dtype is that of tensors made without one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_backend_that_does_not_compile_is_left_out(monkeypatch):
+    from triton.runtime.errors import PTXASError
+
+    def refused(*arguments, **options):
+        raise PTXASError("ptxas fatal")
+
+    monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: 1.0)
+    monkeypatch.setattr(plans, "TOKENS", (1,))
+    monkeypatch.setattr(triton_kernels, "decode", refused)
+    dense, values, metadata = weight(32, 64, torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="does not use triton for 32 x 64 bf16 weights on this GPU"):
+        plan = plans.measure(packed_weight(values, metadata), [TRITON])
+    assert TRITON not in {candidate.backend for candidate in plan.seconds[1]}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_kernels_gpu.py measures for real")
 @pytest.mark.parametrize("room", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
@@ -132,7 +160,7 @@ def test_packing_measures_and_linear_follows(dtype, room, tmp_path, monkeypatch)
     scale, inputs = (torch.rand(64), Inputs(dtype)) if dtype.itemsize == 1 else (None, None)
     libraries = [CUSPARSELT] if dtype == torch.float8_e4m3fn else [CUSPARSELT, CUTLASS]
     backends = (TRITON, *libraries)
-    with pytest.warns(RuntimeWarning, match="does not use") as caught:
+    with pytest.warns(RuntimeWarning, match="does not use") as caught, default_dtype(torch.bfloat16):
         packed = cuda.pack(split(dense.to(dtype)), scale, inputs, backends)
     assert sorted(str(warning.message).split()[4] for warning in caught) == libraries
     assert (packed.dense is not None) == room and packed.cusparselt is None and packed.cutlass is None

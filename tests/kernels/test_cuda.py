@@ -211,7 +211,11 @@ def test_plans_are_measured_once_and_remembered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1]", '{"a": 3}', '{"a": {"x": {}}}', '{"a": {"1": {"triton": 1}}}', '{"a": {}}']
+    "content",
+    [
+        *("", "[1]", '{"a": 3}', '{"a": {"x": {}}}', '{"a": {"1": {"triton": 1}}}', '{"a": {}}'),
+        '{"a": {"1": {"tritn/0": 1}}}',
+    ],
 )
 def test_a_damaged_cache_is_measured_again(tmp_path, content):
     path = tmp_path / "plans.json"

@@ -5,9 +5,11 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from crepe_llm import kernels
 from crepe_llm.kernels import cpu, dispatch, reference
@@ -216,3 +218,33 @@ def test_int8_does_not_hide_activations_that_are_no_numbers(inputs):
     y = kernels.linear(x, packed)
     assert bool(y[:3].isnan().all())
     assert torch.equal(y[3:], alone)
+
+
+def traced(function, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a size becomes a constant; torch.jit is deprecated
+        return torch.jit.trace(function, x, check_trace=False)
+
+
+@pytest.mark.parametrize("trace", [traced, lambda function, x: make_fx(function)(x)], ids=["jit.trace", "make_fx"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_records_calls_records_the_product(trace, mode, dense):
+    """A kernel that writes by address is not seen by torch, which would record memory that nothing wrote."""
+    weight = sparse(32, 64)
+    packed = kernels.pack_dense(weight) if dense else kernels.pack(weight)
+    with mode():
+        x, other = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+        recorded = trace(lambda x: kernels.linear(x, packed).relu(), x)
+        torch.testing.assert_close(recorded(other), torch.nn.functional.linear(other, weight).relu())
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_no_scales_dtype(default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        packed = kernels.pack(sparse(32, 64, torch.int8))
+    finally:
+        torch.set_default_dtype(before)
+    assert packed.scale is not None and packed.scale.dtype == torch.float32 and bool((packed.scale == 1).all())

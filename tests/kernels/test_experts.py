@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from crepe_llm import kernels
 from crepe_llm.kernels import cpu
@@ -219,3 +220,5 @@ def test_the_operator_is_traced():
         return mixture(x, IDS, SHARES, (EXPERTS, DOWN), "silu") * 2
 
     assert torch.equal(torch.compile(twice, backend="aot_eager", fullgraph=True)(X), twice(X))
+    with torch.no_grad():
+        assert torch.equal(make_fx(twice)(X)(-X), twice(-X))

@@ -98,6 +98,19 @@ def test_vllm_serves_it_from_one_copy(made, tmp_path):
     assert_same(ours, generate(tmp_path / "dense"))
 
 
+def test_a_tied_head_may_be_in_the_file_besides(tmp_path, tiny_model_folder):
+    _, folder = quantized(llama(), HEAD.replace("TARGETS", BOTH), tmp_path, tiny_model_folder("llama"))
+    expected = generate(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {
+        name.replace("model.embed_tokens", "lm_head"): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith("model.embed_tokens.")
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same(generate(folder), expected)
+
+
 def test_lora_over_a_tied_embedding_gives_the_tokens_of_lora_over_a_dense_one(tmp_path, tiny_model_folder):
     _, folder = quantized(llama(), HEAD.replace("TARGETS", BOTH), tmp_path, tiny_model_folder("llama"))
     load_pruned(folder, torch.float32).save_pretrained(tmp_path / "twin")
@@ -146,6 +159,18 @@ def probability(folder):
         return made.outputs.probs[0]
     finally:
         cleanup_dist_env_and_memory()
+
+
+def test_scales_are_not_rounded_to_the_models_dtype(tmp_path, tiny_model_folder):
+    """fp32 as the fp32 model's are: in bf16 each row, and so each logit of a token, would be off by one factor."""
+    _, folder = quantized(llama(), HEAD.replace("TARGETS", BOTH), tmp_path, tiny_model_folder("llama"))
+    scale = load_file(folder / "model.safetensors")["model.embed_tokens.weight_scale"]
+    assert scale.dtype == torch.float32 and not torch.equal(scale, scale.bfloat16().float())
+
+    def scales(model):
+        return model.model.embed_tokens.packed.scale.flatten().tolist()
+
+    assert generate(folder, dtype="bfloat16", inspect=scales)[1][: len(scale)] == scale.flatten().tolist()
 
 
 def test_activations_of_a_bf16_head_are_quantized_unless_the_variable_says_no(tmp_path, tiny_model_folder, monkeypatch):

@@ -175,6 +175,24 @@ def test_weight_of_another_size_is_refused_by_name(folder: Path, monkeypatch: py
         start(folder, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda scale: scale.flatten(), r"\[128\]"),
+        (lambda scale: scale.max(), r"\[1\]"),
+        (lambda scale: scale.expand(128, 2).contiguous(), r"\[128, 2\]"),
+    ],
+    ids=["one axis", "scalar", "groups"],
+)
+def test_scales_of_another_shape_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, found: str
+) -> None:
+    folder = write_random_model(llama(), tmp_path, sparse=True, quantization="int8")
+    rewrite(folder, weight_scale=change(load_file(folder / "model.safetensors")[f"{LAYER}.weight_scale"]))
+    with pytest.raises(ValueError, match=rf"o_proj\.weight_scale holds {found} as .* the model needs \[128, 1\]"):
+        start(folder, monkeypatch)
+
+
 def test_missing_layer_is_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(folder, compressed=None, bitmask=None, shape=None)
     with pytest.raises(ValueError, match=r"self_attn\.o_proj"):
@@ -439,6 +457,17 @@ def test_a_layer_that_vllm_does_not_quantize_gets_its_scaled_weight(
     wanted = {"gate.weight": weight, **others} if quantized else {"gate.weight": weight.float() * scale}
     assert got.keys() == {*wanted, "norm.weight"}
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
+def test_layers_of_other_pipeline_stages_are_left_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList([PPMissingLayer()])
+    stored = load_file(folder / "model.safetensors")
+    got = dict(read(folder).expand(model, stored.items()))
+    assert got.keys() == stored.keys() and not caplog.records
 
 
 @pytest.mark.parametrize(

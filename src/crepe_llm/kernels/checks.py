@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["ACTIVATIONS", "Experts", "Weight", "grouped", "part", "product"]
+__all__ = ["ACTIVATIONS", "Experts", "Weight", "grouped", "is_plain", "part", "product"]
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -31,6 +31,20 @@ class Experts(Weight, Protocol):
 
     @property
     def count(self) -> int: ...
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether a kernel may read x's memory at once.
+
+    torch's dispatcher, which costs as much as a small product, is needed by what records calls (torch.compile,
+    torch.jit.trace, make_fx, modes) and by tensors that are not plain.
+    """
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and type(x) is torch.Tensor
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def part(name: str, tensor: torch.Tensor | None, shape: Sequence[int], dtypes: Iterable[torch.dtype]) -> None:

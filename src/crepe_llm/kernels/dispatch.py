@@ -214,7 +214,8 @@ def _pack(kept: Kept, scale: torch.Tensor | None, inputs: str | float | None) ->
     scheme = _scheme(form, inputs)
     scale = fitted_scale(scale, kept)
     if scheme is not None:
-        scale = torch.ones(form.scale_shape(*kept.shape), device=device) if scale is None else scale
+        if scale is None:
+            scale = torch.ones(form.scale_shape(*kept.shape), dtype=torch.float32, device=device)
         scale = scale * (1.0 if scheme.scale is None else scheme.scale)
     if device.type != "cpu":
         if scheme is None and form.wider is not None:
@@ -300,8 +301,7 @@ def _operator(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) 
 
 
 def _direct(x: torch.Tensor) -> bool:
-    """torch's dispatcher costs as much as a small product; only tracing (and tensors that are not plain) needs it."""
-    return not torch.compiler.is_dynamo_compiling() and type(x) is torch.Tensor and x.is_cpu
+    return checks.is_plain(x) and x.is_cpu
 
 
 def _at_once(

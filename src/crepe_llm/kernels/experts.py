@@ -91,12 +91,12 @@ def mixture(
     ``x`` is [M, H] in bf16, fp16 or fp32, ``expert_ids`` (integers) and ``expert_weights`` (floats) are [M, S]: the
     experts of each token and how much of each goes into its output. ``layers`` are the packed weights of one format
     before and after the activation, of the dense shapes [2 N, H] (gate before up) and [H, N] an expert; ``activation``
-    is one of :data:`ACTIVATIONS`. ``y`` is [M, H] in x's dtype. What lies between the two products is rounded to x's
-    dtype once; the sum is fp32. A token's result does not depend on the tokens beside it.
+    is one of :data:`ACTIVATIONS`. ``y`` is [M, H] in x's dtype. The first product's result and what goes into the
+    second are rounded to x's dtype; the sum is fp32. A token's result does not depend on the tokens beside it.
 
     Raises ValueError when an id is not that of an expert or shapes do not fit, and as :func:`experts_linear`.
     """
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+    if not checks.is_plain(x):
         gate_up, down = layers
         weights = gate_up.data, gate_up.scale, down.data, down.scale
         sizes = down.count, *down.shape, down.format.name

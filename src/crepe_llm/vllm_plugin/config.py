@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import WeightsMapper, is_pp_missing_parameter
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -29,6 +29,7 @@ from crepe_llm.vllm_plugin.embeddings import (
     Int8EmbeddingMethod,
     hold_int8,
     int8_values,
+    is_tied,
 )
 from crepe_llm.vllm_plugin.experts import ExpertNames, Sparse24ExpertsMethod, let_loaders_find, why_dense
 from crepe_llm.vllm_plugin.int4 import PACK_QUANTIZED, Int4LinearMethod, Int4Scheme
@@ -315,17 +316,17 @@ class Sparse24Config(CompressedTensorsConfig):
         Plain weights of modules that are served sparse are packed. Where vLLM has built a module without its
         quantization, sparse or not, the weight is of the model's own dtype.
         """
-        dense = set() if self._plain else set(self._checkpoint_name.values()) - self._sparse
+        dense = set() if self._plain else self._here(model) - self._sparse
         self._warn_of_dense(dense)
         unscaled = {name for layer, name in self._scaled.items() if _has_no_scale(model, layer)}
-        unpacked = {
-            self._words[name]
-            for name in self._int8_embeddings(model)
-            if not hasattr(model.get_submodule(name), "weight_packed")
-        }
+        embeddings = {self._words[name]: model.get_submodule(name) for name in self._int8_embeddings(model)}
+        tied = {name for name, layer in embeddings.items() if is_tied(layer)}
+        unpacked = {name for name, layer in embeddings.items() if not hasattr(layer, "weight_packed")} - tied
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in pack_weights(take_apart(weights, self._whole), self._sparse if self._plain else ()):
             module, _, part = name.rpartition(".")
+            if module in tied:
+                continue
             if module in unpacked:
                 needed = set(INT8_PARTS)
             else:
@@ -342,6 +343,14 @@ class Sparse24Config(CompressedTensorsConfig):
         for module in sorted(unpacked & waiting.keys()):  # vLLM may make another layer of it, and check nothing
             missing = [part for part in INT8_PARTS if part not in waiting[module]]
             raise FormatError(f"damaged checkpoint: {module} has no {', '.join(missing)}; download or export it again")
+
+    def _here(self, model: torch.nn.Module) -> set[str]:
+        """The checkpoint's names of sparse modules, but those of other stages of a pipeline."""
+        return {
+            stored
+            for name, stored in self._checkpoint_name.items()
+            if not is_pp_missing_parameter(f"{name}.weight", model)
+        }
 
     def _serve_dense(self, layer: str, modules: list[str], reason: str) -> None:
         self._dense |= {self._checkpoint_name[module]: (layer, reason) for module in modules}

@@ -106,7 +106,7 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
             )
         words = on_huge_pages(torch.empty(rows, columns // _PER_WORD, dtype=torch.int32))
         packed = {"output_dim": 0, "input_dim": 1, "packed_dim": 1, "packed_factor": _PER_WORD}
-        scale = torch.empty(rows, 1, dtype=params_dtype)
+        scale = torch.empty(rows, 1, dtype=torch.float32)  # holds every scale exactly
         shape = torch.empty(2, dtype=torch.int64)
         load = functools.partial(self._checked, loader)
         layer.register_parameter(
@@ -193,17 +193,25 @@ class TiedMethod(QuantizeMethodBase):
         return self._embedding.quant_method.apply(self._embedding, x, bias)
 
 
+def is_tied(layer: Any) -> bool:
+    """Whether a head or an embedding has the INT8 weight of another."""
+    return isinstance(getattr(layer, "quant_method", None), TiedMethod)
+
+
 def hold_int8(model: torch.nn.Module, names: set[str]) -> None:
     """Give embeddings and heads of a model that vLLM has built, before weights are read, room for INT8 weights.
 
     Few models tell a quantization config the names of their embeddings, so that it cannot choose while they are built.
-    A head that shares an embedding's weight goes on sharing it.
+    A head that shares an embedding's weight goes on sharing it, also where the checkpoint holds tensors of both: vLLM
+    reads those of the embedding.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         holders.setdefault(id(module._parameters.get("weight")), []).append(name)
-    for name in names:
+    for name in sorted(names, key=lambda name: isinstance(model.get_submodule(name), ParallelLMHead)):
         layer: Any = model.get_submodule(name)
+        if is_tied(layer):
+            continue
         without_values = WithoutValues(layer.weight.shape, layer.weight.dtype, layer.weight.device)
         for other in holders[id(layer.weight)]:
             holder: Any = model.get_submodule(other)

@@ -142,7 +142,7 @@ class CheckedLinearMethod(LinearMethodBase):
                 chosen = ["qkv".index(shard) if isinstance(shard, str) else int(shard)]
             rows = sum(sizes[index] for index in chosen)
             part = self.parts[chosen[0]] if len(chosen) == 1 and chosen[0] < len(self.parts) else self.name
-            found = loaded.flatten().tolist() if kind.endswith("shape") else list(loaded.shape)
+            found = loaded.flatten().tolist() if kind.endswith("shape") else list(loaded.shape) or [1]
             wanted, dtypes = self.expected(kind, rows, layer.input_size)
             if found != wanted or loaded.dtype not in dtypes:
                 raise ValueError(
@@ -184,6 +184,8 @@ class Sparse24LinearMethod(CheckedLinearMethod):
             return [rows, columns // 2], FLOATS if self.scheme.format is None else (self.scheme.format.dtype,)
         if kind == "bitmask":
             return [rows, (columns + 7) // 8], (torch.uint8,)
+        if kind.endswith("_scale"):
+            return [rows, 1] if kind == "weight_scale" and self.scheme.per_channel else [1], FLOATS
         return [rows, columns], (torch.int64,)
 
     def create_weights(
@@ -223,13 +225,17 @@ class Sparse24LinearMethod(CheckedLinearMethod):
         a_part = torch.empty(len(output_partition_sizes), dtype=torch.float32)
         if self.scheme.per_channel:
             scale: BasevLLMParameter = ChannelQuantScaleParameter(
-                data=torch.empty(rows, 1, dtype=torch.float32), output_dim=0, weight_loader=loader
+                data=torch.empty(rows, 1, dtype=torch.float32),
+                output_dim=0,
+                weight_loader=self.checked(layer, "weight_scale", loader),
             )
         else:
-            scale = PerTensorScaleParameter(data=a_part, weight_loader=loader)
+            scale = PerTensorScaleParameter(data=a_part, weight_loader=self.checked(layer, "weight_scale", loader))
         layer.register_parameter("weight_scale", scale)
         if self.scheme.input == "static":
-            input_scale = PerTensorScaleParameter(data=torch.empty_like(a_part), weight_loader=loader)
+            input_scale = PerTensorScaleParameter(
+                data=torch.empty_like(a_part), weight_loader=self.checked(layer, "input_scale", loader)
+            )
             layer.register_parameter("input_scale", input_scale)
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
+from crepe_llm.checkpoints.int4 import word_shape
 from crepe_llm.checkpoints.reading import Checkpoint, read_strictly
 from crepe_llm.checkpoints.two_of_four import int4_2of4, plain_2of4
 
@@ -48,7 +49,7 @@ def word_shapes(checkpoint: Checkpoint, bits: Collection[int]) -> dict[str, list
             )
         if part != "weight_shape" or f"{layer}.weight_packed" not in checkpoint.tensors:
             continue
-        shapes[layer] = rows, columns = checkpoint.load(tensor).flatten().tolist()
+        shapes[layer] = rows, columns = word_shape(checkpoint, tensor)
         words = -(-columns // (32 // min(bits))) if len(set(bits)) == 1 else None
         for kind, width in (("weight_packed", words), ("weight_scale", None)):
             if f"{layer}.{kind}" not in checkpoint.tensors:

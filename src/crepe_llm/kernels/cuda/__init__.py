@@ -163,6 +163,13 @@ def _store() -> PlanStore:
 
 @functools.cache
 def _plan_key(device: torch.device, shape: tuple[int, int], form: Format) -> str:
+    import triton
+
+    from crepe_llm.kernels.cuda import triton_kernels
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     library = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
-    return f"{name}, torch {torch.__version__}, cuSPARSELt {library}: {shape[0]} x {shape[1]} {form.name}"
+    # A plan names tiles by their numbers.
+    tiles = " ".join("x".join(map(str, config)) for config in triton_kernels.CONFIGS)
+    versions = f"torch {torch.__version__}, Triton {triton.__version__} ({tiles}), cuSPARSELt {library}"
+    return f"{name}, {versions}: {shape[0]} x {shape[1]} {form.name}"

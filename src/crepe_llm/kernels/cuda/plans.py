@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from crepe_llm.kernels.cuda import products
-from crepe_llm.kernels.cuda.products import CUSPARSELT, DENSE, EXPAND, TRITON, Candidate
+from crepe_llm.kernels.cuda.products import CUSPARSELT, CUTLASS, DENSE, EXPAND, TRITON, Candidate
 from crepe_llm.kernels.cuda.weight import CudaWeight
 from crepe_llm.user_cache import user_cache
 
@@ -70,6 +71,7 @@ def measure(weight: CudaWeight, backends: Iterable[str]) -> Plan:
     A backend that fails, or whose result is not the dense product's, is left out with a warning. The level-2 cache is
     emptied before each call.
     """
+    from triton.errors import TritonError
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -79,7 +81,7 @@ def measure(weight: CudaWeight, backends: Iterable[str]) -> Plan:
         x = _random_inputs(tokens, weight)
         quantized = weight.format.inputs is not None
         out_dtype = torch.bfloat16 if quantized else weight.format.dtype
-        token_scale = torch.ones(tokens, device=x.device) if quantized else None
+        token_scale = torch.ones(tokens, dtype=torch.float32, device=x.device) if quantized else None
 
         run = functools.partial(
             products.product, x=x, weight=weight, token_scale=token_scale, bias=None, out_dtype=out_dtype
@@ -95,7 +97,7 @@ def measure(weight: CudaWeight, backends: Iterable[str]) -> Plan:
                     with contextlib.suppress(OutOfResources):  # this GPU has too little shared memory for the tile
                         _check(call(), expected)
                         seconds[tokens][candidate] = 1e-3 * do_bench(call, warmup=5, rep=20, return_mode="median")
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, TritonError, subprocess.CalledProcessError) as error:
                 refused.add(backend)
                 warn_refused(backend, weight, error)
     return Plan({t: {c: s for c, s in times.items() if c.backend not in refused} for t, times in seconds.items()})
@@ -179,7 +181,7 @@ def _candidates(backend: str, tokens: int, x: torch.Tensor, weight: CudaWeight) 
 
 def _random_inputs(tokens: int, weight: CudaWeight) -> torch.Tensor:
     device = (weight.values if weight.values is not None else weight.dense).device  # type: ignore[union-attr]
-    x = torch.randn(tokens, weight.shape[1], device=device)
+    x = torch.randn(tokens, weight.shape[1], dtype=torch.float32, device=device)
     dtype = weight.format.dtype
     return x.to(dtype) if dtype.is_floating_point else (30 * x).clamp(-127, 127).to(dtype)
 
@@ -202,9 +204,16 @@ def _to_json(plan: Plan) -> dict:
 def _from_json(content: dict) -> Plan | None:
     try:
         seconds = {
-            int(tokens): {Candidate(name.split("/")[0], int(name.split("/")[1])): float(s) for name, s in times.items()}
-            for tokens, times in content.items()
+            int(tokens): {_candidate(name): float(s) for name, s in times.items()} for tokens, times in content.items()
         }
     except (AttributeError, IndexError, TypeError, ValueError):
         return None
     return Plan(seconds) if seconds else None
+
+
+def _candidate(name: str) -> Candidate:
+    """Of a name in a file; raises ValueError if there is no such one."""
+    backend, setting = name.split("/")
+    if backend not in (TRITON, CUSPARSELT, CUTLASS, EXPAND, DENSE):
+        raise ValueError(f"{backend} is no backend")
+    return Candidate(backend, int(setting))

@@ -181,7 +181,7 @@ def _dense(
             raw = torch.nn.functional.linear(x.double(), dense.double())  # exact
     elif dense.dtype == torch.float8_e4m3fn:
         if x.is_cuda and n % 16 == 0 and k % 16 == 0 and (capability(x.device) or (0, 0)) >= (8, 9):
-            one = torch.ones((), device=x.device)
+            one = torch.ones((), dtype=torch.float32, device=x.device)
             raw = torch._scaled_mm(x, dense.t(), one, one, out_dtype=torch.float32)
         else:
             raw = torch.nn.functional.linear(x.float(), dense.float())
