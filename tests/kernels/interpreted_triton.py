@@ -133,7 +133,7 @@ def test_a_backend_that_does_not_compile_is_left_out(monkeypatch):
     monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: 1.0)
     monkeypatch.setattr(plans, "TOKENS", (1,))
     monkeypatch.setattr(triton_kernels, "decode", refused)
-    dense, values, metadata = weight(32, 64, torch.bfloat16)
+    _, values, metadata = weight(32, 64, torch.bfloat16)
     with pytest.warns(RuntimeWarning, match="does not use triton for 32 x 64 bf16 weights on this GPU"):
         plan = plans.measure(packed_weight(values, metadata), [TRITON])
     assert TRITON not in {candidate.backend for candidate in plan.seconds[1]}

@@ -51,8 +51,8 @@ def word_shape(checkpoint: Checkpoint, name: str) -> list[int]:
     shape = found.flatten().tolist()
     if found.is_floating_point() or len(shape) != 2 or min(shape) < 1:
         raise FormatError(
-            f"{checkpoint.tensors[name].file}: tensor {name} holds {shape} where rows and columns are needed; export the "
-            "model again"
+            f"{checkpoint.tensors[name].file}: tensor {name} holds {shape} where rows and columns are needed; export "
+            "the model again"
         )
     return shape
 
