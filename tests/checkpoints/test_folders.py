@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from crepe_llm.checkpoints import folders
 from crepe_llm.checkpoints.folders import check_space, new_folder
 from crepe_llm.checkpoints.leftovers import MARKER
 
@@ -138,6 +139,9 @@ MOUNTED = """
     except FileExistsError as error:
         assert str(out / "out-1") in str(error), error
     assert (out / "config.json").read_text() == "{}" and (out / "out-1/config.json").read_text() == "[]"
+    with new_folder(destination, replace=True) as folder:
+        (folder / "config.json").write_text("[1]")
+    assert sorted(os.listdir(out)) == ["config.json", "lost+found"] and (out / "config.json").read_text() == "[1]"
     try:
         with new_folder(out / "out-2") as folder:
             raise RuntimeError
@@ -209,6 +213,40 @@ def test_finished_work_is_kept_where_its_name_is_taken_meanwhile(tmp_path):
         (tmp_path / "file").write_text("")
     assert contents(tmp_path / "file-1") == WRITTEN
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "file-1", "out", "out-1"]
+
+
+def test_a_folder_is_replaced_when_the_new_one_is_complete(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out)
+    with pytest.raises(RuntimeError), new_folder(out, replace=True) as folder:
+        write(folder, ["config.json"])
+        raise RuntimeError
+    assert contents(out) == WRITTEN
+    with new_folder(out, replace=True) as folder:
+        write(folder, ["config.json", "notes.txt"])
+        assert contents(out) == WRITTEN
+    assert contents(out) == ["config.json", "notes.txt"] and list(tmp_path.iterdir()) == [out]
+
+
+def test_what_cannot_be_replaced_is_left_as_it_was(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out)
+    rename = os.rename
+
+    def fails(source, target):
+        if ".partial-" in str(source) and target == out:
+            raise PermissionError(errno.EPERM, "not this one")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    monkeypatch.setattr(folders, "_move_entries", fails)
+    failing = pytest.raises(OSError, match=r"not this one\); the finished folder is .*out-1$")
+    with failing, new_folder(out, replace=True) as folder:
+        write(folder, ["notes.txt"])
+    assert contents(out) == WRITTEN and contents(tmp_path / "out-1") == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-1"]
 
 
 WORK = """

@@ -4,10 +4,12 @@ import random
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from crepe_llm import samples
+from crepe_llm.cli.demo import _output
 from crepe_llm.cli.main import main
 from tiny_models import letters_tokenizer
 
@@ -26,9 +28,14 @@ def test_demo_prints_its_table_and_leaves_the_model(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(samples, "wikipedia", lambda: samples.Corpus("words", texts, [], texts[:1]))
     output = tmp_path / "output"
     output.mkdir()
-    (output / "recipe.yaml").write_text("of an earlier run, to be replaced")
+    (output / "README.md").write_text("# x, pruned\n\n0 layers were pruned. Made by\n\n    crepe demo --tokens 512\n")
+    (output / "config.json").write_text("of an earlier run, to be replaced")
+    (tmp_path / "link").symlink_to(output)
     capsys.readouterr()
-    assert main(["demo", "--tokens", "1024", "--output", str(output), "--json", str(tmp_path / "figures.json")]) == 0
+    assert (
+        main(["demo", "--tokens", "1024", "--output", str(tmp_path / "link"), "--json", str(tmp_path / "figures.json")])
+        == 0
+    )
     printed, said = capsys.readouterr()
     assert all("steps" in line for line in said.replace("\r", "\n").splitlines() if line), said
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -45,4 +52,22 @@ def test_demo_prints_its_table_and_leaves_the_model(tmp_path, monkeypatch, capsy
     model = AutoModelForCausalLM.from_pretrained(output)
     assert (model.model.layers[0].mlp.down_proj.weight.view(-1, 4).count_nonzero(dim=1) == 2).all()
     assert "CRePEModifier" in (output / "README.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "figures.json", "output"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "figures.json", "link", "output"]
+    with _output(output):  # of a demo, says the card that it wrote
+        pass
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("recipe.yaml", "CRePEModifier: {}"),
+        ("config.json", "{}"),
+        ("README.md", "Made by\n\n    crepe recover demo-output\n\nMade by\n\n    crepe demo\n"),
+    ],
+)
+def test_what_no_demo_made_is_refused_before_the_work(name, content, tmp_path, refusal, monkeypatch):
+    monkeypatch.setattr(samples, "smollm2", lambda: pytest.fail("the work began"))
+    (tmp_path / name).write_text(content)
+    (tmp_path / "model.safetensors").write_text("precious")
+    assert "holds what `crepe demo` has not made: name another folder" in refusal(["demo", "--output", tmp_path])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "model.safetensors"])

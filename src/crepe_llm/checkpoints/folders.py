@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -31,11 +31,12 @@ class NoRoomError(OSError):
 
 
 @contextmanager
-def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator[Path]:
+def new_folder(destination: Path, keep: bool = False, size: int = 0, replace: bool = False) -> Iterator[Path]:
     """Give a hidden folder that becomes `destination` when the block ends, and vanishes if it raises.
 
     A destination that exists may hold other files (a tokenizer, say), none of them of a name that is written. If it
     holds a model, FileExistsError is raised: at once, or, with `keep`, after the work was kept under another name.
+    With `replace`, all that it holds is removed instead, as soon as the new folder is there in its place.
     Links are followed. The hidden folder lies beside the destination, or inside where nothing can be moved from there
     (a mount point, a parent that is not writable); then the files are moved one by one, config.json last.
 
@@ -53,10 +54,10 @@ def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator
         remove_leftovers(folder, name)
     place = building_place(destination)
     final = destination
-    if not keep:
-        refuse_model(destination)
-    elif _holds_model(destination):
+    if keep and _holds_model(destination):
         final = _free_name(place, name)
+    elif not replace:
+        refuse_model(destination)
     check_space(place, size)
     with _signals_raise():
         partial = _hidden_folder(place, name)
@@ -69,7 +70,7 @@ def new_folder(destination: Path, keep: bool = False, size: int = 0) -> Iterator
             if _is_full(error) and not isinstance(error, NoRoomError):
                 raise OSError(errno.ENOSPC, f"the disk of {place} is full, {destination} was not written") from error
             raise
-        _publish_or_keep(partial, final)
+        _publish_or_keep(partial, final, replace)
     if final != destination and final.exists():
         raise FileExistsError(f"{destination} already holds a model and was left alone; the new one is in {final}")
 
@@ -184,13 +185,14 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _publish_or_keep(partial: Path, final: Path) -> None:
+def _publish_or_keep(partial: Path, final: Path, replace: bool) -> None:
     """Move a complete folder to its name. If that fails it stays, under a name that the error gives."""
     if not any(partial.iterdir()):
         partial.rmdir()
         return
     try:
-        _publish(partial, final)
+        with _emptied(final, partial) if replace and final.exists() else nullcontext():
+            _publish(partial, final)
     except BaseException as error:
         kept = partial
         with suppress(OSError):
@@ -202,6 +204,27 @@ def _publish_or_keep(partial: Path, final: Path) -> None:
             raise
         reason = f"{final} cannot be written ({error.strerror or error}); the finished folder is {kept}"
         raise OSError(error.errno or errno.EIO, reason) from error
+
+
+@contextmanager
+def _emptied(folder: Path, partial: Path) -> Iterator[None]:
+    """Have a folder hold nothing but unfinished work inside the block; the rest is then removed, or put back where the
+    block raises before that work has taken its place."""
+    aside = Path(tempfile.mkdtemp(prefix=partial_prefix(folder.name), dir=partial.parent))
+    moved: list[str] = []
+    try:
+        for path in sorted(folder.iterdir()):
+            if path not in (partial, aside) and path.name != "lost+found":
+                os.rename(path, aside / path.name)
+                moved.append(path.name)
+        yield
+    except BaseException:
+        if partial.exists():
+            for name in moved:
+                os.rename(aside / name, folder / name)
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _publish(partial: Path, final: Path) -> None:

@@ -6,8 +6,9 @@ each costs in perplexity. The CRePE-pruned model is left in a folder, and served
 
 import argparse
 import importlib.util
-import shutil
+import re
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,11 +93,12 @@ def run(options: argparse.Namespace) -> None:
     check_json(options)
     started = time.perf_counter()
     with quiet("demo", options.verbose) as progress:
-        data = _data(options)
         served = importlib.util.find_spec("vllm") is not None
-        _plan(progress, data, options)
-        progress.start(2 * len(_METHODS) + 2 * served, "demo")
-        rows = [_measured(name, data, options, progress) for name in _METHODS]
+        with _output(options.output) as folder:
+            data = _data(options)
+            _plan(progress, data, options)
+            progress.start(2 * len(_METHODS) + 2 * served, "demo")
+            rows = [_measured(name, data, options, folder, progress) for name in _METHODS]
         served_rows = _served({"dense": data.source, "2:4 sparse": options.output}, progress) if served else []
     _print(rows, served_rows)
     print(f"\nThe CRePE model is in {options.output}; all of this took {time.perf_counter() - started:.0f} s.")
@@ -104,6 +106,30 @@ def run(options: argparse.Namespace) -> None:
         progress.tell("log", str(progress.log))
     figures = {"methods": [vars(row) for row in rows], "served": served_rows, "output": options.output}
     write_json(options, figures | {"log": progress.log})
+
+
+def _output(output: Path) -> AbstractContextManager[Path]:
+    """A hidden folder that takes the place of what an earlier demo left, if the block succeeds, and else vanishes.
+
+    Raises:
+        FileExistsError: the output folder holds something else.
+    """
+    from crepe_llm.checkpoints.folders import is_empty, new_folder, resolved
+
+    folder = resolved(output)
+    if folder.is_dir() and not is_empty(folder) and not _is_of_demo(folder):
+        raise FileExistsError(
+            f"--output {output} holds what `crepe demo` has not made: name another folder, or remove it first"
+        )
+    return new_folder(folder, replace=True)
+
+
+def _is_of_demo(folder: Path) -> bool:
+    """Whether a folder's model card says that `crepe demo` made it."""
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    first = re.search(r"Made by\n\n    (.*)", text)  # what came before it, such as of a recovery, follows further down
+    return first is not None and first[1].split()[:2] == ["crepe", "demo"]
 
 
 def _data(options: argparse.Namespace) -> _Data:
@@ -133,12 +159,12 @@ def _plan(progress: Progress, data: _Data, options: argparse.Namespace) -> None:
     progress.tell("output", str(options.output))
 
 
-def _measured(name: str, data: _Data, options: argparse.Namespace, progress: Progress) -> _Row:
-    """Prune a fresh copy of the model by a method and measure it; CRePE's is saved."""
+def _measured(name: str, data: _Data, options: argparse.Namespace, folder: Path, progress: Progress) -> _Row:
+    """Prune a fresh copy of the model by a method and measure it; CRePE's is saved into a folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from crepe_llm.evaluation.model_card import linear_zeros, total_zeros
+    from crepe_llm.evaluation.model_card import linear_zeros, model_card, total_zeros
     from crepe_llm.evaluation.perplexity import perplexity
 
     progress.phase(f"{name}: loading" if name == "dense" else f"{name}: pruning")
@@ -154,7 +180,10 @@ def _measured(name: str, data: _Data, options: argparse.Namespace, progress: Pro
     # Pruning may leave the model split over devices; the measurement wants it whole.
     result = perplexity(model.to("cuda" if torch.cuda.is_available() else "cpu"), data.test, corpus=data.corpus.name)
     if name == "CRePE":
-        _replace(model, data.tokenizer, _made(model, (dense, zeros), data.corpus.name, options), options.output)
+        made = _made(model, (dense, zeros), data.corpus.name, options)
+        model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(model_card(made), encoding="utf-8")
     progress.advance()
     return _Row(name, result.perplexity, total_zeros(zeros), seconds)
 
@@ -187,19 +216,6 @@ def _made(
         dtype=str(model.dtype).removeprefix("torch."),
         command=options.command_line,
     )
-
-
-def _replace(model: Any, tokenizer: Any, made: "Pruning", output: Path) -> None:
-    """Save the model, in place of what an earlier run of the demo left."""
-    from crepe_llm.checkpoints.folders import new_folder
-    from crepe_llm.evaluation.model_card import model_card
-
-    if (output / "recipe.yaml").is_file():
-        shutil.rmtree(output)
-    with new_folder(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / CARD).write_text(model_card(made))
 
 
 def _served(models: dict[str, Path], progress: Progress) -> list[dict[str, Any]]:
