@@ -225,6 +225,28 @@ class _Loop(Trainer):
     ) -> Any:
         return self.loss(model, inputs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint's weights under the names that they have in the model.
+
+        Those of the hub, which transformers writes by default and which differ for experts, images and some heads, are
+        not found when a checkpoint is loaded.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises ValueError if a checkpoint lacks a parameter that trains: it would start anew beside the others."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        found = {id(parameter) for name, parameter in parameters.items() if name not in load_result.missing_keys}
+        trained = (name for name, parameter in parameters.items() if parameter.requires_grad)
+        lost = next((name for name in trained if id(parameters[name]) not in found), None)
+        if lost is not None:
+            checkpoint = last_checkpoint(self.work)
+            raise ValueError(
+                f"{checkpoint} of an interrupted recovery has no weights for {lost}, which trains: remove "
+                f"{checkpoint}, and repeat the command"
+            )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.stream)
 
