@@ -34,6 +34,7 @@ from crepe_llm.cli.plan import (
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.report import PAGE, add_report, check_report, make_report, own_test
 from crepe_llm.cli.results import add_json, check_json, write_json
+from crepe_llm.model_files import CARD
 from crepe_llm.recipe_files import recipe_path
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple[
             _Run(options, source, recipe, used, progress, kept, _memory(options, source, recipe)), path, folder
         )
         if processes.is_first():
-            (folder / "README.md").write_text(model_card(made))
+            (folder / CARD).write_text(model_card(made), encoding="utf-8")
     if kept is not None and processes.is_first():
         kept.remove()
     return made, used

@@ -28,11 +28,11 @@ def add(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     check_json(options)
     if options.name is not None:
-        text = recipe_path(options.name).read_text()
+        text = recipe_path(options.name).read_text(encoding="utf-8")
         print(text, end="")
         write_json(options, {"name": options.name, "recipe": text})
         return
-    shipped = {name: path.read_text().partition("\n")[0] for name, path in shipped_recipes().items()}
+    shipped = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in shipped_recipes().items()}
     shipped = {name: first.removeprefix("#").strip() for name, first in shipped.items()}
     width = max(map(len, shipped))
     for name, first in shipped.items():

@@ -290,7 +290,7 @@ def _shipped(structure: str | None) -> dict[str, float] | None:
     name = "crepe_unstructured_50" if structure is None else f"crepe_{structure.replace(':', 'of')}"
     if name not in shipped_recipes():
         return None
-    (stage,) = yaml.safe_load(shipped_recipes()[name].read_text()).values()
+    (stage,) = yaml.safe_load(shipped_recipes()[name].read_text(encoding="utf-8")).values()
     fields = stage["pruning_modifiers"]["CRePEModifier"]
     names = ("row", "column", "neighbourhood", "kernel_size", "activation_exponent")
     return {name: fields[name] for name in names}
