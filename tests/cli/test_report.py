@@ -1,5 +1,6 @@
 """`crepe report` and `crepe compare`: figures against naive counts, and the page in a real browser."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -7,10 +8,12 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from crepe_llm.cli.main import main
 from crepe_llm.evaluation import page as page_module
+from crepe_llm.evaluation import throughput
 from sparse_models import prune_2of4
 from tiny_models import letters_tokenizer
 
@@ -183,3 +186,36 @@ def test_compare_measures_all_models_in_the_same_windows(dense, text, tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     first, second = (line.split()[1] for line in lines[1:3])
     assert first == second and "windows of 24" in lines[3] and "perplexity on" in lines[3]
+
+
+def fails(*arguments, **options):
+    raise RuntimeError("x: y was not served:\nTraceback\nValueError: max_model_len is too large\n")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_compare_keeps_its_table_where_vllm_fails(dense, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "run", fails)
+    command = [*map(str, ["compare", dense, "--text", text, "--window", 32, "--tokens", 128])]
+    assert main([*command, "--json", str(tmp_path / "table.json")]) == 0
+    printed, said = capsys.readouterr()
+    assert str(dense) in printed.splitlines()[1] and "tokens/s" not in printed
+    assert f"no speed of {dense}: vLLM has not served it (ValueError: max_model_len is too large)" in said
+    (row,) = json.loads((tmp_path / "table.json").read_text())["models"]
+    assert row["perplexity"] > 0 and row["tokens_per_s"] is None
+    assert main([*command, "--speed"]) == 2  # which asks for it
+
+
+def test_sizes_are_those_of_the_files_that_are_read(dense, text, tmp_path):
+    twice, old = tmp_path / "twice", tmp_path / "old"
+    for folder in (twice, old):
+        shutil.copytree(dense, folder)
+    shutil.copy(dense / "model.safetensors", twice / "consolidated.safetensors")
+    torch.save(load_file(dense / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    command = ["compare", twice, old, "--text", text, "--window", 32, "--tokens", 64, "--no-speed"]
+    assert main([*map(str, command), "--json", str(tmp_path / "table.json")]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["models"]
+    assert [row["bytes"] for row in rows] == [(dense / "model.safetensors").stat().st_size, None]
+    assert main(report(old, text)) == 0
+    page = (old / "report.html").read_text()
+    assert " MB</td>" not in page and '<td class="number"></td>' in page

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from crepe_llm.checkpoints.reading import SINGLE
 from crepe_llm.evaluation.random_models import write_random_model
 from crepe_llm.evaluation.throughput import Case, Engine, median, run, weight_bytes
 
@@ -54,6 +56,27 @@ def test_weight_bytes_follow_the_served_dtype(tmp_path: Path) -> None:
     assert weight_bytes(dense, "bfloat16") == 2 * (linear + rest)
     assert weight_bytes(dense, "float32") == 4 * (linear + rest)
     assert weight_bytes(sparse, "float16") == linear + linear // 8 + 2 * rest + 7 * 16
+
+
+def test_bytes_of_tensors_that_are_no_floats_of_16_or_32_bits(tmp_path: Path) -> None:
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)  # as old checkpoints of GPTs have
+    save_file({"a": torch.zeros(10, dtype=torch.float64), "b": mask, "c": torch.zeros(3).long()}, tmp_path / SINGLE)
+    assert weight_bytes(str(tmp_path), "bfloat16") == 2 * 10 + 16 + 3 * 8
+    assert weight_bytes(str(tmp_path), "float32") == 4 * 10 + 16 + 3 * 8
+
+
+@pytest.mark.vllm
+def test_a_model_in_no_folder_of_safetensors_is_served(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    folder = write_random_model(config, tmp_path / "bin", sparse=False)
+    torch.save(load_file(folder / SINGLE), folder / "pytorch_model.bin")
+    (folder / SINGLE).unlink()
+    found = run(Engine("bin", str(folder), "bfloat16"), [Case(4, 1)], tokens=2, repeats=1)
+    assert found["weight_bytes"] is None and median([found, found])["cases"] == found["cases"]
 
 
 def test_median_is_taken_of_each_figure() -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "check_plain",
     "check_unquantized",
     "find_quantization",
+    "has_weights",
     "holds_packed",
     "objects_in",
     "read_config",
@@ -100,6 +101,11 @@ class Checkpoint:
                 layer.format.validate(self.load(tensor), layer.shape)
             except FormatError as error:
                 raise FormatError(f"{self.tensors[tensor].file}: tensor {tensor}: {error}") from None
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Whether there is such a folder, with safetensors in it that :func:`read_folder` reads."""
+    return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX))
 
 
 def read_folder(folder: str | Path) -> Checkpoint:

@@ -2,15 +2,18 @@
 
 import argparse
 import importlib.util
-from pathlib import Path
+import logging
 from typing import Any
 
 from crepe_llm.cli.common import HelpFormatter, require
 from crepe_llm.cli.evaluate import add_test_text, texts_of
-from crepe_llm.cli.models import MODEL_HELP, Model, add_loading, open_model, weight_bytes, window_length
+from crepe_llm.cli.models import MODEL_HELP, Model, add_loading, known_bytes, open_model, window_length
 from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
 
+_logger = logging.getLogger(__name__)
+
+_SPEED = ("tokens_per_s", "first_token_s")
 _COLUMNS = (
     ("perplexity", "perplexity", "{:.2f}", 1),
     ("sparsity", "zeros", "{:.2%}", 1),
@@ -85,21 +88,28 @@ def _measured(
     windows = samples.token_windows(source.tokenizer, text[1], length, tokens=options.tokens)
     model = source.load(on_device=True)
     result = perplexity(model, windows, corpus=text[0])
-    folder = Path(source.name)
     counted = f"{result.tokens} tokens predicted in {result.windows} windows of {result.window}"
     row = {
         "model": source.options.model,
         "perplexity": result.perplexity,
         "conditions": f"{counted}, {result.dtype}",
         "sparsity": total_zeros(linear_zeros(model)),
-        "bytes": weight_bytes(folder) if folder.is_dir() else None,
+        "bytes": known_bytes(source.name),
     }
     del model
-    return row | (_speed(str(folder)) if served else {"tokens_per_s": None, "first_token_s": None})
+    return row | (_speed(source, options.speed) if served else dict.fromkeys(_SPEED))
 
 
-def _speed(model: str) -> dict[str, float]:
+def _speed(source: Model, asked: bool | None) -> dict[str, float | None]:
+    """The figures of a model in vLLM; none, with a line, where it is not served and nobody has asked for them."""
     from crepe_llm.evaluation.throughput import Case, Engine, run
 
-    case = run(Engine(model, model, "bfloat16"), [Case(32, 1)])["cases"][0]
-    return {name: case[name] for name in ("tokens_per_s", "first_token_s")}
+    try:
+        case = run(Engine(source.name, source.name, "bfloat16"), [Case(32, 1)])["cases"][0]
+    except RuntimeError as error:
+        if asked:
+            raise
+        last = str(error).strip().splitlines()[-1]
+        _logger.warning("no speed of %s: vLLM has not served it (%s)", source.options.model, last)
+        return dict.fromkeys(_SPEED)
+    return {name: case[name] for name in _SPEED}

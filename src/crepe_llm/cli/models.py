@@ -149,8 +149,17 @@ def copy_processor(name: str, folder: Path) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """The bytes of a folder's safetensors files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """The bytes of the safetensors files that a folder's model is read from."""
+    from crepe_llm.checkpoints import read_folder
+
+    return sum(path.stat().st_size for path in read_folder(folder).files)
+
+
+def known_bytes(name: str) -> int | None:
+    """As `weight_bytes` of a model that lies in a folder, as safetensors; None of any other."""
+    from crepe_llm.checkpoints.reading import has_weights
+
+    return weight_bytes(Path(name)) if has_weights(name) else None
 
 
 def window_length(asked: int | None, config: Any) -> int:

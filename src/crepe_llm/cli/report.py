@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from crepe_llm.cli.common import HelpFormatter, check_new_file, require
 from crepe_llm.cli.evaluate import add_test_text, texts_of
-from crepe_llm.cli.models import Model, add_loading, open_model, weight_bytes
+from crepe_llm.cli.models import Model, add_loading, known_bytes, open_model
 from crepe_llm.cli.models import window_length as window_of
 from crepe_llm.cli.quiet import quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
@@ -142,5 +142,6 @@ def _measured(source: Model, test: Test) -> "Measured":
     length = window_of(test.window, source.config)
     windows = samples.token_windows(source.tokenizer, test.texts, length, tokens=test.tokens)
     folder = Path(source.name)
-    shown, size = (folder.resolve().name, weight_bytes(folder)) if folder.is_dir() else (source.name, None)
-    return measure(shown, source.load(on_device=True), source.tokenizer, windows, test.corpus, size)
+    shown = folder.resolve().name if folder.is_dir() else source.name
+    model = source.load(on_device=True)
+    return measure(shown, model, source.tokenizer, windows, test.corpus, known_bytes(source.name))

@@ -34,7 +34,7 @@ class Measured:
         perplexity: with its conditions.
         grams: by layer the inner products of its outputs for the first tokens of the text, [tokens, tokens].
         completions: what it says after each of `PROMPTS`, greedily.
-        bytes: of its weights' files; None where they lie in no folder.
+        bytes: of its weights' files; None where they are no safetensors in a folder.
     """
 
     name: str

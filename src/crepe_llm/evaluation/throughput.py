@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from crepe_llm.checkpoints import read_folder
-from crepe_llm.checkpoints.reading import StoredTensor
+from crepe_llm.checkpoints.reading import StoredTensor, has_weights
 
 ENVIRONMENT = {
     # The engine in the measuring process: its steps can be timed one by one, and no second process holds memory.
@@ -30,7 +30,7 @@ ENVIRONMENT = {
 """The environment in which engines are measured."""
 
 _KV_CACHE_BYTES = 512 << 20
-_BYTES = {"I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}
+_FLOATS = ("BF16", "F16", "F32", "F64")  # which are held in the served dtype; codes of 8 bits stay what they are
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def complete(model: str, dtype: Any, prompt: str, *, tokens: int = 48) -> dict[s
 
 def run(engine: Engine, cases: Sequence[Case], *, tokens: int = 32, repeats: int = 3) -> dict[str, Any]:
     """Starts an engine in a process of its own and returns what :func:`measure` says of it, with ``weight_bytes``
-    (:func:`weight_bytes`).
+    (:func:`weight_bytes`; None of a model that lies in no folder of safetensors).
 
     Raises:
         RuntimeError: the engine failed; the message ends with what it printed last.
@@ -267,8 +267,8 @@ def weight_bytes(model: str, dtype: str) -> int:
 
 def held_bytes(tensors: Iterable[StoredTensor], dtype: str) -> int:
     """How many bytes tensors of a checkpoint take when the floating-point ones are held in ``dtype``."""
-    held = {**_BYTES, **dict.fromkeys(("BF16", "F16", "F32"), {"float32": 4}.get(dtype, 2))}
-    return sum(math.prod(tensor.shape) * held[tensor.dtype] for tensor in tensors)
+    width = {"float32": 4}.get(dtype, 2)
+    return sum(math.prod(each.shape) * width if each.dtype in _FLOATS else each.size for each in tensors)
 
 
 def _in_process(engine: Engine, function: str, **options: Any) -> dict[str, Any]:
@@ -278,7 +278,8 @@ def _in_process(engine: Engine, function: str, **options: Any) -> dict[str, Any]
     if done.returncode:
         raise RuntimeError(f"{engine.name}: {engine.model} was not served:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**result, "weight_bytes": weight_bytes(engine.model, engine.dtype)}
+    known = weight_bytes(engine.model, engine.dtype) if has_weights(engine.model) else None
+    return {**result, "weight_bytes": known}
 
 
 def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -286,7 +287,11 @@ def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = runs[0]
     figures = ("load_s", "anonymous_bytes", "model_s", "packing_s", "model_bytes", "peak_bytes", "weight_bytes")
     return {
-        **{figure: statistics.median(run[figure] for run in runs) for figure in figures if figure in first},
+        **{
+            figure: statistics.median(run[figure] for run in runs)
+            for figure in figures
+            if first.get(figure) is not None
+        },
         "cases": [
             {
                 **case,
