@@ -1,5 +1,6 @@
 """`crepe recover --teacher`: the folder, its card and plot, and which options go together."""
 
+import errno
 import json
 import os
 import re
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from crepe_llm.checkpoints import folders
 from crepe_llm.checkpoints.converting import pack_folder
 from crepe_llm.checkpoints.reading import read_folder
 from crepe_llm.cli.main import main
 from crepe_llm.cli.quiet import quiet
+from crepe_llm.evaluation import model_card
 from sparse_models import prune_2of4
 
 
@@ -138,6 +141,44 @@ def test_a_divergence_leaves_the_best_state_or_nothing(dense, packed, text, tmp_
     error = refusal(arguments(packed, dense, text, output, "--learning-rate", 90, "--warmup", 0))
     assert "diverges at a learning rate of 90" in error and "none is written" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_card_that_is_not_utf8_is_quoted_all_the_same(dense, packed, text, tmp_path):
+    source, output = shutil.copytree(packed, tmp_path / "sparse"), tmp_path / "recovered"
+    (source / "README.md").write_bytes("# modèle élagué".encode("latin-1"))
+    assert main(arguments(source, dense, text, output)) == 0
+    assert "# mod\ufffdle \ufffdlagu\ufffd" in (output / "README.md").read_text(encoding="utf-8")
+    assert sorted(tmp_path.iterdir()) == [output, source]
+
+
+def failing_once(monkeypatch, module, name):
+    """Make a function fail when it is called first."""
+    function, calls = getattr(module, name), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "the disk hiccups")
+        return function(*args)
+
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.mark.parametrize(("module", "name"), [(model_card, "write_recovery_card"), (folders, "_flush_all")])
+def test_what_fails_after_the_training_loses_nothing(module, name, dense, packed, text, tmp_path, capsys, monkeypatch):
+    failing_once(monkeypatch, module, name)
+    step, steps = Trainer.training_step, []
+    monkeypatch.setattr(Trainer, "training_step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
+    output = tmp_path / "recovered"
+    command = arguments(packed, dense, text, output)
+    assert main(command) == 2
+    work = tmp_path / ".recovered-recovery"
+    said = capsys.readouterr().err
+    assert "the disk hiccups" in said and f"{work} keeps what was trained: the same command goes on from there" in said
+    assert list(tmp_path.iterdir()) == [work]
+    assert main(command) == 0
+    assert list(tmp_path.iterdir()) == [output] and (output / "README.md").is_file()
+    assert len(steps) < 15  # not 20, from the start again
 
 
 def test_code_of_a_model_runs_if_it_is_trusted(dense, packed, text, tmp_path, refusal):

@@ -1,5 +1,6 @@
 """Recovery fine-tuning: what is trained, that it helps, resumes and merges; and what is refused."""
 
+import errno
 import json
 import math
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Trainer
 
+from crepe_llm.checkpoints import folders
 from crepe_llm.cli.main import main
 from crepe_llm.functional.structured import recovery_ranks
 from crepe_llm.models import per_block
@@ -185,6 +187,29 @@ def test_the_command_writes_a_model_or_nothing(pruned, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--output", str(tmp_path / "other"), "--rank", "0"])
     assert "argument --rank: 0 is not a whole number from 1 on" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_after_its_training_goes_on(pruned, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "fox.txt"
+    text.write_text(TEXT)
+    command = ["recover", str(pruned()), "--text", str(text), "--length", "32", "--windows", "20", "--batch", "2"]
+    command += ["--output", str(tmp_path / "made")]
+    flush, calls = folders._flush_all, []
+
+    def failing(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "the disk hiccups")
+        flush(folder)
+
+    monkeypatch.setattr(folders, "_flush_all", failing)
+    step, steps = Trainer.training_step, []
+    monkeypatch.setattr(Trainer, "training_step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
+    assert main(command) == 2
+    assert f"{tmp_path / '.made-recovery'} keeps what was trained: the same command" in capsys.readouterr().err
+    assert main(command) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fox.txt", "made"]
+    assert 20 < len(steps) < 25  # windows; not 40, from the start again
 
 
 def test_the_zeros_of_a_dequantised_model_do_not_make_it_sparse(pruned, tmp_path):

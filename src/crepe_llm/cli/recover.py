@@ -2,6 +2,9 @@
 
 import argparse
 import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +207,7 @@ def _distill(options: argparse.Namespace, given: dict[str, Any], progress: Progr
 
     settings = DistillationSettings(**given)
     diverged: DivergedError | None = None
-    with output_folder(options.output) as folder:
+    with _recovered_folder(options) as (folder, work):
         text, texts = _texts(options, given.get("tokens"))
         if text:
             progress.tell("text", text)
@@ -213,11 +216,12 @@ def _distill(options: argparse.Namespace, given: dict[str, Any], progress: Progr
             made = distill(
                 options.model,
                 folder,
-                _work(options),
+                work,
                 model_folder(options.teacher),
                 windows,
                 settings,
                 trust_remote_code=options.trust_remote_code,
+                keep_work=True,
             )
         except DivergedError as error:
             diverged = error
@@ -270,16 +274,17 @@ def _recover(options: argparse.Namespace, given: dict[str, Any], progress: Progr
     if "ranks" in given:
         given["allocation"] = given.pop("ranks")
     settings = RecoverySettings(**given)
-    with output_folder(options.output) as folder:
+    with _recovered_folder(options) as (folder, work):
         text, texts = _texts(options, None)
         progress.tell("text", text)
         result = recover(
             options.model,
             folder,
-            _work(options),
+            work,
             lambda tokenizer: _windows(options, progress, tokenizer, texts or []),
             settings,
             trust_remote_code=options.trust_remote_code,
+            keep_work=True,
         )
     _report(options, progress, (text, texts or []))
     said = f"loss {result.first_loss:.4f} became {result.last_loss:.4f} in {result.steps} steps, {result.seconds:.0f} s"
@@ -302,6 +307,27 @@ def _windows(options: argparse.Namespace, progress: Progress, tokenizer: Any, te
     if options.windows is not None and len(windows) < options.windows:
         progress.tell("windows", f"{len(windows)}, all that the text holds; --windows asks for {options.windows}")
     return windows
+
+
+@contextmanager
+def _recovered_folder(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
+    """A folder to write the model to, and one for its training, which stays until the first has its name: whatever
+    fails before loses nothing that was trained."""
+    from accelerate import PartialState
+
+    work, written = _work(options), False
+    try:
+        with output_folder(options.output) as folder:
+            try:
+                yield folder, work
+            finally:
+                written = any(folder.iterdir())
+    except Exception as error:
+        if written and work.is_dir():
+            error.add_note(f"{work} keeps what was trained: the same command goes on from there")
+        raise
+    if PartialState().is_main_process and work.is_dir():  # a training that made nothing better has none any more
+        shutil.rmtree(work)
 
 
 def _work(options: argparse.Namespace) -> Path:

@@ -214,7 +214,7 @@ def write_recovery_card(folder: Path, made: Recovery) -> None:
     ]
     before = made.source / CARD
     if before.is_file():
-        card = before.read_text(encoding="utf-8").partition(f"\n{REPORT_HEADING}\n")[0]
+        card = before.read_text(encoding="utf-8", errors="replace").partition(f"\n{REPORT_HEADING}\n")[0]
         lines += [_without_front_matter(card).strip(), ""]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 

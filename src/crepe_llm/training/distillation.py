@@ -186,12 +186,13 @@ def distill(
     windows: Windows | None,
     settings: DistillationSettings | None = None,
     trust_remote_code: bool = False,
+    keep_work: bool = False,
 ) -> Distilled:
     """Train a pruned model on the dense model's predictions, and write it with the same masks.
 
     Interrupted, the same call goes on where the last checkpoint in `work` was made; `work` is removed at the end,
-    whether a model is written or not. Under `accelerate launch` or `torchrun` every process makes the same call, and
-    one of them writes.
+    whether a model is written or not, unless `keep_work` says otherwise. Under `accelerate launch` or `torchrun` every
+    process makes the same call, and one of them writes.
 
     Args:
         source: the pruned model's folder, with its tokenizer: 2:4 packed or plain, unstructured, or structured.
@@ -202,6 +203,7 @@ def distill(
             teacher's own text alone.
         settings: of the training; None for the default ones.
         trust_remote_code: whether code that the models bring along runs, if they need that.
+        keep_work: leave `work` where a model is written, for a caller who removes it when that model is safe.
 
     Raises:
         ValueError: source or teacher or text cannot be trained with, `work` holds other files, or `destination` any;
@@ -212,7 +214,7 @@ def distill(
     """
     settings = settings or DistillationSettings()
     source, destination, work = Path(source), Path(destination), Path(work)
-    run = _Run(source, work, teacher, settings, trust_remote_code)
+    run = _Run(source, work, teacher, settings, trust_remote_code, keep_work)
     with working_in(work, destination) if run.process.is_main_process else nullcontext():
         run.prepare(windows)
         try:
@@ -240,14 +242,20 @@ class _Run:
     """One distillation, from its checks to its folder."""
 
     def __init__(
-        self, source: Path, work: Path, teacher: str | Path, settings: DistillationSettings, trust: bool
+        self,
+        source: Path,
+        work: Path,
+        teacher: str | Path,
+        settings: DistillationSettings,
+        trust: bool,
+        keep_work: bool,
     ) -> None:
         # Every process needs the weights, to find their masks; accelerate's option leaves them empty in all but one.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         refuse_quantized(source)
         config, dense = (AutoConfig.from_pretrained(name, trust_remote_code=trust) for name in (source, teacher))
         check_config(config, dense, source, f"teacher={teacher}")
-        self.dense_config, self.trust = dense, trust
+        self.dense_config, self.trust, self.keep_work = dense, trust, keep_work
         self.source, self.work, self.teacher_name, self.settings = source, work, teacher, settings
         self.tokenizer, other = (load_tokenizer(name, trust_remote_code=trust) for name in (source, teacher))
         check_tokenizers(self.tokenizer, other, source, f"teacher={teacher}")
@@ -334,7 +342,8 @@ class _Run:
                 raise ValueError(f"what {found} has learnt is too large for {model.dtype}: take a lower learning rate")
             _write(model, self.source, destination, self.masks)
         self.process.wait_for_everyone()
-        self.discard()
+        if not self.keep_work:
+            self.discard()
 
     def discard(self) -> None:
         """Remove the state of a training that has ended, so that one with other settings may begin."""

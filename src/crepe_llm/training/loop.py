@@ -236,7 +236,8 @@ class _Loop(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raises ValueError if a checkpoint lacks a parameter that trains: it would start anew beside the others."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        model: Any = self.model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         found = {id(parameter) for name, parameter in parameters.items() if name not in load_result.missing_keys}
         trained = (name for name, parameter in parameters.items() if parameter.requires_grad)
         lost = next((name for name in trained if id(parameters[name]) not in found), None)

@@ -90,10 +90,12 @@ def recover(
     windows: Callable[[Any], torch.Tensor],
     settings: RecoverySettings | None = None,
     trust_remote_code: bool = False,
+    keep_work: bool = False,
 ) -> Recovered:
     """Train low-rank updates of all linear layers in a pruned model's blocks, and merge them into its weights.
 
-    Interrupted, the same call goes on where the last checkpoint in `work` was made; `work` is removed at the end.
+    Interrupted, the same call goes on where the last checkpoint in `work` was made; `work` is removed at the end,
+    unless `keep_work` says otherwise.
 
     Args:
         source: a checkpoint's folder, with its tokenizer. Its config.json holds the blocks' importances.
@@ -102,6 +104,7 @@ def recover(
         windows: of the checkpoint's tokenizer, the token ids to train on, int64 [windows, length].
         settings: of the training; None for the default ones.
         trust_remote_code: whether code that the model brings along runs, if it needs that.
+        keep_work: leave `work` where a model is written, for a caller who removes it when that model is safe.
 
     Raises:
         ValueError: the checkpoint is sparse or quantized, or holds no importances, or `work` belongs to another
@@ -135,7 +138,8 @@ def recover(
         tokenizer.save_pretrained(destination)
         if (source / "recipe.yaml").is_file():
             shutil.copyfile(source / "recipe.yaml", destination / "recipe.yaml")
-        shutil.rmtree(work)
+        if not keep_work:
+            shutil.rmtree(work)
     losses = trained.losses
     tenth = max(1, len(losses) // 10)
     return Recovered(
