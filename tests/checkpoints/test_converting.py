@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from crepe_llm.checkpoints import FormatError, compress_folder, decompress_folder, read_folder
+from crepe_llm.checkpoints.copying import copy_rest
 from crepe_llm.cli.main import main
 from sparse_models import bytes_of, config_of, linears, names_in, pruned, stored_tensors
 
@@ -126,9 +127,20 @@ def test_other_weights_than_the_models_get_a_line(dense_folder, tmp_path, caplog
     folder, (model, _) = tmp_path / "dense", pruned(dense_folder)
     model.save_pretrained(folder)
     save_file({"lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    others = ("adapter_model.bin", "consolidated.00.pth", "flax_model.msgpack", "model-q4.gguf", "tf_model.h5", "a.pt")
+    for name in (*others, "training_args.bin", "vocabulary.txt"):
+        (folder / name).write_text("")
     compress_folder(folder, tmp_path / "packed")
-    assert "adapter_model.safetensors holds other weights than the model's and was not copied" in caplog.text
-    assert not (tmp_path / "packed/adapter_model.safetensors").exists()
+    for name in ("adapter_model.safetensors", *others):
+        assert f"{name} holds other weights than the model's and was not copied" in caplog.text
+        assert not (tmp_path / "packed" / name).exists()
+    assert {"training_args.bin", "vocabulary.txt"} < set(names_in(tmp_path / "packed"))
+    (folder / "original").mkdir()
+    (folder / "original/consolidated.00.pth").write_text("")
+    (tmp_path / "trained").mkdir()
+    copy_rest(folder, tmp_path / "trained", other_weights=True)
+    assert f"{folder / 'original'} holds weights of its own and was not copied" in caplog.text
+    assert not {"original", *others} & set(names_in(tmp_path / "trained"))
 
 
 def test_a_folder_of_the_hubs_cache_is_copied_whole(dense_folder, tmp_path):
@@ -146,16 +158,26 @@ def test_a_folder_of_the_hubs_cache_is_copied_whole(dense_folder, tmp_path):
     assert len(read_folder(tmp_path / "out").layers) == 14
 
 
-def test_a_quantized_key_value_cache_survives_unpacking(dense_folder, tmp_path):
+ROTATIONS = {"config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": ["down_proj"], "location": "input"}]}}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kv_cache_scheme", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+        ("transform_config", ROTATIONS),
+    ],
+)
+def test_what_is_not_of_the_weights_survives_unpacking(dense_folder, tmp_path, field, value):
     model, _ = pruned(dense_folder)
     model.save_pretrained(tmp_path / "dense")
     compress_folder(tmp_path / "dense", tmp_path / "packed")
-    config, scheme = config_of(tmp_path / "packed"), {"num_bits": 8, "type": "float", "strategy": "tensor"}
-    config["quantization_config"]["kv_cache_scheme"] = scheme
+    config = config_of(tmp_path / "packed")
+    config["quantization_config"][field] = value
     (tmp_path / "packed/config.json").write_text(json.dumps(config))
     decompress_folder(tmp_path / "packed", tmp_path / "plain")
     quantization = config_of(tmp_path / "plain")["quantization_config"]
-    assert quantization["kv_cache_scheme"] == scheme and quantization["sparsity_config"] == {}
+    assert quantization[field] == value and quantization["sparsity_config"] == {}
 
 
 def test_float8_negative_zeros_survive_as_zeros(tmp_path):

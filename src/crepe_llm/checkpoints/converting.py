@@ -100,7 +100,8 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
         _convert(checkpoint, folder, _unpack_tensor, progress)
         copy_rest(source, folder)
         quantization = objects_in(find_quantization(config)[1])
-        kept = quantization.get("config_groups") or quantization.get("kv_cache_scheme")
+        rotations = objects_in(quantization.get("transform_config")).get("config_groups")
+        kept = quantization.get("config_groups") or quantization.get("kv_cache_scheme") or rotations
         write_json(folder / CONFIG, set_quantization(config, quantization | {SPARSITY: {}} if kept else None))
         record_dense(folder)
     return list(checkpoint.layers)

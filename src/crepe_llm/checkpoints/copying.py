@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from crepe_llm.model_files import ABOUT_WEIGHTS
 __all__ = ["copy_rest", "two_folders"]
 
 _logger = logging.getLogger(__name__)
+
+# How files of weights end, and indexes of several, whatever wrote them.
+_WEIGHTS = (
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth"),
+    *(".h5", ".h5.index.json", ".msgpack", ".msgpack.index.json", ".gguf"),
+)
+_OF_THE_MODEL = re.compile(r"\.|pytorch_model|model.*\.safetensors")
+_SETTINGS = "training_args.bin"  # transformers' `Trainer` leaves it beside a model
 
 
 def two_folders(source: str | Path, destination: str | Path) -> tuple[Path, Path]:
@@ -43,8 +52,8 @@ def copy_rest(source: Path, folder: Path, other_weights: bool = False) -> None:
     """
     source = Path(os.path.realpath(source))
     roots = [source, source.parents[1] / "blobs"] if source.parent.name == "snapshots" else [source]
-    for path in sorted(source.glob("*.safetensors")):
-        if not path.name.startswith((".", "model")):
+    for path in sorted(source.iterdir()):
+        if _is_weight(path.name) and not _OF_THE_MODEL.match(path.name):
             _logger.warning("%s holds other weights than the model's and was not copied", path)
     for path in _beside_weights(source):
         if other_weights and path.name in ABOUT_WEIGHTS:
@@ -63,11 +72,7 @@ def _beside_weights(source: Path) -> list[Path]:
 
 
 def _is_weight(name: str) -> bool:
-    return name.endswith((".safetensors", ".safetensors.index.json")) or _is_old_weight(name)
-
-
-def _is_old_weight(name: str) -> bool:
-    return name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
+    return name.endswith(_WEIGHTS) and name != _SETTINGS
 
 
 def _copy(path: Path, target: Path, roots: list[Path], written: Path) -> None:
