@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from crepe_llm.training.work_folder import best_state, fingerprint, keep_best, resumable, working_in
+from crepe_llm.training.work_folder import best_state, fingerprint, hash_windows, keep_best, resumable, working_in
 
 IDENTITY = {"seed": 0, "text": "fox.txt"}
 
@@ -59,6 +59,12 @@ def test_changed_weights_are_told_whatever_file_holds_them(name, tmp_path):
     assert fingerprint(tmp_path) != before
     path.unlink()
     assert fingerprint(tmp_path) != before
+
+
+def test_windows_of_another_length_are_other_windows():
+    ids = torch.arange(64).view(4, 16)
+    assert hash_windows(ids) == hash_windows(ids.clone()) != hash_windows(ids.view(8, 8))
+    assert hash_windows(ids) != hash_windows(ids + 1)
 
 
 def test_what_failed_before_it_trained_leaves_nothing(tmp_path):

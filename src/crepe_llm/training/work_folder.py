@@ -3,6 +3,7 @@
 A training that was interrupted goes on from there; another one is refused.
 """
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from crepe_llm.checkpoints.leftovers import claimed
 
-__all__ = ["best_state", "fingerprint", "keep_best", "last_checkpoint", "resumable", "working_in"]
+__all__ = ["best_state", "fingerprint", "hash_windows", "keep_best", "last_checkpoint", "resumable", "working_in"]
 
 _SETTINGS = "settings.json"
 _BEST = "best.safetensors"
@@ -109,6 +110,11 @@ def fingerprint(source: Path) -> list[Any]:
     """What tells a folder's weights from others: path, names, sizes and times."""
     files = [path for suffix in ("safetensors", "bin") for path in sorted(source.glob(f"*.{suffix}"))]
     return [str(source.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
+def hash_windows(ids: torch.Tensor) -> str:
+    """What tells token ids, int64 [windows, length], from others, the same ones in windows of another length too."""
+    return hashlib.sha256(f"{list(ids.shape)}".encode() + ids.numpy().tobytes()).hexdigest()[:16]
 
 
 def last_checkpoint(work: Path) -> str | None:
