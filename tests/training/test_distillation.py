@@ -332,6 +332,25 @@ def test_weights_that_are_no_numbers_are_not_written(dense, packed, tmp_path):
     assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "out-work").exists()
 
 
+def test_after_weights_too_large_for_fp16_a_lower_rate_may_follow(dense, packed, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float16)
+    model.config.quantization_config = None
+    source = save(model, tmp_path / "half")
+    with pytest.raises(ValueError, match=r"what \S+ has learnt is too large for torch.float16: take a lower learning"):
+        run(source, dense(), tmp_path, held_out=0, learning_rate=1e5, tokens=4 * LENGTH, warmup=0)
+    run(source, dense(), tmp_path, held_out=0, tokens=4 * LENGTH)
+
+
+def test_a_loss_that_is_no_number_at_the_start_leaves_nothing(dense, packed, tmp_path, monkeypatch):
+    """The teacher's text is there by then, which other settings would be refused for."""
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation._Loss, "__call__", lambda self, model, inputs: torch.tensor(math.nan))
+        patch.setattr(distillation._Run, "_estimate", lambda self, plan: None)
+        with pytest.raises(DivergedError, match=r"is nan before any training: .* are no numbers.*none is written"):
+            run(packed, dense(), tmp_path, windows=None, self_generated=24 * LENGTH, length=LENGTH)
+    assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "out-work").exists()
+
+
 def test_a_budget_of_minutes(dense, packed, tmp_path, capsys):
     result = run(packed, dense(), tmp_path, tokens=None, minutes=0.1, evaluations=3, patience=99)
     assert 0.5 < result.trained.seconds <= 12 and result.trained.steps > 1

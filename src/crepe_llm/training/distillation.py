@@ -5,7 +5,6 @@ arXiv 1503.02531), on request mixed with the negative log-likelihood of the text
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -44,7 +43,7 @@ from crepe_llm.training.models import (
 )
 from crepe_llm.training.targets import Head, Predictions, Target, find_head, mean_loss
 from crepe_llm.training.teacher import Teacher, count_windows, keep_predictions, sample_windows
-from crepe_llm.training.work_folder import best_state, fingerprint, resumable, working_in
+from crepe_llm.training.work_folder import best_state, fingerprint, hash_windows, resumable, working_in
 
 __all__ = ["DistillationSettings", "Distilled", "distill"]
 
@@ -339,6 +338,7 @@ class _Run:
                         own[name].copy_(tensor)
             found = not_finite(model)
             if found is not None:
+                self.discard()
                 raise ValueError(f"what {found} has learnt is too large for {model.dtype}: take a lower learning rate")
             _write(model, self.source, destination, self.masks)
         self.process.wait_for_everyone()
@@ -496,7 +496,7 @@ class _Run:
         return dataclasses.asdict(self.settings) | {
             "source": fingerprint(self.source),
             "teacher": fingerprint(teacher) if teacher.is_dir() else str(self.teacher_name),
-            "windows": None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+            "windows": None if ids is None else hash_windows(ids),
             "bf16": self.bf16,
         }
 

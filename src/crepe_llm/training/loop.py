@@ -282,7 +282,7 @@ class _Loop(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss of the held-out windows; keeps the state if none was better.
 
-        Raises DivergedError if it has doubled since the best.
+        Raises DivergedError if it is no number, or has doubled since the best.
         """
         step = self.state.global_step
         if not len(self.held_out) or (self.evaluations and self.evaluations[-1][0] == step):
@@ -297,7 +297,7 @@ class _Loop(Trainer):
         model.train()
         loss = self.agreed(total / len(self.held_out))
         if not step and not math.isfinite(loss):
-            raise ValueError(
+            raise DivergedError(
                 f"the held-out loss is {loss} before any training: the model's or the teacher's predictions are no "
                 "numbers"
             )
