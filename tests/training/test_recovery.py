@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -61,9 +62,9 @@ def pruned(tmp_path_factory):
     return make
 
 
-def run(source, tmp_path, name="out", windows=None, **options):
+def run(source, tmp_path, name="out", windows=None, length=32, **options):
     def cut_text(tokenizer):
-        return token_windows(tokenizer, [TEXT], 32, tokens=None if windows is None else windows * 32)
+        return token_windows(tokenizer, [TEXT], length, tokens=None if windows is None else windows * length)
 
     (tmp_path / name).mkdir(exist_ok=True)
     settings = RecoverySettings(**{"rank": 4, "batch": 2, "learning_rate": 1e-2, **options})
@@ -152,6 +153,9 @@ def test_an_interrupted_recovery_goes_on_and_ends_the_same(pruned, tmp_path, mon
     with pytest.raises(ValueError, match="an interrupted recovery with other settings"):
         (tmp_path / "resumed").rmdir()
         run(pruned(), tmp_path, "resumed", windows=40, rank=5)
+    with pytest.raises(ValueError, match="an interrupted recovery with other settings"):
+        (tmp_path / "resumed").rmdir()
+        run(pruned(), tmp_path, "resumed", windows=80, length=16)  # the same tokens
     (tmp_path / "resumed").rmdir()
     resumed = run(pruned(), tmp_path, "resumed", windows=40)
     assert 40 < len(calls) < 60  # not from the start again
@@ -159,6 +163,21 @@ def test_an_interrupted_recovery_goes_on_and_ends_the_same(pruned, tmp_path, mon
     one, other = weights(tmp_path / "straight"), weights(tmp_path / "resumed")
     for name in one:
         assert torch.allclose(one[name], other[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_windows_beyond_the_context_are_refused(family, pruned, tmp_path):
+    with pytest.raises(ValueError, match="the window of 65 tokens exceeds the model's context of 64"):
+        run(pruned(family), tmp_path, length=65)
+    assert not (tmp_path / "out-work").exists()
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_mended(pruned, tmp_path):
+    folder = shutil.copytree(pruned(), tmp_path / "pruned")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))
+    run(folder, tmp_path, windows=2)
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["do_sample"]) == (0.6, True)
 
 
 @pytest.mark.parametrize("allocation", ["unimportant", "uniform"])

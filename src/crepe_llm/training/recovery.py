@@ -1,6 +1,5 @@
 """Recovery fine-tuning of a model that CFSP has cut: LoRA whose rank in each block follows the block's importance."""
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -16,10 +15,12 @@ from transformers import AutoModelForCausalLM
 from crepe_llm.functional.structured import RankAllocation, recovery_ranks
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.classes import load_tokenizer
+from crepe_llm.models.generation import repair_generation_config
 from crepe_llm.models.linear import is_linear, is_transposed
+from crepe_llm.models.losses import check_tokens
 from crepe_llm.training.loop import DivergedError, Plan, check_seed, train
 from crepe_llm.training.masked import sparse_layer
-from crepe_llm.training.work_folder import fingerprint, resumable, working_in
+from crepe_llm.training.work_folder import fingerprint, hash_windows, resumable, working_in
 
 __all__ = ["Recovered", "RecoverySettings", "recover"]
 
@@ -107,8 +108,8 @@ def recover(
         keep_work: leave `work` where a model is written, for a caller who removes it when that model is safe.
 
     Raises:
-        ValueError: the checkpoint is sparse or quantized, or holds no importances, or `work` belongs to another
-            training or holds other files, or `destination` holds any.
+        ValueError: the checkpoint is sparse or quantized, or holds no importances, or windows are longer than its
+            context, or `work` belongs to another training or holds other files, or `destination` holds any.
         BlockingIOError: another process uses `work`.
         ImportError: peft is not installed.
     """
@@ -120,6 +121,8 @@ def recover(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = windows(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype, trust_remote_code=trust_remote_code)
+    check_tokens(model, ids)
+    repair_generation_config(model)  # or transformers would refuse to save it after the training
     blocks = find_blocks(model)
     importance = _importance(model, len(blocks), settings.allocation)
     ranks = recovery_ranks(importance, settings.rank, settings.allocation)
@@ -157,7 +160,7 @@ def _identity(
     """What an interrupted training must share with the one that goes on with it."""
     return {
         "source": fingerprint(source),
-        "windows": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+        "windows": hash_windows(ids),
         "ranks": ranks,
         "epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
