@@ -3,7 +3,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+from transformers import AutoModelForCausalLM, BloomConfig, RobertaConfig
+
 from crepe_llm.cli.main import main
+from tiny_models import letters_tokenizer
 
 
 def test_evaluate_prints_and_writes_the_conditions(dense, text, tmp_path, capsys):
@@ -15,6 +19,29 @@ def test_evaluate_prints_and_writes_the_conditions(dense, text, tmp_path, capsys
     assert (fields["corpus"], fields["dtype"]) == ("fox.txt", "bfloat16")
     printed = capsys.readouterr().out
     assert f"perplexity {fields['perplexity']:.4f} on fox.txt: 248 tokens" in printed
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "window"),
+    [
+        (
+            RobertaConfig(**SIZES, max_position_embeddings=34, is_decoder=True),
+            [],
+            32,
+        ),  # the first two are no position's
+        (BloomConfig(**SIZES), [], 2048),
+        (BloomConfig(**SIZES), ["--window", "2500"], 2500),  # it names no context, and has none
+    ],
+)
+def test_windows_have_the_length_that_the_model_takes(config, asked, window, text, tmp_path):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    letters_tokenizer(True).save_pretrained(tmp_path / "model")
+    command = ["evaluate", tmp_path / "model", "--text", text, "--tokens", 32, "--json", tmp_path / "result.json"]
+    assert main([*map(str, command), *asked]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["window"] == window
 
 
 def test_evaluate_refuses_in_one_line(dense, text, tmp_path, refusal):

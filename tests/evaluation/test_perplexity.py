@@ -9,6 +9,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     OPTConfig,
+    RobertaConfig,
 )
 
 from crepe_llm.evaluation.perplexity import perplexity
@@ -113,6 +114,12 @@ def test_refusals_say_what_is_wrong():
         perplexity(model, torch.full((1, 4), VOCABULARY), corpus="")
     with pytest.raises(ValueError, match=r"shape \[4\]"):
         perplexity(model, torch.zeros(4, dtype=torch.int64), corpus="")
+    roberta = AutoModelForCausalLM.from_config(
+        RobertaConfig(**SMALL, intermediate_size=32, max_position_embeddings=18, is_decoder=True)
+    )
+    with pytest.raises(ValueError, match="17 tokens exceeds the model's context of 16"):  # 2 are no position's
+        perplexity(roberta, torch.full((1, 17), 5), corpus="")
+    assert perplexity(roberta, torch.full((1, 16), 5), corpus="", progress=False).tokens == 15
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     with pytest.raises(ValueError, match="window 0 has NaN"):

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         corpus, texts = texts_of(options)
         sources = [open_model(argparse.Namespace(**{**vars(options), "model": name})) for name in options.models]
         # Perplexities of windows of different lengths cannot be compared.
-        length = min(window_length(options.window, source.config) for source in sources)
+        length = min(window_length(options.window, source) for source in sources)
         rows = [_measured(options, source, (corpus, texts), length, served) for source in sources]
     width = max(len(row["model"]) for row in rows)
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]

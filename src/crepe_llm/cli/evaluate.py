@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     check_json(options)
     corpus, texts = texts_of(options)
     source = open_model(options)
-    length = window_length(options.window, source.config)
+    length = window_length(options.window, source)
     windows = samples.token_windows(source.tokenizer, texts, length, tokens=options.tokens)
     result = perplexity(source.load(on_device=True), windows, corpus=corpus)
     print(result)

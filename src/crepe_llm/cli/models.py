@@ -82,6 +82,17 @@ class Model:
         with _named_code(self.name, self.config):
             return sizes_of(self.config, dtype, trust_remote_code=self.options.trust_remote_code)
 
+    def context(self) -> int | None:
+        """How many tokens the model takes at most; None where it does not tell."""
+        from crepe_llm.models.classes import without_weights
+        from crepe_llm.models.losses import longest_sequence
+
+        try:
+            model = without_weights(self.config, trust_remote_code=self.options.trust_remote_code)
+        except Exception:  # a class that is not made without weights: loading it shows what there is to say
+            model = None
+        return longest_sequence(self.config, model)
+
     @property
     def _loading(self) -> dict[str, Any]:
         return {"dtype": self.options.dtype, "trust_remote_code": self.options.trust_remote_code}
@@ -162,12 +173,12 @@ def known_bytes(name: str) -> int | None:
     return weight_bytes(Path(name)) if has_weights(name) else None
 
 
-def window_length(asked: int | None, config: Any) -> int:
+def window_length(asked: int | None, source: Model) -> int:
     """The window length: what was asked for if the model's context holds it, else 2048 or the whole context."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    context = source.context()
     if asked is None:
-        return min(2048, context)
-    if asked > context:
+        return min(2048, context or 2048)
+    if context is not None and asked > context:
         raise ValueError(f"a window of {asked} tokens exceeds the model's context of {context}")
     return asked
 
@@ -291,13 +302,10 @@ def _named_code(name: str, config: Any = None) -> Iterator[None]:
 
 def _check_builds(name: str, config: Any) -> None:
     """Raise ValueError, with the field if it can be told, if transformers can make no model of a config."""
-    import torch
-
-    from crepe_llm.models.classes import auto_class
+    from crepe_llm.models.classes import without_weights
 
     try:
-        with torch.device("meta"):
-            auto_class(config).from_config(config)
+        without_weights(config)
     except Exception as error:
         value = error.args[0] if error.args else None
         field = next((key for key, found in _fields(config.to_dict()) if found == value), None)

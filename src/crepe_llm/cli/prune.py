@@ -205,7 +205,7 @@ def _calibration(options: argparse.Namespace, source: Model, recipe: Any) -> _Ca
         if needing:
             raise ValueError(f"{needing[0]} needs text: give --text FILE, --dataset NAME or --sample")
         return _Calibration()
-    length = window_length(options.length, source.config)
+    length = window_length(options.length, source)
     corpus, texts = calibration_texts(options, length)
     words = f"{options.samples} windows of {length} tokens of {corpus}, seed {options.seed}"
     windows = samples.calibration_windows(

@@ -91,8 +91,8 @@ def own_test(options: argparse.Namespace, used: tuple[str, list[str]], what: str
 
 def run(options: argparse.Namespace) -> None:
     check_report("report")
+    options.output = page = options.output or options.model / PAGE
     check_json(options)
-    page = options.output or options.model / PAGE
     if not options.model.is_dir():
         raise NotADirectoryError(f"{options.model} is not a folder: name the folder of a pruned model")
     check_new_file(page, "--output")
@@ -139,7 +139,7 @@ def _measured(source: Model, test: Test) -> "Measured":
     from crepe_llm import samples
     from crepe_llm.evaluation.report import measure
 
-    length = window_of(test.window, source.config)
+    length = window_of(test.window, source)
     windows = samples.token_windows(source.tokenizer, test.texts, length, tokens=test.tokens)
     folder = Path(source.name)
     shown = folder.resolve().name if folder.is_dir() else source.name

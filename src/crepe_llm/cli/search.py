@@ -164,7 +164,7 @@ def _search(options: argparse.Namespace, progress: Progress) -> "PHOSearchModifi
     (search,) = read_recipe({"search_stage": {"search_modifiers": fields}}).modifiers
     assert isinstance(search, PHOSearchModifier)
     source = open_model(options, dense=True)
-    length = window_length(options.length, source.config)
+    length = window_length(options.length, source)
     corpus, texts = calibration_texts(options, length)
     windows = samples.calibration_windows(
         source.tokenizer, texts, windows=options.samples, length=length, seed=options.seed

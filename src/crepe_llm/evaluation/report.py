@@ -12,6 +12,7 @@ from crepe_llm.evaluation.model_card import LayerZeros, linear_zeros
 from crepe_llm.evaluation.perplexity import Perplexity, perplexity
 from crepe_llm.model_files import RECOVERY
 from crepe_llm.models.blocks import block_of
+from crepe_llm.models.losses import longest_sequence
 
 __all__ = ["Curve", "Measured", "Report", "blocks_of", "gram_errors", "measure", "output_grams", "read_curve"]
 
@@ -172,7 +173,7 @@ def read_curve(folder: Path) -> Curve | None:
 def _complete(model: Any, tokenizer: Any, prompt: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
     known = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _COMPLETION * 8
+    context = longest_sequence(model.config, model) or _COMPLETION * 8
     length = known["input_ids"].shape[1]
     if length >= context:
         return ""

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-__all__ = ["auto_class", "load_tokenizer", "load_whole", "load_within", "sizes_of"]
+__all__ = ["auto_class", "load_tokenizer", "load_whole", "load_within", "sizes_of", "without_weights"]
 
 _logger = logging.getLogger(__name__)
 
@@ -97,10 +97,22 @@ def sizes_of(config: Any, dtype: Any, **options: Any) -> tuple[int, int]:
     """
     import torch
 
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
+    model = without_weights(config, dtype=dtype or config.dtype or torch.float32, **options)
     widths = [module.in_features for module in model.modules() if isinstance(module, torch.nn.Linear)]
     return model.get_memory_footprint(return_buffers=False), max(widths, default=0)
+
+
+def without_weights(config: Any, **options: Any) -> Any:
+    """A model whose tensors have shapes and no values.
+
+    Args:
+        config: transformers' config of the model.
+        options: of `from_config`.
+    """
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(config).from_config(config, **options)
 
 
 def load_tokenizer(name: str | Path, **options: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from crepe_llm.models.tokens import check_vocabulary
+from crepe_llm.models.tokens import check_vocabulary, learned_positions
 
-__all__ = ["check_tokens", "summed_loss"]
+__all__ = ["check_tokens", "longest_sequence", "summed_loss"]
 
 Loss = Callable[[torch.Tensor], float]
 
@@ -47,10 +47,18 @@ def check_tokens(model: Any, windows: torch.Tensor) -> None:
     """Raise ValueError if token ids [windows, window] are nothing that a loss of the model can be computed for."""
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows have the shape {list(windows.shape)}; expected [windows, window] with window >= 2")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_sequence(model.config, model)
     if longest is not None and windows.shape[1] > longest:
         raise ValueError(f"the window of {windows.shape[1]} tokens exceeds the model's context of {longest}")
     check_vocabulary(model, int(windows.min()), int(windows.max()))
+
+
+def longest_sequence(config: Any, model: Any = None) -> int | None:
+    """How many tokens a model takes at most, by its config and by the position embeddings of the model, which may be
+    fewer (RoBERTa's first ones are no position's); None where neither tells."""
+    named = getattr(config.get_text_config(), "max_position_embeddings", None)
+    learned = None if model is None else learned_positions(model)
+    return min((limit for limit in (named, learned) if limit), default=None)
 
 
 def _choose(model: Any, ids: torch.Tensor) -> Loss:
