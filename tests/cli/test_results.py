@@ -38,8 +38,20 @@ def test_what_a_command_reads_is_not_written_over(dense, text, tmp_path, refusal
         assert "is a file that this command reads" in refusal(["evaluate", dense, "--text", text, "--json", path])
     assert text.read_text() == before
     command = ["prune", dense, "--recipe", "magnitude_2of4", "--output", tmp_path / "out"]
-    assert "is the folder of --output: name another file" in refusal([*command, "--json", tmp_path / "out"])
+    assert "is what --output names, too: name another file" in refusal([*command, "--json", tmp_path / "out"])
     assert not (tmp_path / "out").exists()
+    report = ["report", dense, "--text", text]
+    assert "is what --output names, too" in refusal([*report, "--json", dense / "report.html"])
+    assert "--output" in refusal([*report, "--output", text]) and text.read_text() == before
+
+
+def test_two_files_of_one_command_are_two(dense, text, tmp_path, refusal):
+    search = ["search", dense, "--text", text, "--study", tmp_path / "study.json"]
+    (tmp_path / "link.json").symlink_to(tmp_path / "study.json")
+    assert "is what --study names, too: name another file" in refusal([*search, "--json", tmp_path / "link.json"])
+    assert "is what --plot names, too" in refusal([*search, "--plot", tmp_path / "study.json"])
+    assert "is a file that this command reads" in refusal([*search, "--plot", text])
+    assert not (tmp_path / "study.json").exists()
 
 
 def test_a_failure_leaves_the_older_file(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from crepe_llm.cli.common import check_new_file
+
+# The options that name what a command writes.
+_WRITTEN = ("json", "output", "study", "plot")
 
 
 def add_json(parser: Any) -> None:
@@ -20,19 +24,19 @@ def add_json(parser: Any) -> None:
 
 
 def check_json(options: argparse.Namespace) -> None:
-    """Raise OSError if the file cannot be written, or is one that the command reads, or its output."""
+    """Raise OSError if the file cannot be written, or if a file that the command writes is also read, or written twice.
+
+    That is asked of all that it writes, with or without `--json`.
+    """
     check_new_file(options.json, "--json")
-    if options.json is None:
-        return
-    output = getattr(options, "output", None)
-    if output is not None and options.json.resolve() == Path(output).resolve():
-        raise FileExistsError(f"--json {options.json} is the folder of --output: name another file")
-    if not options.json.exists():
-        return
-    for name, value in vars(options).items():
-        read = name != "json" and isinstance(value, str | Path) and os.path.isfile(value)
-        if read and os.path.samefile(value, options.json):
-            raise FileExistsError(f"--json {options.json} is a file that this command reads: name another file")
+    written = {name: Path(value) for name in _WRITTEN if (value := getattr(options, name, None)) is not None}
+    for (name, path), (other, place) in itertools.combinations(written.items(), 2):
+        if os.path.realpath(path) == os.path.realpath(place):
+            raise FileExistsError(f"--{name} {path} is what --{other} names, too: name another file")
+    read = [value for name, value in vars(options).items() if name not in written and isinstance(value, str | Path)]
+    for name, path in written.items():
+        if path.exists() and any(os.path.isfile(value) and os.path.samefile(value, path) for value in read):
+            raise FileExistsError(f"--{name} {path} is a file that this command reads: name another file")
 
 
 def write_json(options: argparse.Namespace, figures: dict[str, Any]) -> None:
