@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 
-import llmcompressor  # noqa: F401  its log must not be bound to a single test's captured stderr
+import llmcompressor  # its log must not be bound to a single test's captured stderr
 import psutil
 import pytest
 import torch
@@ -54,6 +54,22 @@ def test_prune_writes_a_model_that_loads_and_a_card(dense, text, tmp_path, capsy
     assert f"crepe prune {dense} --recipe crepe_2of4" in card
     assert "CRePEModifier" in (output / "recipe.yaml").read_text()
     assert main(["evaluate", str(output), "--text", str(text), "--window", "32", "--tokens", "64"]) == 0
+
+
+def test_a_recipe_that_goes_while_it_runs_is_quoted_as_it_was(dense, text, tmp_path, monkeypatch):
+    recipe = tmp_path / "mine.yaml"
+    content = recipe_path("magnitude_2of4").read_text(encoding="utf-8") + "# für später\n"
+    recipe.write_text(content, encoding="utf-8")
+    oneshot = llmcompressor.oneshot
+
+    def removed(**options):
+        recipe.unlink()
+        return oneshot(**options)
+
+    monkeypatch.setattr(llmcompressor, "oneshot", removed)
+    assert main(prune(dense, text, tmp_path, recipe=recipe)) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"## Recipe (`mine.yaml`)\n\n```yaml\n{content}```" in card
 
 
 def test_prune_reports_matrices_that_became_smaller(dense, text, tmp_path, capsys):

@@ -210,6 +210,7 @@ def _made(
     return Pruning(
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         recipe=recipe_path("crepe_2of4"),
+        recipe_text=recipe_path("crepe_2of4").read_text(encoding="utf-8"),
         dense=layers[0],
         pruned=layers[1],
         calibration=f"{_WINDOWS} windows of {_LENGTH} tokens of {corpus}, train, seed {options.seed}",

@@ -175,14 +175,17 @@ def _made(options: argparse.Namespace, path: Path, progress: Progress) -> tuple[
         from crepe_llm.evaluation.model_card import model_card
         from crepe_llm.oneshot.recipes import read_recipe
 
-        recipe = read_recipe(path)
+        recipe, recipe_text = read_recipe(path), path.read_text(encoding="utf-8")
         source = open_model(options, dense=True)
         used = _calibration(options, source, recipe)
         kept = _journal(options, source, path, used.windows) if options.resume else None
         if kept is not None and processes.is_first():
             stack.enter_context(claimed(kept.folder))
         made = _prune(
-            _Run(options, source, recipe, used, progress, kept, _memory(options, source, recipe)), path, folder
+            _Run(options, source, recipe, used, progress, kept, _memory(options, source, recipe)),
+            path,
+            recipe_text,
+            folder,
         )
         if processes.is_first():
             (folder / CARD).write_text(model_card(made), encoding="utf-8")
@@ -281,7 +284,7 @@ def _kept_beside(output: Path) -> Path:
     return output.with_name(f"{output.name}.resume")
 
 
-def _prune(run: _Run, path: Path, folder: Path) -> "Pruning":
+def _prune(run: _Run, path: Path, recipe_text: str, folder: Path) -> "Pruning":
     """Say the plan, prune the model and save it with its tokenizer."""
     from llmcompressor import oneshot
 
@@ -323,6 +326,7 @@ def _prune(run: _Run, path: Path, folder: Path) -> "Pruning":
     return Pruning(
         base_model=options.model,
         recipe=path,
+        recipe_text=recipe_text,
         dense=dense,
         pruned=pruned,
         calibration=run.calibration.words,

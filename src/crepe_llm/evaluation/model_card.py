@@ -42,7 +42,7 @@ def linear_zeros(model: Any) -> list[LayerZeros]:
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.T.shape if is_transposed(module) else weight.shape
-        layers.append(LayerZeros(name, (rows, columns), 1 - int(nonzero(weight).sum()) / weight.numel()))
+        layers.append(LayerZeros(name, (rows, columns), _zeros(int(nonzero(weight).sum()), weight.numel())))
     return layers
 
 
@@ -50,7 +50,12 @@ def _experts_zeros(name: str, experts: torch.nn.Module, columns: int) -> LayerZe
     weights = [weight for kind, weight in experts.named_parameters() if weight.dim() > 1 and not kind.endswith("bias")]
     numel = sum(weight.numel() for weight in weights)
     kept = sum(int(nonzero(weight).sum()) for weight in weights)
-    return LayerZeros(name, (numel // columns, columns), 1 - kept / max(numel, 1))
+    return LayerZeros(name, (numel // columns, columns), _zeros(kept, numel))
+
+
+def _zeros(kept: int, numel: int) -> float:
+    """The fraction of zeros; 0 in a weight without any entries."""
+    return 1 - kept / numel if numel else 0.0
 
 
 def total_zeros(layers: Sequence[LayerZeros]) -> float:
@@ -72,6 +77,7 @@ class Pruning:
     Attributes:
         base_model: the id or name of the dense model.
         recipe: the recipe's file.
+        recipe_text: what was in it before the run; it may have been changed or removed since.
         dense: the layers before pruning (a dense weight may hold zeros of its own).
         pruned: the same layers after pruning.
         calibration: the calibration data in words: corpus, windows, length, seed.
@@ -81,6 +87,7 @@ class Pruning:
 
     base_model: str
     recipe: Path
+    recipe_text: str
     dense: Sequence[LayerZeros]
     pruned: Sequence[LayerZeros]
     calibration: str
@@ -89,11 +96,7 @@ class Pruning:
 
 
 def model_card(made: Pruning) -> str:
-    """Return the model card of a pruned model, in Markdown with the hub's front matter; it quotes the recipe in full.
-
-    Raises:
-        OSError: the recipe cannot be read.
-    """
+    """Return the model card of a pruned model, in Markdown with the hub's front matter; it quotes the whole recipe."""
     dense, pruned = made.dense, made.pruned
     changed = [after for before, after in zip(dense, pruned, strict=True) if after != before]
     removed = removed_weights(dense, pruned)
@@ -117,7 +120,7 @@ def model_card(made: Pruning) -> str:
         f"## Recipe (`{made.recipe.name}`)",
         "",
         "```yaml",
-        made.recipe.read_text().rstrip(),
+        made.recipe_text.rstrip(),
         "```",
         "",
         "## Versions",
