@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -118,6 +119,22 @@ def test_mistakes_are_told_in_one_line(pruned, text, tmp_path, refusal):
     shutil.copytree(pruned, broken)
     (broken / "recovery.json").write_text("{}")
     assert "recovery.json is damaged" in refusal(report(broken, text))
+
+
+def test_a_folder_that_takes_no_files_is_reported_elsewhere(pruned, text, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "shared"
+    shutil.copytree(pruned, folder)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: folder not in (path, path.parent) and access(path, mode))
+    page = tmp_path / "page.html"
+    assert main(report(folder, text, "--output", page)) == 0
+    assert f"{folder} takes no plots" in capsys.readouterr().out
+    assert page.read_text().count("data:image/png;base64,") == 3
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "shared"]
 
 
 def test_prune_reports_when_asked_to(dense, text, tmp_path):

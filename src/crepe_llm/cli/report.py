@@ -28,7 +28,7 @@ def add(subparsers: Any) -> None:
             "Write one HTML page that needs no other file: realised sparsity by layer, weights by block, perplexity "
             "with its conditions, sizes, loss curves of a recovery, and completions. With --dense, the dense model's "
             "figures stand beside, and each layer's output error. The plots are also written as PNG into the folder, "
-            "and linked from its model card."
+            "and linked from its model card, where that can be written."
         ),
         epilog="example:\n  crepe report smollm2-2of4 --dense smollm2 --sample --tokens 8192 --window 512\n",
         formatter_class=HelpFormatter,
@@ -99,7 +99,10 @@ def run(options: argparse.Namespace) -> None:
     with quiet("report", False, own=("report", "perplexity on")):
         test = Test(*texts_of(options), options.window, options.tokens)
         figures = make_report(options, options.model, options.dense, test, page)
-    print(f"{page}: the report; its plots are in {options.model}")
+    from crepe_llm.evaluation.page import takes_files
+
+    place = f"its plots are in {options.model}" if takes_files(options.model) else f"{options.model} takes no plots"
+    print(f"{page}: the report; {place}")
     print(f"perplexity: {', '.join(f'{name} {value:.4f}' for name, value in figures['perplexity'].items())}")
     write_json(options, {"model": options.model, "dense": options.dense, "report": page, **figures})
 

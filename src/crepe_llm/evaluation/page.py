@@ -1,6 +1,8 @@
 """A report as one HTML page that needs no other file, and as a section of a model card."""
 
 import base64
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,9 @@ import jinja2
 from crepe_llm.evaluation.model_card import REPORT_HEADING, removed_weights, total_zeros
 from crepe_llm.evaluation.plots import plot_report
 from crepe_llm.evaluation.report import PROMPTS, Measured, Report, gram_errors
-from crepe_llm.model_files import CARD
+from crepe_llm.model_files import ABOUT_WEIGHTS, CARD
 
-__all__ = ["write_report"]
+__all__ = ["takes_files", "write_report"]
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -73,19 +75,30 @@ details { margin: 1rem 0; }
 def write_report(folder: Path, report: Report, page: Path) -> None:
     """Write a report's page, its figures into a model's folder, and links to them into the folder's model card.
 
+    Where the folder takes no files (:func:`takes_files`), the page alone is written, with the figures in it.
+
     Raises:
         OSError: a file cannot be written.
     """
-    shown = plot_report(folder, report)
-    figures = [
-        {"alt": alt, "data": base64.b64encode((folder / name).read_bytes()).decode()} for name, alt in shown.items()
-    ]
+    beside = takes_files(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = folder if beside else Path(scratch)
+        shown = plot_report(place, report)
+        figures = [
+            {"alt": alt, "data": base64.b64encode((place / name).read_bytes()).decode()} for name, alt in shown.items()
+        ]
     text = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     page.write_text(text.render(figures=figures, **_content(report)), encoding="utf-8")
     card = folder / CARD
-    if card.is_file():
+    if beside and card.is_file():
         before = card.read_text(encoding="utf-8").partition(f"\n{REPORT_HEADING}\n")[0].rstrip()
         card.write_text(f"{before}\n\n{REPORT_HEADING}\n\n{_section(report, shown)}", encoding="utf-8")
+
+
+def takes_files(folder: Path) -> bool:
+    """Whether a report's figures, and links to them, can be written into a model's folder."""
+    older = [path for name in ABOUT_WEIGHTS if (path := folder / name).exists()]
+    return all(os.access(path, os.W_OK) for path in [folder, *older])
 
 
 def _models(report: Report) -> list[Measured]:
