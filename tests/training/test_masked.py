@@ -372,6 +372,12 @@ def test_what_cannot_be_masked_is_refused():
     keep = torch.ones(32, 32, dtype=torch.bool)
     with pytest.raises(ValueError, match=r'masks\["model.*"\] is a ndarray; expected a bool tensor'):
         keep_masks(dense, {name: keep.numpy()})
+    with pytest.raises(ValueError, match=r'masks\["one"\] and masks\["two"\] are of one parameter: give one'):
+        shared = torch.nn.ModuleDict({"one": torch.nn.Linear(4, 4), "two": torch.nn.Linear(4, 4)})
+        shared["two"].weight = shared["one"].weight
+        left = (torch.arange(4) < 2).repeat(4, 1)
+        keep_masks(shared, {"one": left, "two": ~left})
+    assert shared["one"].weight.all()
     with pytest.raises(ValueError, match=rf'masks\["{name}"\] and masks\["{name}.weight"\] are of one parameter'):
         keep_masks(dense, {name: keep, f"{name}.weight": keep})
     with pytest.raises(ValueError, match="masks is empty: leave it out"):

@@ -393,10 +393,10 @@ def _packed(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[s
     if not masks:
         raise ValueError("masks is empty: leave it out for those that the model has")
     found: dict[str, torch.Tensor] = {}
-    places: dict[tuple[torch.nn.Module, str], str] = {}
+    names: dict[int, str] = {}  # of the parameters: modules may share one
     for name, keep in masks.items():
         module, attribute = _place(model, name)
-        other = places.setdefault((module, attribute), name)
+        other = names.setdefault(id(getattr(module, attribute)), name)
         if other != name:
             raise ValueError(f'masks["{other}"] and masks["{name}"] are of one parameter: give one')
         if not isinstance(keep, torch.Tensor):
