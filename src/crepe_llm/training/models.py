@@ -57,8 +57,10 @@ def _load(name: str | Path, dtype: torch.dtype | str, trust: bool) -> Any:
 
 
 def _is_structural(source: Path) -> bool:
-    """Whether a folder's model has FFN channels removed: its config.json holds CFSP's importances."""
-    config = read_config(source)
+    """Whether a folder's model has FFN channels removed: its config.json, or the part of its language model, holds
+    CFSP's importances."""
+    content = read_config(source)
+    config = objects_in(content.get("text_config")) or content
     return any(field in config for field in ("block_importance", "block_intermediate_sizes"))
 
 
