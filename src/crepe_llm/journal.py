@@ -6,6 +6,7 @@ A run is given a journal by :func:`keeping`; modifiers read and write the active
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -79,9 +80,7 @@ class Journal:
 
     def remove(self) -> None:
         """Forget the run: what it has made is elsewhere."""
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.pt"

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import llmcompressor  # its log must not be bound to a single test's captured stderr
 import psutil
@@ -379,6 +380,16 @@ def test_numbers_are_refused_by_the_options_name(option, dense, text, tmp_path, 
         assert f"argument {option}: {number} is not a whole number from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", [["prune", "MODEL", "--recipe", "crepe_2of4"], ["recover", "DIR"], ["search", "MODEL"], ["demo"]]
+)
+def test_seeds_are_refused_by_the_options_name(command, capsys):
+    for number, said in (("-1", "is not a whole number from 0 on"), (str(1 << 70), "is not below 2^32")):
+        with pytest.raises(SystemExit):
+            main([*command, "--seed", number])
+        assert f"argument --seed: {number} {said}" in capsys.readouterr().err
+
+
 def test_no_space_is_known_before_calibration(dense, text, tmp_path, refusal, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -491,6 +502,19 @@ def test_prune_takes_what_was_kept(dense, text, tmp_path, monkeypatch):
     torch.save(entry, path)
     assert main(command) == 0
     assert torch.equal(weights_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"], weight * 2)
+
+
+def test_prune_into_the_folder_that_one_is_in(dense, text, tmp_path, capsys, monkeypatch):
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    command = ["prune", dense, "--recipe", "crepe_2of4", "--text", text, "--samples", 4, "--length", 32, "--resume"]
+    stopped_after(2, [*map(str, command), "--output", "."], monkeypatch)
+    (tmp_path / "here.resume" / "notes").mkdir()  # of nobody's but the user
+    assert main([*map(str, command), "--output", ".", "--json", "../figures.json"]) == 0
+    assert "1 finished parts are in" in capsys.readouterr().out
+    assert {"config.json", "model.safetensors"} < {path.name for path in Path.cwd().iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "here"]
 
 
 def test_prune_does_not_go_on_with_other_coefficients(dense, text, tmp_path, refusal, monkeypatch):

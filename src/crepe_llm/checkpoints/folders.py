@@ -231,7 +231,7 @@ def _publish(partial: Path, final: Path) -> None:
     _open_up(partial)
     if not final.exists():
         os.rename(partial, final)
-    elif partial.parent == final or any(final.iterdir()):
+    elif partial.parent == final or any(final.iterdir()) or _is_entered(final):
         _move_entries(partial, final)
     else:
         try:
@@ -240,6 +240,14 @@ def _publish(partial: Path, final: Path) -> None:
             _move_entries(partial, final)
     _flush(final)
     _flush(final.parent)
+
+
+def _is_entered(folder: Path) -> bool:
+    """Whether this process works in a folder; it, and the shell that started it, would be nowhere without it."""
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:  # it is nowhere already
+        return False
 
 
 def _move_entries(partial: Path, final: Path) -> None:

@@ -31,7 +31,7 @@ def add_calibration(parser: Any, *, required: bool = True) -> None:
     parser.add_argument(
         "--length", type=at_least(2), help="tokens in each window (2048, or the model's context if smaller)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of windows (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the choice of windows (%(default)s)")
     add_loading(parser)
 
 
@@ -88,6 +88,14 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def seed(text: str) -> int:
+    """The type of an argument that is a seed, as torch, numpy and transformers take it."""
+    number = at_least(0)(text)
+    if number >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2^32")
+    return number
 
 
 def calibration_texts(options: argparse.Namespace, length: int) -> tuple[str, list[str]]:

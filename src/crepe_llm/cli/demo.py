@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crepe_llm.cli.common import HelpFormatter, add_verbose, at_least, require
+from crepe_llm.cli.common import HelpFormatter, add_verbose, at_least, require, seed
 from crepe_llm.cli.plan import device_in_words
 from crepe_llm.cli.quiet import Progress, quiet
 from crepe_llm.cli.results import add_json, check_json, write_json
@@ -61,7 +61,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--tokens", type=at_least(512), default=8192, help="how many tokens perplexity is measured on (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of calibration windows (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the choice of calibration windows (%(default)s)")
     add_verbose(parser)
     add_json(parser)
     parser.set_defaults(run=run)

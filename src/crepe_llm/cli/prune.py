@@ -281,6 +281,9 @@ def _memory(options: argparse.Namespace, source: Model, recipe: Any) -> int | No
 
 
 def _kept_beside(output: Path) -> Path:
+    from crepe_llm.checkpoints.folders import resolved
+
+    output = resolved(output)  # "." has no name of its own
     return output.with_name(f"{output.name}.resume")
 
 

@@ -17,6 +17,7 @@ from crepe_llm.cli.common import (
     chosen_texts,
     output_folder,
     require,
+    seed,
 )
 from crepe_llm.cli.models import DTYPES, MODEL_HELP, check_code, check_model, model_folder, weight_bytes
 from crepe_llm.cli.plan import device_in_words, size_in_words
@@ -84,7 +85,7 @@ def add(subparsers: Any) -> None:
         "--rank", type=at_least(1), help="rank of LoRA's updates (16; without --teacher 8, the mean over the blocks)"
     )
     parser.add_argument(
-        "--seed", type=int, help="seed of LoRA's start, the order of windows and self-generated text (0)"
+        "--seed", type=seed, help="seed of LoRA's start, the order of windows and self-generated text (0)"
     )
     _add_distillation(parser.add_argument_group("with --teacher"))
     group = parser.add_argument_group("without --teacher")
