@@ -63,6 +63,38 @@ def test_the_teacher_writes_windows_that_begin_as_texts_do(tmp_path):
     assert len(free[:, 0].unique()) > 5
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.1, "top_k": 3, "top_p": 0.5, "repetition_penalty": 9.0},
+        {"min_p": 0.99},
+        {"typical_p": 0.1},
+        {"epsilon_cutoff": 0.02},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": [*range(3, 90)]},
+        {"forced_bos_token_id": 5},
+        {"num_beams": 2},
+    ],
+)
+def test_the_teacher_writes_by_its_predictions_alone(settings, tmp_path):
+    model, tokenizer = model_of(), letters_tokenizer(True)
+    plain = sample_windows(model, tokenizer, 40 * 16, 16, 0, tmp_path / "plain.safetensors")
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    before = model.generation_config.to_dict()
+    found = sample_windows(model, tokenizer, 40 * 16, 16, 0, tmp_path / "other.safetensors")
+    assert torch.equal(found, plain) and model.generation_config.to_dict() == before
+
+
+def test_the_end_of_a_text_is_known_from_config_and_tokenizer(tmp_path):
+    model, tokenizer = model_of(), letters_tokenizer(True)
+    tokenizer.eos_token = "e"
+    model.generation_config.eos_token_id = [1, 50]
+    found = sample_windows(model, tokenizer, 400 * 16, 16, 0, tmp_path / "a.safetensors")[:, 1:]
+    drawn = set(found.flatten().tolist())
+    assert tokenizer.eos_token_id not in drawn and not drawn & {1, 50} and len(drawn) > 80
+
+
 def test_an_interrupted_teacher_goes_on_writing(tmp_path, monkeypatch):
     model, tokenizer, path = model_of(), letters_tokenizer(True), tmp_path / "a.safetensors"
     whole = sample_windows(model, tokenizer, 80 * 16, 16, 5, tmp_path / "whole.safetensors")

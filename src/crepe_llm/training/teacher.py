@@ -1,12 +1,14 @@
 """The dense model that a pruned one learns from: what it predicts, what it writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from crepe_llm.training.targets import Predictions, TopK, Whole, find_head, keep_top
 
@@ -93,7 +95,7 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
     """Text that a teacher writes, at temperature 1, in a file that is made once; an interrupted call's text is kept.
 
     Each window starts with the token that begins texts, or, where the tokenizer adds none, with a token drawn from the
-    vocabulary. The end of a text is never drawn.
+    vocabulary. The end of a text is never drawn, and the teacher's own settings of generation do not count.
 
     Args:
         teacher: a causal language model.
@@ -116,7 +118,8 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
     if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         starts.fill_(tokenizer.bos_token_id)
     parts = []
-    with tqdm(total=count, desc="sampling from the teacher", unit=" windows") as bar:
+    bar = tqdm(total=count, desc="sampling from the teacher", unit=" windows")
+    with _plain_sampling(teacher, tokenizer, length - 1), bar:
         for number, start in enumerate(starts.split(_GENERATED_AT_ONCE)):
             part = path.with_name(f"{path.stem}-{number}{path.suffix}")
             if not part.is_file():
@@ -124,14 +127,7 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
                 written = teacher.generate(
                     start.to(device),
                     attention_mask=torch.ones_like(start).to(device),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    repetition_penalty=1.0,
-                    min_new_tokens=length - 1,
-                    max_new_tokens=length - 1,
-                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+                    generation_config=teacher.generation_config,
                 )
                 _save({"windows": written.cpu().int()}, part)
             parts.append(part)
@@ -141,6 +137,31 @@ def sample_windows(teacher: Any, tokenizer: Any, tokens: int, length: int, seed:
     for part in parts:
         part.unlink()
     return windows.long()
+
+
+@contextmanager
+def _plain_sampling(teacher: Any, tokenizer: Any, tokens: int) -> Iterator[None]:
+    """Let a model write so many tokens by its predictions alone.
+
+    Options of `generate` would not do: what they leave unsaid is taken from the model's own settings.
+    """
+    settings = teacher.generation_config
+    known = settings.eos_token_id
+    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+    teacher.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+    )
+    try:
+        yield
+    finally:
+        teacher.generation_config = settings
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
