@@ -171,14 +171,24 @@ def read_curve(folder: Path) -> Curve | None:
 
 @torch.no_grad()
 def _complete(model: Any, tokenizer: Any, prompt: str) -> str:
+    from transformers import GenerationConfig
+
     inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
     known = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
     context = longest_sequence(model.config, model) or _COMPLETION * 8
     length = known["input_ids"].shape[1]
     if length >= context:
         return ""
-    new = min(_COMPLETION, context - length)
-    ids = model.generate(
-        **known, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+    settings = model.generation_config
+    # In their place, as options of `generate` leave beams and penalties of the model's own settings as they are.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=min(_COMPLETION, context - length),
+        eos_token_id=settings.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
     )
+    try:
+        ids = model.generate(**known, generation_config=model.generation_config)
+    finally:
+        model.generation_config = settings
     return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
