@@ -15,7 +15,14 @@ from llmcompressor import oneshot
 from llmcompressor.transformers.compression import compressed_tensors_utils
 from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    FalconConfig,
+    LlamaConfig,
+)
 
 from crepe_llm.checkpoints import attach, read_folder, unpack
 from crepe_llm.functional.bitmask import pack_bits
@@ -130,6 +137,17 @@ def test_only_real_2of4_layers_are_packed_and_listed(dense_folder, tmp_path):
     tensors = stored_tensors(tmp_path / "out")
     assert torch.equal(tensors[f"{odd}.weight"], model.get_submodule(odd).weight)
     assert "lm_head.weight" in tensors
+
+
+def test_the_embedding_of_an_encoder_and_a_decoder_is_no_layer(tmp_path):
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=16, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **sizes)
+    model = BartForConditionalGeneration(config)
+    model.model.shared.weight.data.view(-1, 4)[:, :2] = 0
+    model.model.encoder.layers[0].fc1.weight.data.view(-1, 4)[:, :2] = 0
+    attach(model)
+    model.save_pretrained(tmp_path / "out")
+    assert list(read_folder(tmp_path / "out").layers) == ["model.encoder.layers.0.fc1"]
 
 
 def test_a_kept_weight_that_is_exactly_zero_stays_kept(dense_folder, tmp_path):

@@ -24,7 +24,8 @@ FORMAT = SPARSE_24_BITMASK
 # Two-dimensional weights that are not those of a linear layer, or of all experts in one: never packed, whatever their
 # zeros. The output head shares its weight with the embedding where tied.
 _NOT_LINEAR = re.compile(
-    r"(^|\.)((lm_head|embed_out|wte|wpe|experts(?!\.\d+\.)|router)\.|\w*(embed|norm)\w*(\.\d+)?\.weight$)",
+    r"(^|\.)((lm_head|embed_out|wte|wpe|experts(?!\.\d+\.)|router)\.|\w*(embed|norm)\w*(\.\d+)?\.weight$)"
+    r"|^(model\.)?shared\.weight$",  # the embedding of an encoder and a decoder
     re.IGNORECASE,
 )
 
