@@ -611,3 +611,13 @@ def test_a_disk_without_room_for_finished_blocks_is_found_out_before(dense, text
     assert main([*map(str, command), str(tmp_path / "kept"), "--resume"]) != 0
     assert "make room" in capsys.readouterr().err
     assert main([*map(str, command), str(tmp_path / "out")]) == 0
+
+
+def test_a_recipe_of_any_letters_is_quoted_whatever_the_locale(dense, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(recipe_path("magnitude_2of4").read_text(encoding="utf-8") + "# für später\n", encoding="utf-8")
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "crepe_llm", "prune", dense, "--recipe", recipe, "--output", tmp_path / "out"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stderr
+    assert "# für später" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
