@@ -141,6 +141,7 @@ def test_a_layer_of_subnormal_weights_still_has_finite_scores():
         ({"neighbourhood": float("inf")}, "neighbourhood=inf"),
         ({"activation_exponent": -0.5}, r"activation_exponent=-0\.5"),
         ({"row": 0.0, "column": 0.0, "neighbourhood": 0.0}, "all 0"),
+        ({"row": 0.0, "column": 0.0, "kernel_size": 1}, "kernel_size=1 .* all scores would be alike"),
         ({"kernel_size": 4}, "kernel_size=4 must be odd.*use 3 or 5"),
         ({"kernel_size": 0}, "kernel_size=0"),
         ({"kernel_size": -3}, "kernel_size=-3"),
@@ -209,11 +210,17 @@ def test_cvr_ranks_alike_whatever_the_scale(exponent):
 
 def test_cvr_of_constant_columns_is_finite():
     for weight in (torch.ones(3, 4), torch.zeros(3, 4), torch.tensor([[1.0, 2.0]])):
-        assert bool(cvr_scores(weight, torch.ones(weight.shape[1])).isfinite().all())
+        for alpha in (1, 9):
+            assert bool(cvr_scores(weight, torch.ones(weight.shape[1]), alpha=alpha).isfinite().all())
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"), [({"alpha": -1.0}, r"alpha=-1\.0"), ({"epsilon": 0.0}, r"epsilon=0\.0 must be a finite pos")]
+    ("fields", "message"),
+    [
+        ({"alpha": -1.0}, r"alpha=-1\.0"),
+        ({"epsilon": 0.0}, r"epsilon=0\.0 must be a finite pos"),
+        ({"alpha": 9.1}, r"alpha=9\.1 with epsilon=1e-08 makes scores that fp32 cannot hold: use at most 9\.0"),
+    ],
 )
 def test_bad_cvr_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -80,6 +80,13 @@ def test_tokens_without_outputs_do_not_decide_a_fit():
     assert relative_weights(torch.zeros(0, 4)).tolist() == []
 
 
+def test_padding_does_not_decide_which_tokens_count():
+    """More padding than text, with huge outputs, such as those of attention sinks: its median is not the text's."""
+    text, padding = torch.randn(2, 5, 8) * torch.rand(2, 5, 1), 1e4 * torch.randn(2, 9, 8)
+    outputs, mask = torch.cat([padding, text], 1), torch.tensor([[0] * 9 + [1] * 5] * 2)
+    assert torch.equal(relative_weights(outputs, mask)[:, 9:], relative_weights(text))
+
+
 def test_long_sums_of_bf16_do_not_stall():
     """A bf16 running sum of ones stops at 256; these must count every token."""
     statistics = InputStatistics(2)
@@ -89,20 +96,17 @@ def test_long_sums_of_bf16_do_not_stall():
     torch.testing.assert_close(statistics.square_sum, torch.full((2,), 4000.0, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("gram", [False, True])
-def test_reordered_is_what_reordered_inputs_give(gram):
+def test_reordered_is_what_reordered_inputs_give():
     inputs = torch.randn(9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     order = torch.tensor([3, 0, 4, 1, 2])
-    first, second = InputStatistics(5, gram=gram), InputStatistics(5, gram=gram)
+    first, second = InputStatistics(5, gram=True), InputStatistics(5)
     first.update(inputs)
     second.update(inputs[:, order])
     moved = first.reordered(order)
     assert moved.tokens == second.tokens
     torch.testing.assert_close(moved.sum, second.sum)
     torch.testing.assert_close(moved.square_sum, second.square_sum)
-    assert (moved.gram is None) == (second.gram is None)
-    if gram:
-        torch.testing.assert_close(moved.gram, second.gram)
+    assert moved.gram is None
 
 
 def test_bad_shapes_and_missing_tokens_are_named():

@@ -3,6 +3,8 @@ import sys
 
 import transformers
 
+from crepe_llm.models import per_block
+from crepe_llm.models.channels import family_of
 from crepe_llm.models.families import FAMILIES, PER_BLOCK
 
 
@@ -21,3 +23,11 @@ def test_the_table_needs_no_toolkit():
     )
     environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": ":".join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_family_is_that_of_the_text():
+    per_block.register()
+    assert family_of(transformers.Gemma3Config()) == family_of(transformers.Gemma3TextConfig()) == "gemma3_text"
+    for family in PER_BLOCK:
+        registered = transformers.AutoConfig.for_model(f"{family} (pip install crepe-llm)")
+        assert family_of(registered) == family

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from crepe_llm.functional.allocation import tail_exponent
 from crepe_llm.modifiers import (
+    CFSPModifier,
     CRePEModifier,
     PHOSearchModifier,
     SparsityAllocationModifier,
@@ -328,6 +329,15 @@ def test_data_free_methods_work_in_a_shared_epoch(tiny_model_folder, calibration
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("method", ["atp", "owl"])
+def test_blocks_are_weighed_as_cfsp_has_cut_them(method, llama_of, calibration_data):
+    cut = CFSPModifier(sparsity=0.5, round_to=4)
+    model = run(load(llama_of(2)), [cut, allocation(method, 0.6, spread=0.3), crepe()], calibration_data)
+    widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    assert widths[0] != widths[1]
+    assert realised(model)[1] == pytest.approx(0.6, abs=0.02)
+
+
 def test_the_plot_and_the_table(tiny_model_folder, calibration_data, tmp_path, messages):
     modifier = allocation(plot=str(tmp_path / "plot.png"))
     run(load(tiny_model_folder("gpt2")), [modifier, crepe()], calibration_data)
@@ -371,6 +381,26 @@ def test_the_plot_and_the_table(tiny_model_folder, calibration_data, tmp_path, m
         (lambda: [allocation("atp"), wanda(targets=["LlamaModel"])], "match a module with 2 decoder layers"),
         (lambda: [allocation("atp", slope=0.7), crepe()], r"slope of 0\.7 takes 2 blocks.*use at most 0\.6"),
         (lambda: [allocation("atp", spread=0.4), crepe()], r"spread=0\.4 takes blocks of mean .* use at most 0\.3"),
+        (
+            lambda: [
+                PHOSearchModifier(tokens=1000),
+                allocation("atp", slope=0.7),
+                crepe(),
+            ],
+            r"slope of 0\.7 takes 2 blocks.*use at most 0\.6",
+        ),
+        (
+            lambda: [allocation(sparsity=0.1), CRePEModifier(mask_structure="1:8")],
+            r"gives each block from 0\.125 to 0\.875, and sparsity=0\.1 is not between",
+        ),
+        (
+            lambda: [PHOSearchModifier(sparsity=0.5), allocation(), crepe()],
+            r"sparsity=0\.5 contradicts the SparsityAllocationModifier's sparsity=0\.7: leave it out",
+        ),
+        (
+            lambda: [allocation("atp"), CFSPModifier(sparsity=0.2, round_to=4), crepe()],
+            "CFSPModifier has SparsityAllocationModifier before it.*Put CFSPModifier first",
+        ),
         (lambda: [allocation(found={"model.layers.0": 0.7}), crepe()], "remove `found` to allocate anew"),
         (
             lambda: [

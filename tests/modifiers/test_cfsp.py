@@ -14,7 +14,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from crepe_llm.models.ffn import find_ffns
-from crepe_llm.modifiers import CFSPModifier, CRePEModifier, WeightCorrectionModifier
+from crepe_llm.modifiers import CFSPModifier, ChannelPermutationModifier, CRePEModifier, WeightCorrectionModifier
 from tiny_models import FAMILIES, VOCABULARY
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -354,6 +354,13 @@ def test_order_and_pipeline_are_checked(tiny_model_folder, calibration_data):
     crepe = CRePEModifier(mask_structure="2:4")
     with pytest.raises(ValueError, match=r"has CRePEModifier before it .* cut through .* Put CFSPModifier first"):
         prune(dense_model(folder), [crepe, cfsp()], calibration_data)
+    for before, message in (
+        (ChannelPermutationModifier(), "has ChannelPermutationModifier before it .* Put CFSPModifier first"),
+        (None, r'round_to=2 keeps widths that CRePEModifier cannot cut into groups of 4 .*"2:4": give a multiple of 4'),
+    ):
+        recipe = [*([before] if before else []), cfsp(round_to=2), CRePEModifier(mask_structure="2:4")]
+        with pytest.raises(ValueError, match=message):
+            prune(dense_model(folder), recipe, calibration_data)
     with pytest.raises(ValueError, match="must have cut the FFNs before CRePEModifier works on them"):
         prune(
             dense_model(folder), [cfsp(), CRePEModifier(mask_structure="2:4")], calibration_data, pipeline="sequential"

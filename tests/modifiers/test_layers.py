@@ -12,13 +12,18 @@ from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 
-from crepe_llm.checkpoints import read_folder
+from crepe_llm.checkpoints import is_2of4, read_folder
 from crepe_llm.modifiers import (
     ADMMModifier,
     CFSPModifier,
     ChannelPermutationModifier,
     CRePEModifier,
+    DSnoTModifier,
+    MaskedGPTQModifier,
+    PHOSearchModifier,
     SparseCheckpointModifier,
+    SparsityAllocationModifier,
+    WeightCorrectionModifier,
 )
 from modifier_helpers import SMALL, crepe, linears, load, run, save
 from tiny_models import VOCABULARY
@@ -62,6 +67,17 @@ def test_text_prunes_the_language_model_and_leaves_the_vision_tower(
             assert torch.equal(module.weight, dense.get_submodule(name).weight)
     (line,) = [line for line in messages if "does not reach" in line]
     assert "1 x model.vision_tower.encoder.layers.*.mlp.fc1" in line and "targets" in line
+
+
+def test_a_model_with_images_is_of_the_family_of_its_text(vision_folder, calibration_data):
+    """Gemma 3 normalises what layers give, so that tokens count by their relative errors."""
+    made = []
+    for fields in ({}, {"token_weighting": "relative"}, {"token_weighting": "uniform"}):
+        recipe = [crepe(), WeightCorrectionModifier(method="pcg", **fields)]
+        made.append(linears(run(load(vision_folder), recipe, calibration_data, processor=words(vision_folder))))
+    default, relative, uniform = ({name: module.weight for name, module in layers.items()} for layers in made)
+    assert all(torch.equal(weight, relative[name]) for name, weight in default.items())
+    assert any(not torch.equal(weight, uniform[name]) for name, weight in default.items())
 
 
 def test_a_vision_tower_that_targets_name_is_refused_before_calibration(vision_folder, calibration_data, messages):
@@ -143,6 +159,20 @@ def test_encoders_are_pruned_with_their_decoders(make, second, tiny_model_folder
     assert all(pruned(module) for module in layers.values())
 
 
+@pytest.mark.parametrize("padded", ["attention_mask", "decoder_attention_mask"])
+def test_padding_of_an_encoder_is_not_taken_for_its_decoders(padded, tiny_model_folder, tmp_path):
+    folder = save(t5(), tmp_path / "model", tiny_model_folder("llama"))
+    ids = torch.randint(3, 90, (4, 12))
+    batch = {"input_ids": ids, "decoder_input_ids": ids, padded: torch.tensor([[0] * 5 + [1] * 7] * 4)}
+    with pytest.raises(ValueError, match=f"{padded} of batch 0 .* has padding, .*: give rows without it"):
+        oneshot(
+            model=t.T5ForConditionalGeneration.from_pretrained(folder),
+            processor=words(folder),
+            recipe=[crepe()],
+            dataset=DataLoader([batch], batch_size=None),
+        )
+
+
 @pytest.mark.parametrize("make", [whisper, t5])
 def test_text_alone_is_refused_where_a_model_needs_more(make, tiny_model_folder, tmp_path):
     folder = save(make(), tmp_path / "model", tiny_model_folder("llama"))
@@ -197,11 +227,12 @@ def test_routers_gates_and_narrow_layers_stay_dense(tiny_model_folder, calibrati
     assert all(pruned(m) for n, m in linears(named).items())
 
 
-def test_layers_that_blocks_share_are_pruned_with_the_first(tiny_model_folder, calibration_data):
+@pytest.mark.parametrize("recipe", ["crepe_2of4", "crepe_2of4_admm"])
+def test_layers_that_blocks_share_are_pruned_with_the_first(recipe, tiny_model_folder, calibration_data):
     model, alone = load(tiny_model_folder("llama")), load(tiny_model_folder("llama"))
     model.model.layers[1].mlp = model.model.layers[0].mlp
     for each in (model, alone):
-        run(each, "crepe_2of4", calibration_data)
+        run(each, recipe, calibration_data)
     assert all(pruned(module) for module in linears(model).values())
     for one, other in zip(model.model.layers[1].mlp.parameters(), alone.model.layers[0].mlp.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -415,6 +446,50 @@ def test_patterns_that_match_nothing_are_named(tiny_model_folder, calibration_da
     for field, pattern in (("targets", "re:.*k_porj"), ("ignore", "re:.*dwon_proj"), ("targets", "Lineer")):
         assert any(f"{field} has {pattern!r}" in line for line in said)
     assert len(said) == 3
+
+
+FOUND = {"row": 1.0, "column": 1.0, "neighbourhood": 0.0, "kernel_size": 3, "activation_exponent": 0.5}
+FINDS_NOTHING = {
+    "a search that is done": lambda: [PHOSearchModifier(found=FOUND)],
+    "an allocation without data": lambda: [SparsityAllocationModifier(method="atp", sparsity=0.6)],
+}
+
+
+@pytest.mark.parametrize("before", FINDS_NOTHING)
+def test_what_is_checked_once_is_checked_after_modifiers_that_look_at_no_layer(
+    before, tiny_model_folder, vision_folder, calibration_data, messages
+):
+    unstructured = crepe(mask_structure="0:0", sparsity=None if "allocation" in before else 0.6)
+    fields = unstructured.model_dump(include={"mask_structure", "sparsity"})
+    misspelt = crepe(**fields, ignore=["re:.*qq_proj", "lm_head"])
+    run(load(tiny_model_folder("llama")), [*FINDS_NOTHING[before](), misspelt], calibration_data)
+    assert len([line for line in messages if "re:.*qq_proj" in line and "matches no module" in line]) == 1
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7, VOCABULARY]] * 2, "attention_mask": [[1] * 4] * 2})
+    with pytest.raises(ValueError, match="is outside the model's vocabulary"):
+        run(load(tiny_model_folder("llama")), [*FINDS_NOTHING[before](), crepe(**fields)], data)
+    seeing = run(
+        load(vision_folder),
+        [*FINDS_NOTHING[before](), crepe(**fields)],
+        calibration_data,
+        processor=words(vision_folder),
+    )
+    zeros = {name: bool((module.weight == 0).any()) for name, module in linears(seeing).items()}
+    assert all(found == ("language_model" in name) for name, found in zeros.items())
+
+
+@pytest.mark.parametrize("second", [WeightCorrectionModifier, DSnoTModifier])
+def test_the_toolkits_masks_replace_those_of_an_earlier_pruning(second, tiny_model_folder, calibration_data):
+    """Everything outside of CRePE's masks is zero after Wanda, too: its zeros must not count as kept weights."""
+    lighter = {"mask_structure": "0:0", "sparsity": 0.3}
+    wanda = {"sparsity": 0.5, "mask_structure": "2:4", "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    recipe = [crepe(**lighter), WandaPruningModifier(**wanda), second()]
+    model = run(load(tiny_model_folder("llama")), recipe, calibration_data)
+    assert all(is_2of4(module.weight) for module in linears(model).values())
+    model = run(load(tiny_model_folder("llama")), [crepe(**lighter)], calibration_data)
+    run(model, [WandaPruningModifier(**wanda)], calibration_data)
+    quantize = MaskedGPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
+    run(model, [quantize], calibration_data)
+    assert all(is_2of4(module.weight) for module in linears(model).values())
 
 
 def test_weights_that_no_layer_holds_are_named(tiny_model_folder, calibration_data, tmp_path, messages):

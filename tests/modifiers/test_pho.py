@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from crepe_llm.functional.masks import keep_mask
 from crepe_llm.functional.scores import crepe_scores
 from crepe_llm.modifiers import ADMMModifier, CRePEModifier, PHOSearchModifier, WeightCorrectionModifier
+from crepe_llm.modifiers.judging import texts_in
 from crepe_llm.search.fitness import PROXIES
 from crepe_llm.search.space import RIA, Coefficients, Mask
 from crepe_llm.search.study import Study, StudyError
@@ -484,6 +485,10 @@ def test_experts_that_were_never_routed_to_are_left_out(tiny_model_folder, calib
         ({"sparsity": 0.0}, r"sparsity\n  Input should be greater than 0"),
         ({"sparsity": 50}, r"sparsity\n  Input should be less than 1"),
         ({"space": {"column": [2, 1]}}, "column=.*is empty"),
+        ({"space": {"column": 7.0}}, r"space=\{'column': 7\.0\}: .*give two numbers for each of column"),
+        ({"space": {"kernel_sizes": 31}}, r"space=.*a list of kernel_sizes"),
+        ({"space": {"row": "x"}}, r"space=.*one number for row"),
+        ({"incumbent": RIA.of_score | {"kernel_size": 3.7}}, "kernel_size must be a whole number"),
         ({"space": {"colum": [1, 2]}}, "no bounds called colum; it has"),
         ({"study": "a", "record": "a"}, "give record another file"),
         ({"tokens": 5, "minutes": 1}, "tokens=5 and minutes=1.0 are both budgets"),
@@ -629,3 +634,8 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
     assert "was made with sample=" in capsys.readouterr().err
     assert main([*arguments[:-4], "--study", str(study), "--proxy", "luck"]) == 2
     assert "proxy=luck must be one of" in capsys.readouterr().err
+
+
+def test_calibration_data_without_text_is_named():
+    with pytest.raises(ValueError, match="PHOSearchModifier compares predictions of text, .* holds input_features"):
+        texts_in([{"input_features": torch.zeros(1, 4, 8)}], "PHOSearchModifier")

@@ -131,13 +131,29 @@ def _has_matrix(module: torch.nn.Module) -> bool:
 
 
 def _check_tokens(model: Any, data: Any) -> None:
-    """Raise ValueError if calibration data, where it is text, is more than the model can be given."""
+    """Raise ValueError if calibration data, where it is text, is more than the model can be given, or cannot be told
+    from padding."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        _refuse_padding(data)
     with torch.random.fork_rng(devices=[]):
         found = list(_extents(data))
     if found:
         lengths, lowest, highest = zip(*found, strict=True)
         check_positions(model, max(lengths))
         check_vocabulary(model, min(lowest), max(highest))
+
+
+def _refuse_padding(data: Any) -> None:
+    """Raise ValueError if rows for an encoder and a decoder are padded: which of the two a layer's tokens are of is not
+    known, so that one's padding would be taken for the other's."""
+    for number, batch in enumerate(data):
+        for name in ("attention_mask", "decoder_attention_mask"):
+            mask = batch.get(name) if hasattr(batch, "get") else None
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()):
+                raise ValueError(
+                    f"{name} of batch {number} of the calibration data has padding, which is not left out of the "
+                    "layers of a model with an encoder and a decoder: give rows without it, such as one a batch"
+                )
 
 
 def _extents(data: Any) -> Iterator[tuple[int, int, int]]:

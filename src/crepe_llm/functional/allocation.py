@@ -71,6 +71,11 @@ class Allocation:
         """Whether the method looks at scores, which take calibration data."""
         return self.method in ("owl", "dlp")
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the method looks at the dense weights."""
+        return self.method == "alphapruning"
+
     def of_scores(self, scores: torch.Tensor) -> float:
         """What `owl` and `dlp` rank a block by, given all its Wanda scores (any shape)."""
         if self.method == "owl":

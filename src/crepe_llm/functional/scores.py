@@ -18,6 +18,8 @@ __all__ = ["crepe_scores", "cvr_scores", "magnitude_scores", "wanda_scores", "wi
 # Sums of |W| below this count as zero: an all-zero row, column or window then scores 0 instead of NaN.
 _TINY = torch.finfo(torch.float32).tiny
 _BLOCK_ELEMENTS = 1 << 18
+# Power of ten that no factor of a score may exceed: fp32 ends at 38.
+_LARGEST = 36
 
 
 def magnitude_scores(weight: torch.Tensor) -> torch.Tensor:
@@ -132,7 +134,7 @@ def cvr_scores(
         fp32 scores [d_out, d_in], non-negative and finite.
 
     Raises:
-        ValueError: if the shapes do not fit, alpha is negative or epsilon is not positive.
+        ValueError: if the shapes do not fit, alpha is negative or too large, or epsilon is not positive.
 
     Source: column-variance reweighting, arXiv 2602.07375, which gives neither alpha nor eps: the defaults are ours.
     """
@@ -141,6 +143,11 @@ def cvr_scores(
         raise ValueError(f"alpha={alpha} must be a finite number of at least 0")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon={epsilon} must be a finite positive number, such as 1e-8")
+    if -alpha / 2 * math.log10(epsilon) > _LARGEST:
+        raise ValueError(
+            f"alpha={alpha} with epsilon={epsilon} makes scores that fp32 cannot hold: use at most "
+            f"{math.floor(-20 * _LARGEST / math.log10(epsilon)) / 10}"
+        )
     values = weight.detach().float()
     # By a power of two, which rounds nothing, so that no square is above what fp32 holds.
     exponent = math.frexp(float(values.abs().amax()))[1]
@@ -161,6 +168,11 @@ def check_coefficients(
     if not any(coefficients.values()):
         raise ValueError(
             "row, column and neighbourhood are all 0, so every score would be 0: make one of them positive"
+        )
+    if kernel_size == 1 and not (row or column):
+        raise ValueError(
+            "kernel_size=1 compares each weight with itself alone, so with row=0 and column=0 all scores would be "
+            "alike: make one of them positive, or use kernel_size=3"
         )
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(

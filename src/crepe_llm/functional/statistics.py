@@ -53,15 +53,16 @@ def token_products(
     return x.T @ y
 
 
-def relative_weights(outputs: torch.Tensor) -> torch.Tensor:
+def relative_weights(outputs: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Weights of tokens by which each one's squared error counts relative to its squared outputs, 1 / ‖y_t‖².
 
     Args:
         outputs: [..., d_out], what a layer gives for each token.
+        token_mask: of :func:`counted_tokens`.
 
     Returns:
         fp32 [...]; 0 for a token whose outputs are all zero. The squares of smaller outputs than a hundredth of the
-        median token's count as that.
+        median token's, padding left out, count as that.
 
     Source: weights of tokens in the Gram matrix are RSQ's (arXiv 2503.01820), there by attention. These are ours, for
     models that normalise what a layer gives: a few tokens with huge outputs would decide its fit, though the norm
@@ -69,7 +70,9 @@ def relative_weights(outputs: torch.Tensor) -> torch.Tensor:
     """
     energy = outputs.detach().float().square().sum(dim=-1)
     active = energy > 0
-    floor = energy[active].median() * 1e-4 if bool(active.any()) else 1
+    counted = counted_tokens(energy[..., None], token_mask).flatten()
+    counted = counted[counted > 0]
+    floor = counted.median() * 1e-4 if len(counted) else 1
     return torch.where(active, 1 / energy.clamp_min(floor), 0)
 
 
@@ -164,13 +167,14 @@ class InputStatistics:
             _add_products(self.gram, tokens.to(dtype))
 
     def reordered(self, order: torch.Tensor) -> "InputStatistics":
-        """The statistics of a layer whose input channel p is channel ``order[p]`` of this one (int64 [d_in])."""
+        """The statistics of a layer whose input channel p is channel ``order[p]`` of this one (int64 [d_in]).
+
+        Without the Gram matrix, which no score reads: it would take as much memory again.
+        """
         result = InputStatistics(self.channels, device=self.sum.device)
         result.tokens, result.weight = self.tokens, self.weight
         order = order.to(self.sum.device)
         result.sum, result.square_sum = self.sum[order], self.square_sum[order]
-        if self.gram is not None:
-            result.gram = self.gram[order][:, order]
         return result
 
     def _require_tokens(self) -> None:

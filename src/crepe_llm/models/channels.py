@@ -1,13 +1,22 @@
 """Which channels the modules of a model share, to permute them exactly."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from crepe_llm.models.blocks import kind_of
 from crepe_llm.models.families import FAMILIES, Axes, Family
 
-__all__ = ["AXES", "module_axes", "normalises_outputs"]
+__all__ = ["AXES", "family_of", "module_axes", "normalises_outputs"]
 
 AXES = ("mlp", "attention", "residual")
+
+
+def family_of(config: Any) -> str:
+    """The family of a model by its configuration: of one with images that of its part for text.
+
+    Models whose blocks differ in width have a `model_type` that begins with it (:mod:`crepe_llm.models.per_block`).
+    """
+    return str(config.get_text_config().model_type).split()[0]
 
 
 def normalises_outputs(model_type: str) -> bool:
@@ -22,7 +31,7 @@ def module_axes(model_type: str, parameters: Iterable[str]) -> dict[str, Axes]:
     """The axes of every module of a model, as :mod:`crepe_llm.models.families` defines them.
 
     Args:
-        model_type: as in the model's configuration.
+        model_type: as :func:`family_of` gives it.
         parameters: names of all parameters, those of tied weights included.
 
     Returns:

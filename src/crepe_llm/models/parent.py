@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from crepe_llm.models.channels import family_of
+
 __all__ = ["check_config", "check_embeddings", "check_tokenizers"]
 
 # What a parent shares with a pruned model of it; FFN widths differ after structured pruning.
@@ -28,9 +30,9 @@ def check_config(pruned: Any, dense: Any, name: Any, role: str) -> None:
     """
     configs = [config.get_text_config() for config in (pruned, dense)]
     for field in _SHARED:
-        ours, theirs = (getattr(config, field, None) for config in configs)
-        if field == "model_type":  # of a model with layers of their own width, the family is the first word
-            ours, theirs = (str(name).split()[0] for name in (ours, theirs))
+        ours, theirs = (
+            family_of(config) if field == "model_type" else getattr(config, field, None) for config in configs
+        )
         if ours != theirs:
             raise ValueError(
                 f"{role} is not the parent of {name}: its {field} is {theirs}, the model's is {ours}. "

@@ -180,6 +180,10 @@ class SparsityAllocationModifier(LayerModifier):
         names = [name for name in ("targets", "ignore", "uncalibrated") if hasattr(self._pruning, name)]
         return serialize(self) | {name: getattr(self._pruning, name) for name in names} | {"found": self.chosen}
 
+    @property
+    def looks_at_layers(self) -> bool:
+        return self.requires_calibration_data
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         order.check(self)
         self._pruning = next(
@@ -199,6 +203,8 @@ class SparsityAllocationModifier(LayerModifier):
             self._set_sparsity(self.sparsity)
         if self.requires_calibration_data:
             super().on_initialize(state, **kwargs)
+        elif self.found is None and not self._allocation.needs_weights:
+            self._allocated()  # what it cannot keep to is found out before any time is spent
         return True
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
@@ -207,6 +213,7 @@ class SparsityAllocationModifier(LayerModifier):
         return {module: name for layers in self._upstream_layers(model) for module, name in layers.items()}
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._weigh_blocks()
         if not self.requires_calibration_data:
             self._conclude(state.model)
             return
@@ -329,6 +336,12 @@ class SparsityAllocationModifier(LayerModifier):
                 f'mask_structure="{text}" is far from sparsity={self.sparsity}, which blocks shall have on average: '
                 f'write "{min(max(nearest, 1), m - 1)}:{m}" or change the sparsity'
             )
+        low, high = max(self.low, 1 / m), min(self.high, 1 - 1 / m)
+        if not low <= self.sparsity <= high:
+            raise ValueError(
+                f'mask_structure="{text}" with low={self.low} and high={self.high} gives each block from {low:.4g} to '
+                f"{high:.4g}, and sparsity={self.sparsity} is not between: give a sparsity that is, or groups of more"
+            )
         return m
 
     def _find_blocks(self, model: torch.nn.Module, sequential_targets: Any) -> None:
@@ -343,11 +356,7 @@ class SparsityAllocationModifier(LayerModifier):
                     f"sparsity is allocated: add it to `ignore` of {type(self._pruning).__name__}"
                 )
             self._blocks.setdefault(block, {})[module] = name
-        with disable_onloading():
-            self._sizes = {
-                block: sum(layer.weight.numel() for layer in layers)  # type: ignore[union-attr, operator, misc]
-                for block, layers in self._blocks.items()
-            }
+        self._weigh_blocks()
         if not self._blocks:
             raise ValueError(
                 f"{type(self._pruning).__name__} with targets={self._pruning.targets} and "
@@ -364,6 +373,14 @@ class SparsityAllocationModifier(LayerModifier):
                     f"found={chosen} for {block} does not fit the {type(self._pruning).__name__}'s "
                     f'mask_structure="{self._pruning.mask_structure}": remove `found` to allocate anew'
                 )
+
+    def _weigh_blocks(self) -> None:
+        """How many weights the layers of each block have; CFSPModifier changes that before the allocation's turn."""
+        with disable_onloading():
+            self._sizes = {
+                block: sum(layer.weight.numel() for layer in layers)  # type: ignore[union-attr, operator, misc]
+                for block, layers in self._blocks.items()
+            }
 
     def _upstream_layers(self, model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, str]]:
         """What llm-compressor's own modifiers prune in each module that their targets match, which is what they take a

@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr
 
 from crepe_llm import processes
 from crepe_llm.calibration.data import calibration_data
+from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.functional.structured import (
     BlockImportance,
@@ -97,7 +98,20 @@ class CFSPModifier(Modifier):
                 "set `uniform: false`"
             )
         per_block.width_field(state.model.config.get_text_config())
+        self._check_groups_after()
         return True
+
+    def _check_groups_after(self) -> None:
+        """Raise ValueError if N:M masks that follow could not cut the channels that are kept into groups of M."""
+        for modifier in order.modifiers_after(self):
+            given = getattr(modifier, "mask_structure", None) if order.role_of(modifier) == "prunes" else None
+            for text in given.values() if isinstance(given, dict) else [given or "0:0"]:
+                structure = parse_mask_structure(text)
+                if structure is not None and self.round_to % structure[1]:
+                    raise ValueError(
+                        f"round_to={self.round_to} keeps widths that {type(modifier).__name__} cannot cut into groups "
+                        f'of {structure[1]} for mask_structure="{text}": give a multiple of {structure[1]}'
+                    )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch every block, and the inputs of the layer that reads its channels."""

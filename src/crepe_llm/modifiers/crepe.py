@@ -89,8 +89,8 @@ class CRePEModifier(PruningModifier):
     :param neighbourhood: for `crepe`, coefficient of the neighbourhood term
     :param kernel_size: for `crepe`, odd width of the neighbourhood
     :param activation_exponent: for `crepe`, power of the input norm
-    :param alpha: for `cvr`, power of the column's standard deviation. The paper gives neither a value for it nor for
-        the epsilon added to the variances; 1, and 1e-8 of the columns' mean variance, are our choices
+    :param alpha: for `cvr`, power of the column's standard deviation, at most 9. The paper gives neither a value for it
+        nor for the epsilon added to the variances; 1, and 1e-8 of the columns' mean variance, are our choices
     """
 
     sparsity: float | dict[str, float] | None = None
@@ -102,7 +102,7 @@ class CRePEModifier(PruningModifier):
     neighbourhood: NonNegative = 1.0
     kernel_size: int = Field(default=3, ge=1)
     activation_exponent: NonNegative = 0.5
-    alpha: NonNegative = 1.0
+    alpha: float = Field(default=1.0, ge=0, le=9)
 
     _found: dict[str, Any] = PrivateAttr(default_factory=dict)
     _orders: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = PrivateAttr(default_factory=dict)

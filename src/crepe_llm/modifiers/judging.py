@@ -29,10 +29,15 @@ def texts_in(dataloader: Any, modifier: str) -> list[torch.Tensor]:
         modifier: what needs them.
 
     Raises:
-        ValueError: there are fewer than two; each half of the text needs one.
+        ValueError: there are fewer than two (each half of the text needs one), or a batch holds no text.
     """
     found = []
     for batch in dataloader:
+        if "input_ids" not in batch:
+            raise ValueError(
+                f"{modifier} compares predictions of text, and a batch of the calibration data holds "
+                f"{', '.join(batch)}: give it input_ids"
+            )
         masks = batch.get("attention_mask")
         masks = torch.ones_like(batch["input_ids"]) if masks is None else masks
         for ids, mask in zip(batch["input_ids"], masks, strict=True):

@@ -67,6 +67,11 @@ class LayerModifier(Modifier):
         return MappingProxyType(self._layers)
 
     @property
+    def looks_at_layers(self) -> bool:
+        """Whether the modifier looks at layers itself: the recipe's first that does checks what is checked once."""
+        return True
+
+    @property
     def uncalled(self) -> set[torch.nn.Module]:
         """The modules that calibration will not reach, once the first modifier of the recipe has its data."""
         found = order.first(self, LayerModifier)
@@ -85,11 +90,11 @@ class LayerModifier(Modifier):
     def take_data(self, state: State, **kwargs: Any) -> None:
         """Take the calibration data, and learn which layers it will not reach; called before the layers are found."""
         if self._dataloader is None:
-            checked = order.first(self) is not self
-            self._dataloader = calibration_data(order.needing_data(self), state, checked, **kwargs)
+            first = order.first(self, LayerModifier) is self
+            self._dataloader = calibration_data(order.needing_data(self), state, not first, **kwargs)
             if self._dataloader is None:
                 return
-            if order.first(self, LayerModifier) is self and isinstance(state.model, PreTrainedModel):
+            if first and isinstance(state.model, PreTrainedModel):
                 self._uncalled = uncalled_layers(state.model, self._dataloader)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -111,7 +116,7 @@ class LayerModifier(Modifier):
             for module, name in self._layers.items():
                 self._check_weight(name, module, tables)
                 self.check_layer(name, module)
-        if order.first(self, LayerModifier) is self:
+        if not any(isinstance(m, LayerModifier) and m.looks_at_layers for m in order.modifiers_before(self)):
             check_experts(state.model, [m for m in order.modifiers_after(self) if order.role_of(m) == "quantizes"])
             self._say_what_stays_dense(state.model)
             self._say_what_no_layer_holds(state.model)

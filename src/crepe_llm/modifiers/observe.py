@@ -132,8 +132,9 @@ class Observer:
             return
         if module not in self._statistics:
             self._statistics[module] = self._none_yet(module)
-        weights = None if wanted.token_weights is None else wanted.token_weights(inputs)
-        self._statistics[module].update(inputs, self.mask(inputs), weights)
+        mask = self.mask(inputs)
+        weights = None if wanted.token_weights is None else wanted.token_weights(inputs, mask)
+        self._statistics[module].update(inputs, mask, weights)
 
 
 def is_usable(

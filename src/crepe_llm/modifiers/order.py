@@ -97,7 +97,7 @@ _PRUNED = Need(
 )
 
 PLACES: dict[str, Place] = {
-    "CFSPModifier": Place("cuts", not_after={"prunes": _CUT, "quantizes": _CUT}),
+    "CFSPModifier": Place("cuts", not_after=dict.fromkeys(("prunes", "quantizes", "permutes", "allocates"), _CUT)),
     "PHOSearchModifier": Place("searches", not_after={"prunes": _LATER}),
     "SparsityAllocationModifier": Place(
         "allocates",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from crepe_llm import journal, processes
 from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
 from crepe_llm.functional.statistics import InputStatistics
-from crepe_llm.models.channels import AXES, module_axes
+from crepe_llm.models.channels import AXES, family_of, module_axes
 from crepe_llm.models.permuting import permute_parameters
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.crepe import CRePEModifier
@@ -123,10 +123,10 @@ class ChannelPermutationModifier(LayerModifier):
         order.check(self)
         self._crepe = next(m for m in order.modifiers_after(self) if isinstance(m, CRePEModifier))
         super().on_initialize(state, **kwargs)
-        config = state.model.config
+        config = state.model.config.get_text_config()
         names = [name for name, _ in state.model.named_parameters(remove_duplicate=False)]
         try:
-            self._axes = module_axes(config.model_type, names)
+            self._axes = module_axes(family_of(config), names)
         except ValueError as error:
             logger.warning(f"ChannelPermutationModifier does nothing, and the recipe goes on without it: {error}")
             self.requires_calibration_data, self._layers = False, {}

@@ -202,10 +202,15 @@ class PHOSearchModifier(LayerModifier):
         """A saved recipe has what was found."""
         return serialize(self) | ({"found": self.chosen} if self._chosen else {})
 
+    @property
+    def looks_at_layers(self) -> bool:
+        return self.found is None
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         order.check(self)
         self._crepe = self._searched_for()
         if self.found is not None:
+            self.take_data(state, **kwargs)
             self._hand_over(_coefficients("found", self.found))
             logger.info(f"PHO: coefficients of the recipe, no search: {_coefficients('found', self.found)}")
             return True
@@ -337,7 +342,7 @@ class PHOSearchModifier(LayerModifier):
 
     def _described_recipe(self) -> dict[str, Any] | None:
         """What the last stage prunes with: what follows CRePE's mask, and what differs from layer to layer in it."""
-        if self._crepe is None or not self._prunes_as_crepe:
+        if self._crepe is None:
             return None
         values = {name: self._crepe.value(name) for name in ("sparsity", "mask_structure")}
         mappings = {name: value for name, value in values.items() if isinstance(value, dict)}
@@ -402,23 +407,12 @@ class PHOSearchModifier(LayerModifier):
             )
         return plan
 
-    @property
-    def _prunes_as_crepe(self) -> bool:
-        """Whether the CRePEModifier knows its sparsity by now; an allocation between the two has not found it yet."""
-        crepe = self._crepe
-        return crepe is not None and (
-            crepe.value("sparsity") is not None
-            or isinstance(crepe.value("mask_structure"), dict)
-            or parse_mask_structure(crepe.value("mask_structure")) is not None
-        )
-
     def _pruning(self, routing: Routing, coefficients: Coefficients, masks_alone: bool) -> Pruning:
         """How the recipe's modifiers prune with these coefficients, or their masks alone."""
-        if not self._prunes_as_crepe:
+        if self._crepe is None:
             step = mask_step(coefficients, self._mask)
             wanted = {module: routing.counting(module, Wanted(name)) for module, name in self._layers.items()}
             return Pruning(wanted, Calibration(), lambda layer: if_usable(layer, self.uncalibrated, step))
-        assert self._crepe is not None
         self._crepe.use(**coefficients.fields)
         return pruning_of(self._crepe, masks_alone, routing)
 
@@ -455,8 +449,7 @@ class PHOSearchModifier(LayerModifier):
                 f"PHO: {winner.coefficients} is better than {first.coefficients} by {gain:.4f} nats a token, with a "
                 f"standard error of {error:.4f}, so these are used"
             )
-        if self._prunes_as_crepe:
-            assert self._crepe is not None
+        if self._crepe is not None:
             self._crepe.pruning_pass.forget()
         self._hand_over(winner.coefficients)
 
@@ -494,18 +487,21 @@ class PHOSearchModifier(LayerModifier):
                 "PHOSearchModifier does not know what to search for: put a CRePEModifier after it, or give it "
                 "mask_structure"
             )
+        allocating: list[Any] = [m for m in order.modifiers_after(self) if order.role_of(m) == "allocates"]
         fields = {}
         for name in ("mask_structure", "sparsity", "comparison_group"):
             own = getattr(self, name)
-            theirs = None if crepe is None else crepe.value(name)
+            theirs, whose = None if crepe is None else crepe.value(name), "CRePEModifier"
+            if name == "sparsity" and allocating and theirs is None:  # it tells the CRePEModifier later
+                theirs, whose = allocating[0].sparsity, type(allocating[0]).__name__
             if isinstance(theirs, dict):
                 if own is None:
                     raise ValueError(
-                        f"the CRePEModifier's {name} differs between layers, and the search is for one: give "
+                        f"the {whose}'s {name} differs between layers, and the search is for one: give "
                         f"PHOSearchModifier a {name}, such as their mean"
                     )
             elif own is not None and theirs is not None and own != theirs:
-                raise ValueError(f"{name}={own} contradicts the CRePEModifier's {name}={theirs}: leave it out")
+                raise ValueError(f"{name}={own} contradicts the {whose}'s {name}={theirs}: leave it out")
             elif own is None:
                 own = theirs
             fields[name] = own
@@ -538,12 +534,21 @@ class PHOSearchModifier(LayerModifier):
         for name in bounds:
             if name not in known:
                 raise ValueError(f"space has no bounds called {name}; it has {', '.join(sorted(known))}")
-        return SearchSpace(**bounds)
+        try:
+            return SearchSpace(**bounds)
+        except TypeError as error:
+            raise ValueError(
+                f"space={bounds}: {error}; give two numbers for each of column, neighbourhood and activation_exponent, "
+                "such as column: [0.1, 10], a list of kernel_sizes and one number for row"
+            ) from error
 
 
 def _coefficients(field: str, values: dict[str, float | str]) -> Coefficients:
     try:
-        return Coefficients(**{**values, "kernel_size": int(values["kernel_size"])})  # type: ignore[arg-type]
+        size = int(values["kernel_size"])
+        if size != values["kernel_size"]:
+            raise ValueError(f"{field}={values}: kernel_size must be a whole number")
+        return Coefficients(**{**values, "kernel_size": size})  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{field}={values} must hold exactly {', '.join(_NAMES)}, or comparison_group, too") from error
 

@@ -315,6 +315,8 @@ class PruningPass:
 
     def _prune_block(self, block: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
         assert self._observer is not None
+        # What several blocks share is pruned with the first of them.
+        layers = [module for module in layers if module in self._left]
         wanted = {module: self._observer.counting(module, self.wanted(module)) for module in layers}
         self._run_dense(block, self._captured.pop(block), wanted)
         for module in layers:

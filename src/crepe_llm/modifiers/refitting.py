@@ -9,7 +9,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 
 from crepe_llm.functional.statistics import relative_weights
-from crepe_llm.models.channels import normalises_outputs
+from crepe_llm.models.channels import family_of, normalises_outputs
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.pruning_pass import PruningModifier
 from crepe_llm.modifiers.tables import aligned
@@ -42,7 +42,7 @@ class RefittingModifier(PruningModifier):
         the error of a layer's outputs relative to their size (`relative`, see
         `crepe_llm.functional.statistics.relative_weights`). Where it is left out, `relative` for methods that fit
         outputs after a CRePEModifier in families that normalise what attention and feed-forward give (Gemma 2 and 3,
-        OLMo 2 and 3), else `uniform`
+        OLMo 2 and 3, GLM 4), else `uniform`
     """
 
     dampening: float = Field(default=0.01, gt=0, allow_inf_nan=False)
@@ -90,7 +90,7 @@ class RefittingModifier(PruningModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         super().on_initialize(state, **kwargs)
-        self._normalises_outputs = normalises_outputs(state.model.config.model_type)
+        self._normalises_outputs = normalises_outputs(family_of(state.model.config))
         self.step.share = self._share
         for name in ("asymmetric_calibration", "true_sequential"):
             value = getattr(self, name)
@@ -131,5 +131,5 @@ class RefittingModifier(PruningModifier):
         )
 
 
-def _relative_to_outputs(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    return relative_weights(linear_outputs(module, inputs))
+def _relative_to_outputs(module: torch.nn.Module, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return relative_weights(linear_outputs(module, inputs), mask)

@@ -60,12 +60,14 @@ class Routing:
         else:
             self._chosen[experts] = args[1] if len(args) > 1 else kwargs["top_k_index"]
 
-    def _count(self, experts: torch.nn.Module, number: int, inputs: torch.Tensor) -> torch.Tensor:
+    def _count(
+        self, experts: torch.nn.Module, number: int, inputs: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         own = (self._chosen[experts] == number).any(-1).to(inputs.device)
         if own.numel() != inputs.shape[:-1].numel():  # the expert is given its own tokens alone
             return torch.ones(inputs.shape[:-1], device=inputs.device)
         return torch.where(own, 1.0, UNROUTED).view(inputs.shape[:-1])
 
 
-def _both(one: TokenWeights, other: TokenWeights, inputs: torch.Tensor) -> torch.Tensor:
-    return one(inputs) * other(inputs)
+def _both(one: TokenWeights, other: TokenWeights, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return one(inputs, mask) * other(inputs, mask)

@@ -30,9 +30,9 @@ __all__ = [
 ]
 
 Call = tuple[torch.nn.Module, torch.Tensor]
-TokenWeights = Callable[[torch.Tensor], torch.Tensor]
-"""Of a layer's inputs [..., d_in], how much each token [...] counts. Layers with the same inputs that have the same
-object for it share statistics."""
+TokenWeights = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Of a layer's inputs [..., d_in] and their mask, how much each token [...] counts; of padding anything. Layers with
+the same inputs that have the same object for it share statistics."""
 
 
 @dataclass
@@ -201,7 +201,7 @@ class _Gathered:
 
     def update(self, batch: Batch, given: list[torch.Tensor]) -> None:
         count = self.wanted.token_weights
-        self.counted = [None if count is None else count(inputs) for inputs in given]
+        self.counted = [None if count is None else count(inputs, batch.mask_of(inputs)) for inputs in given]
         for inputs, weights in zip(given, self.counted, strict=True):
             self.statistics.update(inputs, batch.mask_of(inputs), weights)
 

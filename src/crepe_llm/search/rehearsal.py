@@ -87,7 +87,7 @@ def input_statistics(
         if module not in statistics:
             statistics[module] = InputStatistics(input_channels(module), device=get_execution_device(module))
         count = wanted[module].token_weights
-        statistics[module].update(args[0], None, None if count is None else count(args[0]))
+        statistics[module].update(args[0], None, None if count is None else count(args[0], None))
 
     handles = [module.register_forward_pre_hook(see) for module in wanted]
     try:

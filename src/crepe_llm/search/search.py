@@ -19,7 +19,6 @@ from crepe_llm.search.study import Candidate, Study, StudyError, package_version
 
 __all__ = ["search", "take_record"]
 
-# What two runs must share for one to continue the other.
 # What a study must share with the run that goes on with it: what is known before the calibration, and what is not.
 _SETTINGS = ("model", "mask", "proxy", "higher_is_better", "optimiser", "space", "seed")
 _IDENTITY = (*_SETTINGS, "sample")
