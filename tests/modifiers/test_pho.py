@@ -637,5 +637,5 @@ def test_the_command_searches_and_a_recipe_uses_its_study(tiny_model_folder, cal
 
 
 def test_calibration_data_without_text_is_named():
-    with pytest.raises(ValueError, match="PHOSearchModifier compares predictions of text, .* holds input_features"):
+    with pytest.raises(ValueError, match=r"PHOSearchModifier compares predictions of text, .* holds input_features"):
         texts_in([{"input_features": torch.zeros(1, 4, 8)}], "PHOSearchModifier")
