@@ -10,9 +10,10 @@ from transformers import (
     TrainerCallback,
 )
 
+from crepe_llm.training import loop
 from crepe_llm.training.loop import Plan, train
-from crepe_llm.training.work_folder import last_checkpoint
-from tiny_models import VOCABULARY, configs
+from crepe_llm.training.work_folder import best_state, last_checkpoint
+from tiny_models import configs
 
 PLAN = Plan(learning_rate=1e-2, batch=2, micro_batch=2, steps=10, patience=10)
 LENGTH = 16
@@ -35,8 +36,8 @@ def model_of(family):
 
 
 def ids(count=16):
-    """Windows of which every next token is the one after."""
-    return (torch.arange(count)[:, None] * 5 + torch.arange(LENGTH)) % (VOCABULARY - 3) + 3
+    """Windows of which every next token is the one after, in a ring of 16."""
+    return (torch.arange(count)[:, None] + torch.arange(LENGTH)) % 16 + 3
 
 
 def loss_of(model, inputs):
@@ -56,16 +57,16 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def trained(family, work, plan=PLAN, callbacks=()):
+def trained(family, work, callbacks=(), loss=loss_of):
     """The model after its training, and the loop's report."""
     model, windows = model_of(family), ids()
-    return model, train(model, windows[:12], windows[12:], loss_of, plan, work, [*callbacks])
+    return model, train(model, windows[:12], windows[12:], loss, PLAN, work, [*callbacks])
 
 
-def killed(family, work, step, plan=PLAN):
+def killed(family, work, step):
     """Train until a kill after a step; gives the folder of the last checkpoint."""
     with pytest.raises(KeyboardInterrupt):
-        trained(family, work, plan, [Kill(step)])
+        trained(family, work, [Kill(step)])
     return last_checkpoint(work)
 
 
@@ -89,3 +90,29 @@ def test_a_checkpoint_under_other_names_is_refused(tmp_path):
         ValueError, match=r"checkpoint-5 of an interrupted recovery has no weights for \S+, which trains: remo"
     ):
         trained("mixtral", tmp_path / "work")
+
+
+@pytest.mark.parametrize("checkpoints", [0, 2])  # over the training, so none or one at step 5
+def test_a_state_better_than_what_a_resume_comes_to_stays_the_best(checkpoints, tmp_path, monkeypatch):
+    """Under a budget of minutes a resume need not take the same steps again; here it takes the opposite ones."""
+
+    def opposite(model, inputs):
+        return loss_of(model, inputs) * (-1 if model.training else 1)
+
+    monkeypatch.setattr(loop, "_CHECKPOINTS", checkpoints)
+    killed("llama", tmp_path / "work", 8)
+    step, kept = best_state(tmp_path / "work")
+    assert step == 7
+    _, report = trained("llama", tmp_path / "work", loss=opposite)
+    step, after = best_state(tmp_path / "work")
+    assert (report.best_step, step) == (7, 7)
+    assert all(torch.equal(after[name], kept[name]) for name in kept)
+    losses = dict(report.held_out)
+    assert [*losses] == [*range(11)] and min(losses, key=losses.get) == 7
+
+
+def test_a_resume_that_comes_to_a_better_state_keeps_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_CHECKPOINTS", 2)
+    killed("llama", tmp_path / "work", 8)
+    _, report = trained("llama", tmp_path / "work")
+    assert (report.best_step, best_state(tmp_path / "work")[0]) == (10, 10)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from crepe_llm.training.work_folder import best_state, fingerprint, hash_windows, keep_best, resumable, working_in
+from crepe_llm.training.work_folder import (
+    best_evaluation,
+    best_state,
+    fingerprint,
+    hash_windows,
+    keep_best,
+    resumable,
+    working_in,
+)
 
 IDENTITY = {"seed": 0, "text": "fox.txt"}
 
@@ -80,5 +88,8 @@ def test_what_failed_before_it_trained_leaves_nothing(tmp_path):
     assert stopped.value.__notes__ == ["the same command goes on from the last checkpoint"]
     with working_in(work, out):
         assert resumable(work, IDENTITY)
+        assert best_evaluation(work) is None  # as a version that did not write losses has left it
+        keep_best(work, 3, {"weight": torch.ones(2, 4).T}, 0.1 + 0.2)
+        assert best_evaluation(work) == (3, 0.1 + 0.2)
         step, state = best_state(work)
     assert step == 3 and torch.equal(state["weight"], torch.ones(4, 2))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from crepe_llm.training.work_folder import keep_best, last_checkpoint
+from crepe_llm.training.work_folder import best_evaluation, keep_best, last_checkpoint
 
 __all__ = [
     "DivergedError",
@@ -163,7 +163,7 @@ def train(
     return Trained(
         steps=trainer.state.global_step,
         losses=[entry["loss"] for entry in history if "loss" in entry],
-        held_out=trainer.evaluations,
+        held_out=trainer.known,
         seconds=trainer.seconds,
         ended=trainer.ended,
         best_step=trainer.best[0],
@@ -189,6 +189,7 @@ class _Loop(Trainer):
         self.held_out = held_out
         self.first_held_out = len(windows)
         self.ended = ""
+        self.kept = self.agreed(best_evaluation(work) if len(held_out) else None)
         self._started = time.monotonic()
         self._seconds_before: float | None = None
 
@@ -208,15 +209,25 @@ class _Loop(Trainer):
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
+        """Step and held-out loss of each evaluation on the way to the state that trains."""
         return [(int(entry["step"]), entry["eval_loss"]) for entry in self.state.log_history if "eval_loss" in entry]
+
+    @property
+    def known(self) -> list[tuple[int, float]]:
+        """All evaluations by step, with that of the best state that an interrupted run has kept: it may be of a step
+        after the last checkpoint, and what is trained from there need not be the same, under a budget of minutes."""
+        found = dict(self.evaluations)
+        if self.kept is not None:
+            step, loss = self.kept
+            found[step] = min(loss, found.get(step, loss))
+        return sorted(found.items())
 
     @property
     def best(self) -> tuple[int, float]:
         """Step and held-out loss of the best state; the last step where nothing is held out."""
-        evaluations = self.evaluations or [(self.state.global_step, math.nan)]
-        return min(evaluations, key=lambda evaluation: evaluation[1])
+        return min(self.known or [(self.state.global_step, math.nan)], key=lambda evaluation: evaluation[1])
 
-    def agreed(self, value: float) -> float:
+    def agreed(self, value: Any) -> Any:
         """Process 0's value, in every process."""
         return broadcast_object_list([value])[0] if self.accelerator.num_processes > 1 else value
 
@@ -301,14 +312,15 @@ class _Loop(Trainer):
                 f"the held-out loss is {loss} before any training: the model's or the teacher's predictions are no "
                 "numbers"
             )
-        best = self.best[1]
-        if not math.isfinite(loss) or loss > 2 * best + _NOISE:
+        before = min((loss for _, loss in self.evaluations), default=math.inf)
+        if not math.isfinite(loss) or loss > 2 * before + _NOISE:
             raise DivergedError(
-                self._diverged(f"the held-out loss was {best:.4f} and is {loss:.4f} after {step} steps")
+                self._diverged(f"the held-out loss was {before:.4f} and is {loss:.4f} after {step} steps")
             )
+        is_best = bool(step) and loss < self.best[1]
         self.log({"eval_loss": loss, "eval_seconds": self.seconds - started})
-        if step and self.best[0] == step:
-            self.keep()
+        if is_best:
+            self.keep(loss)
         worse = self._worse_in_a_row()
         if worse >= self.plan.patience and step:
             self.ended = f"{worse} evaluations in a row were worse than that of step {self.best[0]}"
@@ -320,10 +332,10 @@ class _Loop(Trainer):
         the loss up and down by a little, and what it learns shows when it falls.
         """
         limit = (1 + _WORSE) * self.best[1]
-        return sum(1 for _ in itertools.takewhile(lambda evaluation: evaluation[1] > limit, reversed(self.evaluations)))
+        return sum(1 for _ in itertools.takewhile(lambda evaluation: evaluation[1] > limit, reversed(self.known)))
 
-    def keep(self) -> None:
-        """Write the parameters that train, whole, into the file of the best state.
+    def keep(self, loss: float | None = None) -> None:
+        """Write the parameters that train, whole, into the file of the best state, with its held-out loss.
 
         Raises DivergedError if one holds NaN or infinity.
         """
@@ -336,7 +348,7 @@ class _Loop(Trainer):
         if broken is not None:
             raise DivergedError(self._diverged(f"{broken} holds NaN or infinity after {self.state.global_step} steps"))
         if self.is_world_process_zero():
-            keep_best(self.work, self.state.global_step, trained)
+            keep_best(self.work, self.state.global_step, trained, loss)
 
     def keep_last(self) -> None:
         """Keep the last state, where nothing is held out that could tell a better one."""

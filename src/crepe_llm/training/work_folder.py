@@ -18,7 +18,16 @@ from safetensors.torch import save_file
 
 from crepe_llm.checkpoints.leftovers import claimed
 
-__all__ = ["best_state", "fingerprint", "hash_windows", "keep_best", "last_checkpoint", "resumable", "working_in"]
+__all__ = [
+    "best_evaluation",
+    "best_state",
+    "fingerprint",
+    "hash_windows",
+    "keep_best",
+    "last_checkpoint",
+    "resumable",
+    "working_in",
+]
 
 _SETTINGS = "settings.json"
 _BEST = "best.safetensors"
@@ -132,12 +141,22 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def keep_best(work: Path, step: int, state: dict[str, torch.Tensor]) -> None:
-    """Write the best state so far and its step; a reader sees the old file or the whole new one."""
+def keep_best(work: Path, step: int, state: dict[str, torch.Tensor], loss: float | None = None) -> None:
+    """Write the best state so far, its step and its held-out loss; a reader sees the old file or the whole new one."""
     partial = work / f".{_BEST}"
     tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-    save_file(tensors, partial, metadata={"step": str(step)})
+    save_file(tensors, partial, metadata={"step": str(step)} | ({} if loss is None else {"loss": repr(loss)}))
     partial.replace(work / _BEST)
+
+
+def best_evaluation(work: Path) -> tuple[int, float] | None:
+    """Step and held-out loss of a training's best state so far; None without one, or without its loss."""
+    path = work / _BEST
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    return (int(about["step"]), float(about["loss"])) if "loss" in about else None
 
 
 def best_state(work: Path) -> tuple[int, dict[str, torch.Tensor]]:
