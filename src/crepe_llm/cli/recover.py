@@ -177,29 +177,40 @@ def run(options: argparse.Namespace) -> None:
             progress.tell("teacher", options.teacher)
         progress.tell("device", device_in_words())
         progress.tell("output", str(options.output))
-        said, figures = (_recover if lora else _distill)(options, given, progress)
-    if said:
-        print(f"{options.output}: {said}")
-        progress.tell("size", f"{size_in_words(weight_bytes(options.output))} of safetensors")
-        if options.report:
-            progress.tell("report", str(options.output / PAGE))
-        if progress.log is not None:
-            progress.tell("log", str(progress.log))
-        write_json(options, figures | {"log": progress.log})
+        made = (_recover if lora else _distill)(options, given, progress)
+        if made is not None:
+            progress.close()
+            _say(options, made, progress)
+            if options.report:  # after all else: should it fail, what the run has made is known
+                progress.start(1, "measuring")
+                loading = argparse.Namespace(**{"dtype": "auto", **vars(options)})
+                test = own_test(options, made.text, "training", options.length)
+                make_report(loading, options.output, options.teacher, test, options.output / PAGE)
+                progress.advance()
+                progress.close()
+                progress.tell("report", str(options.output / PAGE))
 
 
-def _report(options: argparse.Namespace, progress: Progress, text: tuple[str, list[str]]) -> None:
-    """Measure the recovered model, if that was asked for."""
-    if options.report:
-        progress.phase("measuring")
-        length = getattr(options, "length", 512)
-        loading = argparse.Namespace(**{"dtype": "auto", **vars(options)})
-        test = own_test(options, text, "training", length)
-        make_report(loading, options.output, options.teacher, test, options.output / PAGE)
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What a training has made: what to say of it, its figures, and the text that it was trained on, with its name."""
+
+    said: str
+    figures: dict[str, Any]
+    text: tuple[str, list[str]]
 
 
-def _distill(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> tuple[str, dict[str, Any]]:
-    """Train with a teacher; what to say of it, "" in all processes but one, and its figures."""
+def _say(options: argparse.Namespace, made: _Made, progress: Progress) -> None:
+    """Print what the run has made, and write it as JSON."""
+    progress.tell(str(options.output), made.said)
+    progress.tell("size", f"{size_in_words(weight_bytes(options.output))} of safetensors")
+    if progress.log is not None:
+        progress.tell("log", str(progress.log))
+    write_json(options, made.figures | {"log": progress.log})
+
+
+def _distill(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> _Made | None:
+    """Train with a teacher; None in all processes but the first."""
     from accelerate import PartialState
 
     from crepe_llm.evaluation.model_card import Recovery, write_recovery_card
@@ -246,12 +257,12 @@ def _distill(options: argparse.Namespace, given: dict[str, Any], progress: Progr
     if diverged is not None:
         raise diverged
     if not PartialState().is_main_process:
-        return "", {}
-    _report(options, progress, (text, texts or []))
-    return _result(options, made)
+        return None
+    return _Made(*_result(options, made), (text, texts or []))
 
 
 def _result(options: argparse.Namespace, made: Any) -> tuple[str, dict[str, Any]]:
+    """What to say of a training with a teacher, and its figures."""
     trained = made.trained
     kind, losses = "training", list(enumerate(trained.losses, start=1))
     if trained.held_out:
@@ -267,8 +278,8 @@ def _result(options: argparse.Namespace, made: Any) -> tuple[str, dict[str, Any]
     return said, figures | dataclasses.asdict(trained)
 
 
-def _recover(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> tuple[str, dict[str, Any]]:
-    """Train without a teacher; what to say of it, and its figures."""
+def _recover(options: argparse.Namespace, given: dict[str, Any], progress: Progress) -> _Made:
+    """Train without a teacher."""
     from crepe_llm.training.recovery import RecoverySettings, recover
 
     given.pop("length")
@@ -287,9 +298,9 @@ def _recover(options: argparse.Namespace, given: dict[str, Any], progress: Progr
             trust_remote_code=options.trust_remote_code,
             keep_work=True,
         )
-    _report(options, progress, (text, texts or []))
     said = f"loss {result.first_loss:.4f} became {result.last_loss:.4f} in {result.steps} steps, {result.seconds:.0f} s"
-    return said, {"model": options.model, "output": options.output, **dataclasses.asdict(result)}
+    figures = {"model": options.model, "output": options.output, **dataclasses.asdict(result)}
+    return _Made(said, figures, (text, texts or []))
 
 
 def _texts(options: argparse.Namespace, tokens: int | None) -> tuple[str, list[str] | None]:

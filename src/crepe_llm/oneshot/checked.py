@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationStrategy
 from compressed_tensors.utils import patch_attr
-from llmcompressor.core import Event, State
-from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
 from loguru import logger
@@ -24,10 +22,10 @@ from crepe_llm.calibration.rehearsal import must_run_whole, tracing_is_undone, w
 from crepe_llm.calibration.shares import own_share
 from crepe_llm.calibration.windows import full_windows
 from crepe_llm.checkpoints.space import check_destination
-from crepe_llm.functional.bitmask import RECORDED
 from crepe_llm.models.classes import load_whole
 from crepe_llm.modifiers import order
 from crepe_llm.modifiers.experts import take_llama4_apart
+from crepe_llm.modifiers.replaced_masks import forget_replaced_masks
 from crepe_llm.oneshot.recipes import read_recipe
 from crepe_llm.versions import check_versions
 
@@ -97,7 +95,7 @@ def register() -> None:
 
     module.Oneshot = Oneshot  # type: ignore[attr-defined]
     _compare_saved_tensors()
-    _forget_replaced_masks()
+    forget_replaced_masks()
 
 
 def _compare_saved_tensors() -> None:
@@ -114,24 +112,6 @@ def _compare_saved_tensors() -> None:
         return {name: tensor for name, tensor in named(module).items() if name not in unsaved}
 
     saving._named_tensors = saved_tensors  # type: ignore[attr-defined]
-
-
-def _forget_replaced_masks() -> None:
-    """Have what llm-compressor's own modifiers prune lose the masks that were recorded before: its zeros are the mask.
-
-    They are zeros of the recorded mask, too, which would count them as weights that are kept, and refit them.
-    """
-    prune = SparsityModifierBase.on_sequential_epoch_end
-
-    def on_sequential_epoch_end(self: Any, state: State, event: Event, **kwargs: Any) -> Any:
-        calibrated = list(self._num_samples)
-        result = prune(self, state, event, **kwargs)
-        for module in calibrated:
-            if module not in self._num_samples and hasattr(module, RECORDED):
-                delattr(module, RECORDED)
-        return result
-
-    SparsityModifierBase.on_sequential_epoch_end = on_sequential_epoch_end  # type: ignore[method-assign]
 
 
 def _check_not_compiled(model: Any) -> None:

@@ -14,6 +14,7 @@ from crepe_llm.models.linear import is_transposed
 
 __all__ = [
     "Layer",
+    "forget_mask",
     "input_channels",
     "linear_outputs",
     "mask_of",
@@ -103,6 +104,11 @@ def linear_outputs(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tenso
 def record_mask(module: torch.nn.Module, keep: torch.Tensor) -> None:
     """Keep a mask (bool [d_out, d_in]) with its module, for later modifiers, training and saving."""
     setattr(module, RECORDED, pack_bits(keep).cpu())
+
+
+def forget_mask(module: torch.nn.Module) -> None:
+    """Take a module's recorded mask back, if it has one: another one is in the zeros of its weight."""
+    vars(module).pop(RECORDED, None)
 
 
 def mask_of(module: torch.nn.Module) -> torch.Tensor:

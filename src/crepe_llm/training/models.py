@@ -78,9 +78,15 @@ def refuse_quantized(source: Path) -> None:
     """Raise ValueError if a folder holds no model, or one that is quantized."""
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} is not a folder with a model: it has no {CONFIG}")
-    if objects_in(find_quantization(read_config(source))[1]).get("config_groups"):
+    quantization = objects_in(find_quantization(read_config(source))[1])
+    if quantization.get("config_groups"):
         raise ValueError(
             f"{source} is quantized, which training would undo: recover the sparse model, then quantize it"
+        )
+    if objects_in(quantization.get("transform_config")).get("config_groups"):
+        raise ValueError(
+            f"{source} rotates its inputs while it runs, which transformers does not: recover a model without "
+            "transform_config"
         )
 
 
