@@ -127,14 +127,15 @@ def test_other_weights_than_the_models_get_a_line(dense_folder, tmp_path, caplog
     folder, (model, _) = tmp_path / "dense", pruned(dense_folder)
     model.save_pretrained(folder)
     save_file({"lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
-    others = ("adapter_model.bin", "consolidated.00.pth", "flax_model.msgpack", "model-q4.gguf", "tf_model.h5", "a.pt")
-    for name in (*others, "training_args.bin", "vocabulary.txt"):
+    others = ("adapter_model.bin", "consolidated.00.pth", "flax_model.msgpack", "model-q4.gguf", "tf_model.h5")
+    needed = {"training_args.bin", "vocabulary.txt", "spk_dict.pt", "modeling_mine.bin"}
+    for name in (*others, *needed):
         (folder / name).write_text("")
     compress_folder(folder, tmp_path / "packed")
     for name in ("adapter_model.safetensors", *others):
         assert f"{name} holds other weights than the model's and was not copied" in caplog.text
         assert not (tmp_path / "packed" / name).exists()
-    assert {"training_args.bin", "vocabulary.txt"} < set(names_in(tmp_path / "packed"))
+    assert needed < set(names_in(tmp_path / "packed"))
     (folder / "original").mkdir()
     (folder / "original/consolidated.00.pth").write_text("")
     (tmp_path / "trained").mkdir()

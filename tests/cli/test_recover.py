@@ -176,6 +176,9 @@ def test_what_fails_after_the_training_loses_nothing(module, name, dense, packed
     said = capsys.readouterr().err
     assert "the disk hiccups" in said and f"{work} keeps what was trained: the same command goes on from there" in said
     assert list(tmp_path.iterdir()) == [work]
+    assert main([*command, "--seed", "5"]) == 2
+    said = capsys.readouterr().err
+    assert "with other settings" in said and "keeps what was trained" not in said
     assert main(command) == 0
     assert list(tmp_path.iterdir()) == [output] and (output / "README.md").is_file()
     assert len(steps) < 15  # not 20, from the start again

@@ -40,6 +40,11 @@ def test_what_a_command_reads_is_not_written_over(dense, text, tmp_path, refusal
     command = ["prune", dense, "--recipe", "magnitude_2of4", "--output", tmp_path / "out"]
     assert "is what --output names, too: name another file" in refusal([*command, "--json", tmp_path / "out"])
     assert not (tmp_path / "out").exists()
+    packing = ["compress", dense, tmp_path / "out", "--json", tmp_path / "out"]
+    assert "--json" in (said := refusal(packing)) and "is what OUT names, too" in said
+    (tmp_path / "weights").write_text("")
+    several = ["compare", dense, tmp_path / "weights", "--text", text, "--json", tmp_path / "weights"]
+    assert "is a file that this command reads" in refusal(several)
     report = ["report", dense, "--text", text]
     assert "is what --output names, too" in refusal([*report, "--json", dense / "report.html"])
     assert "--output" in refusal([*report, "--output", text]) and text.read_text() == before

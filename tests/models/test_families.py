@@ -28,6 +28,7 @@ def test_the_table_needs_no_toolkit():
 def test_the_family_is_that_of_the_text():
     per_block.register()
     assert family_of(transformers.Gemma3Config()) == family_of(transformers.Gemma3TextConfig()) == "gemma3_text"
+    assert family_of(transformers.PreTrainedConfig()) == ""  # code of a model's own may name none
     for family in PER_BLOCK:
         registered = transformers.AutoConfig.for_model(f"{family} (pip install crepe-llm)")
         assert family_of(registered) == family

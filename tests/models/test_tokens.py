@@ -1,12 +1,13 @@
 import pytest
-import transformers
+import torch
+import transformers as t
 
 from crepe_llm.models.tokens import check_positions, check_vocabulary, learned_positions
 from tiny_models import configs
 
 
 def model_of(config):
-    return transformers.AutoModelForCausalLM.from_config(config)
+    return t.AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize(("family", "positions"), [("opt", 64), ("gpt2", 64), ("llama", None), ("gemma3", None)])
@@ -14,10 +15,20 @@ def test_learned_positions(family, positions):
     assert learned_positions(model_of(configs()[family]())) == positions
 
 
+def test_positions_of_images_are_no_tokens():
+    """The decoder of these is the whole body, in which a vision tower comes first."""
+    image = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "embed_dim": 32, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        idefics = t.IdeficsForVisionText2Text(t.IdeficsConfig(**sizes, vocab_size=96, vision_config=image))
+        phi = t.Phi4MultimodalForCausalLM(t.Phi4MultimodalConfig(**sizes, num_key_value_heads=2, vocab_size=200100))
+    assert learned_positions(idefics) is None and learned_positions(phi) is None
+
+
 def test_as_many_positions_as_a_model_runs_on():
     import torch
 
-    bart = transformers.BartConfig(
+    bart = t.BartConfig(
         vocab_size=96, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=32,
         max_position_embeddings=40, is_decoder=True, is_encoder_decoder=False,
     )  # fmt: skip

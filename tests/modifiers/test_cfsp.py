@@ -361,6 +361,8 @@ def test_order_and_pipeline_are_checked(tiny_model_folder, calibration_data):
         recipe = [*([before] if before else []), cfsp(round_to=2), CRePEModifier(mask_structure="2:4")]
         with pytest.raises(ValueError, match=message):
             prune(dense_model(folder), recipe, calibration_data)
+    others = CRePEModifier(mask_structure="2:4", ignore=["re:.*down_proj", "lm_head"])
+    prune(dense_model(folder), [cfsp(round_to=2), others], calibration_data)  # no width that it cuts is pruned
     with pytest.raises(ValueError, match="must have cut the FFNs before CRePEModifier works on them"):
         prune(
             dense_model(folder), [cfsp(), CRePEModifier(mask_structure="2:4")], calibration_data, pipeline="sequential"

@@ -1,5 +1,7 @@
 """The training loop: a resume from a checkpoint, whatever names transformers saves a family's weights under."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +14,7 @@ from transformers import (
 
 from crepe_llm.training import loop
 from crepe_llm.training.loop import Plan, train
-from crepe_llm.training.work_folder import best_state, last_checkpoint
+from crepe_llm.training.work_folder import best_state, keep_best, last_checkpoint
 from tiny_models import configs
 
 PLAN = Plan(learning_rate=1e-2, batch=2, micro_batch=2, steps=10, patience=10)
@@ -109,6 +111,23 @@ def test_a_state_better_than_what_a_resume_comes_to_stays_the_best(checkpoints, 
     assert all(torch.equal(after[name], kept[name]) for name in kept)
     losses = dict(report.held_out)
     assert [*losses] == [*range(11)] and min(losses, key=losses.get) == 7
+
+
+def test_patience_is_for_what_a_resume_itself_comes_to(tmp_path):
+    """A state of a later step than it gets to says nothing of whether it gets worse."""
+    work = tmp_path / "work"
+    killed("llama", work, 6)
+    keep_best(work, 100, best_state(work)[1], 1e-3)
+    model, windows = model_of("llama"), ids()
+    plan = dataclasses.replace(PLAN, patience=2)
+    report = train(model, windows[:12], windows[12:], loss_of, plan, work, [])
+    assert (report.steps, report.best_step, report.ended) == (10, 100, "")
+
+    def worse(model, inputs):
+        return loss_of(model, inputs) * (-1 if model.training else 1)
+
+    report = train(model_of("llama"), windows[:12], windows[12:], worse, plan, tmp_path / "other", [])
+    assert report.steps < 10 and report.ended == "2 evaluations in a row were worse than that of step 0"
 
 
 def test_a_resume_that_comes_to_a_better_state_keeps_that(tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def test_missing_and_wrong_parts_are_named(part, made, tmp_path):
         with pytest.raises((ValueError, RuntimeError), match="conversion" if by_value else name.rpartition(".")[0]):
             AutoModelForCausalLM.from_pretrained(target)
         if part == "weight_scale":
-            with pytest.raises((ValueError, AssertionError, RuntimeError)):
+            with pytest.raises(ValueError, match=r"damaged checkpoint: .*weight_scale"):
                 generate(target)
 
 
@@ -226,7 +226,7 @@ def test_vllm_refuses_parts_of_other_dtypes(part, made, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = tensors[name].to(torch.uint8)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"damaged checkpoint: .*{part} holds torch.uint8 where"):
+    with pytest.raises(ValueError, match=f"damaged checkpoint: .*{part} holds .* as torch.uint8 where"):
         generate(target)
 
 

@@ -133,9 +133,9 @@ def _has_matrix(module: torch.nn.Module) -> bool:
 def _check_tokens(model: Any, data: Any) -> None:
     """Raise ValueError if calibration data, where it is text, is more than the model can be given, or cannot be told
     from padding."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        _refuse_padding(data)
     with torch.random.fork_rng(devices=[]):
+        if getattr(model.config, "is_encoder_decoder", False):
+            _refuse_padding(data)
         found = list(_extents(data))
     if found:
         lengths, lowest, highest = zip(*found, strict=True)

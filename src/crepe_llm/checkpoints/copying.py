@@ -13,13 +13,13 @@ __all__ = ["copy_rest", "two_folders"]
 
 _logger = logging.getLogger(__name__)
 
-# How files of weights end, and indexes of several, whatever wrote them.
-_WEIGHTS = (
-    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth"),
-    *(".h5", ".h5.index.json", ".msgpack", ".msgpack.index.json", ".gguf"),
+# Files of weights, and indexes of several, by the names that libraries write them under. Other files with endings like
+# theirs may be what a model needs to be loaded (Qwen2.5-Omni's spk_dict.pt).
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|gguf|h5|msgpack)(\.index\.json)?"
+    r"|(pytorch_model|adapter_model|model|consolidated)\b.*\.(bin|pt|pth)(\.index\.json)?"
 )
 _OF_THE_MODEL = re.compile(r"\.|pytorch_model|model.*\.safetensors")
-_SETTINGS = "training_args.bin"  # transformers' `Trainer` leaves it beside a model
 
 
 def two_folders(source: str | Path, destination: str | Path) -> tuple[Path, Path]:
@@ -72,7 +72,7 @@ def _beside_weights(source: Path) -> list[Path]:
 
 
 def _is_weight(name: str) -> bool:
-    return name.endswith(_WEIGHTS) and name != _SETTINGS
+    return _WEIGHTS.fullmatch(name) is not None
 
 
 def _copy(path: Path, target: Path, roots: list[Path], written: Path) -> None:

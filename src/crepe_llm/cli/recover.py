@@ -268,11 +268,12 @@ def _result(options: argparse.Namespace, made: Any) -> tuple[str, dict[str, Any]
     if trained.held_out:
         kind, losses = "held-out", trained.held_out
     last = dict(losses)[trained.best_step]
+    done = f"{trained.best_step} of {trained.steps} steps"
+    if trained.best_step > trained.steps:  # a budget of minutes
+        done = f"{trained.best_step} steps before an interruption, and {trained.steps} with the time that was left"
     said = (
-        f"{kind} loss {losses[0][1]:.4f} became {last:.4f} in {trained.best_step} of "
-        f"{trained.steps} steps, {made.tokens:,} tokens, {trained.seconds / 60:.1f} minutes"
-        + f"; stopped early: {trained.ended}"
-        * bool(trained.ended)
+        f"{kind} loss {losses[0][1]:.4f} became {last:.4f} in {done}, {made.tokens:,} tokens, "
+        f"{trained.seconds / 60:.1f} minutes" + f"; stopped early: {trained.ended}" * bool(trained.ended)
     )
     figures = {"model": options.model, "teacher": options.teacher, "output": options.output, "tokens": made.tokens}
     return said, figures | dataclasses.asdict(trained)
@@ -333,7 +334,7 @@ def _recovered_folder(options: argparse.Namespace) -> Iterator[tuple[Path, Path]
             try:
                 yield folder, work
             finally:
-                written = any(folder.iterdir())
+                written = (folder / "config.json").is_file()
     except Exception as error:
         if written and work.is_dir():
             error.add_note(f"{work} keeps what was trained: the same command goes on from there")

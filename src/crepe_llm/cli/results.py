@@ -12,8 +12,8 @@ from typing import Any
 
 from crepe_llm.cli.common import check_new_file
 
-# The options that name what a command writes.
-_WRITTEN = ("json", "output", "study", "plot")
+# The arguments that name what a command writes, as the user gives them.
+_WRITTEN = {"json": "--json", "output": "--output", "study": "--study", "plot": "--plot", "destination": "OUT"}
 
 
 def add_json(parser: Any) -> None:
@@ -29,14 +29,17 @@ def check_json(options: argparse.Namespace) -> None:
     That is asked of all that it writes, with or without `--json`.
     """
     check_new_file(options.json, "--json")
-    written = {name: Path(value) for name in _WRITTEN if (value := getattr(options, name, None)) is not None}
+    given = vars(options)
+    written = {_WRITTEN[name]: Path(given[name]) for name in _WRITTEN if given.get(name) is not None}
     for (name, path), (other, place) in itertools.combinations(written.items(), 2):
         if os.path.realpath(path) == os.path.realpath(place):
-            raise FileExistsError(f"--{name} {path} is what --{other} names, too: name another file")
-    read = [value for name, value in vars(options).items() if name not in written and isinstance(value, str | Path)]
+            raise FileExistsError(f"{name} {path} is what {other} names, too: name another file")
+    others = [value for name, value in given.items() if name not in _WRITTEN]
+    each = itertools.chain.from_iterable(value if isinstance(value, list) else [value] for value in others)
+    read = [value for value in each if isinstance(value, str | Path)]
     for name, path in written.items():
         if path.exists() and any(os.path.isfile(value) and os.path.samefile(value, path) for value in read):
-            raise FileExistsError(f"--{name} {path} is a file that this command reads: name another file")
+            raise FileExistsError(f"{name} {path} is a file that this command reads: name another file")
 
 
 def write_json(options: argparse.Namespace, figures: dict[str, Any]) -> None:

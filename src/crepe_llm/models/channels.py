@@ -16,7 +16,7 @@ def family_of(config: Any) -> str:
 
     Models whose blocks differ in width have a `model_type` that begins with it (:mod:`crepe_llm.models.per_block`).
     """
-    return str(config.get_text_config().model_type).split()[0]
+    return str(config.get_text_config().model_type).partition(" ")[0]
 
 
 def normalises_outputs(model_type: str) -> bool:

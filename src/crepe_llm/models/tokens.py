@@ -8,12 +8,15 @@ import torch
 __all__ = ["check_positions", "check_vocabulary", "learned_positions"]
 
 _POSITIONS = re.compile(r"wpe|\w*position\w*")
+# Parts of a model that look at images or sounds: their positions are no tokens'. Some bodies hold them (Idefics).
+_TOWERS = re.compile(r"vision|image|img|visual|audio|speech")
 
 
 def learned_positions(model: Any) -> int | None:
     """How many positions the decoder's table of position embeddings has; None for a model without such a table."""
     for name, module in model.get_decoder().named_modules():
-        if isinstance(module, torch.nn.Embedding) and _POSITIONS.fullmatch(name.rpartition(".")[2]):
+        of_tokens = _POSITIONS.fullmatch(name.rpartition(".")[2]) and not _TOWERS.search(name)
+        if isinstance(module, torch.nn.Embedding) and of_tokens:
             # Rows that no position uses: OPT's and BART's first two, RoBERTa's first ones up to the padding id.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - int(getattr(module, "offset", unused))

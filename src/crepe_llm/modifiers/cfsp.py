@@ -12,7 +12,6 @@ from pydantic import Field, PrivateAttr
 
 from crepe_llm import processes
 from crepe_llm.calibration.data import calibration_data
-from crepe_llm.functional.masks import parse_mask_structure
 from crepe_llm.functional.statistics import InputStatistics
 from crepe_llm.functional.structured import (
     BlockImportance,
@@ -26,6 +25,7 @@ from crepe_llm.models import per_block
 from crepe_llm.models.blocks import find_blocks
 from crepe_llm.models.ffn import FFN, cut, find_ffns
 from crepe_llm.modifiers import order
+from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.layers import save_sparse
 from crepe_llm.modifiers.observe import Observer
 from crepe_llm.pruning.block_pass import Wanted, block_inputs, block_outputs
@@ -98,19 +98,21 @@ class CFSPModifier(Modifier):
                 "set `uniform: false`"
             )
         per_block.width_field(state.model.config.get_text_config())
-        self._check_groups_after()
+        self._check_groups_after(state.model)
         return True
 
-    def _check_groups_after(self) -> None:
+    def _check_groups_after(self, model: Any) -> None:
         """Raise ValueError if N:M masks that follow could not cut the channels that are kept into groups of M."""
+        readers = {ffn.output for ffn in self._ffns}
         for modifier in order.modifiers_after(self):
-            given = getattr(modifier, "mask_structure", None) if order.role_of(modifier) == "prunes" else None
-            for text in given.values() if isinstance(given, dict) else [given or "0:0"]:
-                structure = parse_mask_structure(text)
+            if not isinstance(modifier, CRePEModifier):
+                continue
+            names = [name for module, name in modifier.find_layers(model).items() if module in readers]
+            for text, structure in map(modifier.structure_of, names):
                 if structure is not None and self.round_to % structure[1]:
                     raise ValueError(
-                        f"round_to={self.round_to} keeps widths that {type(modifier).__name__} cannot cut into groups "
-                        f'of {structure[1]} for mask_structure="{text}": give a multiple of {structure[1]}'
+                        f"round_to={self.round_to} keeps widths that CRePEModifier cannot cut into groups of "
+                        f'{structure[1]} for mask_structure="{text}": give a multiple of {structure[1]}'
                     )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -18,10 +18,11 @@ def forget_replaced_masks() -> None:
     prune = SparsityModifierBase.on_sequential_epoch_end
 
     def on_sequential_epoch_end(self: Any, state: State, event: Event, **kwargs: Any) -> Any:
-        calibrated = list(self._num_samples)
+        waiting = getattr(self, "_num_samples", {})  # layers that are not pruned yet
+        before = list(waiting)
         result = prune(self, state, event, **kwargs)
-        for module in calibrated:
-            if module not in self._num_samples:
+        for module in before:
+            if module not in waiting:
                 forget_mask(module)
         return result
 

@@ -321,18 +321,20 @@ class _Loop(Trainer):
         self.log({"eval_loss": loss, "eval_seconds": self.seconds - started})
         if is_best:
             self.keep(loss)
-        worse = self._worse_in_a_row()
+        worse, than = self._worse_in_a_row()
         if worse >= self.plan.patience and step:
-            self.ended = f"{worse} evaluations in a row were worse than that of step {self.best[0]}"
+            self.ended = f"{worse} evaluations in a row were worse than that of step {than}"
             self.control.should_training_stop = True
         return {"eval_loss": loss}
 
-    def _worse_in_a_row(self) -> int:
-        """How many of the last evaluations were clearly worse than the best: a rate that has not fallen yet moves
-        the loss up and down by a little, and what it learns shows when it falls.
+    def _worse_in_a_row(self) -> tuple[int, int]:
+        """How many of the last evaluations were clearly worse than the best on the way, and the step of that: a rate
+        that has not fallen yet moves the loss up and down by a little, and what it learns shows when it falls.
         """
-        limit = (1 + _WORSE) * self.best[1]
-        return sum(1 for _ in itertools.takewhile(lambda evaluation: evaluation[1] > limit, reversed(self.known)))
+        step, lowest = min(self.evaluations, key=lambda evaluation: evaluation[1])
+        limit = (1 + _WORSE) * lowest
+        worse = itertools.takewhile(lambda evaluation: evaluation[1] > limit, reversed(self.evaluations))
+        return sum(1 for _ in worse), step
 
     def keep(self, loss: float | None = None) -> None:
         """Write the parameters that train, whole, into the file of the best state, with its held-out loss.

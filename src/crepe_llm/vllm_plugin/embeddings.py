@@ -108,26 +108,26 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         packed = {"output_dim": 0, "input_dim": 1, "packed_dim": 1, "packed_factor": _PER_WORD}
         scale = torch.empty(rows, 1, dtype=torch.float32)  # holds every scale exactly
         shape = torch.empty(2, dtype=torch.int64)
-        load = functools.partial(self._checked, loader)
+        checked, full = functools.partial(self._checked, loader), layer.org_vocab_size
+        load = checked("weight_packed", [full, words.shape[1]], torch.int32)
+        layer.register_parameter("weight_packed", PackedvLLMParameter(data=words, weight_loader=load, **packed))
+        load = checked("weight_scale", [full, 1], *FLOATS)
         layer.register_parameter(
-            "weight_packed", PackedvLLMParameter(data=words, weight_loader=load("weight_packed", torch.int32), **packed)
+            "weight_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load)
         )
-        layer.register_parameter(
-            "weight_scale",
-            ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load("weight_scale", *FLOATS)),
-        )
-        layer.register_parameter(
-            "weight_shape", BasevLLMParameter(data=shape, weight_loader=load("weight_shape", torch.int64, torch.int32))
-        )
+        load = checked("weight_shape", [2], torch.int64, torch.int32)
+        layer.register_parameter("weight_shape", BasevLLMParameter(data=shape, weight_loader=load))
 
-    def _checked(self, loader: Callable[..., None], kind: str, *dtypes: torch.dtype) -> Callable[..., None]:
-        """vLLM's loader of one tensor, which would convert any dtype, for these dtypes alone."""
+    def _checked(
+        self, loader: Callable[..., None], kind: str, shape: list[int], *dtypes: torch.dtype
+    ) -> Callable[..., None]:
+        """vLLM's loader of one tensor, which would convert any dtype, for these dtypes and this shape alone."""
 
         def load(param: torch.nn.Parameter, loaded: torch.Tensor) -> None:
-            if loaded.dtype not in dtypes:
+            if loaded.dtype not in dtypes or list(loaded.shape) != shape:
                 raise ValueError(
-                    f"damaged checkpoint: {self.name}.{kind} holds {loaded.dtype} where "
-                    f"{' or '.join(str(dtype) for dtype in dtypes)} is needed; export it again"
+                    f"damaged checkpoint: {self.name}.{kind} holds {list(loaded.shape)} as {loaded.dtype} where "
+                    f"{shape} as {' or '.join(str(dtype) for dtype in dtypes)} is needed; export it again"
                 )
             loader(param, loaded)
 
