@@ -207,6 +207,23 @@ def test_experts_are_corrected_by_the_gram_matrices_of_their_own_tokens(folder_o
         assert float((expected - all_tokens).abs().max()) > 0.02
 
 
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
+@pytest.mark.parametrize("recipe", ["crepe", "pcg"])
+def test_what_stands_in_padding_does_not_change_experts(family, recipe, folder_of, calibration_data):
+    """Llama 4's are given the batch's tokens once for each expert, and so its padding."""
+
+    def repad(row):
+        return {"input_ids": [i if m else 7 for i, m in zip(row["input_ids"], row["attention_mask"], strict=True)]}
+
+    recipes = [crepe()]
+    if recipe == "pcg":
+        recipes.append(WeightCorrectionModifier(method="pcg", asymmetric_calibration=0.0, true_sequential=True))
+    first = run(load(folder_of(family)), copy.deepcopy(recipes), calibration_data)
+    second = run(load(folder_of(family)), copy.deepcopy(recipes), calibration_data.map(repad))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_kept_weights_of_experts_that_are_zero_stay_kept(family, folder_of, calibration_data, tmp_path):
     model = run(load(folder_of(family)), [crepe()], calibration_data)

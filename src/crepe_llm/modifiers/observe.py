@@ -92,9 +92,10 @@ class Observer:
             with torch.no_grad(), align_module_device(module):
                 yield module, name, statistics
 
-    def mask(self, inputs: torch.Tensor) -> torch.Tensor | None:
-        """The attention mask of the running batch for hidden states [..., d_in]; None where all tokens count."""
-        return mask_for(self.batch_mask(), inputs)
+    def mask(self, inputs: torch.Tensor, module: torch.nn.Module | None = None) -> torch.Tensor | None:
+        """The attention mask of the running batch for hidden states [..., d_in], or for what a layer is given; None
+        where all tokens count."""
+        return mask_for(self.batch_mask(), inputs, 1 if module is None else self._routing.copies(module))
 
     def batch_mask(self) -> torch.Tensor | None:
         """The attention mask of the running batch, None where nothing in it is padding."""
@@ -132,7 +133,7 @@ class Observer:
             return
         if module not in self._statistics:
             self._statistics[module] = self._none_yet(module)
-        mask = self.mask(inputs)
+        mask = self.mask(inputs, module)
         weights = None if wanted.token_weights is None else wanted.token_weights(inputs, mask)
         self._statistics[module].update(inputs, mask, weights)
 

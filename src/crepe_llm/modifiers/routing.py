@@ -30,6 +30,7 @@ class Routing:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._counts: dict[torch.nn.Module, TokenWeights] = {}  # by linear layer; the same for those of one expert
+        self._copies: dict[torch.nn.Module, int] = {}  # by linear layer: how often each token is among its inputs
         self._chosen: dict[torch.nn.Module, torch.Tensor] = {}  # by layer of experts: of each token [tokens, k]
         self._handles: list[Any] = []
         for experts in (module for module in model.modules() if isinstance(module, LinearExperts2D)):
@@ -37,13 +38,20 @@ class Routing:
             for number, expert in enumerate(experts):
                 count = partial(self._count, experts, number)
                 self._counts.update(dict.fromkeys(expert.modules(), count))
+                if isinstance(experts, Llama4LinearExperts):
+                    self._copies.update(dict.fromkeys(expert.modules(), experts.num_experts))
 
     def counting(self, module: torch.nn.Module, wanted: Wanted) -> Wanted:
         """What is wanted of a layer, from the tokens that its router sends to it; the same outside of experts."""
         count, weights = self._counts.get(module), wanted.token_weights
         if count is None:
             return wanted
-        return replace(wanted, token_weights=count if weights is None else partial(_both, count, weights))
+        weighting = count if weights is None else partial(_both, count, weights)
+        return replace(wanted, token_weights=weighting, copies=self.copies(module))
+
+    def copies(self, module: torch.nn.Module) -> int:
+        """How often a layer's inputs may hold the batch's tokens: Llama 4's experts are given those of all experts."""
+        return self._copies.get(module, 1)
 
     def stop(self) -> None:
         """Remove the hooks. Idempotent."""

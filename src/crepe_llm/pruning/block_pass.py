@@ -70,9 +70,9 @@ class Batch:
         """How many tokens the call has, padding included."""
         return block_inputs(self.args, self.kwargs).shape[:-1].numel()
 
-    def mask_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
+    def mask_of(self, inputs: torch.Tensor, copies: int = 1) -> torch.Tensor | None:
         """The mask for a layer's inputs [..., d_in]; None where all tokens count, or where they were routed to it."""
-        return mask_for(self.mask, inputs)
+        return mask_for(self.mask, inputs, copies)
 
     def sharing_with(self, other: "Batch") -> "Batch":
         """The same batch, that holds tensors which are equal to another's (rotary embeddings, masks) only once."""
@@ -91,11 +91,13 @@ class Wanted:
         name: the layer's name in the model.
         gram: whether a step needs the Gram matrix of its inputs.
         token_weights: how much each token counts; None where all count alike.
+        copies: how often its inputs may hold the batch's tokens, all of them once and then all again.
     """
 
     name: str
     gram: bool = False
     token_weights: TokenWeights | None = None
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,18 @@ class Calibration:
         return self.in_turn or self.cross
 
 
-def mask_for(mask: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor | None:
+def mask_for(mask: torch.Tensor | None, inputs: torch.Tensor, copies: int = 1) -> torch.Tensor | None:
     """A batch's attention mask where it is one of these inputs [..., d_in], else None.
 
-    It is not where a router has picked tokens for an expert: the toolkit does not say which tokens these are.
+    It is not where a router has picked tokens for an expert: the toolkit does not say which tokens these are. Inputs
+    that hold the batch's tokens `copies` times, all of them once and then all again, have the mask as often.
     """
-    return mask if mask is not None and mask.numel() == inputs.shape[:-1].numel() else None
+    if mask is None:
+        return None
+    tokens = inputs.shape[:-1].numel()
+    if mask.numel() == tokens:
+        return mask
+    return mask.flatten().repeat(copies) if mask.numel() * copies == tokens else None
 
 
 def block_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -201,9 +209,12 @@ class _Gathered:
 
     def update(self, batch: Batch, given: list[torch.Tensor]) -> None:
         count = self.wanted.token_weights
-        self.counted = [None if count is None else count(inputs, batch.mask_of(inputs)) for inputs in given]
-        for inputs, weights in zip(given, self.counted, strict=True):
-            self.statistics.update(inputs, batch.mask_of(inputs), weights)
+        masks = [batch.mask_of(inputs, self.wanted.copies) for inputs in given]
+        self.counted = [
+            None if count is None else count(inputs, mask) for inputs, mask in zip(given, masks, strict=True)
+        ]
+        for inputs, mask, weights in zip(given, masks, self.counted, strict=True):
+            self.statistics.update(inputs, mask, weights)
 
     def update_cross(self, batch: Batch, given: list[torch.Tensor], dense: list[torch.Tensor]) -> None:
         self.routed |= len(given) != len(dense)
