@@ -177,6 +177,56 @@ def test_quantized_weights_with_a_record_of_their_sparsity_load(tmp_path, scheme
     assert_same(AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(tmp_path / "plain"))
 
 
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layers", ["int4", "int8, unpacked", "int8, not 2:4", "dense"])
+def test_an_int8_embedding_beside_layers_that_are_not_packed(tmp_path, layers, tied):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=96, **sizes, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    if "not 2:4" not in layers and layers != "dense":
+        prune_2of4(model)
+    groups = {"head": {"targets": ["re:.*(lm_head|embed_tokens)$"], "weights": INT8}}
+    if layers != "dense":
+        groups["layers"] = {"targets": ["Linear"], "weights": INT4 if layers == "int4" else INT8}
+    reset_session()
+    oneshot(model=model, recipe=[QuantizationModifier(config_groups=groups)])
+    attach(model)
+    model.save_pretrained(tmp_path / "saved")
+    folder = tmp_path / "saved"
+    if read_folder(folder).layers:
+        decompress_folder(folder, tmp_path / "unpacked")
+        folder = tmp_path / "unpacked"
+    assert not read_folder(folder).layers and "model.embed_tokens.weight_packed" in read_folder(folder).tensors
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    assert (head.weight is embedding.weight) == tied
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again(IDS).logits, loaded(IDS).logits)
+
+
+def test_a_head_that_is_quantized_alone_stays_so(tmp_path):
+    """transformers multiplies with the codes of a linear layer, so that nothing needs expanding."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=96, **sizes)).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    reset_session()
+    groups = {"head": {"targets": ["re:.*lm_head$"], "weights": INT4}}
+    oneshot(model=model, recipe=[QuantizationModifier(config_groups=groups)])
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.lm_head.weight_packed.dtype == torch.int32
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
 REPORT = """
     import hashlib, sys
     import torch, transformers

@@ -9,7 +9,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from crepe_llm.checkpoints.formats import FormatError
 from crepe_llm.checkpoints.reading import INTEGER_CODES, Checkpoint
 
-__all__ = ["ExpandPacked", "expanding", "packed_embeddings"]
+__all__ = ["ExpandPacked", "expanding", "holds_embedding", "packed_embeddings"]
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
 _DTYPES = {"weight_packed": (INTEGER_CODES,), "weight_scale": ("F32", "F16", "BF16"), "weight_shape": ("I64", "I32")}
@@ -65,6 +65,16 @@ def packed_embeddings(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
                     f"{checkpoint.files[0].parent}: tensor {missing[0]} is missing; export the model again"
                 )
     return found
+
+
+def holds_embedding(model: Any, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds an embedding of a model in ``pack-quantized`` form: in which transformers reads the
+    weights of linear layers, such as the head's, and no others."""
+    return any(
+        f"{_stored_name(name, model.base_model_prefix, checkpoint)}.weight_packed" in checkpoint.tensors
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+    )
 
 
 def _stored_name(name: str, prefix: str, checkpoint: Checkpoint) -> str:

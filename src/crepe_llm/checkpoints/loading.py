@@ -18,7 +18,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, packed_embeddings
+from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, holds_embedding, packed_embeddings
 from crepe_llm.checkpoints.expert_conversions import merging_experts, names_of_whole, unpacking_experts
 from crepe_llm.checkpoints.experts import check_experts, expert_of, matrices_of
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
@@ -153,15 +153,17 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         self._plain_experts = quantized and _has_plain_experts(files)
         if self._packed is not None:
             self._dtypes = {name: one.dtype for name, one in model.named_parameters() if one.dtype in _FLOATS}
+        stored = read_files(files) if self._packed is None and files else self._packed
+        if quantized and stored is not None and (self._packed is not None or holds_embedding(model, stored)):
+            self._leave_plain(model, packed_embeddings(model, stored))
         if quantized and self._packed is not None:
-            self._leave_plain(model, packed_embeddings(model, self._packed))
             if _DEQUANTIZES_WHILE_READING and self.quantization_config.dequantize:
                 self._decompress, self.quantization_config.dequantize = True, False
         if quantized:
             quantize_derived_classes()
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        if files and (self._packed is not None or not quantized or _records_2of4(config)):
-            self._unchecked = model, self._packed or read_files(files)
+        if stored is not None and (self._packed is not None or not quantized or _records_2of4(config)):
+            self._unchecked = model, stored
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Add the unpacking of layers; from transformers 5.21 on the model is given, too."""
@@ -184,7 +186,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         if self._packed is not None:
             whole = _unpacking_whole(weight_conversions, self._packed)
             self._experts |= whole
-            conversions = [*expanding(self._expanded), *whole, *conversions, *_unpacking()]
+            conversions = [*whole, *conversions, *_unpacking()]
+        conversions = [*expanding(self._expanded), *conversions]
         if self._unchecked is not None:
             (loaded, checkpoint), self._unchecked = self._unchecked, None
             integers = {name: one.dtype for name, one in loaded.named_parameters() if one.dtype in _INTEGERS}
@@ -209,7 +212,7 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         plain = self._experts or {}
         if plain and self.compressor.quantization_config is not None:
             self._ignore(["re:.*\\bexperts\\..*"])  # merged, they are no layers that could be quantized
-        if (self._packed is not None or plain) and hasattr(model, "_weight_conversions"):
+        if (self._packed is not None or plain or self._expanded) and hasattr(model, "_weight_conversions"):
             # Left there, they would be reverted on saving, and a plain model would be written half packed.
             used = [plain.get(conversion, conversion) for conversion in model._weight_conversions]
             model._weight_conversions = [
