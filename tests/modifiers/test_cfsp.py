@@ -328,6 +328,13 @@ def test_a_mixture_of_experts_is_refused(tiny_model_folder, calibration_data):
         prune(dense_model(tiny_model_folder("mixtral")), cfsp(), calibration_data)
 
 
+def test_a_width_that_the_config_does_not_tell_is_refused(tiny_model_folder, calibration_data):
+    model = dense_model(tiny_model_folder("llama"))
+    model.config.intermediate_size = 96
+    with pytest.raises(ValueError, match=r"intermediate_size=96 .* is not the width of the model's FFNs, which is 48"):
+        prune(model, cfsp(uniform=True), calibration_data)
+
+
 def test_unknown_ffns_are_refused(tiny_model_folder, calibration_data):
     model = dense_model(tiny_model_folder("llama"))
     mlp = model.model.layers[1].mlp

@@ -1,5 +1,6 @@
 """Which layers modifiers work on: those that stay dense by default, those that calibration does not reach."""
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from llmcompressor import oneshot
 from llmcompressor.core import Event, EventType, State
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import SmoothQuantModifier
 from torch.utils.data import DataLoader
 
 from crepe_llm.checkpoints import is_2of4, read_folder
@@ -236,6 +238,33 @@ def test_layers_that_blocks_share_are_pruned_with_the_first(recipe, tiny_model_f
     assert all(pruned(module) for module in linears(model).values())
     for one, other in zip(model.model.layers[1].mlp.parameters(), alone.model.layers[0].mlp.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_norms_are_not_rounded(tiny_model_folder, calibration_data):
+    """llm-compressor adds 1 to Gemma's while it calibrates, and takes it away again, in the model's dtype."""
+    dense = load(tiny_model_folder("gemma3"), torch.bfloat16)
+    with torch.no_grad():
+        for name, each in dense.named_parameters():
+            if "norm" in name:
+                each.normal_(0, 0.05)
+    model, smoothed = copy.deepcopy(dense), copy.deepcopy(dense)
+    run(model, "crepe_2of4_best", calibration_data)
+    norms = {name: each for name, each in model.named_parameters() if "norm" in name and "layers" in name}
+    assert norms
+    order = {name: each.sort().values for name, each in norms.items()}  # of channels, which are permuted
+    assert all(torch.equal(dense.get_parameter(name).sort().values, values) for name, values in order.items())
+    run(smoothed, [SmoothQuantModifier(smoothing_strength=0.5), crepe()], calibration_data)
+    assert any(not torch.equal(dense.get_parameter(name), smoothed.get_parameter(name)) for name in norms)
+
+
+@pytest.mark.parametrize("around", [[PHOSearchModifier(tokens=1000)], [ADMMModifier()]], ids=["PHO", "ADMM"])
+def test_blocks_that_return_a_list(around, tiny_model_folder, calibration_data, tmp_path):
+    torch.manual_seed(0)
+    config = t.OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    folder = save(t.OpenAIGPTLMHeadModel(config), tmp_path / "model", tiny_model_folder("llama"))
+    recipe = [*around, crepe()] if isinstance(around[0], PHOSearchModifier) else [crepe(), *around]
+    model = run(load(folder), recipe, calibration_data)
+    assert all(pruned(module) for module in linears(model).values())
 
 
 def test_weights_that_mamba_reads_stay_dense(tiny_model_folder, calibration_data, tmp_path, messages):

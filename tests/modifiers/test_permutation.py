@@ -86,7 +86,8 @@ SIZES = {
 }
 
 
-UNKNOWN = {"falcon": ["head_dim"], "opt": ["num_key_value_heads"], "gptj": ["num_key_value_heads"]}
+# Fields of the others that a family's config refuses. OPT and GPT-J take num_key_value_heads, and do not read it.
+UNKNOWN = {"falcon": ["head_dim"]}
 
 
 def config_of(variant):

@@ -41,6 +41,21 @@ def width_field(config: Any) -> str:
     raise ValueError(f"{type(config).__name__} has no field for the width of its FFNs (known: {_WIDTH_FIELDS})")
 
 
+def check_width(config: Any, width: int) -> None:
+    """Raise ValueError if FFNs of one width are not those that a config tells, so that it could not tell another.
+
+    RecurrentGemma's field is twice the width; of some models it is a stray field that their family does not read.
+    """
+    field = width_field(config)
+    value = getattr(config, field)
+    told = set(value) if isinstance(value, list | tuple) else {value}
+    if not told <= {width, None}:  # None: so many times the hidden size
+        raise ValueError(
+            f"{field}={value} in the config of {type(config).__name__} is not the width of the model's FFNs, which is "
+            f"{width}, so what would be cut could not be written there: CFSP prunes models whose config tells the width"
+        )
+
+
 def set_width(model: Any, width: int) -> None:
     """Record in the model's config that all its FFNs have been cut to one width."""
     config = model.config.get_text_config()

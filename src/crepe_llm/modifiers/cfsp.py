@@ -97,7 +97,8 @@ class CFSPModifier(Modifier):
                 f"uniform: true needs FFNs of one width, and this model's are from {min(widths)} to {max(widths)}: "
                 "set `uniform: false`"
             )
-        per_block.width_field(state.model.config.get_text_config())
+        else:
+            per_block.check_width(state.model.config.get_text_config(), widths[0])
         self._check_groups_after(state.model)
         return True
 

@@ -132,8 +132,8 @@ class ChannelPermutationModifier(LayerModifier):
             self.requires_calibration_data, self._layers = False, {}
             return True
         self._modules = {name: state.model.get_submodule(name) for name in self._axes}
-        self._heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._repeat = config.num_attention_heads // self._heads
+        self._repeat = self._sharing_heads() if self.attention else 1
+        self._heads = config.num_attention_heads // self._repeat
         for name in self._layers.values():
             axis = self._axes[name][-1]
             if axis is not None and getattr(self, axis):
@@ -256,6 +256,22 @@ class ChannelPermutationModifier(LayerModifier):
         with torch.no_grad(), align_module_device(module):
             scores = self._crepe.scores(name, weight_matrix(module), self._inputs[name])
         return scores.div_(scores.mean(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).float())
+
+    def _sharing_heads(self) -> int:
+        """How many query heads share the values of one head, by the layers: a config may have a field for it that its
+        family does not read."""
+        with disable_onloading():
+            sizes = {name: weight_matrix(self._modules[name]).shape for name, axes in self._axes.items() if axes[1:]}
+        axis = "attention"
+        written = {_site(name, axis): size[0] for name, size in sizes.items() if self._axes[name][0] == axis}
+        read = {_site(name, axis): size[1] for name, size in sizes.items() if self._axes[name][1] == axis}
+        counts = {size / written[site] for site, size in read.items()} or {1.0}
+        if len(counts) > 1 or not min(counts).is_integer():
+            raise ValueError(
+                f"the blocks have {', '.join(f'{count:g}' for count in sorted(counts))} query heads to one of values, "
+                "and ChannelPermutationModifier permutes where all have one number: set `attention: false`"
+            )
+        return int(counts.pop())
 
     def _head_counts(self, axis: str | None) -> tuple[int, int]:
         """How many heads the channels of an axis have, and how often an input holds each."""

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def register() -> None:
                     stack.enter_context(equal_values_are_held_once())
                     stack.enter_context(head_is_calculated(self.model))
                     stack.enter_context(tracing_is_undone())
+                    stack.enter_context(_norms_stay_as_they_are(self.recipe.modifiers))
                 super().__call__()
             processes.wait()  # until the first has saved
 
@@ -144,6 +145,18 @@ def _whole_data() -> Iterator[None]:
     """Have llm-compressor make loaders of all data: what it gives to each process is the first process's share."""
     module = importlib.import_module("llmcompressor.datasets.utils")
     with patch_attr(module, "_is_dist_and_same_ds", lambda dataset: False):
+        yield
+
+
+@contextmanager
+def _norms_stay_as_they_are(modifiers: list[Any]) -> Iterator[None]:
+    """Have llm-compressor leave norms that add 1 to their weight (Gemma's) alone, but for modifiers that change norms.
+
+    It adds the 1 to the weight meanwhile and takes it away again, in the model's dtype: all norms are rounded.
+    """
+    module = importlib.import_module("llmcompressor.entrypoints.oneshot")
+    kept = all(order.role_of(modifier) is not None for modifier in modifiers)
+    with patch_attr(module, "norm_calibration_context", nullcontext) if kept else nullcontext():
         yield
 
 

@@ -140,7 +140,7 @@ def block_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 def block_outputs(output: Any) -> torch.Tensor:
     """The hidden states that a decoder block returns, alone or first of several things."""
-    return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
+    return cast(torch.Tensor, output[0] if isinstance(output, tuple | list) else output)
 
 
 def shared_out(modules: Iterable[torch.nn.Module]) -> dict[torch.nn.Module, int]:
