@@ -17,6 +17,7 @@ from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.modifiers import (
     CRePEModifier,
     DSnoTModifier,
+    MaskedGPTQModifier,
     PHOSearchModifier,
     SparseCheckpointModifier,
     SparsityAllocationModifier,
@@ -208,7 +209,7 @@ def test_experts_are_corrected_by_the_gram_matrices_of_their_own_tokens(folder_o
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
-@pytest.mark.parametrize("recipe", ["crepe", "pcg"])
+@pytest.mark.parametrize("recipe", ["crepe", "pcg", "gptq"])
 def test_what_stands_in_padding_does_not_change_experts(family, recipe, folder_of, calibration_data):
     """Llama 4's are given the batch's tokens once for each expert, and so its padding."""
 
@@ -218,6 +219,8 @@ def test_what_stands_in_padding_does_not_change_experts(family, recipe, folder_o
     recipes = [crepe()]
     if recipe == "pcg":
         recipes.append(WeightCorrectionModifier(method="pcg", asymmetric_calibration=0.0, true_sequential=True))
+    if recipe == "gptq":
+        recipes.append(MaskedGPTQModifier(ignore=["lm_head", "re:.*router"], scheme="W8A8"))
     first = run(load(folder_of(family)), copy.deepcopy(recipes), calibration_data)
     second = run(load(folder_of(family)), copy.deepcopy(recipes), calibration_data.map(repad))
     for name, parameter in first.named_parameters():

@@ -261,6 +261,32 @@ def test_masked_gptq_falls_back_to_rounding_where_the_hessian_fails(run, monkeyp
         assert not gptq[name][nearest[name] == 0].any()
 
 
+@pytest.mark.parametrize("pipeline", ["independent", "basic"])
+def test_what_stands_in_padding_does_not_change_masked_gptq(pipeline, dense_folder, calibration_data):
+    modifiers = {
+        "CRePEModifier": {"mask_structure": "2:4"},
+        "MaskedGPTQModifier": {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": "W8A8"},
+    }
+    recipe = json.dumps({"a_stage": {"b_modifiers": modifiers}})
+
+    def quantized(fill):
+        def repad(row):
+            pairs = zip(row["input_ids"], row["attention_mask"], strict=True)
+            return {"input_ids": [token if counts else fill for token, counts in pairs]}
+
+        reset_session()
+        model = AutoModelForCausalLM.from_pretrained(dense_folder)
+        oneshot(
+            model=model, recipe=recipe, dataset=calibration_data.map(repad), pipeline=pipeline,
+            num_calibration_samples=len(calibration_data), shuffle_calibration_samples=False,
+        )  # fmt: skip
+        return model
+
+    first, second = quantized(2), quantized(50)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+
+
 def test_masked_gptq_is_found_by_name_and_takes_the_parents_fields():
     modifier = MaskedGPTQModifier(scheme="W4A16", dampening_frac=0.05, block_size=64)
     assert (modifier.dampening_frac, modifier.block_size) == (0.05, 64)

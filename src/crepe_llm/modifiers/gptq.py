@@ -6,15 +6,18 @@ import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
 from compressed_tensors.utils import getattr_chain
-from llmcompressor.core import State
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.helpers import column_scale_window, prepare_batch, update_batch_qparams
 from loguru import logger
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 
 from crepe_llm import processes
+from crepe_llm.calibration.data import calibration_data
 from crepe_llm.functional.masked_gptq import masked_gptq
+from crepe_llm.functional.statistics import counted_tokens
 from crepe_llm.modifiers.layers import save_sparse
+from crepe_llm.modifiers.observe import Observer
 from crepe_llm.pruning.layer import mask_of
 
 __all__ = ["MaskedGPTQModifier"]
@@ -42,7 +45,7 @@ class MaskedGPTQModifier(GPTQModifier):
     Lifecycle:
 
     - on_initialize, on_calibration_start, on_calibration_end
-        - as GPTQModifier
+        - as GPTQModifier, and leave padding out of what the layers are given
     - on_sequential_epoch_end
         - observe the pruned weights, quantize them under their mask
     - on_finalize
@@ -50,6 +53,9 @@ class MaskedGPTQModifier(GPTQModifier):
 
     The fields are those of GPTQModifier. Layers are quantized one at a time, so `batched_quantization` is left out.
     """
+
+    _dataloader: Any = PrivateAttr(default=None)
+    _observer: Observer | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "MaskedGPTQModifier":
@@ -63,6 +69,26 @@ class MaskedGPTQModifier(GPTQModifier):
                 f"actorder={self.actorder} is no longer read by compressed-tensors: take static, or null for none"
             )
         return self
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self._dataloader = calibration_data(self, state, True, **kwargs)
+        return super().on_initialize(state, **kwargs)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        self._observer = Observer(self, state.model, self._dataloader, {})  # for its masks alone
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_end(state, event, **kwargs)
+        if self._observer is not None:
+            self._observer.stop()
+
+    def calibrate_module(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """Add a batch to the Hessian of a layer's inputs, without its padding."""
+        assert self._observer is not None
+        mask = self._observer.mask(args[0], module)
+        inputs = args[0] if mask is None else counted_tokens(args[0], mask)
+        super().calibrate_module(module, (inputs, *args[1:]), output)
 
     def compress_modules(self) -> None:
         """Quantize what was calibrated; several processes share the layers out, and go on when all are done."""
