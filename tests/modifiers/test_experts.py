@@ -11,7 +11,7 @@ from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
 
-from crepe_llm.checkpoints import read_folder
+from crepe_llm.checkpoints import compress_folder, decompress_folder, read_folder
 from crepe_llm.functional.bitmask import RECORDED, unpack_bits
 from crepe_llm.functional.compensation import conjugate_gradients
 from crepe_llm.modifiers import (
@@ -244,6 +244,39 @@ def test_llama4_is_saved_whole_where_nothing_is_packed(folder_of, calibration_da
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-6)
     stored = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.feed_forward.experts.gate_up_proj"]
     assert float((stored == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def read_back(folder):
+    """The model of a folder that holds all its tensors and no others."""
+    model, info = t.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model
+
+
+def test_llama4_is_saved_whole_where_its_config_is_an_ordinary_one(folder_of, calibration_data, tmp_path):
+    model = run(load(folder_of("llama4_text")), [crepe()], calibration_data)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "packed", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "plain", save_compressed=False, max_shard_size="20KB")
+    decompress_folder(tmp_path / "packed", tmp_path / "unpacked")
+    assert len(read_folder(tmp_path / "unpacked").files) > 2
+    loaded = read_back(tmp_path / "packed")
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("plain", "unpacked", "again"):
+        torch.testing.assert_close(logits(read_back(tmp_path / folder)), wanted, rtol=1e-5, atol=1e-6)
+    # What an ordinary model holds whole is read back from a folder whose other layers are packed.
+    compress_folder(tmp_path / "unpacked", tmp_path / "repacked")
+    torch.testing.assert_close(logits(read_back(tmp_path / "repacked")), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["2:4", "4:8"])
+def test_llama4_stays_apart_where_anything_is_quantized(structure, folder_of, calibration_data, tmp_path):
+    quantize = QuantizationModifier(
+        targets=["Linear"], scheme="W8A8", ignore=["lm_head", "re:.*experts.*", "re:.*router"]
+    )
+    recipe = [crepe(mask_structure=structure), quantize]
+    model = run(load(folder_of("llama4_text")), recipe, calibration_data, output_dir=str(tmp_path / "out"))
+    torch.testing.assert_close(logits(read_back(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-6)
 
 
 def test_families_that_store_whole_experts_refuse_to_quantize_them(folder_of, calibration_data, tmp_path):

@@ -15,6 +15,7 @@ from crepe_llm.checkpoints.copying import copy_rest, two_folders
 from crepe_llm.checkpoints.experts import expert_of
 from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.checkpoints.formats import FormatError
+from crepe_llm.checkpoints.llama4 import groups_apart, is_llama4, put_together
 from crepe_llm.checkpoints.reading import (
     CONFIG,
     INDEX,
@@ -33,7 +34,7 @@ from crepe_llm.checkpoints.two_of_four import FORMAT, has_exponents, is_2of4_lin
 from crepe_llm.functional.bitmask import unpack_bits, wrong_byte
 from crepe_llm.functional.masks import nonzero
 
-__all__ = ["compress_folder", "decompress_folder", "pack_folder"]
+__all__ = ["compress_folder", "decompress_folder", "finish_plain", "pack_folder"]
 
 _logger = logging.getLogger(__name__)
 
@@ -52,8 +53,18 @@ def pack_folder(folder: Path, masks: Mapping[str, torch.Tensor]) -> list[str]:
     """
     layers = _pack_in_place(folder, masks)
     if not layers:
-        record_dense(folder)
+        finish_plain(folder)
     return layers
+
+
+def finish_plain(folder: Path) -> None:
+    """Make a checkpoint without packed layers, in place, one that transformers reads, and record which are 2:4."""
+    config = read_config(folder)
+    if is_llama4(config) and find_quantization(config)[1] is None:
+        checkpoint = read_folder(folder)
+        if groups := groups_apart(checkpoint):
+            _convert(checkpoint, folder, functools.partial(put_together, groups), progress=False)
+    record_dense(folder)
 
 
 def compress_folder(source: str | Path, destination: str | Path, *, progress: bool = False) -> list[str]:
@@ -103,7 +114,7 @@ def decompress_folder(source: str | Path, destination: str | Path, *, progress: 
         rotations = objects_in(quantization.get("transform_config")).get("config_groups")
         kept = quantization.get("config_groups") or quantization.get("kv_cache_scheme") or rotations
         write_json(folder / CONFIG, set_quantization(config, quantization | {SPARSITY: {}} if kept else None))
-        record_dense(folder)
+        finish_plain(folder)
     return list(checkpoint.layers)
 
 

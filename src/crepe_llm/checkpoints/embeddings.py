@@ -68,8 +68,10 @@ def packed_embeddings(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def holds_embedding(model: Any, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds an embedding of a model in ``pack-quantized`` form: in which transformers reads the
-    weights of linear layers, such as the head's, and no others."""
+    """Whether a checkpoint holds an embedding of a model in ``pack-quantized`` form.
+
+    transformers reads that of linear layers, such as a head, and of no others.
+    """
     return any(
         f"{_stored_name(name, model.base_model_prefix, checkpoint)}.weight_packed" in checkpoint.tensors
         for name, module in model.named_modules()

@@ -23,6 +23,7 @@ from crepe_llm.checkpoints.expert_conversions import merging_experts, names_of_w
 from crepe_llm.checkpoints.experts import check_experts, expert_of, matrices_of
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
+from crepe_llm.checkpoints.llama4 import has_whole_experts, merging_llama4
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import (
     Checkpoint,
@@ -128,8 +129,15 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     _dtypes: dict[str, torch.dtype] | None = None
     # The conversions that read packed or quantized experts, each with transformers' own, which writes plain ones.
     _experts: dict[WeightConverter, WeightConverter | WeightRenaming] | None = None
+    # What reads experts that are stored apart, of Llama 4, which transformers then writes whole.
+    _merging: Sequence[WeightConverter] = ()
     # Whether experts are stored as they are in a model that is quantized otherwise.
     _plain_experts = False
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Take experts apart where they are quantized: others are whole in a model that was never compressed."""
+        if self.compressor.quantization_config is not None:
+            super()._convert_model_for_quantization(model)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
@@ -156,17 +164,20 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         stored = read_files(files) if self._packed is None and files else self._packed
         if quantized and stored is not None and (self._packed is not None or holds_embedding(model, stored)):
             self._leave_plain(model, packed_embeddings(model, stored))
-        if quantized and self._packed is not None:
-            if _DEQUANTIZES_WHILE_READING and self.quantization_config.dequantize:
-                self._decompress, self.quantization_config.dequantize = True, False
+        dequantize = _DEQUANTIZES_WHILE_READING and self.quantization_config.dequantize
+        if quantized and self._packed is not None and dequantize:
+            self._decompress, self.quantization_config.dequantize = True, False
         if quantized:
             quantize_derived_classes()
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+        if not quantized and has_whole_experts(model):
+            self._merging = merging_llama4()
         if stored is not None and (self._packed is not None or not quantized or _records_2of4(config)):
             self._unchecked = model, stored
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Add the unpacking of layers; from transformers 5.21 on the model is given, too."""
+        weight_conversions = [*self._merging, *weight_conversions]
         found = {} if self._packed is None else unpacking_experts(weight_conversions, self._packed)
         self._experts = {unpacking: plain for plain, unpacking in found.items()}
         # The parent looks for the quantization scheme of merged experts, which a sparse-only checkpoint has none of.
@@ -212,13 +223,15 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
         plain = self._experts or {}
         if plain and self.compressor.quantization_config is not None:
             self._ignore(["re:.*\\bexperts\\..*"])  # merged, they are no layers that could be quantized
-        if (self._packed is not None or plain or self._expanded) and hasattr(model, "_weight_conversions"):
+        ours = self._packed is not None or plain or self._expanded or self._merging
+        if ours and hasattr(model, "_weight_conversions"):
             # Left there, they would be reverted on saving, and a plain model would be written half packed.
             used = [plain.get(conversion, conversion) for conversion in model._weight_conversions]
             model._weight_conversions = [
                 conversion
                 for conversion in dict.fromkeys(used)
-                if not any(isinstance(op, Unpack | ExpandPacked) for op in getattr(conversion, "operations", ()))
+                if conversion not in self._merging
+                and not any(isinstance(op, Unpack | ExpandPacked) for op in getattr(conversion, "operations", ()))
             ]
         super()._process_model_after_weight_loading(model, **kwargs)
 

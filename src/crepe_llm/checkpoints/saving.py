@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from crepe_llm.checkpoints.converting import pack_folder
+from crepe_llm.checkpoints.converting import finish_plain, pack_folder
 from crepe_llm.checkpoints.folders import new_folder
 from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
 from crepe_llm.checkpoints.reading import CONFIG, QUANTIZATION, read_config
 from crepe_llm.checkpoints.space import least_bytes
-from crepe_llm.checkpoints.sparse_config import record_dense, write_json
+from crepe_llm.checkpoints.sparse_config import write_json
 
 __all__ = ["attach"]
 
@@ -109,7 +109,7 @@ def _packing(plain: Callable[..., None], modify: Callable[[Any], None]) -> Calla
             if save_compressed:
                 pack_folder(folder, additions.all_masks())
             else:
-                record_dense(folder)
+                finish_plain(folder)
             for finish in additions.finish:
                 finish(folder)
 

@@ -96,10 +96,9 @@ def restore_experts(model: Any) -> None:
         model._weight_conversions = own
         return
     for name, experts in apart:
-        quantized = any(hasattr(module, "quantization_scheme") for module in experts.modules())
-        if isinstance(experts, Llama4LinearExperts) and (quantized or _will_be_packed(model)):
-            continue  # transformers takes Llama 4's experts apart where a config says that weights are compressed
-        if quantized:
+        if isinstance(experts, Llama4LinearExperts) and (_is_quantized(model) or _will_be_packed(model)):
+            continue  # apart they can be packed, and transformers takes them apart where any weight is quantized
+        if _is_quantized(experts):
             logger.warning(f"{name} is quantized and stays taken apart: transformers will not read it")
             continue
         model.set_submodule(name, _together(experts))
@@ -149,6 +148,11 @@ def _comes_apart_again(experts: LinearExperts2D) -> bool:
     for index in range(experts.num_experts):
         again[index].copy_from_experts_module(together, index)
     return all(torch.equal(one, other) for one, other in zip(experts.parameters(), again.parameters(), strict=True))
+
+
+def _is_quantized(model: torch.nn.Module) -> bool:
+    """Whether anything in a model is quantized."""
+    return any(hasattr(module, "quantization_scheme") for module in model.modules())
 
 
 def _will_be_packed(model: Any) -> bool:
