@@ -352,6 +352,15 @@ def test_blocks_of_different_structures(folder_of, calibration_data):
     assert permutation.retained["model.layers.0.mlp"][0] > permutation.retained["model.layers.1.mlp"][1]
 
 
+@pytest.mark.parametrize(("method", "residual"), [("dlp", False), ("uniform", True)])
+def test_after_an_allocation_by_groups(method, residual, folder_of, calibration_data):
+    """Blocks may have structures of their own where no channels are shared by all, and `uniform` gives all the same."""
+    permutation = ChannelPermutationModifier(residual=residual)
+    recipe = [SparsityAllocationModifier(method=method, sparsity=0.5), permutation, crepe(mask_structure="4:8")]
+    run(load(folder_of("llama")), recipe, calibration_data)
+    assert ("residual" in permutation.retained) == residual
+
+
 def test_after_a_search_and_before_a_correction(folder_of, calibration_data, tmp_path):
     """The correction starts from the permuted dense weights, and the coefficients are those that were found."""
     permutation, correction, pruning = Watched(), WeightCorrectionModifier(method="pcg"), crepe()
@@ -419,6 +428,10 @@ def quantization():
             "has SparsityAllocationModifier after it",
         ),
         (lambda p: [p, crepe(mask_structure="0:0", sparsity=0.5)], 'is unstructured: give it mask_structure: "2:4"'),
+        (
+            lambda p: [SparsityAllocationModifier(method="dlp", sparsity=0.5), p, crepe(mask_structure="4:8")],
+            "method: dlp gives each block's N:M masks an N of its own.*residual: false",
+        ),
         (lambda p: [p, crepe(mask_structure="8:16")], "o_proj has 8 channels in each head.*attention: false"),
         (
             lambda p: [ChannelPermutationModifier(mlp=False, attention=False), crepe(targets=["re:.*down_proj"])],

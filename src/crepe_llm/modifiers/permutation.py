@@ -14,9 +14,11 @@ from tqdm import tqdm
 from crepe_llm import journal, processes
 from crepe_llm.functional.permutation import channel_index, permute_channels, retained_score, sample_rows, split_heads
 from crepe_llm.functional.statistics import InputStatistics
+from crepe_llm.models.blocks import block_of
 from crepe_llm.models.channels import AXES, family_of, module_axes
 from crepe_llm.models.permuting import permute_parameters
 from crepe_llm.modifiers import order
+from crepe_llm.modifiers.allocation import SparsityAllocationModifier
 from crepe_llm.modifiers.crepe import CRePEModifier
 from crepe_llm.modifiers.layers import LayerModifier
 from crepe_llm.modifiers.observe import Observer
@@ -144,10 +146,27 @@ class ChannelPermutationModifier(LayerModifier):
                 f"its targets={self._crepe.targets} and ignore={self._crepe.ignore} leave out what "
                 f"mlp={self.mlp}, attention={self.attention}, residual={self.residual} would serve"
             )
+        self._refuse_allocated_structures()
         kept, self._key = journal.active(), f"{len(order.modifiers_before(self)):02}-orders"
         self._kept = None if kept is None else kept.read(self._key)
         self.requires_calibration_data = self._kept is None
         return True
+
+    def _refuse_allocated_structures(self) -> None:
+        """Refuse an allocation that gives blocks an N of their own, before its calibration: the blocks share the
+        residual stream. What a saved recipe has found is compared as it is, and calibrates nothing."""
+        readers = self._sites.get("residual", [])
+        if len({block_of(name) for name in readers}) < 2 or self._crepe.structure_of(readers[0])[1] is None:
+            return
+        for modifier in order.modifiers_before(self):
+            if not isinstance(modifier, SparsityAllocationModifier) or modifier.found is not None:
+                continue
+            if modifier.method != "uniform":
+                raise ValueError(
+                    f"SparsityAllocationModifier with method: {modifier.method} gives each block's N:M masks an N of "
+                    "its own, and the residual channels, which all blocks read, can have one order only: give "
+                    "ChannelPermutationModifier residual: false, or leave the allocation out"
+                )
 
     def find_layers(self, model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         return self._crepe.find_layers(model)
