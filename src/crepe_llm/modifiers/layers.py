@@ -184,10 +184,11 @@ class LayerModifier(Modifier):
 
     def _check_weight(self, name: str, module: torch.nn.Module, tables: Mapping[int, str]) -> None:
         weight, kind = getattr(module, "weight", None), type(module).__name__
+        cure = 'target linear layers alone, such as "re:.*mlp.*_proj", or add what else is matched to `ignore`'
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-            raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is not a linear layer")
+            raise ValueError(f"targets={self.targets} match {name}, a {kind}, which is not a linear layer: {cure}")
         if isinstance(module, torch.nn.Embedding):
-            raise ValueError(f"targets={self.targets} match {name}, an embedding, which is not a linear layer")
+            raise ValueError(f"targets={self.targets} match {name}, an embedding, which is not a linear layer: {cure}")
         if id(weight) in tables:
             raise ValueError(
                 f"{name} shares its weight with the embedding {tables[id(weight)]}, which would change too: "
