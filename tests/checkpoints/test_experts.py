@@ -94,6 +94,25 @@ def assert_same_weights(folder, other):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_packed_layers_that_transformers_splits(tmp_path):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 2, "initializer_range": 0.1}
+    model = t.AutoModelForCausalLM.from_config(t.AutoConfig.for_model("hrm_text", **sizes))
+    prune_2of4(model)
+    model.save_pretrained(tmp_path / "plain")
+    packed = compress_folder(tmp_path / "plain", tmp_path / "packed")
+    assert any(name.endswith(".attn.gqkv_proj") for name in packed)
+    assert any(name.endswith(".mlp.gate_up_proj") for name in packed)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded, info = load(tmp_path / "packed", dtype=dtype, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        found, expected = loaded.state_dict(), load(tmp_path / "plain", dtype=dtype).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    load(tmp_path / "packed").save_pretrained(tmp_path / "again")
+    assert_same_weights(tmp_path / "again", tmp_path / "plain")
+
+
 def test_packed_experts_can_be_decompressed(folders_of, tmp_path):
     plain, packed = folders_of("mixtral")
     decompress_folder(packed, tmp_path / "out")

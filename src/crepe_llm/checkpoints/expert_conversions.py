@@ -1,27 +1,27 @@
-"""Packed experts, merged while transformers reads them."""
+"""Packed layers that transformers merges or splits while it reads them, as it does with experts."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
 from crepe_llm.checkpoints.experts import expert_of, matrices_of
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
 from crepe_llm.checkpoints.reading import Checkpoint
 
-__all__ = ["UnpackExperts", "merging_experts", "names_of_whole", "unpacking_experts"]
+__all__ = ["UnpackExperts", "merging_experts", "names_of_whole", "unpacking_experts", "unpacking_fused"]
 
 _FORMAT = SPARSE_24_BITMASK
 _SCALE = "weight_scale"
 
 
 class UnpackExperts(ConversionOps):
-    """transformers' conversion of the parts of packed experts into a list of dense weights a kind of matrix.
+    """transformers' conversion of the parts of packed layers into a list of dense weights a kind of matrix.
 
-    It comes before transformers' own merging of these lists. INT8 weights are multiplied by their scales, as merged
-    experts are no layers that compressed-tensors could run quantized.
+    It comes before transformers' own merging of these lists, or splitting of a list's only weight. INT8 weights are
+    multiplied by their scales, as merged experts are no layers that compressed-tensors could run quantized.
 
     Args:
         kinds: the patterns of the parts by part and, under "weight_scale", of the scales, one entry a kind of matrix.
@@ -56,6 +56,17 @@ class UnpackExperts(ConversionOps):
         return made
 
 
+class _Converter(WeightConverter):
+    """A conversion of several parts into one weight or several; the latter transformers allows to its own only."""
+
+    __slots__ = ()
+
+    def __init__(self, sources: list[str], targets: list[str], operations: list[ConversionOps]) -> None:
+        WeightTransform.__init__(self, sources, targets)
+        self.operations = operations
+        self.force_cpu = False
+
+
 def unpacking_experts(conversions: Sequence[Any], checkpoint: Checkpoint) -> dict[WeightConverter, WeightConverter]:
     """What reads packed experts, by the conversion of `conversions` that reads the same experts where they are plain.
 
@@ -64,6 +75,22 @@ def unpacking_experts(conversions: Sequence[Any], checkpoint: Checkpoint) -> dic
     if not any(map(expert_of, checkpoint.layers)):
         return {}
     return {conversion: _unpacking(conversion) for conversion in merging_experts(conversions)}
+
+
+def unpacking_fused(conversions: Sequence[Any], checkpoint: Checkpoint) -> dict[WeightConverter, WeightConverter]:
+    """What reads packed layers that a model holds split, such as HRM-Text's queries, keys and values, by the conversion
+    of `conversions` that reads the same layers where they are plain.
+
+    Empty if the checkpoint has no such layers, or has them with scales, which nothing splits.
+    """
+    layers = [name for name in checkpoint.layers if f"{name}.{_SCALE}" not in checkpoint.tensors]
+    return {
+        conversion: _unpacking(conversion)
+        for conversion in conversions
+        if isinstance(conversion, WeightConverter)
+        and len(conversion._original_source_patterns) == 1 < len(conversion._original_target_patterns)
+        and any(re.search(f"{conversion._original_source_patterns[0]}$", f"{layer}.weight") for layer in layers)
+    }
 
 
 def merging_experts(conversions: Sequence[Any]) -> list[WeightConverter]:
@@ -90,7 +117,7 @@ def names_of_whole(conversions: Sequence[Any]) -> dict[str, WeightRenaming]:
 def _unpacking(conversion: WeightConverter) -> WeightConverter:
     stems = [pattern.removesuffix("weight") for pattern in conversion._original_source_patterns]
     kinds = [{part: f"{stem}{part}$" for part in (*_FORMAT.parts, _SCALE)} for stem in stems]
-    made = WeightConverter(
+    made = _Converter(
         [pattern for patterns in kinds for pattern in patterns.values()],
         list(conversion._original_target_patterns),
         operations=[UnpackExperts(kinds), *conversion.operations],
@@ -107,4 +134,4 @@ def _unpacked(parts: dict[str, torch.Tensor], parameter: str) -> torch.Tensor:
     try:
         return _FORMAT.unpack(parts)
     except FormatError as error:
-        raise FormatError(f"an expert of {parameter}: {error}") from None
+        raise FormatError(f"a layer that is merged into {parameter} or split: {error}") from None

@@ -19,7 +19,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, holds_embedding, packed_embeddings
-from crepe_llm.checkpoints.expert_conversions import merging_experts, names_of_whole, unpacking_experts
+from crepe_llm.checkpoints.expert_conversions import (
+    merging_experts,
+    names_of_whole,
+    unpacking_experts,
+    unpacking_fused,
+)
 from crepe_llm.checkpoints.experts import check_experts, expert_of, matrices_of
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
@@ -127,7 +132,8 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     _decompress = False
     # Of the model's parameters, before they are read.
     _dtypes: dict[str, torch.dtype] | None = None
-    # The conversions that read packed or quantized experts, each with transformers' own, which writes plain ones.
+    # The conversions that read packed or quantized experts, or packed layers that are split, each with transformers'
+    # own, which writes plain ones.
     _experts: dict[WeightConverter, WeightConverter | WeightRenaming] | None = None
     # What reads experts that are stored apart, of Llama 4, which transformers then writes whole.
     _merging: Sequence[WeightConverter] = ()
@@ -178,7 +184,10 @@ class Sparse24HfQuantizer(CompressedTensorsHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Add the unpacking of layers; from transformers 5.21 on the model is given, too."""
         weight_conversions = [*self._merging, *weight_conversions]
-        found = {} if self._packed is None else unpacking_experts(weight_conversions, self._packed)
+        found = {}
+        if self._packed is not None:
+            found = unpacking_experts(weight_conversions, self._packed)
+            found |= unpacking_fused(weight_conversions, self._packed)
         self._experts = {unpacking: plain for plain, unpacking in found.items()}
         # The parent looks for the quantization scheme of merged experts, which a sparse-only checkpoint has none of.
         if self.compressor.quantization_config is not None:
