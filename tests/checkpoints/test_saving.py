@@ -15,6 +15,7 @@ from llmcompressor import oneshot
 from llmcompressor.transformers.compression import compressed_tensors_utils
 from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,9 +25,9 @@ from transformers import (
     LlamaConfig,
 )
 
-from crepe_llm.checkpoints import attach, read_folder, unpack
+from crepe_llm.checkpoints import attach, compress_folder, read_folder, unpack
 from crepe_llm.functional.bitmask import pack_bits
-from sparse_models import config_of, linears, names_in, prune_2of4, pruned, stored_tensors
+from sparse_models import config_of, linears, names_in, prune_2of4, pruned, random_2of4, stored_tensors
 from tiny_models import save_model
 
 IDS = torch.arange(3, 35)[None]
@@ -137,6 +138,31 @@ def test_only_real_2of4_layers_are_packed_and_listed(dense_folder, tmp_path):
     tensors = stored_tensors(tmp_path / "out")
     assert torch.equal(tensors[f"{odd}.weight"], model.get_submodule(odd).weight)
     assert "lm_head.weight" in tensors
+
+
+def write_plain(folder, tensors):
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+@pytest.mark.parametrize("dense", ["layers.0.ffn.router.layer", "embed_out"])
+def test_targets_leave_out_linear_layers_that_stay_dense(tmp_path, dense):
+    """A reader that goes by `targets` would take them for packed."""
+    layer = "layers.0.attn.q_proj"
+    weights = {f"{layer}.weight": random_2of4(8, 16, torch.float32), f"{dense}.weight": torch.ones(8, 16)}
+    write_plain(tmp_path / "in", weights | {"lm_head.weight": torch.ones(8, 16), "wte.weight": torch.ones(9, 16)})
+    assert compress_folder(tmp_path / "in", tmp_path / "out") == [layer]
+    sparsity = config_of(tmp_path / "out")["quantization_config"]["sparsity_config"]
+    assert sparsity["targets"] == [layer] and sparsity["ignore"] == []
+
+
+def test_layers_named_after_embeddings_are_packed(tmp_path):
+    names = ["altup_unembed_projections.0", "embed_tokens", "embed_tokens.0", "x_embedding_norm", "wpe"]
+    weights = {f"model.{name}.weight": random_2of4(8, 16, torch.float32) for name in names}
+    write_plain(tmp_path / "in", weights)
+    assert compress_folder(tmp_path / "in", tmp_path / "out") == ["model.altup_unembed_projections.0"]
+    assert config_of(tmp_path / "out")["quantization_config"]["sparsity_config"]["targets"] == ["Linear"]
 
 
 def test_the_embedding_of_an_encoder_and_a_decoder_is_no_layer(tmp_path):

@@ -15,7 +15,7 @@ from crepe_llm.checkpoints.reading import (
     read_folder,
     set_quantization,
 )
-from crepe_llm.checkpoints.two_of_four import FORMAT, int4_2of4, is_linear_weight, plain_2of4
+from crepe_llm.checkpoints.two_of_four import FORMAT, int4_2of4, is_linear_weight, plain_2of4, stays_dense
 from crepe_llm.functional.masks import nonzero
 
 __all__ = ["SPARSITY", "record_dense", "write_json", "write_sparse_config"]
@@ -51,7 +51,7 @@ def _sparsity_config(checkpoint: Checkpoint, form: str, layers: list[str]) -> di
     linear = {
         name.removesuffix(".weight").removesuffix(".weight_packed")
         for name in checkpoint.tensors
-        if name.endswith(".weight_packed") or is_linear_weight(checkpoint, name)
+        if name.endswith(".weight_packed") or is_linear_weight(checkpoint, name) or stays_dense(checkpoint, name)
     }
     everything = linear <= listed
     return {

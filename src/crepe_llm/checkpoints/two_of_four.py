@@ -16,18 +16,23 @@ __all__ = [
     "is_2of4_linear",
     "is_linear_weight",
     "plain_2of4",
+    "stays_dense",
 ]
 
 FORMAT = SPARSE_24_BITMASK
 """What 2:4 layers are written in."""
 
-# Two-dimensional weights that are not those of a linear layer, or of all experts in one: never packed, whatever their
-# zeros. The output head shares its weight with the embedding where tied.
+# Weights that are never packed, whatever their zeros: two-dimensional ones of no linear layer. Gemma 3n's layers after
+# the last block are named after embeddings, but are none.
 _NOT_LINEAR = re.compile(
-    r"(^|\.)((lm_head|embed_out|wte|wpe|experts(?!\.\d+\.)|router)\.|\w*(embed|norm)\w*(\.\d+)?\.weight$)"
+    r"(^|\.)((wte|wpe)\.|(?!(altup_unembed_projections|embed_out)\.)\w*(embed|norm)\w*(\.\d+)?\.weight$)"
     r"|^(model\.)?shared\.weight$",  # the embedding of an encoder and a decoder
     re.IGNORECASE,
 )
+# And those of output heads, which share their weights with the embedding where tied, of routers, and of all experts in
+# one tensor.
+_DENSE = re.compile(r"(^|\.)(lm_head|embed_out|experts(?!\.\d+\.)|router)\.", re.IGNORECASE)
+_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 
 
 def plain_2of4(checkpoint: Checkpoint) -> list[str]:
@@ -52,10 +57,19 @@ def is_2of4_linear(checkpoint: Checkpoint, name: str) -> bool:
 
 def is_linear_weight(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the tensor is the weight of a linear layer that may be packed, or of one of each expert."""
-    if not name.endswith(".weight") or _NOT_LINEAR.search(name) or has_exponents(checkpoint, name):
+    if not name.endswith(".weight") or _NOT_LINEAR.search(name) or _DENSE.search(name):
+        return False
+    if has_exponents(checkpoint, name):
         return False
     axes = len(checkpoint.tensors[name].shape)
     return axes == 2 or (axes == 3 and bool(matrices_of(name.removesuffix(".weight"))))
+
+
+def stays_dense(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor is the weight of a linear layer that is never packed, other than a head called lm_head."""
+    if not name.endswith(".weight") or len(checkpoint.tensors[name].shape) != 2 or _NOT_LINEAR.search(name):
+        return False
+    return not _HEAD.search(name) and not is_linear_weight(checkpoint, name)
 
 
 def has_exponents(checkpoint: Checkpoint, name: str) -> bool:
