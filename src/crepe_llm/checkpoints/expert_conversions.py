@@ -5,13 +5,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
 
 from crepe_llm.checkpoints.experts import expert_of, matrices_of
 from crepe_llm.checkpoints.formats import SPARSE_24_BITMASK, FormatError
+from crepe_llm.checkpoints.llama4 import WHOLE
 from crepe_llm.checkpoints.reading import Checkpoint
 
-__all__ = ["UnpackExperts", "merging_experts", "names_of_whole", "unpacking_experts", "unpacking_fused"]
+__all__ = [
+    "UnpackExperts",
+    "merging_experts",
+    "merging_llama4",
+    "names_of_whole",
+    "unpacking_experts",
+    "unpacking_fused",
+]
 
 _FORMAT = SPARSE_24_BITMASK
 _SCALE = "weight_scale"
@@ -135,3 +151,16 @@ def _unpacked(parts: dict[str, torch.Tensor], parameter: str) -> torch.Tensor:
         return _FORMAT.unpack(parts)
     except FormatError as error:
         raise FormatError(f"a layer that is merged into {parameter} or split: {error}") from None
+
+
+def merging_llama4() -> list[WeightConverter]:
+    """What reads Llama 4's experts that are stored apart into a model that holds them whole."""
+    turn = Transpose(dim0=1, dim1=2)
+    return [
+        WeightConverter(
+            [f"experts.*.{part}.weight" for part in parts],
+            f"experts.{whole}",
+            operations=[MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(parts) > 1 else []), turn],
+        )
+        for whole, parts in WHOLE.items()
+    ]

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from crepe_llm.checkpoints.experts import Expert, expert_of
 from crepe_llm.checkpoints.reading import Checkpoint, objects_in
 
-__all__ = ["groups_apart", "has_whole_experts", "is_llama4", "merging_llama4", "put_together"]
+__all__ = ["WHOLE", "groups_apart", "has_whole_experts", "is_llama4", "put_together"]
 
-_WHOLE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+WHOLE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""What whole experts are made of, in this order."""
 
 
 def is_llama4(config: dict[str, Any]) -> bool:
@@ -27,19 +27,6 @@ def is_llama4(config: dict[str, Any]) -> bool:
 def has_whole_experts(model: Any) -> bool:
     """Whether a model holds Llama 4's experts as it does where they are not quantized."""
     return any(type(module).__name__ == "Llama4TextExperts" for module in model.modules())
-
-
-def merging_llama4() -> list[WeightConverter]:
-    """What reads experts that are stored apart into a model that holds them whole."""
-    turn = Transpose(dim0=1, dim1=2)
-    return [
-        WeightConverter(
-            [f"experts.*.{part}.weight" for part in parts],
-            f"experts.{whole}",
-            operations=[MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(parts) > 1 else []), turn],
-        )
-        for whole, parts in _WHOLE.items()
-    ]
 
 
 def groups_apart(checkpoint: Checkpoint) -> dict[str, list[Expert]]:
@@ -69,5 +56,5 @@ def put_together(groups: Mapping[str, list[Expert]], checkpoint: Checkpoint, nam
                 for number in numbers
             ]
         )
-        for whole, parts in _WHOLE.items()
+        for whole, parts in WHOLE.items()
     }

@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from crepe_llm.checkpoints.embeddings import ExpandPacked, expanding, holds_embedding, packed_embeddings
 from crepe_llm.checkpoints.expert_conversions import (
     merging_experts,
+    merging_llama4,
     names_of_whole,
     unpacking_experts,
     unpacking_fused,
@@ -28,7 +29,7 @@ from crepe_llm.checkpoints.expert_conversions import (
 from crepe_llm.checkpoints.experts import check_experts, expert_of, matrices_of
 from crepe_llm.checkpoints.formats import FORMATS, SPARSE_24_BITMASK, CheckpointFormat, FormatError
 from crepe_llm.checkpoints.linear_classes import quantize_derived_classes
-from crepe_llm.checkpoints.llama4 import has_whole_experts, merging_llama4
+from crepe_llm.checkpoints.llama4 import has_whole_experts
 from crepe_llm.checkpoints.model_check import check_model
 from crepe_llm.checkpoints.reading import (
     Checkpoint,
